@@ -1,0 +1,74 @@
+"""Keep the KV cache of long-context language models small and truthful.
+
+>>> cache = vestige.KVCache(model, policies.SnapKV(budget=Budget.tokens(1024)))
+>>> with vestige.attach(model):
+...     out = model.generate(**inputs, past_key_values=cache)
+
+Names are loaded when they are first used, so that ``import vestige`` and ``vestige --help`` are quick. No submodule may
+have the name of a function listed here: importing it would take the function's place.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vestige import policies as policies
+    from vestige.attachment import Attachment as Attachment
+    from vestige.attachment import attach as attach
+    from vestige.attachment import detach as detach
+    from vestige.budget import Budget as Budget
+    from vestige.cache import KVCache as KVCache
+    from vestige.download import load as load
+    from vestige.errors import BudgetError as BudgetError
+    from vestige.errors import CacheError as CacheError
+    from vestige.errors import CacheFileError as CacheFileError
+    from vestige.errors import InputError as InputError
+    from vestige.errors import ModelError as ModelError
+    from vestige.errors import PolicyError as PolicyError
+    from vestige.errors import VestigeError as VestigeError
+    from vestige.models import check as check
+    from vestige.observe import Observation as Observation
+    from vestige.observe import Phase as Phase
+    from vestige.policy import Policy as Policy
+    from vestige.reading import prefill as prefill
+    from vestige.report import Report as Report
+    from vestige.spans import Span as Span
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Attachment": "attachment",
+    "Budget": "budget",
+    "BudgetError": "errors",
+    "CacheError": "errors",
+    "CacheFileError": "errors",
+    "InputError": "errors",
+    "KVCache": "cache",
+    "ModelError": "errors",
+    "Observation": "observe",
+    "Phase": "observe",
+    "Policy": "policy",
+    "PolicyError": "errors",
+    "Report": "report",
+    "Span": "spans",
+    "VestigeError": "errors",
+    "attach": "attachment",
+    "check": "models",
+    "detach": "attachment",
+    "load": "download",
+    "policies": "policies",
+    "prefill": "reading",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vestige' has no attribute {name!r}")
+    module = importlib.import_module(f"vestige.{_HOME[name]}")
+    return module if name == "policies" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,158 @@
+"""Plugging into a model for a while: attention name, hooks, and everything back as it was."""
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import sdpa_mask
+
+from vestige.attend import NAME, vestige_attention
+from vestige.cache import KVCache
+from vestige.errors import CacheError
+from vestige.layers import RaggedLayer
+from vestige.models import Anatomy, check
+
+_attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """A model that vestige is plugged into; leaving the ``with`` block, or :meth:`detach`, unplugs it."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.depth = 0
+        self._hooks: list[RemovableHandle] = []
+        self._restore: tuple[Any, str | None] | None = None
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take one :func:`attach` back; the last one restores model and config exactly. Detached already: no effect."""
+        self.depth = max(self.depth - 1, 0)
+        if self.depth:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        if self._restore is not None:
+            config, name = self._restore
+            config._attn_implementation_internal = name
+        self._hooks, self._restore = [], None
+        _attached.pop(self.anatomy.model, None)
+
+    def _plug_in(self) -> None:
+        AttentionInterface.register(NAME, vestige_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        decoder, attentions = self.anatomy.decoder, self.anatomy.attentions
+        # The text decoder's config only, which its attention modules share: a vision tower keeps its own attention.
+        config: Any = decoder.config
+        self._restore = config, config._attn_implementation
+        config._attn_implementation_internal = NAME
+        self._hooks.append(decoder.register_forward_pre_hook(_begin_forward, with_kwargs=True))
+        self._hooks += [
+            module.register_forward_pre_hook(_show_hidden, with_kwargs=True) for module in attentions.values()
+        ]
+
+
+def attach(model: PreTrainedModel) -> Attachment:
+    """Plug vestige into a model, until the ``with`` block ends or :func:`detach` is called. Calls nest.
+
+    A :class:`~vestige.KVCache` works only on an attached model; without a cache or with a DynamicCache an attached
+    model works as before. The text decoder's attention name is changed and hooks are put in; weights are not touched.
+
+    Raises:
+        ModelError: The model cannot work with an evicting cache; the message says why.
+    """
+    attachment = _attached.get(model)
+    if attachment is None:
+        attachment = _attached[model] = Attachment(check(model))
+        attachment._plug_in()
+    attachment.depth += 1
+    return attachment
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take one :func:`attach` back; a model that is not attached is left alone."""
+    if model in _attached:
+        _attached[model].detach()
+
+
+def require_cache(cache: object) -> KVCache:
+    """Return the cache, or raise a CacheError if it is not one of ours."""
+    if not isinstance(cache, KVCache):
+        raise CacheError(f"this takes a vestige.KVCache, got {type(cache).__name__}")
+    return cache
+
+
+def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Open a forward on the cache before masks and positions are made from it."""
+    cache = kwargs.get("past_key_values")
+    if cache is None or type(cache) is DynamicCache:
+        return
+    if not isinstance(cache, KVCache):
+        if isinstance(cache, Cache):
+            raise CacheError(
+                f"an attached model takes a vestige.KVCache or a DynamicCache, got {type(cache).__name__}; "
+                "static, quantised and other caches cannot be evicted: detach the model to use them"
+            )
+        return
+    if cache.anatomy.decoder is not decoder:
+        raise CacheError("this cache was made for another model")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    fed = kwargs.get("inputs_embeds") if ids is None else ids
+    if fed is None:
+        return  # the model will say so itself
+    batch, new = fed.shape[:2]
+    valid = _valid_tokens(kwargs.get("attention_mask"), new, cache.ragged)
+    positions, checkable = _text_positions(kwargs.get("position_ids"))
+    cache.begin(ids, new, batch, positions, valid, check=checkable)
+
+
+def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Show the layer what enters its attention, for policies that look at hidden states."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, KVCache) and "hidden" in cache.needs:
+        layer = cache.layers[module.layer_idx]  # type: ignore[index]
+        assert isinstance(layer, RaggedLayer)
+        layer.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def _text_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Return 2-D positions and whether they count tokens: image axes of mRoPE do not, a fourth, textual row does."""
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids, True
+    return (position_ids[0], True) if position_ids.shape[0] == 4 else (None, False)
+
+
+def _valid_tokens(mask: Any, new: int, ragged: bool) -> Bool[Tensor, "batch new"] | None:
+    """Return which new tokens are real, or None if all are, from the mask that the decoder was given.
+
+    Raises:
+        CacheError: After an eviction, a mask that is neither 2-D nor plainly causal: it cannot be applied any more.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        valid = mask[:, -new:].bool()
+        return None if bool(valid.all()) else valid
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    visible = visible[:, 0, :, -new:]
+    valid = visible[:, -1]
+    causal = torch.ones(new, new, dtype=torch.bool, device=mask.device).tril()
+    real = valid[:, None, :] & valid[:, :, None]
+    if ragged and not bool(torch.where(real, visible == causal, True).all()):
+        raise CacheError("after an eviction only causal attention is possible, but a custom mask was given")
+    return None if bool(valid.all()) else valid

@@ -1,0 +1,88 @@
+"""The attention function that transformers calls on an attached model.
+
+It receives handles instead of keys and values (``layers.Handle``), records what policies want to see, and sends the
+query to plain attention while the layer is dense, to a ragged kernel once pairs were evicted. Anything that is not a
+handle (another cache, a sliding layer, a vision tower) is attended to as if vestige were not there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from vestige.errors import ModelError
+from vestige.kernels import AttentionScale, loop
+from vestige.layers import Handle, RaggedLayer, Step
+
+NAME = "vestige"
+"""The name under which the attention function and its mask are registered."""
+
+
+def vestige_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend over a layer's pairs; the signature and the result, ``batch new heads value_dim``, are transformers'."""
+    scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if not isinstance(key, Handle):
+        return _dense(module, query, key, value, attention_mask, scale, position_bias, kwargs)
+    layer, step = key.layer, key.layer.cache.step
+    assert step is not None, "update has refused a forward that was never begun"
+    if getattr(module, "layer_idx", layer.layer_idx) == layer.layer_idx:  # not a consumer of shared pairs
+        layer.record_queries(query, step, scale)
+    if layer.ragged:
+        if position_bias is not None:
+            raise ModelError("position biases have no place beside evicted pairs; this model cannot be evicted")
+        return _ragged(query, layer, step, scale).transpose(1, 2).contiguous(), None
+    keys, values = layer.view("keys"), layer.view("values")
+    return _dense(module, query, keys, values, attention_mask, scale, position_bias, kwargs)
+
+
+def _ragged(query: Tensor, layer: RaggedLayer, step: Step, scale: AttentionScale) -> Tensor:
+    """Attend over rows of different lengths; pads, which have no pairs, read 0."""
+    keys, values = layer.columns["keys"], layer.columns["values"]
+    if not step.padded:
+        return loop.attend(query, keys, values, layer.starts, layer.lengths, scale)
+    out = query.new_zeros(*query.shape[:3], values.shape[-1])
+    for b in range(query.shape[0]):
+        rows, real = slice(b * layer.kv_heads, (b + 1) * layer.kv_heads), step.valid(b)
+        if len(real):
+            one = query[b : b + 1, :, real]
+            out[b][:, real] = loop.attend(one, keys, values, layer.starts[rows], layer.lengths[rows], scale)[0]
+    return out
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: AttentionScale,
+    position_bias: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attend over tensors: by sdpa, bit for bit, or by the formula where sdpa would refuse or drop a term."""
+    if scale.softcap is None and scale.sinks is None and position_bias is None:
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale.scaling, **kwargs)
+    causal = kwargs.get("is_causal")
+    if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+        mask = loop.lower_right(query.shape[2], keys.shape[2], query.device)
+    if position_bias is not None and mask is not None:
+        hidden = ~mask if mask.dtype == torch.bool else torch.zeros_like(mask, dtype=torch.bool)
+        additive = torch.zeros((), dtype=query.dtype) if mask.dtype == torch.bool else mask
+        mask = (position_bias + additive).masked_fill(hidden, torch.finfo(query.dtype).min)
+    elif position_bias is not None:
+        mask = position_bias
+    out = loop.written_out(query, keys, values, mask, scale)
+    return out.transpose(1, 2).contiguous(), None

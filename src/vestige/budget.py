@@ -1,0 +1,145 @@
+"""How many KV pairs a cache may hold. The only place that rounds."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from vestige.errors import BudgetError
+
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1.0}
+_HALF_ULP = 1e-9  # 0.29 * 100 is 28.999999999999996: what a person calls 29 must stay 29
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one batch row of a cache weighs, so that bytes can be turned into pairs.
+
+    Args:
+        rows: KV heads summed over the evictable layers.
+        pair_bytes: Bytes of one pair in every row: keys, values, position and side arrays, summed over rows.
+        fixed_bytes: Bytes that no eviction frees: slack, query rings, memories.
+    """
+
+    rows: int
+    pair_bytes: int
+    fixed_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Pairs that a row (one KV head of one layer of one batch row) may hold on average after a settle.
+
+    Protected pairs count. Made by :meth:`tokens`, :meth:`fraction`, :meth:`bytes` or :meth:`parse`; batch rows
+    have their own budgets and never compete.
+    """
+
+    kind: Literal["tokens", "fraction", "bytes"]
+    amount: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.amount) and self.amount > 0):
+            raise BudgetError(f"a budget must be a positive number, got {self.amount!r}")
+        if self.kind == "fraction" and self.amount > 1:
+            raise BudgetError(
+                f"a fraction must lie in (0, 1], got {self.amount!r}; for tokens write a number without a point"
+            )
+        if self.kind == "tokens" and self.amount != int(self.amount):
+            raise BudgetError(f"tokens must be a whole number, got {self.amount!r}")
+
+    @classmethod
+    def tokens(cls, n: int) -> "Budget":
+        """``n`` pairs per row on average."""
+        return cls("tokens", n)
+
+    @classmethod
+    def fraction(cls, f: float) -> "Budget":
+        """The share ``f`` in (0, 1] of the announced length, or of the tokens seen so far if none was announced."""
+        return cls("fraction", f)
+
+    @classmethod
+    def bytes(cls, b: float) -> "Budget":
+        """As many pairs as fit into ``b`` bytes beside slack, side arrays and memories."""
+        return cls("bytes", b)
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Read ``512`` (tokens), ``0.1`` (with a point: a fraction) or ``64MB`` (bytes).
+
+        Raises:
+            BudgetError: The text is none of the three, or out of range.
+        """
+        word = text.strip()
+        try:
+            for unit, size in UNITS.items():
+                if word.endswith(unit) and word[: -len(unit)].strip()[-1:].isdigit():
+                    return cls.bytes(float(word[: -len(unit)]) * size)
+            return cls.fraction(float(word)) if "." in word else cls.tokens(int(word))
+        except ValueError as error:
+            if isinstance(error, BudgetError):
+                raise
+            raise BudgetError(
+                f"cannot read budget {text!r}; write tokens (512), a fraction (0.1) or bytes (64MB)"
+            ) from None
+
+    def __str__(self) -> str:
+        if self.kind == "fraction":
+            return str(float(self.amount))
+        return f"{int(self.amount)}B" if self.kind == "bytes" else str(int(self.amount))
+
+    def check(self, protected: int, *, length: int | None = None, footprint: Footprint | None = None) -> None:
+        """Refuse a budget below the protected pairs as soon as it can be known.
+
+        Args:
+            protected: Pairs of every row that no policy may evict (sink + window).
+            length: The announced length, if any: a fraction is judged by it.
+            footprint: What a batch row weighs, if known: bytes are judged by it.
+
+        Raises:
+            BudgetError: The message has both numbers.
+        """
+        if self.kind == "fraction":
+            if length is None:
+                return
+            n, protected = self._floor(self.amount * length), min(protected, length)
+        elif self.kind == "bytes":
+            if footprint is None:
+                return
+            n = self._pairs_in_bytes(footprint)
+        else:
+            n = int(self.amount)
+        if n < protected:
+            raise BudgetError(f"budget {self} gives {n} pairs a row, but sink and window protect {protected}")
+
+    def pairs(self, *, seen: int, length: int | None, protected: int, footprint: Footprint) -> int:
+        """Return the average pairs per row that a settle brings one batch row down to.
+
+        Args:
+            seen: Tokens of the batch row so far.
+            length: The announced length, or None.
+            protected: sink + window: what a fraction of an unannounced length never goes below.
+            footprint: What the batch row weighs.
+        """
+        if self.kind == "tokens":
+            return int(self.amount)
+        if self.kind == "bytes":
+            return self._pairs_in_bytes(footprint)
+        if length is None:
+            return max(self._floor(self.amount * seen), protected)
+        return self._floor(self.amount * length)
+
+    @staticmethod
+    def slacken(pairs: int, factor: float) -> int:
+        """Return the limit between chunks: ``pairs`` times a policy's ``reading_slack``, inf meaning no limit."""
+        return 2**62 if math.isinf(factor) else Budget._floor(pairs * factor)
+
+    @staticmethod
+    def share_of(pairs: int, part: float) -> int:
+        """Return the pairs that make up ``part`` of an average of ``pairs``, rounded down."""
+        return Budget._floor(pairs * part)
+
+    def _pairs_in_bytes(self, footprint: Footprint) -> int:
+        return max(self._floor((self.amount - footprint.fixed_bytes) / footprint.pair_bytes), 0)
+
+    @staticmethod
+    def _floor(x: float) -> int:
+        return math.floor(x + _HALF_ULP)

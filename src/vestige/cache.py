@@ -1,0 +1,422 @@
+"""The cache that ``model.generate`` is handed: it decides when room is made, asks the policy, and keeps the books."""
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from vestige import settling
+from vestige.budget import Budget, Footprint
+from vestige.errors import CacheError, InputError, PolicyError
+from vestige.fed import Fed, check_positions
+from vestige.layers import RaggedLayer, Step
+from vestige.models import Anatomy, check
+from vestige.observe import Phase
+from vestige.policy import Annotates, Policy, Prepares, Written
+from vestige.report import LayerReport, Report
+from vestige.schedule import Schedule
+from vestige.spans import Span
+
+
+class KVCache(Cache):
+    """A KV cache that stays within its policy's budget, with memory really freed.
+
+    Every full-attention layer becomes a :class:`~vestige.layers.RaggedLayer`; sliding, linear and KV-shared layers
+    are left as transformers makes them. The model must be attached (``with vestige.attach(model):``).
+
+    Args:
+        model: The model that will fill the cache.
+        policy: What to keep; its budget says how much. ``policies.Full()`` keeps everything.
+        observers: Policies that a :meth:`fork` may change to: what they need is recorded too, so that one reading
+            serves many policies.
+
+    Raises:
+        ModelError: The model cannot work with an evicting cache; the message says why.
+        BudgetError: The budget is below the protected pairs.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, *, observers: Sequence[Policy] = ()) -> None:
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"KVCache takes a policy object such as policies.SnapKV(budget=...), got {policy!r}")
+        self._start(check(model), policy, [policy, *observers])
+        if policy.budget is not None:
+            policy.budget.check(policy.protected, footprint=self.anatomy.expected_footprint(model.dtype))
+
+    def _start(self, anatomy: Anatomy, policy: Policy, observers: Sequence[Policy]) -> None:
+        self.anatomy = anatomy
+        layers = DynamicCache(config=anatomy.config).layers
+        for idx in anatomy.evictable:
+            layers[idx] = RaggedLayer(self, idx)
+        super().__init__(layers=layers)
+        self.policy = policy
+        self.queries_observed = max(observer.queries_observed for observer in observers)
+        self.needs = frozenset[str]().union(*(observer.needs for observer in observers))
+        self.schedule = Schedule()
+        self.length: int | None = None
+        """The announced full length, which a fraction budget is a fraction of."""
+        self.reading_to: tuple[int, ...] | None = None
+        """Where the prefill under way will end, per batch row: a fraction of what is not announced looks ahead."""
+        self.pins: tuple[Span, ...] = ()
+        self.step: Step | None = None
+        self.seen: tuple[int, ...] = ()
+        self.ring_floor: list[int] = []
+        self.peak_kv_bytes = 0
+        self.evict_s = 0.0
+        self.prepared = False
+        self.fed = Fed()
+
+    # What people call.
+
+    @property
+    def evictable(self) -> list[RaggedLayer]:
+        """The layers whose pairs can be evicted."""
+        return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether anything was evicted yet."""
+        return any(layer.ragged for layer in self.evictable)
+
+    @property
+    def held(self) -> int:
+        """Pairs stored over evictable layers and rows; pads do not count."""
+        return sum(sum(layer.live_lengths()) for layer in self.evictable)
+
+    @property
+    def ids(self) -> Int[Tensor, "batch padded_seen"]:
+        """The token ids fed so far, pads as they came; -1 where a model was fed embeddings."""
+        return self.fed.ids
+
+    @property
+    def real(self) -> Bool[Tensor, "batch padded_seen"]:
+        """False where a pad was fed."""
+        return self.fed.real
+
+    @property
+    def padded(self) -> bool:
+        """Whether any batch row was ever fed pads."""
+        return any(layer.padded_seen != n for layer in self.evictable[:1] for n in self.seen)
+
+    @property
+    def slack(self) -> int:
+        """Free slots that a compaction leaves in each row: room until the next settle."""
+        return self.policy.every
+
+    def pin(self, span: Span) -> None:
+        """Protect the pairs of a span, in every layer and batch row, from eviction.
+
+        Raises:
+            BudgetError: Sink, window and pins together exceed a budget in tokens.
+        """
+        pins = (*self.pins, span)
+        pinned = sum(len(one) for one in pins)
+        if self.policy.budget is not None:
+            self.policy.budget.check(self.policy.protected + pinned)
+        self.pins = pins
+
+    def settle(self, *, reading: bool = False) -> None:
+        """Bring every batch row down to its limit: total, or between chunks total x the policy's reading slack.
+
+        Does nothing where held is within the limit: then no bit of the cache changes.
+
+        Raises:
+            PolicyError: A score is NaN, or what the policy needs was not recorded. The cache is unchanged.
+            BudgetError: The protected pairs do not fit. The cache is unchanged.
+        """
+        if self.policy.budget is None or not self.seen:
+            return
+        self._check_whole()
+        started = time.perf_counter()
+        phase = Phase.PREFILL if self.schedule.prompt or not self.schedule.generated else Phase.DECODE
+        if settling.evict(self.evictable, self.policy, self.room(reading=reading), self.seen, self.pins, phase):
+            self.evict_s += time.perf_counter() - started
+        self.schedule.settled()
+
+    def room(self, *, reading: bool = False) -> list[int]:
+        """Return the average pairs per row that each batch row may hold after a settle.
+
+        Args:
+            reading: Between chunks: the policy's reading slack applies.
+        """
+        budget, factor = self.policy.budget, self.policy.reading_slack if reading else 1.0
+        if budget is None:
+            return [2**62] * len(self.seen)
+        footprint, protected = self.footprint(), self.policy.protected
+        ends = self.reading_to or self.seen
+        pairs = [budget.pairs(seen=end, length=self.length, protected=protected, footprint=footprint) for end in ends]
+        return [Budget.slacken(n, factor) for n in pairs]
+
+    def footprint(self) -> Footprint:
+        """Return what one batch row weighs."""
+        layers, batch = self.evictable, max(len(self.seen), 1)
+        pair_bytes = sum(layer.pair_bytes * layer.kv_heads for layer in layers)
+        rings = sum(layer.ring.nbytes for layer in layers if layer.ring is not None)
+        return Footprint(
+            rows=sum(layer.kv_heads for layer in layers),
+            pair_bytes=pair_bytes * batch,  # a budget in bytes is the whole cache's: batch rows share it evenly
+            fixed_bytes=rings + pair_bytes * batch * self.slack,
+        )
+
+    def fork(self, policy: Policy | None = None) -> "KVCache":
+        """Return an equal cache that shares no memory, with another policy if one is given.
+
+        Raises:
+            PolicyError: The policy needs something this cache did not record (see ``observers``).
+        """
+        policy = self.policy if policy is None else policy
+        missing = policy.needs - self.needs
+        if missing or policy.queries_observed > self.queries_observed:
+            raise PolicyError(
+                f"policy {type(policy).__name__} needs {sorted(policy.needs)} (observed {policy.queries_observed}), "
+                f"this cache recorded {sorted(self.needs)} (observed {self.queries_observed}); name the policy in "
+                "KVCache(..., observers=[...]) before reading"
+            )
+        twin = object.__new__(KVCache)
+        twin._start(self.anatomy, policy, [policy])
+        for name in (
+            "queries_observed",
+            "needs",
+            "length",
+            "reading_to",
+            "pins",
+            "step",
+            "seen",
+            "prepared",
+            "evict_s",
+        ):
+            setattr(twin, name, getattr(self, name))
+        twin.schedule = Schedule(**vars(self.schedule))
+        twin.ring_floor, twin.fed = list(self.ring_floor), self.fed.copy()
+        twin.layers = [
+            layer.copy_to(twin) if isinstance(layer, RaggedLayer) else _copy_layer(layer) for layer in self.layers
+        ]
+        twin.peak_kv_bytes = twin.nbytes
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        return self.fork()
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a folder: safetensors and JSON, complete or not at all. See :mod:`vestige.persist`."""
+        from vestige import persist
+
+        persist.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "KVCache":
+        """Read a cache that was saved for the same model; runs no code from the files.
+
+        Raises:
+            CacheFileError: Missing, damaged, or made for another model.
+        """
+        from vestige import persist
+
+        return persist.load(Path(path), model)
+
+    def report(self) -> Report:
+        """Return what the cache holds and costs."""
+        layers, tokens = self.evictable, sum(self.seen)
+        per_layer = [layer.live_lengths() for layer in layers]
+        budget = None if self.policy.budget is None or not self.seen else sum(self.room()) * self.footprint().rows
+        return Report(
+            seen=self.seen,
+            held=sum(map(sum, per_layer)),
+            full=tokens * self.footprint().rows,
+            kv_bytes=self.nbytes,
+            peak_kv_bytes=max(self.peak_kv_bytes, self.nbytes),
+            full_kv_bytes=sum(layer.dynamic_bytes for layer in layers),
+            other_kv_bytes=sum(t.nbytes for layer in self.layers for t in _tensors(layer)),
+            memory_bytes=0,
+            evict_s=self.evict_s,
+            budget_total=budget,
+            policy=type(self.policy).__name__,
+            share=self.policy.share,
+            layers=tuple(
+                LayerReport(layer.layer_idx, tuple(rows), tokens // max(len(self.seen), 1))
+                for layer, rows in zip(layers, per_layer, strict=True)
+            ),
+        )
+
+    # What the attached model calls.
+
+    def begin(
+        self,
+        ids: Tensor | None,
+        new: int,
+        batch: int,
+        positions: Tensor | None,
+        valid: Bool[Tensor, "batch new"] | None,
+        *,
+        check: bool = True,
+    ) -> None:
+        """Open a forward: settle if one is due, check that the input goes on where the cache ends, record the ids.
+
+        Args:
+            ids: Token ids, or None where the decoder was given embeddings.
+            new: Tokens per batch row, pads included.
+            batch: Batch rows.
+            positions: ``batch new`` positions, or None where the model counts them itself.
+            valid: False for pads, or None if there are none.
+            check: Whether positions count tokens (those of images do not).
+
+        Raises:
+            CacheError: Another batch size, positions that do not begin at seen, or a forward that died midway.
+        """
+        self._check_whole()
+        if self.seen and batch != len(self.seen):
+            raise CacheError(
+                f"the cache holds {len(self.seen)} batch rows, but {batch} were fed; "
+                "repeat its rows first with cache.batch_repeat_interleave(n)"
+            )
+        self.seen = self.seen or (0,) * batch
+        self.ring_floor = self.ring_floor or [0] * batch
+        if check:
+            check_positions(self.seen, positions, valid)
+        if self.policy.budget is not None and self.schedule.due(new, self.policy.every):
+            if isinstance(self.policy, Prepares) and not self.prepared:
+                raise PolicyError(
+                    f"policy {type(self.policy).__name__} runs forwards of its own after reading; "
+                    "read the prompt with vestige.prefill(model, ids, cache) before generate"
+                )
+            self.settle()
+        device = self.anatomy.device if ids is None else ids.device
+        real = torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid.to(device)
+        starts = torch.tensor(self.seen, device=device)[:, None]
+        at = torch.where(real, starts + real.cumsum(1) - 1, -1).to(torch.int32)
+        even = valid is None and len(set(self.seen)) == 1
+        number = self.step.number + 1 if self.step else 1
+        self.step = Step(number, at, self.seen, padded=valid is not None, even=even)
+        fed = (new,) * batch if valid is None else tuple(real.sum(1).tolist())
+        self.seen = tuple(s + n for s, n in zip(self.seen, fed, strict=True))
+        self.schedule.fed(new)
+        self.fed.add(ids, real)
+
+    def take_step(self, layer: RaggedLayer) -> Step:
+        """Return the forward under way to a layer that is about to store its pairs.
+
+        Raises:
+            CacheError: No forward was begun: the model is not attached.
+        """
+        if self.step is None or self.step.number <= layer.step_number:
+            raise CacheError(
+                "this model is not attached, so the cache cannot see what it is fed; "
+                "run it inside `with vestige.attach(model):`"
+            )
+        return self.step
+
+    def annotate(self, layer: RaggedLayer, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Return the side arrays that the policy stores beside new pairs."""
+        if not isinstance(self.policy, Annotates):
+            return {}
+        return dict(
+            self.policy.annotate(Written(layer_idx=layer.layer_idx, hidden=layer.hidden, keys=keys, values=values))
+        )
+
+    def note_peak(self, extra: int = 0) -> None:
+        """Remember the largest bytes so far; ``extra`` are those of a copy under construction."""
+        self.peak_kv_bytes = max(self.peak_kv_bytes, self.nbytes + extra)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of live storage of the evictable layers."""
+        return sum(layer.nbytes for layer in self.evictable)
+
+    # The verbs of generate.
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: the cache grows as needed and is held down by settles."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything that was read; policy and observers stay."""
+        kept = self.queries_observed, self.needs
+        self._start(self.anatomy, self.policy, [self.policy])
+        self.queries_observed, self.needs = kept
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens). What was evicted is not restored.
+
+        Raises:
+            InputError: A positive number, or more tokens than were seen. The cache is unchanged.
+        """
+        padded = self.fed.ids.shape[1]
+        if tokens_to_remove > 0 or -tokens_to_remove > padded:
+            raise InputError(f"crop takes a number from {-padded} to 0: the tokens to remove; got {tokens_to_remove}")
+        self._check_whole()
+        others: list[Any] = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
+        for layer in others:
+            layer.crop(tokens_to_remove)
+        if tokens_to_remove == 0:
+            return
+        gone = self.fed.crop(tokens_to_remove)
+        self.ring_floor = [max(f, s - self.queries_observed) for f, s in zip(self.ring_floor, self.seen, strict=True)]
+        self.seen = tuple(s - g for s, g in zip(self.seen, gone, strict=True))
+        for evictable in self.evictable:
+            evictable.crop(tokens_to_remove)
+        self.schedule.taken_back(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace batch row b by batch row ``beam_idx[b]``, as beam search asks."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._reorder_books(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row in place."""
+        super().batch_repeat_interleave(repeats)
+        self._reorder_books(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows in the given order."""
+        super().batch_select_indices(indices)
+        self._reorder_books(torch.arange(len(self.seen))[indices.cpu()])
+
+    def _reorder_books(self, rows: Tensor) -> None:
+        order = rows.tolist()
+        self.seen = tuple(self.seen[b] for b in order)
+        self.ring_floor = [self.ring_floor[b] for b in order]
+        self.fed.reorder(rows)
+
+    # Books.
+
+    def _check_whole(self) -> None:
+        """Raise if the last forward died before all layers had stored its pairs."""
+        stored = {layer.step_number for layer in self.evictable}
+        if len(stored) > 1 or (self.step is not None and stored != {self.step.number}):
+            raise CacheError(
+                "the last forward on this cache died midway, so its layers disagree; go back to a fork or a new cache"
+            )
+
+
+_SHARED = ("queries_observed", "needs", "length", "reading_to", "pins", "step", "seen", "prepared", "evict_s")
+"""What a fork takes over as it is: values that are replaced, never changed in place."""
+
+
+def _copy_layer(layer: Any) -> Any:
+    """Return a copy of a layer that is not ours, with tensors of its own."""
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(twin, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+        elif isinstance(value, list | tuple):
+            setattr(twin, name, type(value)(v.clone() if isinstance(v, Tensor) else v for v in value))
+        elif isinstance(value, Tensor):
+            setattr(twin, name, value.clone())
+    return twin
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """Return the tensors of a layer that is not ours, those in dicts and lists included."""
+    if isinstance(layer, RaggedLayer):
+        return []
+    found: list[Tensor] = []
+    for value in vars(layer).values():
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [x for x in inner if isinstance(x, Tensor)]
+    return found

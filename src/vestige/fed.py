@@ -1,0 +1,81 @@
+"""What a cache was fed: token ids, which of them were pads, and whether the next ones fit."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vestige.errors import CacheError
+
+
+@dataclass
+class Fed:
+    """Ids and pads of all forwards, kept in pieces so that a decode step copies nothing."""
+
+    _pieces: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def ids(self) -> Int[Tensor, "batch padded_seen"]:
+        """Token ids, pads as they came; -1 where the model was fed embeddings."""
+        return self._whole()[0]
+
+    @property
+    def real(self) -> Bool[Tensor, "batch padded_seen"]:
+        """False where a pad was fed."""
+        return self._whole()[1]
+
+    def add(self, ids: Int[Tensor, "batch new"] | None, real: Bool[Tensor, "batch new"]) -> None:
+        """Record one forward; ids are None where embeddings were fed."""
+        self._pieces.append((torch.full(real.shape, -1) if ids is None else ids.detach().cpu().clone(), real.cpu()))
+
+    def crop(self, tokens_to_remove: int) -> list[int]:
+        """Forget the last ``-tokens_to_remove`` tokens; return how many of each batch row were not pads."""
+        ids, real = self._whole()
+        self._pieces = [(ids[:, :tokens_to_remove], real[:, :tokens_to_remove])]
+        gone: list[int] = real[:, tokens_to_remove:].sum(1).tolist()
+        return gone
+
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Take the given batch rows in the given order."""
+        if self._pieces:
+            ids, real = self._whole()
+            self._pieces = [(ids[rows.cpu()], real[rows.cpu()])]
+
+    def copy(self) -> "Fed":
+        """Return an equal record; the pieces themselves are never changed, so they are shared."""
+        return Fed(list(self._pieces))
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        if not self._pieces:
+            return torch.empty(0, 0, dtype=torch.long), torch.empty(0, 0, dtype=torch.bool)
+        if len(self._pieces) > 1:
+            ids, real = zip(*self._pieces, strict=True)
+            self._pieces = [(torch.cat(ids, 1), torch.cat(real, 1))]
+        return self._pieces[0]
+
+
+def check_positions(
+    seen: tuple[int, ...],
+    positions: Int[Tensor, "some_batch new"] | None,
+    valid: Bool[Tensor, "batch new"] | None,
+) -> None:
+    """Raise a CacheError unless each batch row's first new token stands where the row ends.
+
+    Args:
+        seen: Tokens of each batch row.
+        positions: Positions of the new tokens (one row may serve all), or None where the model counts them itself.
+        valid: False for pads, or None if there are none.
+    """
+    if positions is None:
+        if valid is not None or len(set(seen)) > 1:
+            raise CacheError("batch rows with pads need position_ids (generate and vestige.prefill pass them)")
+        return
+    for b, expected in enumerate(seen):
+        row = positions[min(b, len(positions) - 1)]
+        first = 0 if valid is None else int(valid[b].int().argmax())
+        if (valid is None or bool(valid[b].any())) and int(row[first]) != expected:
+            raise CacheError(
+                f"the input begins at position {int(row[first])}, but the cache has seen {expected} tokens of batch "
+                f"row {b}; feed what follows the cache, or begin a new one"
+            )

@@ -1,0 +1,27 @@
+"""Attention over ragged rows. ``loop`` is the readable reference; faster kernels are checked against it."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionScale:
+    """How a layer turns query-key products into attention: what a score must repeat to see what the model sees.
+
+    Args:
+        scaling: Factor on the products.
+        softcap: Bound of the products, ``softcap * tanh(x / softcap)``, or None.
+        sinks: Learned logit per query head that takes part in the softmax (gpt_oss), or None.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+
+    def of_group(self, kv_head: int, kv_heads: int) -> "AttentionScale":
+        """Return the scale of the query heads that read one KV head."""
+        if self.sinks is None:
+            return self
+        return AttentionScale(self.scaling, self.softcap, self.sinks.chunk(kv_heads)[kv_head])

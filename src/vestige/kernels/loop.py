@@ -1,0 +1,130 @@
+"""The reference kernel: plain torch, one scaled-dot-product call per row, or one for all rows where they are equal.
+
+Rows are cut from the flat buffer as views, so no pair is copied or padded. A step of one token packs the query group
+into the query axis; a longer piece attends block by block with a lower-right causal mask, since keys behind a block's
+last query need not be read at all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vestige.kernels import AttentionScale
+
+QUERY_BLOCK = 256
+"""Queries per call in a piece of text: measured fastest of 64 to 1024 (LOG.md)."""
+
+
+def attend(
+    query: Float[Tensor, "batch heads new head_dim"],
+    keys: Float[Tensor, "slots head_dim"],
+    values: Float[Tensor, "slots value_dim"],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    scale: AttentionScale,
+) -> Float[Tensor, "batch heads new value_dim"]:
+    """Return the attention of new queries over each row's pairs, the last ``new`` of which are theirs, causally.
+
+    Args:
+        query: Queries after RoPE; query head h reads KV head ``h // queries_per_kv``.
+        keys: Flat buffer; row ``batch_idx * kv_heads + head`` is ``keys[starts[row] : starts[row] + lengths[row]]``.
+        values: Flat buffer of the same layout.
+        starts: First slot of each row.
+        lengths: Pairs of each row, at least ``new``.
+        scale: Factor, softcap and sinks of the layer.
+    """
+    kv_heads = len(lengths) // query.shape[0]
+    stride = _even_stride(starts, lengths)
+    if stride:
+        size = (query.shape[0], kv_heads, lengths[0])
+        return _rows(query, _strided(keys, size, stride, starts[0]), _strided(values, size, stride, starts[0]), scale)
+    out = []
+    for b in range(query.shape[0]):
+        for head, group in enumerate(query[b : b + 1].chunk(kv_heads, dim=1)):
+            row = b * kv_heads + head
+            pairs = slice(starts[row], starts[row] + lengths[row])
+            out.append(_rows(group, keys[pairs][None, None], values[pairs][None, None], scale.of_group(head, kv_heads)))
+    return torch.cat(out, 1).view(*query.shape[:3], -1)
+
+
+def _even_stride(starts: Sequence[int], lengths: Sequence[int]) -> int:
+    """Return the distance between rows if one strided view shows them all (equal lengths, even spacing), else 0."""
+    if len(set(lengths)) != 1:
+        return 0
+    stride = starts[1] - starts[0] if len(starts) > 1 else max(lengths[0], 1)
+    return stride if all(start == starts[0] + i * stride for i, start in enumerate(starts)) else 0
+
+
+def _strided(flat: Tensor, size: tuple[int, int, int], stride: int, offset: int) -> Tensor:
+    """Return ``batch kv_heads held dim`` as a view of the flat buffer."""
+    (batch, kv_heads, held), dim = size, flat.shape[1]
+    strides = (kv_heads * stride * dim, stride * dim, dim, 1)
+    return flat.as_strided((batch, kv_heads, held, dim), strides, flat.storage_offset() + offset * dim)
+
+
+def _rows(
+    query: Float[Tensor, "batch heads new head_dim"],
+    keys: Float[Tensor, "batch kv_heads held head_dim"],
+    values: Float[Tensor, "batch kv_heads held value_dim"],
+    scale: AttentionScale,
+) -> Float[Tensor, "batch heads new value_dim"]:
+    """Attend over rows of one length: all of them in one call, in blocks of queries."""
+    batch, heads, new, _ = query.shape
+    kv_heads, held = keys.shape[1:3]
+    if scale.softcap is not None or scale.sinks is not None:
+        return written_out(query, keys, values, lower_right(new, held, query.device), scale)
+    if new == 1:
+        packed = query.reshape(batch, kv_heads, heads // kv_heads, -1)
+        out = scaled_dot_product_attention(packed, keys, values, scale=scale.scaling)
+        return out.reshape(batch, heads, 1, -1)
+    blocks = []
+    for start in range(0, new, QUERY_BLOCK):
+        block = query[:, :, start : start + QUERY_BLOCK]
+        end = held - new + start + block.shape[2]
+        mask = lower_right(block.shape[2], end, query.device)
+        blocks.append(
+            scaled_dot_product_attention(
+                block, keys[:, :, :end], values[:, :, :end], mask, scale=scale.scaling, enable_gqa=heads != kv_heads
+            )
+        )
+    return torch.cat(blocks, 2)
+
+
+def lower_right(new: int, held: int, device: torch.device) -> Bool[Tensor, "new held"]:
+    """Return the causal mask of the last ``new`` of ``held`` tokens: the last query sees all."""
+    return torch.ones(new, held, dtype=torch.bool, device=device).tril(held - new)
+
+
+def written_out(
+    query: Float[Tensor, "batch heads new head_dim"],
+    keys: Float[Tensor, "batch kv_heads held head_dim"],
+    values: Float[Tensor, "batch kv_heads held value_dim"],
+    mask: Tensor | None,
+    scale: AttentionScale,
+) -> Float[Tensor, "batch heads new value_dim"]:
+    """Attend by the formula, for what fused kernels lack: softcap (Gemma 2) and sinks (gpt_oss).
+
+    Args:
+        query: New queries.
+        keys: Pairs to look at.
+        values: Pairs to read.
+        mask: Bool (True is visible) or additive, broadcast to ``batch heads new held``; None shows all.
+        scale: Factor, softcap and sinks.
+    """
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    logits = query @ keys.transpose(-1, -2) * scale.scaling
+    if scale.softcap is not None:
+        logits = scale.softcap * torch.tanh(logits / scale.softcap)
+    if mask is not None:
+        lowest = torch.finfo(logits.dtype).min  # as eager does: a row without any visible pair stays a number
+        logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
+    if scale.sinks is None:
+        weights = logits.softmax(-1, dtype=torch.float32)
+    else:
+        sink = scale.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        weights = torch.cat([logits, sink], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+    return weights.to(values.dtype) @ values

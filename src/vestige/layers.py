@@ -1,0 +1,424 @@
+"""Storage of one model layer: flat columns of pairs, one segment with slack per (batch row, KV head).
+
+Dense and ragged are one storage. While nothing was evicted all rows have one length, so a strided view of the flat
+buffer is the ``(batch, kv_heads, seen, head_dim)`` tensor that plain attention wants. Pads have position -1: they are
+stored while the layer is dense and go with the first eviction.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from vestige import ragged
+from vestige.errors import CacheError, PolicyError
+from vestige.kernels import AttentionScale
+from vestige.observe import Observation, Phase
+
+if TYPE_CHECKING:
+    from vestige.cache import KVCache
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward: what the decoder was given, the same for all layers.
+
+    Args:
+        number: Counts the cache's forwards, so that a layer can tell a new one from one it has stored.
+        positions: Position of each new token in its batch row; -1 for pads.
+        seen: Tokens of each batch row before this forward.
+    """
+
+    number: int
+    positions: Int[Tensor, "batch new"]
+    seen: tuple[int, ...]
+    padded: bool
+    """Whether any new token is a pad."""
+    even: bool
+    """Whether all batch rows have seen the same number of tokens, none of them pads in this forward."""
+
+    @property
+    def new(self) -> int:
+        """Tokens fed, pads included."""
+        return self.positions.shape[1]
+
+    def valid(self, batch: int) -> Int[Tensor, " valid"]:
+        """Return the indices of a batch row's new tokens that are not pads."""
+        return (self.positions[batch] >= 0).nonzero()[:, 0]
+
+
+class Handle:
+    """Stands for a layer's keys or values between ``update`` and the attention function. Not a tensor.
+
+    Models that transform keys after storing them would be silently wrong on a ragged layer; with the handle they
+    raise at once.
+    """
+
+    def __init__(self, layer: "RaggedLayer", shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.layer = layer
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CacheError(
+            f"this model uses cached keys or values itself ({what}) between storing and attending to them, which an "
+            "evicting cache cannot allow; check it with vestige.check(model), or use a DynamicCache"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+        handle = next(x for x in [*flat, *(kwargs or {}).values()] if isinstance(x, cls))
+        handle._refuse(getattr(func, "__name__", "a torch function"))
+
+    def _operator(self, *operands: Any) -> NoReturn:
+        self._refuse("indexing or arithmetic")
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _operator
+    __matmul__ = __rmatmul__ = __neg__ = _operator
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys, values, positions and side arrays of one layer, each row with its own length.
+
+    ``columns`` maps a name to a flat ``slots ...`` tensor; "keys", "values" and "positions" (int32) are always there.
+    Row ``batch_idx * kv_heads + head`` owns ``starts[row]`` to ``starts[row] + lengths[row]``.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, cache: "KVCache", layer_idx: int) -> None:
+        super().__init__()
+        self._cache = weakref.ref(cache)
+        self.layer_idx = layer_idx
+        self.columns: dict[str, Tensor] = {}
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.kv_heads = 0
+        self.padded_seen = 0
+        self.ragged = False
+        self.ring: Tensor | None = None
+        self.attention: AttentionScale | None = None
+        self.hidden: Tensor | None = None
+        self._capacity = 0
+        self._room = 0
+        self.step_number = 0
+        self._tails: Tensor | None = None
+
+    # What transformers calls.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take sizes, dtype and device from the first pairs."""
+        batch, self.kv_heads = key_states.shape[:2]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        empty = {"keys": key_states, "values": value_states}
+        self.columns = {name: x.new_empty(0, x.shape[-1]) for name, x in empty.items()}
+        self.columns["positions"] = torch.empty(0, dtype=torch.int32, device=self.device)
+        self.starts, self.lengths = [0] * (batch * self.kv_heads), [0] * (batch * self.kv_heads)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Store new pairs; return handles that lead the attention function back to this layer.
+
+        Args:
+            key_states: ``batch kv_heads new head_dim``, after RoPE.
+            value_states: ``batch kv_heads new value_dim``.
+
+        Raises:
+            CacheError: The model is not attached, or the batch is another one.
+        """
+        step = self.cache.take_step(self)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] * self.kv_heads != len(self.lengths):
+            raise CacheError(f"the cache holds {self.batch_size} batch rows, but {key_states.shape[0]} were fed")
+        new = {"keys": key_states, "values": value_states}
+        new |= self.cache.annotate(self, key_states, value_states)
+        new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)
+        self._append(new, step)
+        self.padded_seen += step.new
+        self.step_number, self.hidden = step.number, None
+        return self._handle(key_states), self._handle(value_states)
+
+    def get_seq_length(self) -> int:
+        """Return the padded logical length, which positions and masks are made from; not the pairs held."""
+        return self.padded_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (kv_length, kv_offset): everything while dense; only the new tokens once pairs were evicted."""
+        if self.ragged:
+            return query_length, self.padded_seen
+        return self.padded_seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the layer grows as needed."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget all pairs; sizes are taken anew from the next ones."""
+        fresh = RaggedLayer(self.cache, self.layer_idx)
+        self.__dict__.update(fresh.__dict__)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the slots of the last ``-tokens_to_remove`` tokens; what was evicted before does not come back.
+
+        The slots become slack, so nothing is copied. Called by the cache, which knows the new length of each row.
+        """
+        if not self.is_initialized:
+            return
+        if self.ragged:
+            seen = self.cache.seen
+            left = [int((self.positions(row) < seen[row // self.kv_heads]).sum()) for row in range(self.rows)]
+        else:  # pads are stored too, and all rows have one length
+            left = [length + tokens_to_remove for length in self.lengths]
+        self._room += min(old - new for old, new in zip(self.lengths, left, strict=True))
+        self._capacity = self._capacity if len(set(left)) == 1 else 0
+        self.lengths, self._tails = left, None
+        self.padded_seen += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace batch row b by batch row ``beam_idx[b]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row in place."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows in the given order, repeats allowed."""
+        if not self.is_initialized:
+            return
+        batch_rows = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        rows = [b * self.kv_heads + h for b in batch_rows for h in range(self.kv_heads)]
+        lengths = [self.lengths[row] for row in rows]
+        slots = ragged.packed_slots([self.starts[row] for row in rows], lengths, self.device)
+        self._rebuild(slots, lengths)
+        if self.ring is not None:
+            self.ring = self.ring[torch.tensor(batch_rows, device=self.ring.device)]
+
+    # What the cache and the attention function call.
+
+    @property
+    def cache(self) -> "KVCache":
+        """The cache that this layer belongs to."""
+        cache = self._cache()
+        if cache is None:
+            raise CacheError("the cache of this layer is gone; keep a reference to it while the model runs")
+        return cache
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: batch x KV heads."""
+        return len(self.lengths)
+
+    @property
+    def batch_size(self) -> int:
+        """Batch rows stored."""
+        return self.rows // self.kv_heads if self.kv_heads else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of live storage: columns with their slack, and the query ring."""
+        return sum(column.nbytes for column in self.columns.values()) + (0 if self.ring is None else self.ring.nbytes)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one pair of one row, position and side arrays included."""
+        return sum(
+            column[:1].nbytes or column.new_zeros(1, *column.shape[1:]).nbytes for column in self.columns.values()
+        )
+
+    @property
+    def dynamic_bytes(self) -> int:
+        """What a DynamicCache would take for this layer."""
+        sizes = [self.columns[name] for name in ("keys", "values")] if self.columns else []
+        return sum(self.rows * self.padded_seen * x.shape[-1] * x.element_size() for x in sizes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have one length and one capacity, so that a strided view shows them as one tensor."""
+        return self._capacity > 0
+
+    def view(self, name: str) -> Shaped[Tensor, "batch kv_heads held *rest"]:
+        """Return a column of a uniform layer without copying it."""
+        column = self.columns[name]
+        shape = (self.batch_size, self.kv_heads, self._capacity, *column.shape[1:])
+        return column.view(shape)[:, :, : self.lengths[0]]
+
+    def positions(self, row: int) -> Int[Tensor, " row_held"]:
+        """Return the positions of one row's pairs, ascending; pads are -1."""
+        start = self.starts[row]
+        return self.columns["positions"][start : start + self.lengths[row]]
+
+    def live_lengths(self) -> list[int]:
+        """Return the pairs of each row, pads left out."""
+        return self.lengths if self.ragged else self.live_slots()[1]
+
+    def live_slots(self) -> tuple[Int[Tensor, " held"], list[int]]:
+        """Return the slots of all pairs that are not pads, packed, and the length of each row."""
+        slots = ragged.packed_slots(self.starts, self.lengths, self.device)
+        if self.ragged:
+            return slots, self.lengths
+        real = self.columns["positions"][slots] >= 0
+        return slots[real], ragged.counts_per_row(real, self.lengths)
+
+    def observe(
+        self, phase: Phase, seen: tuple[int, ...], slots: Int[Tensor, " held"], lengths: Sequence[int]
+    ) -> Observation:
+        """Return what a policy may see of this layer, packed."""
+        packed = {name: ragged.gather(column.detach(), slots) for name, column in self.columns.items()}
+        return Observation(
+            layer_idx=self.layer_idx,
+            phase=phase,
+            kv_heads=self.kv_heads,
+            seen=seen,
+            cu_seqlens=tuple(ragged.cumulative(lengths)),
+            keys=packed.pop("keys"),
+            values=packed.pop("values"),
+            positions=packed.pop("positions"),
+            queries=self._latest_queries(seen),
+            attention=self.attention,
+            annotations=packed,
+        )
+
+    def keep(self, slots: Int[Tensor, " kept"], lengths: Sequence[int]) -> None:
+        """Hold only the given slots (packed, ascending in each row) and free the rest."""
+        self._rebuild(slots, list(lengths))
+        self.ragged = True
+
+    def record_queries(
+        self, query: Float[Tensor, "batch heads new head_dim"], step: Step, scale: AttentionScale
+    ) -> None:
+        """Remember the latest queries: that of position p in ring slot ``p % observed``, so order needs no pointer."""
+        observed = self.cache.queries_observed
+        if not observed:
+            return
+        query = query.detach()
+        if self.ring is None:
+            batch, heads, _, head_dim = query.shape
+            self.ring = query.new_zeros(batch, heads, observed, head_dim)
+            self.cache.note_peak()
+        self.attention = scale
+        if step.even:
+            last = step.seen[0] + step.new
+            if step.new == 1:
+                self.ring[:, :, (last - 1) % observed] = query[:, :, 0]
+                return
+            at = torch.arange(max(step.seen[0], last - observed), last, device=query.device)
+            self.ring[:, :, at % observed] = query[:, :, at - step.seen[0]]
+            return
+        for b in range(query.shape[0]):
+            new = step.valid(b)[-observed:]
+            self.ring[b][:, step.positions[b, new].long() % observed] = query[b][:, new]
+
+    def copy_to(self, cache: "KVCache") -> "RaggedLayer":
+        """Return an equal layer of another cache, sharing no memory."""
+        twin = RaggedLayer(cache, self.layer_idx)
+        for name, value in vars(self).items():
+            if name not in ("_cache", "layer_idx", "hidden", "_tails"):
+                setattr(twin, name, value)
+        twin.columns = {name: column.detach().clone() for name, column in self.columns.items()}
+        twin.starts, twin.lengths = list(self.starts), list(self.lengths)
+        twin.ring = None if self.ring is None else self.ring.clone()
+        return twin
+
+    def restore(
+        self, columns: dict[str, Tensor], lengths: list[int], kv_heads: int, padded_seen: int, ragged_rows: bool
+    ) -> None:
+        """Take over packed columns, as :mod:`vestige.persist` saved them."""
+        self.kv_heads, self.padded_seen, self.ragged = kv_heads, padded_seen, ragged_rows
+        self.columns, self.is_initialized, self.step_number = columns, True, 1
+        self.dtype, self.device = columns["keys"].dtype, columns["keys"].device
+        self._rebuild(torch.arange(sum(lengths), device=self.device), list(lengths))
+
+    # Storage.
+
+    def _append(self, new: dict[str, Tensor], step: Step) -> None:
+        fed = [step.new] * self.rows
+        source: Tensor | None = None
+        if self.ragged and step.padded:  # pads are not stored beside evicted rows
+            valid = (step.positions >= 0).repeat_interleave(self.kv_heads, 0)
+            fed, source = valid.sum(1).tolist(), valid.flatten().nonzero()[:, 0]
+        for name in new.keys() - self.columns.keys():
+            self.columns[name] = self._empty_column(name, new[name])
+        if self._room < max(fed):
+            slots = ragged.packed_slots(self.starts, self.lengths, self.device)
+            self._rebuild(slots, list(self.lengths), extra=fed)
+        self._room -= max(fed)
+        autograd = torch.is_grad_enabled() and any(x.requires_grad for x in (*new.values(), *self.columns.values()))
+        before = self.lengths
+        self.lengths = [length + n for length, n in zip(before, fed, strict=True)]
+        if self.uniform and source is None and not autograd:
+            for name, x in new.items():
+                self.view(name)[:, :, before[0] :] = x
+            return
+        self._capacity = self._capacity if source is None else 0
+        if step.new == 1 and source is None:
+            slots = self._next_slots(before)
+        else:
+            ends = [start + length for start, length in zip(self.starts, before, strict=True)]
+            slots, self._tails = ragged.packed_slots(ends, fed, self.device), None
+        for name, x in new.items():
+            packed = x.reshape(-1, *self.columns[name].shape[1:])
+            packed = packed if source is None else packed[source]
+            self.columns[name] = ragged.append(self.columns[name], slots, packed.to(self.columns[name].dtype))
+
+    def _empty_column(self, name: str, like: Tensor) -> Tensor:
+        if self.columns["positions"].shape[0]:
+            raise PolicyError(f"pairs already in the cache have no {name!r}; give the policy before reading")
+        return like.new_empty(0, *like.shape[3:])
+
+    def _next_slots(self, lengths: Sequence[int]) -> Int[Tensor, " rows"]:
+        """Return each row's next free slot, counted up in place: a decode step makes no index tensor."""
+        if self._tails is None:
+            ends = [start + length for start, length in zip(self.starts, lengths, strict=True)]
+            self._tails = torch.tensor(ends, device=self.device)
+        else:
+            self._tails += 1
+        return self._tails
+
+    def _rebuild(self, slots: Tensor, lengths: list[int], extra: Sequence[int] | None = None) -> None:
+        """Lay the chosen slots out anew, column by column, so that at most one column exists twice at a time.
+
+        Every row gets slack for the tokens until the next settle, and ``extra`` room for pairs about to come.
+        """
+        slack = self.cache.slack
+        extra = [0] * len(lengths) if extra is None else extra
+        capacities = [length + n + slack for length, n in zip(lengths, extra, strict=True)]
+        index = ragged.layout_index(slots, lengths, capacities)
+        for name, column in self.columns.items():
+            laid_out = ragged.gather(column, index)
+            self.cache.note_peak(laid_out.nbytes)
+            self.columns[name] = laid_out
+        self.lengths, self.starts = lengths, ragged.cumulative(capacities)[:-1]
+        self._capacity = capacities[0] if len(set(lengths)) == len(set(capacities)) == 1 else 0
+        self._room, self._tails = slack + min(extra), None
+
+    def _handle(self, new: Tensor) -> Handle:
+        batch, heads, _, size = new.shape
+        return Handle(self, torch.Size((batch, heads, self.padded_seen, size)), self.dtype, self.device)
+
+    def _latest_queries(self, seen: tuple[int, ...]) -> tuple[Tensor, ...]:
+        if self.ring is None:
+            return ()
+        observed, latest = self.ring.shape[2], []
+        for b, end in enumerate(seen):
+            at = torch.arange(max(self.cache.ring_floor[b], end - observed), end, device=self.ring.device)
+            latest.append(self.ring[b][:, at % observed])
+        return tuple(latest)

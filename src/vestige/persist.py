@@ -1,0 +1,213 @@
+"""Saving a cache to a folder and loading it: safetensors for tensors, JSON for the rest; no code is ever run.
+
+A folder is written beside its final place and renamed, so it is there completely or not at all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vestige import ragged
+from vestige.budget import Budget
+from vestige.cache import KVCache
+from vestige.errors import CacheFileError, InputError, VestigeError
+from vestige.kernels import AttentionScale
+from vestige.layers import RaggedLayer, Step
+from vestige.policies import POLICIES, resolve
+from vestige.policy import Policy
+from vestige.schedule import Schedule
+from vestige.spans import Span
+
+FORMAT = 1
+_TENSORS, _BOOKS = "cache.safetensors", "cache.json"
+
+
+def save(cache: KVCache, path: Path) -> None:
+    """Write a cache to a new folder.
+
+    Raises:
+        InputError: The folder exists and is not empty, or cannot be written. Nothing is left behind.
+        CacheFileError: The policy has no name that loading could find.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not empty; name a new folder")
+    tensors, layers = _pack(cache)
+    books = {
+        "format": FORMAT,
+        "model": cache.anatomy.fingerprint(),
+        "policy": _policy_to_json(cache.policy),
+        "needs": sorted(cache.needs),
+        "queries_observed": cache.queries_observed,
+        "length": cache.length,
+        "pins": [[span.start, span.end] for span in cache.pins],
+        "seen": list(cache.seen),
+        "ring_floor": cache.ring_floor,
+        "prepared": cache.prepared,
+        "peak_kv_bytes": cache.peak_kv_bytes,
+        "evict_s": cache.evict_s,
+        "schedule": vars(cache.schedule),
+        "layers": layers,
+    }
+    work = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        save_file(tensors, work / _TENSORS)
+        books["sha256"] = _sha256(work / _TENSORS)
+        (work / _BOOKS).write_text(json.dumps(books, indent=1))
+        os.chmod(work, 0o755)  # mkdtemp makes it private
+        if path.exists():
+            path.rmdir()
+        os.replace(work, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write the cache to {path}: {error}") from None
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def load(path: Path, model: PreTrainedModel) -> KVCache:
+    """Read a cache that :func:`save` wrote for the same model.
+
+    Raises:
+        CacheFileError: Missing, damaged, of another format, or made for another model.
+    """
+    try:
+        books = json.loads((path / _BOOKS).read_text())
+        if books["format"] != FORMAT:
+            raise CacheFileError(f"{path} has format {books['format']}, this version of vestige reads {FORMAT}")
+        if _sha256(path / _TENSORS) != books["sha256"]:
+            raise CacheFileError(f"{path} is damaged: {_TENSORS} is not the file that was saved")
+        tensors = load_file(path / _TENSORS, device=str(model.device))
+        return _unpack(books, tensors, model, path)
+    except CacheFileError:
+        raise
+    except FileNotFoundError as error:
+        raise CacheFileError(f"{path} is not a saved cache: no {Path(error.filename).name}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, VestigeError) as error:
+        raise CacheFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _pack(cache: KVCache) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return all tensors by name, pairs without their slack, and each layer's plain values."""
+    tensors = {"ids": cache.ids, "real": cache.real.to(torch.uint8)}
+    if cache.step is not None:
+        tensors["step.positions"] = cache.step.positions
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        plain, inner = _ragged_parts(layer) if isinstance(layer, RaggedLayer) else _foreign_parts(layer)
+        tensors |= {f"{i}.{name}": tensor for name, tensor in inner.items()}
+        layers.append(plain)
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, layers
+
+
+def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not layer.is_initialized:
+        return {}, {}
+    slots = ragged.packed_slots(layer.starts, layer.lengths, layer.device)
+    tensors = {f"column.{name}": ragged.gather(column, slots) for name, column in layer.columns.items()}
+    plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
+    if layer.ring is not None:
+        tensors["ring"] = layer.ring
+    if layer.attention is not None:
+        plain |= {"scaling": layer.attention.scaling, "softcap": layer.attention.softcap}
+        if layer.attention.sinks is not None:
+            tensors["sinks"] = layer.attention.sinks
+    return plain, tensors
+
+
+def _foreign_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the state of a layer that transformers made, dicts of states one level deep."""
+    plain: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            tensors |= {f"{name}/{key}": x for key, x in value.items() if isinstance(x, Tensor)}
+            plain[name] = {str(key): x for key, x in value.items() if isinstance(x, bool | int | None)}
+        elif isinstance(value, bool | int | float | str | None):
+            plain[name] = value
+    return plain, tensors
+
+
+def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel, path: Path) -> KVCache:
+    cache = KVCache(model, _policy_from_json(books["policy"]))
+    if books["model"] != cache.anatomy.fingerprint():
+        raise CacheFileError(f"{path} was made for another model or other weights than {model.config.name_or_path!r}")
+    for name in ("queries_observed", "length", "prepared", "peak_kv_bytes", "evict_s"):
+        setattr(cache, name, books[name])
+    cache.needs = frozenset(books["needs"])
+    cache.pins = tuple(Span(*pin) for pin in books["pins"])
+    cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
+    cache.schedule = Schedule(**books["schedule"])
+    cache.fed.add(tensors["ids"].cpu(), tensors["real"].bool())
+    if "step.positions" in tensors:
+        cache.step = Step(1, tensors["step.positions"], cache.seen, padded=False, even=False)
+    for i, plain in enumerate(books["layers"]):
+        inner = {name.partition(".")[2]: x for name, x in tensors.items() if name.partition(".")[0] == str(i)}
+        layer: Any = cache.layers[i]
+        if isinstance(layer, RaggedLayer):
+            _restore_ragged(layer, plain, inner)
+        else:
+            _restore_foreign(layer, plain, inner, model)
+    return cache
+
+
+def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, Tensor]) -> None:
+    if not plain:
+        return
+    sinks = inner.pop("sinks", None)
+    layer.ring = inner.pop("ring", None)
+    if "scaling" in plain:
+        layer.attention = AttentionScale(plain["scaling"], plain["softcap"], sinks)
+    columns = {name.removeprefix("column."): column for name, column in inner.items()}
+    layer.restore(columns, plain["lengths"], plain["kv_heads"], plain["padded_seen"], plain["ragged"])
+
+
+def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor], model: PreTrainedModel) -> None:
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            value = {int(key) if key.isdigit() else key: x for key, x in value.items()}
+        setattr(layer, name, value)
+    for name, tensor in inner.items():
+        attribute, _, key = name.partition("/")
+        if key:
+            getattr(layer, attribute)[int(key) if key.isdigit() else key] = tensor
+        else:
+            setattr(layer, attribute, tensor)
+    if getattr(layer, "keys", None) is not None:
+        layer.dtype, layer.device = layer.keys.dtype, model.device
+
+
+def _policy_to_json(policy: Policy) -> dict[str, Any]:
+    home = f"{type(policy).__module__}:{type(policy).__name__}"
+    names = [name for name, path in POLICIES.items() if path == home]
+    if not names:
+        raise CacheFileError(f"a cache of policy {home} cannot be saved: it is not one of {', '.join(POLICIES)}")
+    options = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    budget = options.pop("budget")
+    return {"name": names[0], "budget": None if budget is None else [budget.kind, budget.amount], "options": options}
+
+
+def _policy_from_json(saved: dict[str, Any]) -> Policy:
+    cls: Any = resolve(saved["name"])
+    budget = None if saved["budget"] is None else Budget(*saved["budget"])
+    policy: Policy = cls(budget=budget, **saved["options"])
+    return policy
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,47 @@
+"""Eviction methods, one file each, named in one dict.
+
+A new policy is its file, one line in ``POLICIES`` and one golden test. ``POLICIES`` names classes rather than holding
+them, so that listing is cheap; an own policy need not be registered: pass the object.
+"""
+
+import importlib
+from typing import Any
+
+from vestige.errors import PolicyError, unknown
+from vestige.policy import Policy
+
+POLICIES: dict[str, str] = {
+    "full": "vestige.policies.full:Full",
+    "keydiff": "vestige.policies.keydiff:KeyDiff",
+    "knorm": "vestige.policies.knorm:KNorm",
+    "random": "vestige.policies.random:Random",
+    "snapkv": "vestige.policies.snapkv:SnapKV",
+    "streaming_llm": "vestige.policies.streaming_llm:StreamingLLM",
+    "tova": "vestige.policies.tova:TOVA",
+}
+
+_CLASSES = {path.partition(":")[2]: path for path in POLICIES.values()}
+__all__ = ["POLICIES", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def resolve(name: str) -> type[Policy]:
+    """Return the class of a named policy.
+
+    Raises:
+        PolicyError: No such name; the message gives the nearest and all valid ones.
+    """
+    if name not in POLICIES:
+        raise PolicyError(unknown("policy", name, POLICIES))
+    found: type[Policy] = _load(POLICIES[name])
+    return found
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return _load(_CLASSES[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,33 @@
+"""Keep the keys that differ most from the others."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from vestige.observe import Observation
+from vestige.policy import Policy
+from vestige.select import Scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyDiff(Policy):
+    """Keep the pairs whose keys point away from the mean direction of their row.
+
+    Source: KeyDiff, arXiv 2504.15364: the anchor is the mean of the L2-normalised keys of a KV head, the score the
+    negative cosine to it. Differs: sink and window are protected here; the anchor is that of the pairs held now, so
+    after an eviction it no longer counts what is gone.
+    """
+
+    scale: ClassVar[Scale] = "signed"
+
+    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+        """Return the negative cosine of each key to its row's anchor."""
+        keys = seen.keys.float()
+        scores = keys.new_empty(len(keys))
+        for row in seen.rows():
+            anchor = normalize(keys[row.pairs], dim=-1).mean(0, keepdim=True)
+            scores[row.pairs] = -cosine_similarity(keys[row.pairs], anchor, dim=-1)
+        return scores

@@ -1,0 +1,27 @@
+"""Keep the keys of small norm."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.observe import Observation
+from vestige.policy import Policy
+from vestige.select import Scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNorm(Policy):
+    """Keep the pairs whose keys have the smallest L2 norm: small keys tend to draw attention.
+
+    Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv 2406.11430.
+    Differs: sink and window are protected here; the paper spares its first two layers instead.
+    """
+
+    scale: ClassVar[Scale] = "signed"
+
+    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+        """Return the negative norm of each key."""
+        return torch.linalg.vector_norm(seen.keys.float(), dim=-1).neg()

@@ -1,0 +1,51 @@
+"""Keep random pairs: the control that any score must beat."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.observe import Observation
+from vestige.policy import Policy
+
+_MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # SplitMix64's constants, as signed integers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Policy):
+    """Keep pairs at random, each as likely as any other, however often room is made.
+
+    Source: the usual control. Differs from drawing anew at each settle: a pair's score is a hash of (seed, layer, KV
+    head, position), drawn once for its life. So what is left after many settles is a uniform sample of all that was
+    seen rather than mostly recent, and chunks, batches, forks and saved caches agree without any random state.
+    """
+
+    seed: int = 0
+    """Another seed is another sample."""
+
+    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+        """Return uniform numbers in [0, 1)."""
+        heads = torch.cat(
+            [torch.full((row.pairs.stop - row.pairs.start,), row.kv_head, dtype=torch.long) for row in seen.rows()]
+        ).to(seen.positions.device)
+        stream = (self.seed * 2**20 + seen.layer_idx) * 2**10 + heads
+        return uniform(splitmix64(stream) + seen.positions.long())
+
+
+def splitmix64(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Return the SplitMix64 hash of 64-bit integers (Steele, Lea and Flood 2014); overflow wraps."""
+    x = x * _MIX[0] + _MIX[0]  # odd multiple of the golden gamma: neighbouring inputs part company
+    x = (x ^ _shift(x, 30)) * _MIX[1]
+    x = (x ^ _shift(x, 27)) * _MIX[2]
+    return x ^ _shift(x, 31)
+
+
+def uniform(seed: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return a float32 in [0, 1) for each integer: its hash's top 24 bits, which float32 holds exactly."""
+    return _shift(splitmix64(seed), 40).float().div(2**24)
+
+
+def _shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
+    """Shift right without the sign, which torch's shift would drag along."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)

@@ -1,0 +1,22 @@
+"""Keep the first and the most recent tokens."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.observe import Observation
+from vestige.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Policy):
+    """Keep attention sinks and the most recent tokens.
+
+    Source: StreamingLLM, arXiv 2309.17453. Differs: keys keep their true positions; the paper re-numbers positions
+    within the cache at each step, so that a model can stream past its trained length.
+    """
+
+    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+        """Return the position: newer is better; the sinks are protected, not scored."""
+        return seen.positions.float()

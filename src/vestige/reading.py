@@ -1,0 +1,109 @@
+"""Reading a text into a cache in chunks, with eviction between them."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vestige.attachment import require_cache
+from vestige.cache import KVCache
+from vestige.errors import InputError
+from vestige.policy import Prepares
+
+
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch new"],
+    cache: KVCache,
+    *,
+    chunk: int = 1024,
+    length: int | None = None,
+    settle: bool = True,
+    attention_mask: Int[Tensor, "batch new"] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Float[Tensor, "batch vocab"]:
+    """Read ids into a cache, never holding more than its limit and one chunk; return the logits after the last one.
+
+    Everything given is read. To generate from exactly these ids, pass ``ids[:, :-1]`` and give ``generate`` all of
+    them: it feeds the last one.
+
+    Args:
+        model: An attached model.
+        input_ids: What follows the tokens that the cache has seen.
+        cache: Changed in place.
+        chunk: Tokens per forward.
+        length: The full length to come (text, question, ...): what a fraction budget is a fraction of, from now on.
+            Without it a fraction is one of the tokens seen once these ids are read.
+        settle: Whether to settle between chunks and at the end; False reads a question, which stays whole.
+        attention_mask: 0 for pads, which must be at the left.
+        progress: Called with the number of tokens read so far.
+
+    Raises:
+        CacheError: The cache is not a KVCache, the model is not attached, or the ids do not fit the cache.
+        BudgetError: The budget for the announced length is below the protected pairs; nothing was read.
+        InputError: No ids, or more than the model has positions for; nothing was read.
+    """
+    require_cache(cache)
+    _check_input(cache, input_ids, attention_mask, chunk, length)
+    if length is not None:
+        cache.length = length
+    schedule, total = cache.schedule, input_ids.shape[1]
+    cache.reading_to = _ends(cache, input_ids, attention_mask)
+    schedule.reading, schedule.chunk = settle, chunk
+    logits = torch.empty(0)
+    try:
+        for start in range(0, total, chunk):
+            end = min(start + chunk, total)
+            logits = _forward(model, input_ids, cache, start, end, attention_mask)
+            if settle and end < total:
+                cache.settle(reading=True)
+            if progress is not None:
+                progress(end)
+        if settle:
+            if isinstance(cache.policy, Prepares):
+                cache.policy.prepare(model, cache, input_ids)
+                cache.prepared = True
+            cache.settle()
+            schedule.prefilled = True
+    finally:
+        schedule.reading, cache.reading_to = False, None
+    return logits
+
+
+def _check_input(cache: KVCache, ids: Tensor, mask: Tensor | None, chunk: int, length: int | None) -> None:
+    if ids.ndim != 2 or not ids.numel():
+        raise InputError(f"nothing to read: input_ids have shape {tuple(ids.shape)}, expected (batch, new)")
+    if chunk < 1:
+        raise InputError(f"chunk must be at least 1, got {chunk}")
+    if mask is not None and (mask.shape != ids.shape or bool((mask[:, 1:] < mask[:, :-1]).any())):
+        raise InputError("attention_mask must have the shape of input_ids, with the pads at the left")
+    total, limit = max(cache.seen, default=0) + ids.shape[1], cache.anatomy.max_positions
+    if limit is not None and total > limit:
+        raise InputError(f"{total} tokens are more than the model's {limit} positions")
+    if cache.policy.budget is not None:
+        cache.policy.budget.check(cache.policy.protected, length=length)
+
+
+def _ends(cache: KVCache, ids: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    fed = [ids.shape[1]] * ids.shape[0] if mask is None else mask.sum(1).tolist()
+    return tuple(s + n for s, n in zip(cache.seen or (0,) * len(fed), fed, strict=True))
+
+
+def _forward(
+    model: PreTrainedModel, ids: Tensor, cache: KVCache, start: int, end: int, mask: Tensor | None
+) -> Float[Tensor, "batch vocab"]:
+    """Feed one chunk. Masks are as long as the sequence: what was seen before counts as real, pads were dropped."""
+    inputs: dict[str, Tensor | int] = {}
+    if mask is not None or cache.padded:
+        new = torch.ones_like(ids[:, start:end]) if mask is None else mask[:, start:end]
+        inputs["attention_mask"] = torch.cat([cache.real.to(new), new], 1)
+        seen = torch.tensor(cache.seen or (0,) * len(ids), device=ids.device)[:, None]
+        inputs["position_ids"] = (seen + new.cumsum(1) - 1).clamp_min(0)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **inputs)
+    logits: Tensor = out.logits
+    return logits[:, -1]

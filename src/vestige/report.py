@@ -1,0 +1,74 @@
+"""What a cache holds and what it costs, in numbers."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Pairs held by the rows of one layer."""
+
+    layer_idx: int
+    rows: tuple[int, ...]
+    """Pairs of each row, in (batch, kv_head) order."""
+    seen: int
+    """Tokens that each row has seen, on average."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A snapshot of a cache. Bytes are those of live storage: slack, side arrays and query rings included."""
+
+    seen: tuple[int, ...]
+    """Tokens of each batch row, pads left out."""
+    held: int
+    """Pairs stored, over evictable layers and rows."""
+    full: int
+    """Pairs that a cache without eviction would store."""
+    kv_bytes: int
+    peak_kv_bytes: int
+    """Largest ``kv_bytes`` so far, the copies made by a compaction included."""
+    full_kv_bytes: int
+    """What a DynamicCache would take for the evictable layers."""
+    other_kv_bytes: int
+    """Sliding, linear and other layers, which are left alone."""
+    memory_bytes: int
+    """What remains of the evicted; part of ``kv_bytes``."""
+    evict_s: float
+    """Seconds spent on scoring, selecting and compacting."""
+    budget_total: int | None
+    """Pairs that a settle brings the cache down to now; None if nothing is ever evicted."""
+    policy: str
+    share: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def kept_fraction(self) -> float:
+        """Held over full; 1.0 for an empty cache."""
+        return self.held / self.full if self.full else 1.0
+
+    @property
+    def compression_ratio(self) -> float:
+        """Evicted over full, for tables that count this way."""
+        return 1.0 - self.kept_fraction
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON, layers included."""
+        return asdict(self) | {"kept_fraction": self.kept_fraction}
+
+    def __str__(self) -> str:
+        least = min((min(layer.rows, default=0) for layer in self.layers), default=0)
+        most = max((max(layer.rows, default=0) for layer in self.layers), default=0)
+        lines = [
+            f"policy {self.policy}, share {self.share}: seen {' '.join(map(str, self.seen))}, held {self.held} of "
+            f"{self.full} pairs ({self.kept_fraction:.1%}), {least} to {most} a row",
+            f"bytes {self.kv_bytes:,} (peak {self.peak_kv_bytes:,}; unevicted {self.full_kv_bytes:,}; other layers "
+            f"{self.other_kv_bytes:,}), {self.evict_s:.3f} s evicting",
+            *(
+                f"layer {layer.layer_idx:>3}: min {min(layer.rows)} max {max(layer.rows)} "
+                f"mean {sum(layer.rows) / len(layer.rows):.1f}"
+                for layer in self.layers
+                if layer.rows
+            ),
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""Who stays: scores, protection and room in, kept pairs out.
+
+One question, *who competes with whom for room*, has three answers: ``share="head"`` (each row keeps as many as every
+other), ``"layer"`` (the rows of a layer compete) and ``"model"`` (all rows of a batch row compete, over all layers,
+after their scores were made comparable by the policy's scale). Batch rows never compete.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vestige.budget import Budget
+from vestige.errors import BudgetError, PolicyError
+
+Share = Literal["head", "layer", "model"]
+Scale = Literal["calibrated", "mass", "signed"]
+SHARES: tuple[str, ...] = get_args(Share)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The packed rows of all evictable layers, layer by layer, each layer's rows in (batch, kv_head) order.
+
+    Args:
+        lengths: Pairs of each row.
+        layer: Layer of each row.
+        batch: Batch row of each row.
+    """
+
+    lengths: Int[Tensor, " rows"]
+    layer: Int[Tensor, " rows"]
+    batch: Int[Tensor, " rows"]
+
+    @cached_property
+    def row(self) -> Int[Tensor, " held"]:
+        """The row of each pair."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
+
+    def groups(self, share: Share) -> Int[Tensor, " rows"]:
+        """Return the group in which each row competes, numbered from 0."""
+        if share == "head":
+            return torch.arange(len(self.lengths), device=self.lengths.device)
+        if share == "layer":
+            return self.layer * (int(self.batch.max()) + 1) + self.batch
+        return self.batch
+
+
+def select(
+    scores: Float[Tensor, " held"],
+    positions: Int[Tensor, " held"],
+    protected: Bool[Tensor, " held"],
+    grid: Grid,
+    room: Int[Tensor, " batch"],
+    *,
+    share: Share,
+    scale: Scale,
+    floor: float = 0.0,
+    counts: Int[Tensor, " rows"] | None = None,
+) -> Bool[Tensor, " held"]:
+    """Return which pairs stay: every protected one, then the highest scores of each group.
+
+    Nothing is modified. A group keeps exactly its room, or all it has if that is less. Ties go to the later token.
+
+    Args:
+        scores: Importance, larger means keep.
+        positions: Position of each pair, for ties.
+        protected: True where a pair must stay.
+        grid: Which row, layer and batch row a pair belongs to.
+        room: Average pairs per row that each batch row may keep, protected ones included.
+        share: Who competes with whom.
+        scale: How layers are made comparable for ``share="model"``; see :func:`rescale`.
+        floor: Share of the average that each row keeps before rows compete (AdaKV's safeguard), in [0, 1].
+        counts: Pairs that each row keeps, if they are fixed beforehand; then ``share`` and ``floor`` do not matter.
+
+    Raises:
+        PolicyError: A score is NaN.
+        BudgetError: A group protects more pairs than it may keep; the message gives both.
+    """
+    refuse_nan(scores, grid)
+    if counts is not None:
+        return keep_topk(scores, positions, protected, grid.row, counts)
+    if share == "model":
+        layer_of_batch = grid.groups("layer")[grid.row]
+        scores = rescale(scores, protected, layer_of_batch, scale)
+    if floor and share != "head":
+        floors = torch.tensor([Budget.share_of(int(n), floor) for n in room], device=scores.device)[grid.batch]
+        guarded = _protected_per(grid.row, protected, len(grid.lengths))
+        protected = keep_topk(scores, positions, protected, grid.row, torch.maximum(floors, guarded))
+    groups = grid.groups(share)
+    totals = torch.zeros(int(groups.max()) + 1, dtype=torch.long, device=scores.device)
+    totals.index_add_(0, groups, room[grid.batch])
+    return keep_topk(scores, positions, protected, groups[grid.row], totals)
+
+
+def keep_topk(
+    scores: Float[Tensor, " held"],
+    positions: Int[Tensor, " held"],
+    protected: Bool[Tensor, " held"],
+    groups: Int[Tensor, " held"],
+    counts: Int[Tensor, " groups"],
+) -> Bool[Tensor, " held"]:
+    """Return the protected pairs and the best others, ``counts[g]`` in each group g (all, if it has fewer).
+
+    Raises:
+        BudgetError: A group protects more pairs than its count; the message gives both.
+    """
+    guarded = _protected_per(groups, protected, len(counts))
+    if bool((guarded > counts).any()):
+        worst = int((guarded - counts).argmax())
+        raise BudgetError(f"{int(guarded[worst])} pairs are protected, the budget has room for {int(counts[worst])}")
+    # Protected pairs come first in their group, whatever their score; then the order is by score, then by position.
+    order = torch.argsort(positions, descending=True, stable=True)
+    order = order[torch.argsort(scores[order], descending=True, stable=True)]
+    order = order[torch.argsort(groups[order] * 2 + (~protected[order]).long(), stable=True)]
+    sizes = torch.zeros_like(counts).index_add_(0, groups, torch.ones_like(groups))
+    begins = sizes.cumsum(0) - sizes
+    ranked = groups[order]
+    rank = torch.arange(len(order), device=order.device) - begins[ranked]
+    kept = torch.zeros_like(protected)
+    kept[order] = rank < counts[ranked]
+    return kept
+
+
+def rescale(
+    scores: Float[Tensor, " held"],
+    protected: Bool[Tensor, " held"],
+    layers: Int[Tensor, " held"],
+    scale: Scale,
+) -> Float[Tensor, " held"]:
+    """Return scores that can be compared between layers; the order within a layer stays.
+
+    ``calibrated`` leaves them. ``mass`` divides by the layer's sum over unprotected pairs: a score becomes a share of
+    what its layer has to give away. ``signed`` takes the z-score over the layer's unprotected pairs.
+
+    Args:
+        scores: Importance, larger means keep.
+        protected: True where a pair stays anyway: sinks would otherwise deflate their whole layer.
+        layers: The layer (of a batch row) that each pair belongs to.
+        scale: One of the three.
+    """
+    if scale == "calibrated":
+        return scores
+    num_layers = int(layers.max()) + 1
+
+    def total(values: Float[Tensor, " held"]) -> Float[Tensor, " layers"]:
+        return values.new_zeros(num_layers).index_add_(0, layers, values.masked_fill(protected, 0.0))
+
+    tiny = torch.finfo(scores.dtype).tiny
+    if scale == "mass":
+        return scores / total(scores).clamp_min(tiny)[layers]
+    count = total(torch.ones_like(scores)).clamp_min(1)
+    centred = scores - (total(scores) / count)[layers]
+    deviation = (total(centred.square()) / count).sqrt().clamp_min(tiny)
+    return centred / deviation[layers]
+
+
+def refuse_nan(scores: Float[Tensor, " held"], grid: Grid) -> None:
+    """Raise a PolicyError that names the first layer with a score that is not a number."""
+    bad = torch.isnan(scores)
+    if bool(bad.any()):
+        layer = int(grid.layer[grid.row[bad.nonzero()[0, 0]]])
+        raise PolicyError(f"{int(bad.sum())} scores are NaN, the first in layer {layer}; nothing was evicted")
+
+
+def _protected_per(
+    groups: Int[Tensor, " held"], protected: Bool[Tensor, " held"], num_groups: int
+) -> Int[Tensor, " groups"]:
+    return torch.zeros(num_groups, dtype=torch.long, device=groups.device).index_add_(0, groups, protected.long())

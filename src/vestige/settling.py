@@ -1,0 +1,106 @@
+"""One eviction: show every layer to the policy, select once over all of them, compact each.
+
+Nothing is changed before the selection stands, so a broken score or an impossible budget leaves the cache as it was.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vestige import ragged
+from vestige.errors import PolicyError
+from vestige.layers import RaggedLayer
+from vestige.observe import Observation, Phase
+from vestige.policy import Policy
+from vestige.select import Grid, select
+from vestige.spans import Span
+
+_UNLIMITED = 2**40
+
+
+def evict(
+    layers: Sequence[RaggedLayer],
+    policy: Policy,
+    room: Sequence[int],
+    seen: tuple[int, ...],
+    pins: Sequence[Span],
+    phase: Phase,
+) -> bool:
+    """Bring every batch row that holds too much down to its room; return whether anything had to go.
+
+    Args:
+        layers: The evictable layers; changed in place.
+        policy: Scores and protects.
+        room: Average pairs per row that each batch row may hold.
+        seen: Tokens of each batch row.
+        pins: Spans that no policy may evict.
+        phase: What the policy is told.
+
+    Raises:
+        PolicyError: Scores are NaN or of a wrong shape, or the policy needs what was not recorded.
+        BudgetError: The protected pairs do not fit.
+    """
+    live = [layer.live_slots() for layer in layers]
+    grid = _grid(layers, [lengths for _, lengths in live])
+    limits = torch.tensor([min(n, _UNLIMITED) for n in room], device=grid.lengths.device)
+    over = _held_per_batch_row(grid, len(room)) > limits * sum(layer.kv_heads for layer in layers)
+    if not bool(over.any()):
+        return False
+    scores, positions = [], []
+    for layer, (slots, lengths) in zip(layers, live, strict=True):
+        observation = layer.observe(phase, seen, slots, lengths)
+        scores.append(_score(policy, observation))
+        positions.append(observation.positions)
+    at = torch.cat(positions)
+    stays = _protected(policy, pins, at, seen, grid) | ~over[grid.batch][grid.row]
+    kept = select(
+        torch.cat(scores),
+        at,
+        stays,
+        grid,
+        torch.where(over, limits, _UNLIMITED),
+        share=policy.share,
+        scale=policy.scale,
+        floor=policy.floor,
+    )
+    bounds = ragged.cumulative([len(slots) for slots, _ in live])
+    for i, (layer, (slots, lengths)) in enumerate(zip(layers, live, strict=True)):
+        mask = kept[bounds[i] : bounds[i + 1]]
+        layer.keep(slots[mask], ragged.counts_per_row(mask, lengths))
+    return True
+
+
+def _score(policy: Policy, seen: Observation) -> Float[Tensor, " held"]:
+    name = type(policy).__name__
+    if "queries" in policy.needs and not seen.queries:
+        raise PolicyError(f"policy {name} needs queries, but none were recorded while this cache was filled")
+    with torch.no_grad():
+        scores = policy.score(seen)
+    if scores.shape != seen.positions.shape:
+        raise PolicyError(f"policy {name} gave scores {tuple(scores.shape)} for {len(seen.positions)} pairs")
+    return scores.float()
+
+
+def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> Grid:
+    layer = [i for i, rows in enumerate(lengths) for _ in rows]
+    batch = [row // layers[i].kv_heads for i, rows in enumerate(lengths) for row in range(len(rows))]
+    flat = [n for rows in lengths for n in rows]
+    return Grid(*(torch.tensor(x, device=layers[0].device) for x in (flat, layer, batch)))
+
+
+def _held_per_batch_row(grid: Grid, batch: int) -> Int[Tensor, " batch"]:
+    held = torch.zeros(batch, dtype=torch.long, device=grid.lengths.device)
+    return held.index_add_(0, grid.batch, grid.lengths)
+
+
+def _protected(
+    policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], grid: Grid
+) -> Bool[Tensor, " held"]:
+    """Return which pairs no policy may evict: sink, window, pins."""
+    ends = torch.tensor(seen, device=positions.device)[grid.batch][grid.row]
+    protected = (positions < policy.sink) | (positions >= ends - policy.window)
+    for span in pins:
+        protected |= (positions >= span.start) & (positions < span.end)
+    return protected
