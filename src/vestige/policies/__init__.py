@@ -4,9 +4,11 @@ A new policy is its file, one line in ``POLICIES`` and one golden test. ``POLICI
 them, so that listing is cheap; an own policy need not be registered: pass the object.
 """
 
+import dataclasses
 import importlib
 from typing import Any
 
+from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
 from vestige.policy import Policy
 
@@ -21,7 +23,7 @@ POLICIES: dict[str, str] = {
 }
 
 _CLASSES = {path.partition(":")[2]: path for path in POLICIES.values()}
-__all__ = ["POLICIES", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["POLICIES", "make", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def resolve(name: str) -> type[Policy]:
@@ -34,6 +36,28 @@ def resolve(name: str) -> type[Policy]:
         raise PolicyError(unknown("policy", name, POLICIES))
     found: type[Policy] = _load(POLICIES[name])
     return found
+
+
+def make(name: str, budget: Budget | None = None, *, share: str | None = None, seed: int = 0) -> Policy:
+    """Return a named policy with its defaults, as the command line makes it.
+
+    Args:
+        name: A key of ``POLICIES``.
+        budget: What it may keep; every policy but "full" needs one.
+        share: Who competes for room; None leaves the method's own choice.
+        seed: For policies that draw.
+
+    Raises:
+        PolicyError: An unknown name or share, or no budget where one is needed.
+    """
+    cls: Any = resolve(name)
+    if budget is None and name != "full":
+        raise PolicyError(f"policy {name!r} needs a budget: tokens (512), a fraction (0.1) or bytes (64MB)")
+    fields = {field.name for field in dataclasses.fields(cls)}
+    options: dict[str, Any] = {} if share is None else {"share": share}
+    options |= {"seed": seed} if "seed" in fields else {}
+    policy: Policy = cls(budget=budget, **options)
+    return policy
 
 
 def _load(path: str) -> Any:

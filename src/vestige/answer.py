@@ -1,0 +1,66 @@
+"""Asking a cache a question: the main job's second half, through the model's own ``generate``."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige.cache import KVCache
+from vestige.errors import InputError
+from vestige.reading import prefill
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy reply and what it took."""
+
+    text: str
+    tokens: int
+    """Tokens generated, the end mark included."""
+    decode_s: float
+    """Seconds of decoding; reading the question is not in it."""
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: KVCache,
+    question: Int[Tensor, "1 question"],
+    *,
+    max_new_tokens: int = 64,
+) -> Answer:
+    """Read a question into a cache (it stays whole) and reply greedily. The cache is changed: fork it to ask again.
+
+    Args:
+        model: An attached model.
+        tokenizer: Turns the reply into text.
+        cache: Holds the context.
+        question: Ids behind the context.
+        max_new_tokens: Bound of the reply; it is cut short where the model's positions end.
+
+    Raises:
+        InputError: Context and question leave no position for a reply, or there is no question.
+    """
+    limit, length = cache.anatomy.max_positions, max(cache.seen) + question.shape[1]
+    if limit is not None and length >= limit:
+        raise InputError(f"context and question are {length} tokens; the model has {limit} positions")
+    ids = torch.cat([cache.ids, question], 1).to(model.device)
+    if question.shape[1] > 1:
+        prefill(model, question[:, :-1].to(model.device), cache, chunk=cache.schedule.chunk, settle=False)
+    started = time.perf_counter()
+    generator: Any = model
+    out = generator.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - length),
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    new = out[0, ids.shape[1] :]
+    text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+    return Answer(text, len(new), time.perf_counter() - started)

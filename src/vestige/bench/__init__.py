@@ -1,0 +1,1 @@
+"""Measurements: what eviction costs and saves."""

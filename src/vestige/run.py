@@ -1,0 +1,184 @@
+"""The main job: read a long text within a budget, answer questions about it, keep the compressed reading."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige import policies
+from vestige.answer import Answer, answer
+from vestige.attachment import attach
+from vestige.budget import Budget
+from vestige.cache import KVCache
+from vestige.errors import InputError, PolicyError, unknown
+from vestige.policy import Policy
+from vestige.reading import prefill
+from vestige.report import Report
+from vestige.text import Frame, read_text, require_text
+
+MEMORIES = ("none",)
+"""What can remain of the evicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What to read, what to ask, and how much to keep. Exactly one of ``context``, ``prompt`` and ``cache`` is given.
+
+    Raises:
+        InputError: Too few or too many sources, no question, or a number out of range.
+        PolicyError: An unknown policy, share or memory, or a budget missing or refused.
+        BudgetError: The budget cannot be read or is below the protected pairs.
+    """
+
+    questions: tuple[str, ...]
+    context: Path | None = None
+    prompt: str | None = None
+    cache: Path | None = None
+    policy: str = "full"
+    budget: str | None = None
+    share: str | None = None
+    memory: str = "none"
+    chunk: int = 1024
+    max_new_tokens: int = 64
+    save: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if sum(x is not None for x in (self.context, self.prompt, self.cache)) != 1:
+            raise InputError("give exactly one of --context FILE, --prompt TEXT and --cache DIR")
+        if not self.questions and self.save is None:
+            raise InputError("give at least one --question, or --save to keep the reading")
+        for question in self.questions:
+            require_text(question, "--question")
+        for name in ("chunk", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.memory not in MEMORIES:
+            raise PolicyError(unknown("memory", self.memory, MEMORIES))
+        if self.cache is not None and (self.budget or self.share or self.policy != "full"):
+            raise InputError("a saved cache brings its policy and budget along; leave --policy, --budget, --share out")
+        if self.save is not None and self.save.exists() and (not self.save.is_dir() or any(self.save.iterdir())):
+            raise InputError(f"{self.save} exists and is not empty; name a new folder for --save")
+        self.make_policy()
+
+    def make_policy(self) -> Policy:
+        """Return the policy that the options describe."""
+        budget = None if self.budget is None else Budget.parse(self.budget)
+        return policies.make(self.policy, budget, share=self.share, seed=self.seed)
+
+    def text(self) -> str | None:
+        """Return the text to read, or None if a saved cache takes its place."""
+        if self.cache is not None:
+            return None
+        return require_text(self.prompt, "--prompt") if self.prompt is not None else read_text(_given(self.context))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Answers, and the cache as it was after the last settle before the first question."""
+
+    answers: tuple[Answer, ...]
+    report: Report
+    prefill_s: float
+    budget: Budget | None
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens generated per second over all answers."""
+        seconds = sum(a.decode_s for a in self.answers)
+        return sum(a.tokens for a in self.answers) / seconds if seconds else 0.0
+
+    def as_dict(self, model: str, chunk: int, memory: str, policy: str) -> dict[str, Any]:
+        """Return the row that ``--json`` prints."""
+        report, texts = self.report, [a.text for a in self.answers]
+        return {
+            "answer": texts[0] if texts else "",
+            "answers": texts,
+            "seen": report.seen[0],
+            "held": report.held,
+            "kept_fraction": report.kept_fraction,
+            "kv_bytes": report.kv_bytes,
+            "peak_kv_bytes": report.peak_kv_bytes,
+            "full_kv_bytes": report.full_kv_bytes,
+            "other_kv_bytes": report.other_kv_bytes,
+            "memory_bytes": report.memory_bytes,
+            "prefill_s": self.prefill_s,
+            "evict_s": report.evict_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "policy": policy,
+            "share": report.share,
+            "memory": memory,
+            "budget": None if self.budget is None else str(self.budget),
+            "budget_total": report.budget_total,
+            "chunk": chunk,
+            "model": model,
+        }
+
+
+def run(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[int, int], None] | None = None,
+) -> RunResult:
+    """Read, answer, and save if asked.
+
+    Args:
+        config: What to do.
+        model: Attached for as long as this runs.
+        tokenizer: The model's.
+        progress: Called with (tokens read, tokens in all).
+
+    Raises:
+        VestigeError: Any of its kinds; nothing is left half written.
+    """
+    frame = Frame(tokenizer)
+    questions = [frame.question(question) for question in config.questions]
+    text = config.text()
+    with torch.no_grad(), attach(model):
+        started = time.perf_counter()
+        if text is None:
+            cache = KVCache.load(_given(config.cache), model)
+        else:
+            cache = _read(config, model, frame.context(text), questions, progress)
+        prefill_s = 0.0 if text is None else time.perf_counter() - started
+        report = cache.report()
+        if config.save is not None:
+            cache.save(config.save)
+        answers, peak = [], report.peak_kv_bytes
+        for i, question in enumerate(questions):
+            asked = cache if i == len(questions) - 1 else cache.fork()
+            answers.append(answer(model, tokenizer, asked, question, max_new_tokens=config.max_new_tokens))
+            peak = max(peak, asked.report().peak_kv_bytes)
+    return RunResult(tuple(answers), replace(report, peak_kv_bytes=peak), prefill_s, cache.policy.budget)
+
+
+def _read(
+    config: RunConfig,
+    model: PreTrainedModel,
+    ids: Int[Tensor, "1 context"],
+    questions: list[Tensor],
+    progress: Callable[[int, int], None] | None,
+) -> KVCache:
+    cache = KVCache(model, config.make_policy())
+    limit, length = cache.anatomy.max_positions, ids.shape[1] + max((q.shape[1] for q in questions), default=0)
+    if limit is not None and length > limit:
+        raise InputError(f"context and question are {length} tokens, more than the model's {limit} positions")
+
+    def advanced(read: int) -> None:
+        if progress is not None:
+            progress(read, ids.shape[1])
+
+    prefill(model, ids.to(model.device), cache, chunk=config.chunk, length=length, progress=advanced)
+    return cache
+
+
+def _given(path: Path | None) -> Path:
+    assert path is not None, "checked when the config was made"
+    return path

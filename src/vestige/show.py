@@ -1,0 +1,79 @@
+"""How results look to people: tables, a picture of what each layer kept, progress. Nothing here computes."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from vestige.report import LayerReport, Report
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def megabytes(count: float) -> str:
+    """Return bytes as people read them."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def report_table(report: Report, *, prefill_s: float, tokens_per_s: float) -> Table:
+    """Return the main numbers of a cache as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    budget = "none" if report.budget_total is None else f"{report.budget_total:,} pairs"
+    rows = [
+        ("tokens read", f"{sum(report.seen):,}"),
+        ("pairs held", f"{report.held:,} of {report.full:,} ({report.kept_fraction:.1%}), budget {budget}"),
+        ("cache", f"{megabytes(report.kv_bytes)} instead of {megabytes(report.full_kv_bytes)}"),
+        ("peak", megabytes(report.peak_kv_bytes)),
+        ("reading", f"{prefill_s:.2f} s, of which {report.evict_s:.2f} s evicting"),
+        ("decoding", f"{tokens_per_s:.1f} tokens/s"),
+        ("policy", f"{report.policy}, share {report.share}"),
+    ]
+    if report.other_kv_bytes:
+        rows.insert(4, ("other layers", megabytes(report.other_kv_bytes)))
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), value)
+    return table
+
+
+def layers_picture(report: Report, width: int = 40) -> Table:
+    """Return a picture of what each layer kept: a bar for its mean, and a block per row for their differences."""
+    table = Table(box=None, padding=(0, 1, 0, 0), title="pairs kept by layer (█ of all it saw) and by row")
+    table.add_column("layer", justify="right", style="dim")
+    table.add_column("share of what it saw", width=width)
+    table.add_column("mean", justify="right")
+    table.add_column("rows", no_wrap=True)
+    most = max((max(layer.rows, default=0) for layer in report.layers), default=0)
+    for layer in report.layers:
+        table.add_row(*_layer_cells(layer, most, width))
+    return table
+
+
+def _layer_cells(layer: LayerReport, most: int, width: int) -> tuple[str, Text, str, str]:
+    mean = sum(layer.rows) / max(len(layer.rows), 1)
+    filled = round(width * mean / layer.seen) if layer.seen else 0
+    bar = Text("█" * filled, style="cyan").append("·" * (width - filled), style="dim")
+    blocks = "".join(_BLOCKS[round(8 * n / most)] if most else " " for n in layer.rows[:64])
+    return str(layer.layer_idx), bar, f"{mean:.0f}", blocks
+
+
+def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Table:
+    """Return result rows as a table; ``columns`` maps keys to format specs."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for key in columns:
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*("" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()))
+    return table
+
+
+@contextmanager
+def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
+    """Show a progress bar on a console and yield ``advance(done, total)``."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
