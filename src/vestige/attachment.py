@@ -59,6 +59,9 @@ class Attachment:
         config: Any = decoder.config
         self._restore = config, config._attn_implementation
         config._attn_implementation_internal = NAME
+        model = self.anatomy.model
+        if model is not decoder:  # a model with several inputs hands its decoder embeddings: ids are seen further out
+            self._hooks.append(model.register_forward_pre_hook(_show_ids, with_kwargs=True))
         self._hooks.append(decoder.register_forward_pre_hook(_begin_forward, with_kwargs=True))
         self._hooks += [
             module.register_forward_pre_hook(_show_hidden, with_kwargs=True) for module in attentions.values()
@@ -114,9 +117,19 @@ def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if fed is None:
         return  # the model will say so itself
     batch, new = fed.shape[:2]
+    outer, cache.ids_shown = cache.ids_shown, None
+    if ids is None and outer is not None and outer.shape == (batch, new):
+        ids = outer
     valid = _valid_tokens(kwargs.get("attention_mask"), new, cache.ragged)
     positions, checkable = _text_positions(kwargs.get("position_ids"))
     cache.begin(ids, new, batch, positions, valid, check=checkable)
+
+
+def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Show the cache the ids that the whole model was given."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, KVCache):
+        cache.ids_shown = kwargs.get("input_ids", args[0] if args else None)
 
 
 def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

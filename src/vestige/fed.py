@@ -77,5 +77,5 @@ def check_positions(
         if (valid is None or bool(valid[b].any())) and int(row[first]) != expected:
             raise CacheError(
                 f"the input begins at position {int(row[first])}, but the cache has seen {expected} tokens of batch "
-                f"row {b}; feed what follows the cache, or begin a new one"
+                f"row {b}; feed what follows the cache (vestige.prefill reads it in chunks), or begin a new one"
             )

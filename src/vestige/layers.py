@@ -102,9 +102,10 @@ class RaggedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, cache: "KVCache", layer_idx: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = weakref.ref(cache)
         self.layer_idx = layer_idx
+        self.dtype, self.device = cache.anatomy.model.dtype, cache.anatomy.device
         self.columns: dict[str, Tensor] = {}
         self.starts: list[int] = []
         self.lengths: list[int] = []
@@ -273,7 +274,7 @@ class RaggedLayer(CacheLayerMixin):
     def live_slots(self) -> tuple[Int[Tensor, " held"], list[int]]:
         """Return the slots of all pairs that are not pads, packed, and the length of each row."""
         slots = ragged.packed_slots(self.starts, self.lengths, self.device)
-        if self.ragged:
+        if self.ragged or not len(slots):
             return slots, self.lengths
         real = self.columns["positions"][slots] >= 0
         return slots[real], ragged.counts_per_row(real, self.lengths)

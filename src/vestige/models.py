@@ -84,7 +84,7 @@ class Anatomy:
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
 
 
-def check(model: PreTrainedModel) -> Anatomy:
+def check(model: nn.Module) -> Anatomy:
     """Return where things are in a model that vestige can serve. Nothing is changed.
 
     Raises:

@@ -56,7 +56,7 @@ class Observation:
     positions: Int[Tensor, " held"]
     keys: Float[Tensor, "held head_dim"]
     values: Float[Tensor, "held value_dim"]
-    queries: tuple[Float[Tensor, "heads latest head_dim"], ...] = ()
+    queries: tuple[Float[Tensor, "heads _latest head_dim"], ...] = ()
     attention: AttentionScale | None = None
     annotations: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from vestige.attachment import require_cache
 from vestige.cache import KVCache
@@ -17,7 +18,7 @@ from vestige.policy import Prepares
 def prefill(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "batch new"],
-    cache: KVCache,
+    cache: Cache,
     *,
     chunk: int = 1024,
     length: int | None = None,
@@ -33,7 +34,7 @@ def prefill(
     Args:
         model: An attached model.
         input_ids: What follows the tokens that the cache has seen.
-        cache: Changed in place.
+        cache: A :class:`~vestige.KVCache`; changed in place.
         chunk: Tokens per forward.
         length: The full length to come (text, question, ...): what a fraction budget is a fraction of, from now on.
             Without it a fraction is one of the tokens seen once these ids are read.
@@ -46,13 +47,13 @@ def prefill(
         BudgetError: The budget for the announced length is below the protected pairs; nothing was read.
         InputError: No ids, or more than the model has positions for; nothing was read.
     """
-    require_cache(cache)
+    cache = require_cache(cache)
     _check_input(cache, input_ids, attention_mask, chunk, length)
     if length is not None:
         cache.length = length
     schedule, total = cache.schedule, input_ids.shape[1]
     cache.reading_to = _ends(cache, input_ids, attention_mask)
-    schedule.reading, schedule.chunk = settle, chunk
+    schedule.reading, schedule.chunk = True, chunk
     logits = torch.empty(0)
     try:
         for start in range(0, total, chunk):
@@ -99,7 +100,8 @@ def _forward(
     inputs: dict[str, Tensor | int] = {}
     if mask is not None or cache.padded:
         new = torch.ones_like(ids[:, start:end]) if mask is None else mask[:, start:end]
-        inputs["attention_mask"] = torch.cat([cache.real.to(new), new], 1)
+        before = cache.real.to(new) if cache.seen else new[:, :0]
+        inputs["attention_mask"] = torch.cat([before, new], 1)
         seen = torch.tensor(cache.seen or (0,) * len(ids), device=ids.device)[:, None]
         inputs["position_ids"] = (seen + new.cumsum(1) - 1).clamp_min(0)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

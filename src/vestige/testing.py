@@ -34,13 +34,16 @@ __all__ = [
     "TINY",
     "attention",
     "bury",
+    "covering",
     "full_layers",
+    "held_mask",
     "left_padded",
     "masked_logits",
     "random_deaths",
     "random_ids",
     "tiny",
     "tiny_vl",
+    "watch",
 ]
 
 NEVER = 2**62
@@ -439,3 +442,37 @@ def _settled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     nn.Module.to(model, dtype)
     nn.Module.eval(model)
     return model
+
+
+def watch(cache: Any) -> dict[int, Int[Tensor, "_batch _kv_heads _seen"]]:
+    """Return deaths for ``masked_logits`` that grow with every settle of a ``vestige.KVCache`` from now on."""
+    deaths: dict[int, Tensor] = {}
+    settle = cache.settle
+
+    def settle_and_bury(**options: Any) -> None:
+        settle(**options)
+        now = cache.get_seq_length()
+        for layer in cache.evictable:
+            held = held_mask(cache, layer)
+            lived = deaths.get(layer.layer_idx, torch.empty(*held.shape[:2], 0, dtype=torch.long))
+            lived = nn.functional.pad(lived, (0, now - lived.shape[-1]), value=NEVER)
+            deaths[layer.layer_idx] = bury(lived, held, now)
+
+    cache.settle = settle_and_bury
+    return deaths
+
+
+def held_mask(cache: Any, layer: Any) -> Bool[Tensor, "batch kv_heads padded_seen"]:
+    """Return which of all tokens fed each row of a layer still holds; pads count as not held."""
+    held = torch.zeros(layer.batch_size, layer.kv_heads, cache.real.shape[1], dtype=torch.bool)
+    for row in range(layer.rows):
+        batch_idx, head = divmod(row, layer.kv_heads)
+        column_of = cache.real[batch_idx].nonzero()[:, 0]  # of each position
+        positions = layer.positions(row).long()
+        held[batch_idx, head, column_of[positions[positions >= 0]]] = True
+    return held
+
+
+def covering(deaths: Deaths, length: int) -> dict[int, Int[Tensor, "_batch _kv_heads length"]]:
+    """Return deaths continued to ``length`` tokens, the later ones immortal."""
+    return {i: nn.functional.pad(d, (0, length - d.shape[-1]), value=NEVER) for i, d in deaths.items()}

@@ -24,4 +24,5 @@ class KNorm(Policy):
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return the negative norm of each key."""
-        return torch.linalg.vector_norm(seen.keys.float(), dim=-1).neg()
+        norms: Tensor = torch.linalg.vector_norm(seen.keys.float(), dim=-1)
+        return -norms

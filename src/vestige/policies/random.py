@@ -43,7 +43,8 @@ def splitmix64(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 def uniform(seed: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return a float32 in [0, 1) for each integer: its hash's top 24 bits, which float32 holds exactly."""
-    return _shift(splitmix64(seed), 40).float().div(2**24)
+    drawn: Tensor = _shift(splitmix64(seed), 40).float() / 2**24
+    return drawn
 
 
 def _shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:

@@ -1,0 +1,76 @@
+"""What several test files share: a tiny model with a small real tokenizer, saved as a user would have it."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from vestige.testing import tiny
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+
+
+def byte_level_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer, trained on the spot: it can say any text and gives it back unchanged."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["The keeper of the harbour lamp lights it at dusk.\n"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TinyFolders:
+    """A tiny llama of 512 positions in two folders that differ in the chat template."""
+
+    chat: Path
+    plain: Path
+    """Without a chat template."""
+    other: Path
+    """Like ``chat``, with other weights."""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
+    """Save the tiny models once; tests must not change the folders."""
+    root = tmp_path_factory.mktemp("models")
+    made = TinyFolders(root / "chat", root / "plain", root / "other")
+    chat, plain = byte_level_tokenizer(CHAT), byte_level_tokenizer(None)
+    logging.disable_progress_bar()
+    tiny("llama", vocab_size=len(chat), seed=6).save_pretrained(made.chat)  # a seed whose replies differ
+    tiny("llama", vocab_size=len(chat), seed=1).save_pretrained(made.other)
+    logging.enable_progress_bar()
+    shutil.copytree(made.chat, made.plain)
+    for folder, tokenizer in ((made.chat, chat), (made.other, chat), (made.plain, plain)):
+        tokenizer.save_pretrained(folder)
+    return made
+
+
+@pytest.fixture(scope="session")
+def chatter(folders: TinyFolders) -> tuple[PreTrainedModel, Any]:
+    """Load the tiny model with a chat template, and its tokenizer."""
+    from vestige.download import load
+
+    return load(folders.chat)
+
+
+@pytest.fixture
+def story() -> str:
+    """Return a text of about 250 tokens for the tiny tokenizer."""
+    lines = (f"Line {n}: the keeper of lamp {n * n} is called {n:x}{'aeiou'[n % 5]}." for n in range(10))
+    return "\n".join(lines)

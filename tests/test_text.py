@@ -1,0 +1,111 @@
+"""Text in, ids out: the chat text cut at the end of the context, and files that cannot be read."""
+
+import re
+
+import pytest
+import torch
+
+from vestige import InputError
+from vestige.text import Frame, read_text, require_text
+
+CONTEXT, QUESTION = "The lamp is lit.\n\n  Ω 日本 🙂 {{ x }} {% y %}", "Who lit it?"
+
+
+@pytest.fixture(params=["chat", "plain"])
+def tokenizer(request, folders):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(getattr(folders, request.param))
+
+
+def whole_text(tokenizer, content: str) -> str:
+    """Return what the model should read for one user message."""
+    if tokenizer.chat_template is None:
+        return f"{tokenizer.bos_token}{content}\n"
+    message = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+
+def test_context_and_question_join_to_the_chat_text_of_one_message(tokenizer):
+    frame = Frame(tokenizer)
+    ids = torch.cat([frame.context(CONTEXT), frame.question(QUESTION)], 1)
+    assert ids.dtype == torch.long and ids.shape[0] == 1
+    assert tokenizer.decode(ids[0]) == whole_text(tokenizer, f"{CONTEXT}\n{QUESTION}")
+
+
+def test_the_context_part_ends_with_the_context(tokenizer):
+    text = tokenizer.decode(Frame(tokenizer).context(CONTEXT)[0])
+    assert text.endswith(CONTEXT) and QUESTION not in text
+    assert text.startswith(tokenizer.bos_token) and text.count(tokenizer.bos_token) == 1
+
+
+def test_each_part_is_tokenised_on_its_own(tokenizer):
+    frame, encode = Frame(tokenizer), lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    before, after = whole_text(tokenizer, f"{CONTEXT}\n{QUESTION}").split(f"{CONTEXT}\n{QUESTION}")
+    assert frame.context(CONTEXT)[0].tolist() == encode(before + CONTEXT)
+    assert frame.question(QUESTION)[0].tolist() == encode("\n" + QUESTION + after)
+    joined = encode("a\nThe")  # across the cut the tokenizer would merge: the parts must not depend on each other
+    assert frame.context("a")[0].tolist() + frame.question("The")[0].tolist() != joined
+
+
+def test_an_answer_prefix_opens_the_reply(tokenizer):
+    frame = Frame(tokenizer)
+    text = tokenizer.decode(frame.question(QUESTION, "The keeper is")[0])
+    assert text == tokenizer.decode(frame.question(QUESTION)[0]) + "The keeper is"
+
+
+def test_special_tokens_of_the_template_are_single_ids(folders):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders.chat)
+    user, assistant, bos, eos = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<s>", "</s>"])
+    assert Frame(tokenizer).context("a")[0].tolist()[:2] == [bos, user]
+    assert Frame(tokenizer).question("a")[0].tolist()[-2:] == [eos, assistant]
+
+
+def test_a_text_longer_than_the_tokenizer_expects_is_read_without_a_warning(tokenizer):
+    tokenizer.model_max_length = 5
+    assert Frame(tokenizer).context(CONTEXT).shape[1] > 5
+
+
+def test_a_text_file_is_read_as_it_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\ntwo é\n".encode())
+    assert read_text(path).endswith("one\r\ntwo é\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x89PNG\r\n\xff\xfe", "is not UTF-8 text"),
+        (b"abc\x00def", "is not text: it has NUL bytes"),
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{re.escape(str(path))} {message}"):
+        read_text(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=f"no such file: {re.escape(str(tmp_path / 'gone'))}"):
+        read_text(tmp_path / "gone")
+    with pytest.raises(InputError, match=f"cannot read {re.escape(str(tmp_path))}: Is a directory"):
+        read_text(tmp_path)
+
+
+def test_an_unreadable_path_is_refused_and_not_a_traceback(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    for path in (file / "below", tmp_path / ("n" * 300)):
+        with pytest.raises(InputError):
+            read_text(path)
+
+
+def test_empty_text_is_refused_under_the_name_of_its_option():
+    assert require_text(" a ", "--prompt") == " a "
+    with pytest.raises(InputError, match="--prompt is empty"):
+        require_text(" \n", "--prompt")
