@@ -27,6 +27,7 @@ check: $(VENV)/.stamp-test ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src/vestige
+	$(BIN)/python tools/readme.py --check
 
 test: check ## lint, types and the offline tests (PYTEST_ARGS="-k name" to choose)
 	$(RUN_PYTEST) $(BIN)/python -m pytest $(SUITE)

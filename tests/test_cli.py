@@ -292,14 +292,15 @@ def with_model(vestige, folders, *words: object) -> Outcome:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--context", "long.txt"), r"context and question are \d+ tokens, .* 512 positions"),
-        (("--context", "long.txt", *EVICT), r"context and question are \d+ tokens, .* 512 positions"),
+        (("--context", "long.txt"), r"context and question are \d+ tokens.* 512 positions"),
+        (("--context", "long.txt", *EVICT), r"context and question are \d+ tokens.* 512 positions"),
         (("--context", "story.txt", "--policy", "knorm", "--budget", "0.1"), r"gives \d+ pairs a row.* protect 36"),
         (("--context", "story.txt", "--policy", "knorm", "--budget", "9KB"), r"gives \d+ pairs a row.* protect 36"),
         (("--cache", "gone"), "gone is not a saved cache"),
         (("--cache", "story.txt"), "story.txt is not a saved cache"),
         (("--cache", "."), "is not a saved cache: no cache.json"),
         (("--prompt", "\udcff"), "--prompt"),
+        (("--prompt", "x", "--save", "story.txt/kept"), "cannot write the cache to story.txt/kept"),
     ],
 )
 def test_what_only_the_model_can_tell_is_one_line_and_leaves_no_file(vestige, folders, place, words, message):
@@ -507,6 +508,16 @@ def test_demo_shows_the_main_job_and_its_json(vestige, folders, monkeypatch, pla
     row = vestige("demo", "--json").row
     assert set(RUN_FIELDS) <= set(row) and row["policy"] == demo.POLICY and row["budget"] == demo.BUDGET
     assert 0 < row["kept_fraction"] < 1 and len(row["full_answers"]) == len(row["answers"]) == len(demo.QUESTIONS)
+
+
+def test_a_demo_without_its_model_is_one_line(vestige, monkeypatch):
+    from vestige import ModelError, demo
+
+    def offline(*_: object, **__: object) -> None:
+        raise ModelError("cannot download smollm2-135m: the package index could not be reached")
+
+    monkeypatch.setattr(demo, "load", offline)
+    assert "cannot download smollm2-135m" in vestige("demo").complaint()
 
 
 def test_the_shipped_document_is_long_enough_for_the_main_job():

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from vestige import Budget, CacheFileError, InputError, KVCache, Span, attach, persist, policies, prefill
+from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer
 from vestige.policies import POLICIES
 from vestige.testing import left_padded, random_ids, tiny
@@ -60,9 +62,9 @@ def plain(value: Any) -> Any:
     """Return a value in a form that == compares: tensors by dtype, shape and every bit."""
     if isinstance(value, Tensor):
         return value.dtype, tuple(value.shape), value.contiguous().flatten().view(torch.uint8).tolist()
-    if isinstance(value, dict):
-        return {key: plain(x) for key, x in value.items()}
-    return value
+    if isinstance(value, AttentionScale):
+        value = vars(value)
+    return {key: plain(x) for key, x in value.items()} if isinstance(value, dict) else value
 
 
 def pairs(layer: RaggedLayer) -> list[dict[str, Any]]:
@@ -80,7 +82,6 @@ def assert_equal(one: KVCache, other: KVCache) -> None:
     for name in books:
         assert getattr(one, name) == getattr(other, name), name
     assert type(one.policy) is type(other.policy) and one.policy.budget == other.policy.budget
-    assert one.peak_kv_bytes <= other.peak_kv_bytes
     assert torch.equal(one.ids, other.ids) and torch.equal(one.real, other.real)
     assert (one.ids.dtype, one.real.dtype) == (other.ids.dtype, other.real.dtype)
     assert one.room() == other.room()
@@ -92,21 +93,20 @@ def assert_equal(one: KVCache, other: KVCache) -> None:
             assert a.kv_heads == b.kv_heads and a.padded_seen == b.padded_seen and a.ragged == b.ragged
             assert (a.dtype, a.device, a.is_initialized) == (b.dtype, b.device, b.is_initialized)
             assert plain(a.ring) == plain(b.ring)
-            scales = [None if x.attention is None else {k: plain(v) for k, v in vars(x.attention).items()} for x in (a, b)]
-            assert scales[0] == scales[1]
+            assert plain(a.attention) == plain(b.attention)
         else:
-            assert {k: plain(v) for k, v in vars(a).items()} == {k: plain(v) for k, v in vars(b).items()}
-    for name in ("seen", "held", "full", "full_kv_bytes", "other_kv_bytes", "budget_total", "policy", "share", "layers"):
+            assert plain(vars(a)) == plain(vars(b))
+    for name in ("full", "full_kv_bytes", "other_kv_bytes", "budget_total", "policy", "share", "layers"):
         assert getattr(one.report(), name) == getattr(other.report(), name), name
 
 
-def assert_survives(model, cache: KVCache, folder: Path, steps: int = 20) -> KVCache:
+def assert_survives(model, cache: KVCache, folder: Path, steps: int = 12) -> KVCache:
     """Save, load, compare, go on with both, compare again: tokens, logits and the caches that result."""
     with attach(model):
         cache.save(folder)
         loaded = KVCache.load(folder, model)
         assert_equal(cache, loaded)
-        assert cache.evict_s == loaded.evict_s
+        assert cache.evict_s == loaded.evict_s and cache.peak_kv_bytes <= loaded.peak_kv_bytes
         tokens, logits = go_on(model, cache, steps)
         tokens_loaded, logits_loaded = go_on(model, loaded, steps)
     assert torch.equal(tokens, tokens_loaded)
@@ -116,12 +116,11 @@ def assert_survives(model, cache: KVCache, folder: Path, steps: int = 20) -> KVC
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_cache_that_was_evicted_survives(name, batch, tmp_path):
+def test_a_cache_that_was_evicted_survives(name, tmp_path):
     model = model_of(name)
     with attach(model):
-        cache = read(model, snapkv(), batch=batch)
-    assert cache.ragged and cache.held < 40 * cache.footprint().rows * batch
+        cache = read(model, snapkv())
+    assert cache.ragged and cache.held == 16 * cache.footprint().rows
     assert_survives(model, cache, tmp_path / "kept")
 
 
@@ -134,19 +133,17 @@ def test_a_left_padded_batch_survives(name, tmp_path):
     assert_survives(model, cache, tmp_path / "kept")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize(("name", "pads"), [*((name, False) for name in ARCHITECTURES), ("llama", True)])
 def test_a_dense_cache_survives_and_is_evicted_later_as_it_would_have_been(name, pads, tmp_path):
     model = model_of(name)
     with attach(model):
-        cache = read(model, snapkv(Budget.tokens(48)), batch=2, pads=pads)
+        cache = read(model, snapkv(Budget.tokens(40)), batch=2, pads=pads)
     assert not cache.ragged and cache.padded == pads
-    loaded = assert_survives(model, cache, tmp_path / "kept", steps=30)
+    loaded = assert_survives(model, cache, tmp_path / "kept")
     assert loaded.ragged
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize(("name", "pads"), [*((name, False) for name in ARCHITECTURES), ("gemma3", True)])
 def test_a_cache_in_the_middle_of_generation_survives(name, pads, tmp_path):
     model = model_of(name)
     with attach(model):
@@ -187,6 +184,20 @@ def test_pins_an_announced_length_and_what_observers_need_survive(tmp_path):
     loaded = assert_survives(model, cache, tmp_path / "kept")
     assert loaded.length == 60 and loaded.pins == (Span(9, 13),)
     assert loaded.fork(snapkv()).policy == snapkv()  # the queries it needs were kept
+
+
+def test_linear_layers_beside_survive(tmp_path):
+    linear: dict[str, Any] = {f"linear_{what}": 2 for what in ("num_key_heads", "num_value_heads")}
+    linear |= {f"linear_{what}": 16 for what in ("key_head_dim", "value_head_dim")}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    experts["experts_implementation"] = "eager"
+    model = tiny("llama", model_type="qwen3_next", layer_types=kinds, **linear, **experts)
+    with attach(model):
+        cache = read(model, snapkv())
+        go_on(model, cache, 3)
+    assert cache.report().other_kv_bytes
+    assert_survives(model, cache, tmp_path / "kept")
 
 
 def test_an_own_dtype_survives(tmp_path):
@@ -396,6 +407,7 @@ def test_a_policy_that_this_version_does_not_have_is_named(kept, monkeypatch):
 
 
 POLICY = {"name": "snapkv", "budget": ["tokens", 16], "options": {}}
+LAYER = {"kv_heads": 2, "padded_seen": 40, "ragged": True}
 EDITS: dict[str, dict[str, Any]] = {
     "unknown policy": {"policy": POLICY | {"name": "snapvk"}},
     "a policy that is no policy": {"policy": POLICY | {"name": "os:system"}},
@@ -404,8 +416,8 @@ EDITS: dict[str, dict[str, Any]] = {
     "impossible budget": {"policy": POLICY | {"budget": ["tokens", -1]}},
     "no policy": {"policy": None},
     "too many layers": {"layers": [{}] * 9},
-    "lengths that do not fit": {"layers": [{"kv_heads": 2, "lengths": [99, 99], "padded_seen": 40, "ragged": True}] * 3},
-    "lengths of words": {"layers": [{"kv_heads": 2, "lengths": ["a", "b"], "padded_seen": 40, "ragged": True}] * 3},
+    "lengths that do not fit": {"layers": [LAYER | {"lengths": [99, 99]}] * 3},
+    "lengths of words": {"layers": [LAYER | {"lengths": ["a", "b"]}] * 3},
     "seen of another batch": {"seen": [40, 40]},
     "less seen than read": {"seen": [10]},
     "pins of words": {"pins": ["ab"]},

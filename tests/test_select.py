@@ -63,7 +63,7 @@ class Scene:
         room = torch.tensor(self.room)
         return select(*self.tensors, self.grid, room, share=share, scale=scale, **options).tolist()
 
-    def group(self, pair: Pair | tuple[int, int, int], share: str) -> object:
+    def group(self, pair: Pair, share: str) -> object:
         """Return whom a pair competes with."""
         return {"head": pair.row, "layer": (pair.layer, pair.batch), "model": pair.batch}[share]
 

@@ -54,6 +54,7 @@ class KVCache(Cache):
             layers[idx] = RaggedLayer(self, idx)
         super().__init__(layers=layers)
         self.policy = policy
+        self._annotates = isinstance(policy, Annotates)  # once: looking a protocol up is slow
         self.queries_observed = max(observer.queries_observed for observer in observers)
         self.needs = frozenset[str]().union(*(observer.needs for observer in observers))
         self.schedule = Schedule()
@@ -313,8 +314,9 @@ class KVCache(Cache):
 
     def annotate(self, layer: RaggedLayer, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Return the side arrays that the policy stores beside new pairs."""
-        if not isinstance(self.policy, Annotates):
+        if not self._annotates:
             return {}
+        assert isinstance(self.policy, Annotates)
         return dict(
             self.policy.annotate(Written(layer_idx=layer.layer_idx, hidden=layer.hidden, keys=keys, values=values))
         )

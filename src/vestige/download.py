@@ -484,7 +484,7 @@ def _plain_errors(what: str) -> Iterator[None]:
 def _line(error: BaseException) -> str:
     """Return a message as one line of bearable length, without a closing full stop."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return textwrap.shorten(text, 240, placeholder=" ...").rstrip(".")
+    return textwrap.shorten(text.rstrip(". \n"), 240, placeholder=" ...")
 
 
 def _bars(shown: bool) -> Progress:

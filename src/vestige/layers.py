@@ -65,6 +65,12 @@ class Handle:
         self.dtype = dtype
         self.device = device
 
+    def to(self, device: torch.device) -> "Handle":
+        """Stay where the layer is: models with KV sharing ask for the query's device, which is that one."""
+        if torch.device(device) != self.device:
+            self._refuse(f"moving them from {self.device} to {device}")
+        return self
+
     def _refuse(self, what: str) -> NoReturn:
         raise CacheError(
             f"this model uses cached keys or values itself ({what}) between storing and attending to them, which an "
@@ -258,9 +264,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def view(self, name: str) -> Shaped[Tensor, "batch kv_heads held *rest"]:
         """Return a column of a uniform layer without copying it."""
-        column = self.columns[name]
-        shape = (self.batch_size, self.kv_heads, self._capacity, *column.shape[1:])
-        return column.view(shape)[:, :, : self.lengths[0]]
+        return self._spread(name).narrow(2, 0, self.lengths[0])
 
     def positions(self, row: int) -> Int[Tensor, " row_held"]:
         """Return the positions of one row's pairs, ascending; pads are -1."""
@@ -367,7 +371,7 @@ class RaggedLayer(CacheLayerMixin):
         self.lengths = [length + n for length, n in zip(before, fed, strict=True)]
         if self.uniform and source is None and not autograd:
             for name, x in new.items():
-                self.view(name)[:, :, before[0] :] = x
+                self._spread(name).narrow(2, before[0], step.new).copy_(x)
             return
         self._capacity = self._capacity if source is None else 0
         if step.new == 1 and source is None:
@@ -379,6 +383,11 @@ class RaggedLayer(CacheLayerMixin):
             packed = x.reshape(-1, *self.columns[name].shape[1:])
             packed = packed if source is None else packed[source]
             self.columns[name] = ragged.append(self.columns[name], slots, packed.to(self.columns[name].dtype))
+
+    def _spread(self, name: str) -> Shaped[Tensor, "batch kv_heads capacity *rest"]:
+        """Return a column of a uniform layer as one tensor, slack and all, without copying it."""
+        column = self.columns[name]
+        return column.view(self.batch_size, self.kv_heads, self._capacity, *column.shape[1:])
 
     def _empty_column(self, name: str, like: Tensor) -> Tensor:
         if self.columns["positions"].shape[0]:

@@ -1,0 +1,592 @@
+"""Every policy against golden numbers and a naive oracle; what all of them promise; how they are named and refused."""
+
+import dataclasses
+import inspect
+import math
+import pkgutil
+from collections import Counter
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+
+from vestige import Budget, BudgetError, Observation, Phase, Policy, PolicyError, policies
+from vestige.kernels import AttentionScale
+from vestige.observe import observed_attention
+from vestige.policies import POLICIES
+from vestige.policies.random import splitmix64, uniform
+
+ROOMY = Budget.tokens(64)
+NAMES = sorted(POLICIES)
+LN = {n: math.log(n) for n in (1, 2, 3, 4, 8)}
+
+
+def made(name: str, **options: Any) -> Policy:
+    """Return a named policy with a budget that never refuses, and other options."""
+    return policies.resolve(name)(budget=None if name == "full" else ROOMY, **options)
+
+
+@pytest.fixture
+def unchecked():
+    """Let a wrong type through, as it comes from a user without a type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -> Observation:
+    """Return an observation of rows that map a position to its key; values are ones."""
+    keys = [key for row in rows for key in row.values()]
+    positions = [position for row in rows for position in row]
+    ends = [sum(map(len, rows[:n])) for n in range(len(rows) + 1)]
+    flat = torch.tensor(keys, dtype=torch.float32) if keys else torch.empty(0, 2)
+    return Observation(
+        **{"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": len(rows) // len(seen)} | fields,
+        seen=tuple(seen),
+        cu_seqlens=tuple(ends),
+        positions=torch.tensor(positions, dtype=torch.int32),
+        keys=flat,
+        values=torch.ones(len(keys), 3),
+    )
+
+
+def random_observation(
+    seed: int = 0,
+    *,
+    seen: tuple[int, ...] = (14, 9),
+    kv_heads: int = 2,
+    queries_per_kv: int = 2,
+    observed: int = 4,
+    softcap: float | None = None,
+    sinks: bool = False,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 8,
+) -> Observation:
+    """Return random rows of unequal lengths, all of which hold token 0; the second row holds nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[int]] = []
+    for length in seen:
+        for _ in range(kv_heads):
+            alive = torch.rand(length, generator=generator) < 0.7
+            rows.append([0, *(1 + alive[1:].nonzero()[:, 0]).tolist()])
+    if len(rows) > 1:
+        rows[1] = []
+    held, heads = sum(map(len, rows)), kv_heads * queries_per_kv
+    queries = [torch.randn(heads, min(observed, n), head_dim, generator=generator).to(dtype) for n in seen]
+    return Observation(
+        layer_idx=3,
+        phase=Phase.DECODE,
+        kv_heads=kv_heads,
+        seen=seen,
+        cu_seqlens=tuple(sum(map(len, rows[:n])) for n in range(len(rows) + 1)),
+        positions=torch.tensor([position for row in rows for position in row], dtype=torch.int32),
+        keys=torch.randn(held, head_dim, generator=generator).to(dtype),
+        values=torch.randn(held, head_dim, generator=generator).to(dtype),
+        queries=tuple(queries),
+        attention=AttentionScale(0.5, softcap, torch.randn(heads, generator=generator) if sinks else None),
+    )
+
+
+def batch_row(seen: Observation, b: int) -> Observation:
+    """Return one batch row of an observation, alone."""
+    rows = slice(b * seen.kv_heads, (b + 1) * seen.kv_heads + 1)
+    ends = seen.cu_seqlens[rows]
+    pairs = slice(ends[0], ends[-1])
+    return dataclasses.replace(
+        seen,
+        seen=seen.seen[b : b + 1],
+        cu_seqlens=tuple(end - ends[0] for end in ends),
+        positions=seen.positions[pairs],
+        keys=seen.keys[pairs],
+        values=seen.values[pairs],
+        queries=seen.queries[b : b + 1],
+    )
+
+
+# Golden numbers, by hand.
+
+KEYS = [{0: [3.0, 4.0], 1: [-3.0, 4.0], 4: [0.0, 2.0]}, {0: [1.0, 0.0], 2: [0.0, 1.0]}]
+"""Two KV heads: the keys of tokens 0, 1, 4 and of tokens 0, 2."""
+
+READ = [
+    {0: [LN[1], LN[2]], 1: [LN[2], LN[2]], 2: [LN[4], LN[2]], 3: [LN[1], LN[2]], 5: [LN[8], LN[8]]},
+    {0: [LN[1], LN[1]], 2: [LN[1], LN[3]], 5: [LN[2], LN[4]]},
+]
+"""Keys whose products with the unit queries below are logarithms of small integers: weights are ratios of these."""
+
+UNIT = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[:, None].expand(2, 2, 2)
+"""Each query head reads one coordinate, at both observed queries: those of tokens 4 and 5."""
+
+
+def by_keys() -> Observation:
+    return packed(KEYS, seen=[6])
+
+
+def by_queries(rows: int) -> Observation:
+    return packed(READ[:rows], seen=[6], queries=(UNIT.repeat(rows, 1, 1),), attention=AttentionScale(1.0))
+
+
+GOLDEN = {
+    "full": (by_keys, {}, [0, 0, 0, 0, 0]),
+    "streaming_llm": (by_keys, {}, [0, 1, 4, 0, 2]),
+    "knorm": (by_keys, {}, [-5, -5, -2, -1, -1]),
+    # Row 0 has the unit keys (.6, .8), (-.6, .8), (0, 1) and so an anchor along (0, 1); row 1 one along (1, 1).
+    "keydiff": (by_keys, {}, [-0.8, -0.8, -1, -(0.5**0.5), -(0.5**0.5)]),
+    # The top 24 bits of SplitMix64(SplitMix64(head) + position), computed in Python integers.
+    "random": (by_keys, {}, [8794306 / 2**24, 11691894 / 2**24, 12988148 / 2**24, 7030588 / 2**24, 16418682 / 2**24]),
+    # Token 5, seen last, weighs 8/16 and 8/16, then 2/4 and 4/8; token 0: 1/16 and 2/16, then 1/4 and 1/8; and so on.
+    # A token is worth its mean over the KV heads that hold it.
+    "tova": (
+        lambda: by_queries(2),
+        {},
+        [9 / 64, 8 / 64, 16 / 64, 6 / 64, 32 / 64, 9 / 64, 16 / 64, 32 / 64],
+    ),
+    # Heads read [1 2 4 1]/8 and [2 2 2 2]/8 at token 4, [1 2 4 1 8]/16 and [2 2 2 2 8]/16 at token 5: the mean is
+    # [9 12 18 9]/64; token 5 was observed and counts 0. Three slots are pooled, with zeros beyond the ends.
+    "snapkv": (
+        lambda: by_queries(1),
+        {"observed": 2, "kernel": 3},
+        [7 / 64, 13 / 64, 13 / 64, 9 / 64, 3 / 64],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_the_golden_ones(name):
+    assert name in GOLDEN, f"policy {name!r} has no golden scores"
+    observation, options, expected = GOLDEN[name]
+    scores = made(name, **options).score(observation())
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32))
+
+
+# Naive oracles: loops over pairs, heads and queries, in Python floats.
+
+
+def naive_attention(seen: Observation, row: int, observed: int) -> list[list[dict[int, float]]]:
+    """Return per query head of a row and per observed query the weight of each position held."""
+    b, kv_head = divmod(row, seen.kv_heads)
+    start, end = seen.cu_seqlens[row : row + 2]
+    heads = seen.queries[b].shape[0] // seen.kv_heads
+    found = []
+    for head in range(kv_head * heads, (kv_head + 1) * heads):
+        per_query = []
+        latest = seen.queries[b][head].double()[-observed:]
+        for number, query in enumerate(latest):
+            at = seen.seen[b] - len(latest) + number
+            logits = {}
+            for pair in range(start, end):
+                if seen.positions[pair] <= at:
+                    x = float(query @ seen.keys[pair].double()) * seen.attention.scaling
+                    cap = seen.attention.softcap
+                    logits[int(seen.positions[pair])] = x if cap is None else cap * math.tanh(x / cap)
+            total = sum(map(math.exp, logits.values()))
+            total += 0 if seen.attention.sinks is None else math.exp(seen.attention.sinks[head])
+            per_query.append({position: math.exp(x) / total for position, x in logits.items()})
+        found.append(per_query)
+    return found
+
+
+def rows_of(seen: Observation) -> list[list[int]]:
+    """Return the positions that each row holds."""
+    return [seen.positions[start:end].tolist() for start, end in pairwise(seen.cu_seqlens)]
+
+
+def naive_snapkv(seen: Observation, observed: int, kernel: int) -> list[float]:
+    scores = []
+    for row, held in enumerate(rows_of(seen)):
+        b = row // seen.kv_heads
+        first = seen.seen[b] - min(observed, seen.queries[b].shape[1])
+        weights = [query for head in naive_attention(seen, row, observed) for query in head]
+        mass = [sum(w.get(p, 0.0) for w in weights) / len(weights) if p < first else 0.0 for p in held]
+        for slot in range(len(held)):
+            near = [mass[i] for i in range(slot - kernel // 2, slot + kernel // 2 + 1) if 0 <= i < len(held)]
+            scores.append(sum(near) / kernel)
+    return scores
+
+
+def naive_tova(seen: Observation) -> list[float]:
+    per_row = []
+    for row in range(len(seen.cu_seqlens) - 1):
+        heads = naive_attention(seen, row, 1)
+        per_row.append({p: sum(head[0][p] for head in heads) / len(heads) for p in rows_of(seen)[row]})
+    scores = []
+    for row, held in enumerate(rows_of(seen)):
+        b = row // seen.kv_heads
+        batch = per_row[b * seen.kv_heads : (b + 1) * seen.kv_heads]
+        for position in held:
+            found = [weights[position] for weights in batch if position in weights]
+            scores.append(sum(found) / len(found))
+    return scores
+
+
+def naive_keydiff(seen: Observation) -> list[float]:
+    scores = []
+    for start, end in pairwise(seen.cu_seqlens):
+        units = [unit(key) for key in seen.keys[start:end].double().tolist()]
+        anchor = unit([sum(column) for column in zip(*units, strict=True)])
+        scores += [-sum(x * y for x, y in zip(key, anchor, strict=True)) for key in units]
+    return scores
+
+
+def unit(vector: list[float]) -> list[float]:
+    return [x / math.hypot(*vector) for x in vector]
+
+
+def naive_random(seen: Observation, seed: int) -> list[float]:
+    scores = []
+    for row, held in enumerate(rows_of(seen)):
+        stream = (seed << 30) + (seen.layer_idx << 10) + row % seen.kv_heads
+        scores += [(mix(mix(stream) + position) >> 40) / 2**24 for position in held]
+    return scores
+
+
+def mix(x: int) -> int:
+    """SplitMix64's output number x of the stream that begins at 0, in Python integers."""
+    mask = 2**64 - 1
+    x = (x + 1) * 0x9E3779B97F4A7C15 & mask
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return x ^ x >> 31
+
+
+EXTRAS = {"plain": {}, "softcap": {"softcap": 1.5}, "sinks": {"sinks": True}, "both": {"softcap": 1.5, "sinks": True}}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize(("observed", "kernel"), [(1, 1), (3, 1), (3, 5), (4, 3), (32, 7)])
+def test_snapkv_equals_the_naive_one(observed, kernel, extra):
+    seen = random_observation(1, **EXTRAS[extra])
+    scores = made("snapkv", observed=observed, kernel=kernel).score(seen)
+    torch.testing.assert_close(scores, torch.tensor(naive_snapkv(seen, observed, kernel)))
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("seed", range(3))
+def test_tova_equals_the_naive_one(seed, extra):
+    seen = random_observation(seed, kv_heads=3, **EXTRAS[extra])
+    torch.testing.assert_close(made("tova").score(seen), torch.tensor(naive_tova(seen)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_keydiff_equals_the_naive_one(seed):
+    seen = random_observation(seed)
+    torch.testing.assert_close(made("keydiff").score(seen), torch.tensor(naive_keydiff(seen)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_knorm_equals_the_naive_one(seed):
+    seen = random_observation(seed)
+    expected = [-math.hypot(*key) for key in seen.keys.double().tolist()]
+    torch.testing.assert_close(made("knorm").score(seen), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, -1])
+def test_random_equals_splitmix64_in_python_integers(seed):
+    seen = random_observation(2)
+    assert made("random", seed=seed).score(seen).tolist() == naive_random(seen, seed)
+
+
+# What observed queries see.
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("observed", [1, 3, 100])
+def test_observed_attention_equals_the_naive_one(observed, extra):
+    seen = random_observation(3, kv_heads=2, queries_per_kv=3, **EXTRAS[extra])
+    for row in seen.rows():
+        attention, first = observed_attention(seen, row, observed)
+        naive = naive_attention(seen, row.batch * seen.kv_heads + row.kv_head, observed)
+        held = seen.positions[row.pairs].tolist()
+        expected = torch.tensor([[[query.get(p, 0.0) for p in held] for query in head] for head in naive])
+        torch.testing.assert_close(attention, expected)
+        assert first == seen.seen[row.batch] - min(observed, 4)
+
+
+def test_observed_attention_sums_to_1_without_sinks_and_to_less_with_them():
+    for sinks in (False, True):
+        seen = random_observation(4, sinks=sinks)
+        total = observed_attention(seen, next(seen.rows()), 4)[0].sum(-1)
+        assert bool((total < 0.999).all()) == sinks
+        assert bool((total > 0.999).all()) == (not sinks)
+
+
+def test_a_softcap_evens_the_observed_attention_out():
+    sharp, capped = (
+        observed_attention(seen, next(seen.rows()), 4)[0].max()
+        for seen in (random_observation(5), random_observation(5, softcap=0.01))
+    )
+    assert capped < 0.2 < sharp
+
+
+def latest_only(sinks: bool) -> Observation:
+    """Return a row that was left with its latest pairs, as may be where rows compete and nothing is protected."""
+    scale = AttentionScale(1.0, None, torch.zeros(1) if sinks else None)
+    queries = (torch.ones(1, 6, 2),)  # of tokens 2 to 7
+    return packed([{5: [1.0, 0.0], 7: [0.0, 1.0]}], seen=[8], queries=queries, attention=scale)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_query_older_than_all_that_a_row_holds_pays_no_attention(sinks):
+    seen = latest_only(sinks)
+    attention, first = observed_attention(seen, next(seen.rows()), 6)
+    assert first == 2
+    assert attention[0, :3].tolist() == [[0, 0]] * 3
+    assert attention[0, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("name", ["snapkv", "tova"])
+def test_a_row_left_with_its_latest_pairs_has_scores(name, sinks):
+    assert made(name).score(latest_only(sinks)).isfinite().all()
+
+
+def test_rows_without_pairs_are_not_shown():
+    seen = random_observation(0)
+    shown = [(row.batch, row.kv_head) for row in seen.rows()]
+    assert shown == [(0, 0), (1, 0), (1, 1)]
+    assert sum(row.pairs.stop - row.pairs.start for row in seen.rows()) == len(seen.positions)
+
+
+# What every policy promises.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_finite_float32_numbers_one_for_each_pair(name, dtype):
+    seen = random_observation(dtype=dtype)
+    scores = made(name).score(seen)
+    assert scores.dtype == torch.float32
+    assert scores.shape == seen.positions.shape
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scoring_changes_nothing_it_was_given(name):
+    seen, before = random_observation(sinks=True), random_observation(sinks=True)
+    made(name).score(seen)
+    for field in ("positions", "keys", "values"):
+        assert torch.equal(getattr(seen, field), getattr(before, field)), field
+    assert all(torch.equal(now, then) for now, then in zip(seen.queries, before.queries, strict=True))
+    assert torch.equal(seen.attention.sinks, before.attention.sinks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scoring_twice_gives_the_same(name):
+    seen, policy = random_observation(), made(name)
+    assert torch.equal(policy.score(seen), policy.score(seen))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_rows_do_not_touch_each_other(name):
+    seen, policy = random_observation(6, seen=(14, 9, 11)), made(name)
+    alone = [policy.score(batch_row(seen, b)) for b in range(3)]
+    torch.testing.assert_close(policy.score(seen), torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_that_holds_nothing_has_no_scores(name):
+    queries = (torch.ones(2, 3, 2),)
+    seen = packed([{}, {}], seen=[8], queries=queries, attention=AttentionScale(1.0))
+    assert made(name).score(seen).shape == (0,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_of_other_rows_do_not_depend_on_a_row_that_holds_nothing(name):
+    full_rows = [{0: [1.0, 2.0], 3: [2.0, 0.5]}, {}, {}, {0: [0.0, 1.0], 1: [3.0, 1.0], 4: [1.0, 1.0]}]
+    queries = tuple(torch.ones(2, 1, 2) for _ in range(2))
+    seen = packed(full_rows, seen=[5, 5], queries=queries, attention=AttentionScale(1.0))
+    scores = made(name, **({"observed": 1} if name == "snapkv" else {})).score(seen)
+    assert len(scores) == 5
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_cannot_be_changed_and_takes_no_positions(name):
+    policy = made(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.sink = 9
+    with pytest.raises(TypeError):
+        type(policy)(ROOMY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_names_its_source(name):
+    assert "Source:" in policies.resolve(name).__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_policies_with_equal_fields_are_equal(name):
+    assert made(name) == made(name)
+    assert made(name) != made(name, every=7)
+
+
+# Random.
+
+
+def test_a_random_score_belongs_to_its_pair_whatever_is_read_beside_it():
+    rows = [{p: [0.0, 0.0] for p in range(40)} for _ in range(4)]
+    whole = made("random", seed=7).score(packed(rows, seen=[40, 40], layer_idx=2)).view(2, 2, 40)
+    assert torch.equal(whole[0], whole[1]), "batch rows draw alike, so that a row alone draws as in a batch"
+    part = packed([{}, {p: [1.0, 1.0] for p in range(5, 40, 3)}], seen=[90], layer_idx=2)
+    assert torch.equal(made("random", seed=7).score(part), whole[0, 1, 5:40:3])
+
+
+def test_seeds_layers_and_heads_draw_independently():
+    rows = [{p: [0.0, 0.0] for p in range(5000)} for _ in range(2)]
+    draws = [
+        head
+        for seed in (0, 1)
+        for layer in (0, 1, 31)
+        for head in made("random", seed=seed).score(packed(rows, seen=[5000], layer_idx=layer)).view(2, -1)
+    ]
+    correlations = torch.corrcoef(torch.stack(draws)) - torch.eye(len(draws))
+    assert correlations.abs().max() < 0.06  # four deviations of chance
+
+
+def test_random_scores_are_spread_evenly_over_the_unit_interval():
+    scores = made("random").score(packed([{p: [0.0, 0.0] for p in range(20_000)}], seen=[20_000]))
+    assert 0 <= scores.min() < 0.001
+    assert 0.999 < scores.max() < 1
+    assert abs(scores.mean() - 0.5) < 0.008  # four deviations of chance
+    tenths = Counter((scores * 10).long().tolist())
+    assert all(abs(tenths[n] - 2000) < 200 for n in range(10))
+    assert abs(torch.corrcoef(torch.stack([scores[1:], scores[:-1]]))[0, 1]) < 0.03
+
+
+def test_splitmix64_gives_the_published_numbers():
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # seed 0
+    assert [x % 2**64 for x in splitmix64(torch.arange(3)).tolist()] == published
+    assert [mix(n) for n in range(3)] == published
+
+
+def test_uniform_numbers_never_reach_1():
+    draws = uniform(torch.arange(-50_000, 50_000))
+    assert 0 <= draws.min() < draws.max() < 1
+
+
+@pytest.mark.parametrize("seed", [2**33, 2**40, 2**64 - 1, -(2**40)])
+def test_a_large_seed_is_used_or_refused_but_never_overflows(seed):
+    try:
+        policy = made("random", seed=seed)
+    except PolicyError:
+        return
+    assert policy.score(by_keys()).isfinite().all()
+
+
+# Names.
+
+
+def test_every_file_of_the_folder_is_in_the_dict_once():
+    files = {module.name for module in pkgutil.iter_modules(policies.__path__) if not module.name.startswith("_")}
+    assert {path.partition(":")[0].rpartition(".")[2] for path in POLICIES.values()} == files
+    assert len(set(POLICIES.values())) == len(POLICIES)
+
+
+def test_all_lists_every_public_name_and_each_can_be_had():
+    classes = {policies.resolve(name).__name__ for name in NAMES}
+    assert set(policies.__all__) == {"POLICIES", "make", "resolve"} | classes
+    assert all(hasattr(policies, name) for name in policies.__all__)
+    with pytest.raises(AttributeError, match="SnapVK"):
+        _ = policies.SnapVK
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_resolves_to_a_finished_policy_that_make_builds_with_its_defaults(name):
+    cls = policies.resolve(name)
+    assert issubclass(cls, Policy)
+    assert not inspect.isabstract(cls)
+    assert getattr(policies, cls.__name__) is cls
+    assert policies.make(name, None if name == "full" else ROOMY) == made(name)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_all_valid_ones():
+    for find in (policies.resolve, policies.make):
+        with pytest.raises(PolicyError) as refusal:
+            find("snapvk")
+        message = str(refusal.value)
+        assert "'snapvk'; did you mean 'snapkv'?" in message
+        assert all(name in message for name in NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full"}))
+def test_a_policy_that_evicts_needs_a_budget(name):
+    with pytest.raises(PolicyError, match=f"{name}.*budget.*512.*0.1.*64MB"):
+        policies.make(name)
+
+
+def test_full_takes_no_budget():
+    assert policies.make("full").budget is None
+    with pytest.raises(PolicyError, match="full.*no budget"):
+        policies.make("full", ROOMY)
+
+
+def test_make_hands_on_share_and_seed():
+    assert policies.make("snapkv", ROOMY, share="layer").share == "layer"
+    assert policies.make("random", ROOMY, seed=5) == made("random", seed=5)
+    assert policies.make("snapkv", ROOMY, seed=5) == made("snapkv"), "a policy that does not draw has no seed"
+
+
+# Fields.
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sink", -1), ("window", -1), ("every", 0), ("every", -3), ("floor", -0.1), ("floor", 1.1), ("floor", math.nan)],
+)
+def test_a_field_out_of_range_is_refused_by_name_and_value(field, value):
+    with pytest.raises(PolicyError) as refusal:
+        made("streaming_llm", **{field: value})
+    assert field in str(refusal.value)
+    assert repr(value) in str(refusal.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("sink", 1.5), ("window", "32"), ("every", None)])
+def test_a_count_that_is_no_integer_is_refused(unchecked, field, value):
+    with pytest.raises(PolicyError, match=f"{field}.*integer"):
+        made("streaming_llm", **{field: value})
+
+
+def test_an_unknown_share_is_refused_with_the_nearest_and_all_valid_ones(unchecked):
+    for build in (made, policies.make):
+        with pytest.raises(PolicyError, match="'modle'; did you mean 'model'. available: head, layer, model"):
+            build("snapkv", **({"budget": ROOMY} if build is policies.make else {}), share="modle")
+
+
+@pytest.mark.parametrize("options", [{"observed": 0}, {"observed": -2}, {"kernel": 0}, {"kernel": 4}, {"kernel": -1}])
+def test_snapkv_refuses_no_queries_and_kernels_without_a_middle(options):
+    with pytest.raises(PolicyError, match="observed"):
+        made("snapkv", **options)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full"}))
+def test_a_budget_below_sink_and_window_is_refused_at_once_with_both_numbers(name):
+    with pytest.raises(BudgetError, match="35.*36"):
+        policies.resolve(name)(budget=Budget.tokens(35), sink=4, window=32)
+    assert policies.resolve(name)(budget=Budget.tokens(36), sink=4, window=32).protected == 36
+
+
+def test_a_need_that_the_cache_does_not_know_is_refused():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Wishful(Policy):
+        needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+
+        def score(self, seen: Observation) -> Tensor:
+            raise NotImplementedError
+
+    with pytest.raises(PolicyError, match="hidden.*queries"):
+        Wishful(budget=ROOMY)
+
+
+def test_a_policy_tells_how_many_queries_it_looks_at():
+    assert made("snapkv").queries_observed == 32
+    assert made("snapkv", observed=7).queries_observed == 7
+    assert made("tova").queries_observed == 1
+    assert made("knorm").queries_observed == 0
+
+
+def test_a_policy_without_a_score_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        Policy(budget=ROOMY)

@@ -1,0 +1,105 @@
+"""What people see fits 80 columns and shows the numbers as they are."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from vestige import show
+from vestige.report import LayerReport, Report
+
+
+def report(**changes) -> Report:
+    layers = tuple(LayerReport(i, (800 - 20 * i, 400, 100 + i), 8000) for i in range(30))
+    defaults = {
+        "seen": (8000,), "held": 36_000, "full": 720_000, "kv_bytes": 12_345_678, "peak_kv_bytes": 23_456_789,
+        "full_kv_bytes": 184_320_000, "other_kv_bytes": 0, "memory_bytes": 0, "evict_s": 0.25, "budget_total": 36_000,
+        "policy": "SnapKV", "share": "head", "layers": layers,
+    }  # fmt: skip
+    return Report(**(defaults | changes))
+
+
+def rendered(*parts, width: int = 80) -> str:
+    """Return what a console of 80 columns shows."""
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(*parts, sep="\n")
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines()), default=0) <= width
+    return text
+
+
+def test_the_table_of_a_report_has_its_numbers():
+    text = " ".join(rendered(show.report_table(report(), prefill_s=6.789, tokens_per_s=27.44)).split())
+    for words in (
+        "tokens read 8,000",
+        "36,000 of 720,000 (5.0%), budget 36,000 pairs",
+        "12.3 MB instead of 184.3 MB",
+        "23.5 MB",
+        "6.79 s, of which 0.25 s evicting",
+        "27.4 tokens/s",
+        "SnapKV, share head",
+    ):
+        assert words in text, words
+    assert "other layers" not in text
+
+
+def test_other_layers_are_shown_if_there_are_any_and_no_budget_is_said_so():
+    numbers = report(other_kv_bytes=1_000_000, budget_total=None)
+    text = " ".join(rendered(show.report_table(numbers, prefill_s=0.0, tokens_per_s=0.0)).split())
+    assert "other layers 1.0 MB" in text and "budget none" in text
+
+
+def test_the_picture_has_a_bar_for_each_layer():
+    text = rendered(show.layers_picture(report()))
+    lines = text.splitlines()
+    assert len([line for line in lines if "·" in line]) == 30
+    first = next(line for line in lines if line.split()[:1] == ["0"])
+    assert first.count("·") + first.partition("·")[0].count("█") == 40
+    assert "433" in first and first.rstrip().endswith("█▄▁")
+
+
+def test_the_picture_of_all_and_of_nothing():
+    full = rendered(show.layers_picture(report(layers=(LayerReport(0, (8000,) * 3, 8000),))))
+    assert "█" * 40 in full and "·" not in full
+    empty = rendered(show.layers_picture(report(layers=(LayerReport(0, (), 0), LayerReport(1, (0, 0), 5)))))
+    assert "·" * 40 in empty
+    rendered(show.layers_picture(report(layers=())))
+
+
+def test_the_picture_of_many_rows_fits():
+    rendered(show.layers_picture(report(layers=(LayerReport(0, tuple(range(100)), 100),))))
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "0.0 MB"), (1_234_567_890, "1,234.6 MB"), (5e5, "0.5 MB")])
+def test_bytes_as_people_read_them(count, words):
+    assert show.megabytes(count) == words
+
+
+def test_a_table_of_rows_formats_each_column_and_leaves_gaps():
+    rows = [{"length": 8000, "decode_ms": 38.26, "policy": "streaming_llm"}, {"length": 60, "decode_ms": None}]
+    lines = rendered(show.rows_table(rows, {"length": "d", "decode_ms": ".1f", "policy": "s"})).splitlines()
+    assert lines[0].split() == ["length", "decode", "ms", "policy"]
+    assert lines[1].split() == ["8000", "38.3", "streaming_llm"]
+    assert lines[2].split() == ["60"]
+
+
+def test_markup_in_values_is_shown_as_it_is():
+    assert "[red]x[/red]" in rendered(show.rows_table([{"policy": "[red]x[/red]"}], {"policy": "s"}))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_reading_bar_leaves_nothing_where_there_is_no_terminal(terminal):
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
+    with show.reading_bar(console) as advance:
+        advance(512, 2048)
+        advance(2048, 2048)
+    said = console.file.getvalue()
+    assert ("reading" in said) == terminal
+    assert terminal or said == ""
+
+
+def test_the_reading_bar_goes_away_when_reading_fails():
+    console = Console(file=io.StringIO(), width=80)
+    with pytest.raises(ValueError, match="broken"), show.reading_bar(console):
+        raise ValueError("broken")
+    assert console.file.getvalue() == ""
