@@ -1,6 +1,8 @@
 """What several test files share: a tiny model with a small real tokenizer, saved as a user would have it."""
 
+import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from vestige import cli
 from vestige.testing import tiny
 
 CHAT = (
@@ -74,3 +77,54 @@ def story() -> str:
     """Return a text of about 250 tokens for the tiny tokenizer."""
     lines = (f"Line {n}: the keeper of lamp {n * n} is called {n:x}{'aeiou'[n % 5]}." for n in range(10))
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def row(self):
+        """The object that --json prints last."""
+        return json.loads(self.out.splitlines()[-1])
+
+    def complaint(self) -> str:
+        """Return the one line that bad input is answered with."""
+        assert self.code == 2, self
+        assert self.out == ""
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        assert self.err.endswith("\n") and "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def vestige(monkeypatch, capsys):
+    """Run a command in this process."""
+
+    def call(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["vestige", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capsys.readouterr()
+        return Outcome(stop.value.code, said.out, said.err)
+
+    return call
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, story) -> Path:
+    """Work in a folder of its own that holds story.txt."""
+    monkeypatch.chdir(tmp_path)
+    Path("story.txt").write_text(story)
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Return every path below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vestige import Budget, BudgetError
 from vestige.budget import Footprint
 
-EXACT = settings(deadline=None, derandomize=True, max_examples=100)
+EXACT = settings(deadline=None, derandomize=True, max_examples=60)
 ONE = Footprint(rows=2, pair_bytes=520)
 
 FRACTIONS = st.floats(0, 1, exclude_min=True, allow_subnormal=False)

@@ -258,8 +258,9 @@ def contents(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cache() -> KVCache:
+    """Return a cache that tests save and never change."""
     model = model_of("llama")
     with attach(model):
         return read(model, snapkv())

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vestige import ragged
 
-QUICK = settings(deadline=None, derandomize=True, max_examples=60)
+QUICK = settings(deadline=None, derandomize=True, max_examples=30)
 LENGTHS = st.lists(st.integers(0, 5), max_size=6)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vestige import BudgetError, PolicyError
 from vestige.select import SHARES, Grid, Scale, keep_topk, refuse_nan, rescale, select
 
-QUICK = settings(deadline=None, derandomize=True, max_examples=40)
+QUICK = settings(deadline=None, derandomize=True, max_examples=30)
 INF, NAN = float("inf"), float("nan")
 SCALE, FLOOR = st.sampled_from(get_args(Scale)), st.sampled_from([0.0, 0.3, 1.0])
 
@@ -165,7 +165,7 @@ def rescored(scene: Scene, layer: int, change) -> Scene:
 
 
 @pytest.mark.parametrize("share", SHARES)
-@settings(QUICK, max_examples=100)
+@settings(QUICK, max_examples=80)
 @given(scene=scenes(), scale=st.sampled_from(["calibrated", "mass"]), floor=st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_selection_equals_the_naive_one(share, scene, scale, floor):
     kept = {at for at, stays in enumerate(scene.select(share, scale, floor=floor)) if stays}

@@ -1,12 +1,16 @@
 """What people see fits 80 columns and shows the numbers as they are."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from vestige import show
 from vestige.report import LayerReport, Report
+
+QUESTION = "Who keeps lamp 16?"
+EVICT = ("--policy", "streaming_llm", "--budget", "48", "--max-new-tokens", "8")
 
 
 def report(**changes) -> Report:
@@ -103,3 +107,68 @@ def test_the_reading_bar_goes_away_when_reading_fails():
     with pytest.raises(ValueError, match="broken"), show.reading_bar(console):
         raise ValueError("broken")
     assert console.file.getvalue() == ""
+
+
+def test_without_json_the_output_is_for_people_and_has_the_numbers(vestige, folders, place):
+    base = ("run", "--model", folders.chat, "--context", "story.txt", "--question", QUESTION, *EVICT)
+    row, result = vestige(*base, "--json").row, vestige(*base)
+    assert result.code == 0
+    with pytest.raises(ValueError):
+        json.loads(result.out.splitlines()[-1])
+    assert "{" not in result.out.replace(row["answer"], "")
+    for words in (QUESTION, f"{row['seen']:,}", f"{row['held']:,} of {row['seen'] * 6:,}", "tokens/s", "share head"):
+        assert words in result.out, words
+    assert max(map(len, result.out.splitlines())) <= 80
+
+
+def test_people_see_questions_and_answers_as_they_are(vestige, folders, place):
+    asked = "Is [bold]x[/bold] a :cat: or [/red] \\[y]?"
+    result = vestige("run", "--model", folders.chat, "--prompt", "a cat", "--question", asked, "--max-new-tokens", "8")
+    assert result.code == 0 and asked in result.out
+
+
+def test_demo_shows_the_main_job_and_its_json(vestige, folders, monkeypatch, place):
+    from vestige import demo
+    from vestige.download import load
+
+    class Document:
+        """The short story in the place of the shipped document."""
+
+        def __truediv__(self, name: str):
+            return place / "story.txt" if name == demo.DOCUMENT else self
+
+    asked: list[str] = []
+
+    def tiny_load(name: str, **options: object):
+        asked.append(name)
+        return load(folders.chat)
+
+    monkeypatch.setattr(demo, "load", tiny_load)
+    monkeypatch.setattr(demo, "files", lambda package: Document())
+    result = vestige("demo")
+    assert result.code == 0 and asked == ["smollm2-135m"]
+    for words in (*demo.QUESTIONS, "every pair kept:", "tokens/s", "without eviction", "pairs held", "layer"):
+        assert words in result.out, words
+    row = vestige("demo", "--json").row
+    assert {"answer", "held", "peak_kv_bytes"} <= set(row)
+    assert (row["policy"], row["budget"]) == (demo.POLICY, demo.BUDGET)
+    assert 0 < row["kept_fraction"] < 1 and len(row["full_answers"]) == len(row["answers"]) == len(demo.QUESTIONS)
+
+
+def test_a_demo_without_its_model_is_one_line(vestige, monkeypatch):
+    from vestige import ModelError, demo
+
+    def offline(*_: object, **__: object) -> None:
+        raise ModelError("cannot download smollm2-135m: the package index could not be reached")
+
+    monkeypatch.setattr(demo, "load", offline)
+    assert "cannot download smollm2-135m" in vestige("demo").complaint()
+
+
+def test_the_shipped_document_is_long_enough_for_the_main_job():
+    from importlib.resources import files
+
+    from vestige import demo
+
+    text = (files("vestige") / "data" / demo.DOCUMENT).read_text(encoding="utf-8")
+    assert len(text.split()) > 4500  # at least 6,000 tokens, by a wide margin at 4/3 a word

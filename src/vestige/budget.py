@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 from vestige.errors import BudgetError
@@ -74,7 +75,7 @@ class Budget:
                 if word.endswith(unit) and word[: -len(unit)].strip()[-1:].isdigit():
                     return cls.bytes(float(word[: -len(unit)]) * size)
             return cls.fraction(float(word)) if "." in word else cls.tokens(int(word))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             if isinstance(error, BudgetError):
                 raise
             raise BudgetError(
@@ -83,7 +84,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.kind == "fraction":
-            return str(float(self.amount))
+            return f"{Decimal(repr(float(self.amount))):f}"  # 0.00001, which parse can read, not 1e-05
         return f"{int(self.amount)}B" if self.kind == "bytes" else str(int(self.amount))
 
     def check(self, protected: int, *, length: int | None = None, footprint: Footprint | None = None) -> None:

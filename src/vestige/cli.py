@@ -108,7 +108,7 @@ def demo(device: Device = None, dtype: Dtype = None, seed: Seed = 0, as_json: Js
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the models that can be named; a folder or a hub id works too."""
-    from vestige.download import NAMED
+    from vestige.named import NAMED
 
     _print_listing({name: model.description for name, model in NAMED.items()}, as_json)
 

@@ -89,8 +89,9 @@ def observed_attention(
     if scale.softcap is not None:
         logits = scale.softcap * torch.tanh(logits / scale.softcap)
     at = torch.arange(first, seen.seen[row.batch], device=logits.device)
-    logits = logits.masked_fill(seen.positions[row.pairs][None, :] > at[:, None], -torch.inf)
-    if scale.sinks is None:
-        return logits.softmax(-1), first
+    later = seen.positions[row.pairs][None, :] > at[:, None]
+    logits = logits.masked_fill(later, -torch.inf)
+    if scale.sinks is None:  # a query older than all that the row holds sees nothing: 0, where softmax gives NaN
+        return logits.softmax(-1).masked_fill(later, 0.0), first
     sink = scale.sinks[heads].float()[:, None, None].expand(-1, logits.shape[1], 1)
     return torch.cat([logits, sink], -1).softmax(-1)[..., :-1], first

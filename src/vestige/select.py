@@ -86,14 +86,15 @@ def select(
     if share == "model":
         layer_of_batch = grid.groups("layer")[grid.row]
         scores = rescale(scores, protected, layer_of_batch, scale)
+    first = protected
     if floor and share != "head":
         floors = torch.tensor([Budget.share_of(int(n), floor) for n in room], device=scores.device)[grid.batch]
         guarded = _protected_per(grid.row, protected, len(grid.lengths))
-        protected = keep_topk(scores, positions, protected, grid.row, torch.maximum(floors, guarded))
+        first = keep_topk(scores, positions, protected, grid.row, torch.maximum(floors, guarded))
     groups = grid.groups(share)
     totals = torch.zeros(int(groups.max()) + 1, dtype=torch.long, device=scores.device)
     totals.index_add_(0, groups, room[grid.batch])
-    return keep_topk(scores, positions, protected, groups[grid.row], totals)
+    return keep_topk(scores, positions, protected, groups[grid.row], totals, first)
 
 
 def keep_topk(
@@ -102,8 +103,11 @@ def keep_topk(
     protected: Bool[Tensor, " held"],
     groups: Int[Tensor, " held"],
     counts: Int[Tensor, " groups"],
+    first: Bool[Tensor, " held"] | None = None,
 ) -> Bool[Tensor, " held"]:
     """Return the protected pairs and the best others, ``counts[g]`` in each group g (all, if it has fewer).
+
+    Pairs of ``first`` come next after the protected ones, as far as there is room.
 
     Raises:
         BudgetError: A group protects more pairs than its count; the message gives both.
@@ -113,9 +117,10 @@ def keep_topk(
         worst = int((guarded - counts).argmax())
         raise BudgetError(f"{int(guarded[worst])} pairs are protected, the budget has room for {int(counts[worst])}")
     # Protected pairs come first in their group, whatever their score; then the order is by score, then by position.
+    tier = 2 - (protected if first is None else protected | first).long() - protected.long()
     order = torch.argsort(positions, descending=True, stable=True)
     order = order[torch.argsort(scores[order], descending=True, stable=True)]
-    order = order[torch.argsort(groups[order] * 2 + (~protected[order]).long(), stable=True)]
+    order = order[torch.argsort(groups[order] * 3 + tier[order], stable=True)]
     sizes = torch.zeros_like(counts).index_add_(0, groups, torch.ones_like(groups))
     begins = sizes.cumsum(0) - sizes
     ranked = groups[order]
@@ -144,10 +149,11 @@ def rescale(
     """
     if scale == "calibrated":
         return scores
-    num_layers = int(layers.max()) + 1
+    num_layers = int(layers.max()) + 1 if len(layers) else 0
+    left_out = protected | ~scores.isfinite()  # an infinite score keeps its place and does not make its layer NaN
 
     def total(values: Float[Tensor, " held"]) -> Float[Tensor, " layers"]:
-        return values.new_zeros(num_layers).index_add_(0, layers, values.masked_fill(protected, 0.0))
+        return values.new_zeros(num_layers).index_add_(0, layers, values.masked_fill(left_out, 0.0))
 
     tiny = torch.finfo(scores.dtype).tiny
     if scale == "mass":

@@ -84,8 +84,8 @@ def _score(policy: Policy, seen: Observation) -> Float[Tensor, " held"]:
 
 
 def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> Grid:
-    layer = [i for i, rows in enumerate(lengths) for _ in rows]
-    batch = [row // layers[i].kv_heads for i, rows in enumerate(lengths) for row in range(len(rows))]
+    layer = [one.layer_idx for one, rows in zip(layers, lengths, strict=True) for _ in rows]
+    batch = [row // one.kv_heads for one, rows in zip(layers, lengths, strict=True) for row in range(len(rows))]
     flat = [n for rows in lengths for n in rows]
     return Grid(*(torch.tensor(x, device=layers[0].device) for x in (flat, layer, batch)))
 

@@ -1,13 +1,15 @@
 """Keep random pairs: the control that any score must beat."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.errors import PolicyError
 from vestige.observe import Observation
 from vestige.policy import Policy
+from vestige.ragged import row_ids
 
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # SplitMix64's constants, as signed integers
 
@@ -22,13 +24,17 @@ class Random(Policy):
     """
 
     seed: int = 0
-    """Another seed is another sample."""
+    """Another seed is another sample; 32 bits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -(2**32) < self.seed < 2**32:
+            raise PolicyError(f"seed must fit into 32 bits, got {self.seed!r}")
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return uniform numbers in [0, 1)."""
-        heads = torch.cat(
-            [torch.full((row.pairs.stop - row.pairs.start,), row.kv_head, dtype=torch.long) for row in seen.rows()]
-        ).to(seen.positions.device)
+        lengths = [end - start for start, end in pairwise(seen.cu_seqlens)]
+        heads = row_ids(lengths, seen.positions.device) % seen.kv_heads
         stream = (self.seed * 2**20 + seen.layer_idx) * 2**10 + heads
         return uniform(splitmix64(stream) + seen.positions.long())
 
@@ -49,4 +55,5 @@ def uniform(seed: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def _shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
     """Shift right without the sign, which torch's shift would drag along."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    low: int = 2 ** (64 - bits) - 1
+    return (x >> bits) & low
