@@ -20,7 +20,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure what eviction costs and saves.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="A named model (see `vestige models`), a folder, or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, and nothing for people.")]
@@ -81,7 +81,7 @@ def run(
     network, tokenizer = load(model, device=device, dtype=dtype)
     with show.reading_bar(err) as advance:
         result = job(config, network, tokenizer, advance)
-    row = result.as_dict(model, chunk, memory, policy if cache is None else result.report.policy)
+    row = result.as_dict(model, chunk, memory)
     if as_json:
         return _print_json(row)
     for asked, reply in zip(config.questions, result.answers, strict=True):
@@ -106,7 +106,7 @@ def demo(device: Device = None, dtype: Dtype = None, seed: Seed = 0, as_json: Js
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
+def models(seed: Seed = 0, as_json: Json = False) -> None:
     """List the models that can be named; a folder or a hub id works too."""
     from vestige.named import NAMED
 
@@ -114,7 +114,7 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def policies(as_json: Json = False) -> None:
+def policies(seed: Seed = 0, as_json: Json = False) -> None:
     """List the eviction policies."""
     from vestige.policies import POLICIES, resolve
 
@@ -157,9 +157,9 @@ def speed(
     if as_json:
         return _print_json({"rows": rows})
     columns = {
-        "length": "d", "batch": "d", "policy": "s", "budget": "s", "decode_ms": ".1f", "floor_ms": ".1f",
-        "full_decode_ms": ".1f", "decode_over_floor": ".2f", "decode_speedup": ".2f", "prefill_s": ".2f",
-        "full_prefill_s": ".2f", "prefill_overhead": ".2f", "evict_s": ".2f",
+        "length": "d", "batch": "d", "policy": "s", "budget": "s", "decode_ms": ".1f",
+        "decode_over_floor": ".2f", "decode_speedup": ".2f", "prefill_s": ".2f",
+        "prefill_overhead": ".2f", "evict_s": ".2f",
     }  # fmt: skip
     out.print(show.rows_table(rows, columns))
 
@@ -168,6 +168,8 @@ def main() -> NoReturn:
     """Run the command line; bad input is one line on stderr and exit status 2."""
     try:
         status = app(standalone_mode=False)
+        if status == 130:
+            _complain("interrupted", 130)
     except VestigeError as error:
         status = _complain(str(error))
     except KeyboardInterrupt:
@@ -175,6 +177,9 @@ def main() -> NoReturn:
     except Exception as error:  # typer brings its own click, so its errors are known by their shape
         if not hasattr(error, "format_message"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # the help, as it is
+            sys.exit(2)
         status = _complain(error.format_message())
     sys.exit(status if isinstance(status, int) else 0)
 

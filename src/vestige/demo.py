@@ -1,6 +1,6 @@
 """The main job on the default model and a shipped document, as a show."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -12,9 +12,14 @@ from vestige import show as shows
 from vestige.download import load
 from vestige.run import RunConfig, RunResult, run
 
-MODEL, POLICY, BUDGET, CHUNK = "smollm2-135m", "keydiff", "0.5", 1024
+MODEL, POLICY, SHARE, BUDGET, CHUNK = "smollm2-135m", "keydiff", "model", "0.5", 1024
 DOCUMENT = "harbour.txt"
-QUESTIONS = ("What is the name of the lighthouse keeper?",)
+QUESTIONS = (
+    "What is the pass phrase for the night gate?",
+    "What is the name of the ferry cat?",
+    "What is the name of the Marlowick lifeboat?",
+)
+NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class DemoResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row that ``--json`` prints: run's, with the unevicted answers and speed beside it."""
-        row = self.evicted.as_dict(MODEL, CHUNK, "none", POLICY)
+        row = self.evicted.as_dict(MODEL, CHUNK, "none")
         return row | {
             "questions": list(QUESTIONS),
             "full_answers": [answer.text for answer in self.full.answers],
@@ -39,10 +44,8 @@ def demo(*, device: str | None = None, dtype: str | None = None, seed: int = 0) 
     """Read the shipped document twice, without and with a budget, and ask the same questions."""
     model, tokenizer = load(MODEL, device=device, dtype=dtype)
     with as_file(files("vestige") / "data" / DOCUMENT) as path:
-        full = RunConfig(questions=QUESTIONS, context=path, chunk=CHUNK, max_new_tokens=40, seed=seed)
-        evicted = RunConfig(
-            questions=QUESTIONS, context=path, chunk=CHUNK, max_new_tokens=40, seed=seed, policy=POLICY, budget=BUDGET
-        )
+        full = RunConfig(questions=QUESTIONS, context=path, chunk=CHUNK, max_new_tokens=NEW_TOKENS, seed=seed)
+        evicted = replace(full, policy=POLICY, share=SHARE, budget=BUDGET)
         return DemoResult(full=run(full, model, tokenizer), evicted=run(evicted, model, tokenizer))
 
 

@@ -77,7 +77,7 @@ def is_cached(name: str) -> bool:
 def load(
     name: str | os.PathLike[str],
     *,
-    device: "str | torch.device | None" = "cpu",
+    device: "str | torch.device | None" = None,
     dtype: "str | torch.dtype | None" = None,
     progress: bool = True,
 ) -> "tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]":
@@ -85,7 +85,7 @@ def load(
 
     Args:
         name: A named model, else a folder, else a hub id.
-        device: Where to put the model; None leaves it where transformers loads it.
+        device: Where to put the model; None is cuda if there is one, else cpu.
         dtype: One of DTYPES or a floating torch.dtype; None is "auto", the dtype of the checkpoint.
         progress: Show progress bars on stderr while something is downloaded.
 
@@ -96,12 +96,13 @@ def load(
 
     dtype = _check_dtype(dtype)
     with _plain_errors(f"cannot use the device {str(device)!r}"):  # found out before gigabytes are read
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(0, device=device)
     source, local = _find(os.fspath(name), progress)
     again = " (delete this folder to have it made again)" if name in NAMED else ""
     with _quiet(hub_bars=progress and not local), _plain_errors(f"cannot load the model in {source}{again}"):
         model, tokenizer = _read(source, dtype, local)
-        return (model if device is None else model.to(device)).eval(), tokenizer
+        return model.to(device).eval(), tokenizer
 
 
 def _make(model: NamedModel, folder: Path, bar: Progress) -> None:

@@ -3,6 +3,7 @@
 A folder is written beside its final place and renamed, so it is there completely or not at all.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,10 +22,10 @@ from transformers import PreTrainedModel
 from vestige import ragged
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.errors import CacheFileError, InputError, VestigeError
+from vestige.errors import CacheFileError, InputError
 from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer, Step
-from vestige.policies import POLICIES, resolve
+from vestige.policies import POLICIES, name_of, resolve
 from vestige.policy import Policy
 from vestige.schedule import Schedule
 from vestige.spans import Span
@@ -59,12 +60,14 @@ def save(cache: KVCache, path: Path) -> None:
         "schedule": vars(cache.schedule),
         "layers": layers,
     }
-    work = None
+    work, made = None, [p for p in path.parents if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         save_file(tensors, work / _TENSORS)
+        os.chmod(work / _TENSORS, 0o644)  # safetensors leaves it to its owner alone
         books["sha256"] = _sha256(work / _TENSORS)
+        books["digest"] = _digest(books)
         (work / _BOOKS).write_text(json.dumps(books, indent=1))
         os.chmod(work, 0o755)  # mkdtemp makes it private
         if path.exists():
@@ -75,6 +78,10 @@ def save(cache: KVCache, path: Path) -> None:
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+        if not path.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def load(path: Path, model: PreTrainedModel) -> KVCache:
@@ -87,15 +94,17 @@ def load(path: Path, model: PreTrainedModel) -> KVCache:
         books = json.loads((path / _BOOKS).read_text())
         if books["format"] != FORMAT:
             raise CacheFileError(f"{path} has format {books['format']}, this version of vestige reads {FORMAT}")
+        if books.pop("digest") != _digest(books):
+            raise CacheFileError(f"{path} is damaged: {_BOOKS} is not the file that was saved")
         if _sha256(path / _TENSORS) != books["sha256"]:
             raise CacheFileError(f"{path} is damaged: {_TENSORS} is not the file that was saved")
         tensors = load_file(path / _TENSORS, device=str(model.device))
         return _unpack(books, tensors, model, path)
     except CacheFileError:
         raise
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheFileError(f"{path} is not a saved cache: no {Path(error.filename).name}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, VestigeError) as error:
+    except Exception as error:  # a damaged file makes a dozen types come out of torch, safetensors and json
         raise CacheFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
@@ -152,7 +161,8 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
     cache.pins = tuple(Span(*pin) for pin in books["pins"])
     cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
     cache.schedule = Schedule(**books["schedule"])
-    cache.fed.add(tensors["ids"].cpu(), tensors["real"].bool())
+    if books["seen"]:
+        cache.fed.add(tensors["ids"].cpu(), tensors["real"].bool())
     if "step.positions" in tensors:
         cache.step = Step(1, tensors["step.positions"], cache.seen, padded=False, even=False)
     for i, plain in enumerate(books["layers"]):
@@ -187,18 +197,18 @@ def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor]
             getattr(layer, attribute)[int(key) if key.isdigit() else key] = tensor
         else:
             setattr(layer, attribute, tensor)
-    if getattr(layer, "keys", None) is not None:
-        layer.dtype, layer.device = layer.keys.dtype, model.device
+    first = next((x for x in inner.values() if x.is_floating_point()), None)
+    if first is not None:
+        layer.dtype, layer.device = first.dtype, first.device
 
 
 def _policy_to_json(policy: Policy) -> dict[str, Any]:
-    home = f"{type(policy).__module__}:{type(policy).__name__}"
-    names = [name for name, path in POLICIES.items() if path == home]
-    if not names:
-        raise CacheFileError(f"a cache of policy {home} cannot be saved: it is not one of {', '.join(POLICIES)}")
+    name = name_of(policy)
+    if name not in POLICIES:
+        raise CacheFileError(f"a cache of policy {name} cannot be saved: it is not one of {', '.join(POLICIES)}")
     options = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     budget = options.pop("budget")
-    return {"name": names[0], "budget": None if budget is None else [budget.kind, budget.amount], "options": options}
+    return {"name": name, "budget": None if budget is None else [budget.kind, budget.amount], "options": options}
 
 
 def _policy_from_json(saved: dict[str, Any]) -> Policy:
@@ -206,6 +216,11 @@ def _policy_from_json(saved: dict[str, Any]) -> Policy:
     budget = None if saved["budget"] is None else Budget(*saved["budget"])
     policy: Policy = cls(budget=budget, **saved["options"])
     return policy
+
+
+def _digest(books: dict[str, Any]) -> str:
+    """Return the hash of all other entries."""
+    return hashlib.sha256(json.dumps(books, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

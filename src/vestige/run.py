@@ -87,6 +87,8 @@ class RunResult:
     report: Report
     prefill_s: float
     budget: Budget | None
+    policy: str
+    """Its name; a saved cache brings it along."""
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -94,7 +96,7 @@ class RunResult:
         seconds = sum(a.decode_s for a in self.answers)
         return sum(a.tokens for a in self.answers) / seconds if seconds else 0.0
 
-    def as_dict(self, model: str, chunk: int, memory: str, policy: str) -> dict[str, Any]:
+    def as_dict(self, model: str, chunk: int, memory: str) -> dict[str, Any]:
         """Return the row that ``--json`` prints."""
         report, texts = self.report, [a.text for a in self.answers]
         return {
@@ -111,7 +113,7 @@ class RunResult:
             "prefill_s": self.prefill_s,
             "evict_s": report.evict_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
-            "policy": policy,
+            "policy": self.policy,
             "share": report.share,
             "memory": memory,
             "budget": None if self.budget is None else str(self.budget),
@@ -145,6 +147,7 @@ def run(
         started = time.perf_counter()
         if text is None:
             cache = KVCache.load(_given(config.cache), model)
+            _check_positions(cache, max(cache.seen, default=0), questions)
         else:
             cache = _read(config, model, frame.context(text), questions, progress)
         prefill_s = 0.0 if text is None else time.perf_counter() - started
@@ -156,7 +159,13 @@ def run(
             asked = cache if i == len(questions) - 1 else cache.fork()
             answers.append(answer(model, tokenizer, asked, question, max_new_tokens=config.max_new_tokens))
             peak = max(peak, asked.report().peak_kv_bytes)
-    return RunResult(tuple(answers), replace(report, peak_kv_bytes=peak), prefill_s, cache.policy.budget)
+    return RunResult(
+        tuple(answers),
+        replace(report, peak_kv_bytes=peak),
+        prefill_s,
+        cache.policy.budget,
+        policies.name_of(cache.policy),
+    )
 
 
 def _read(
@@ -167,9 +176,7 @@ def _read(
     progress: Callable[[int, int], None] | None,
 ) -> KVCache:
     cache = KVCache(model, config.make_policy())
-    limit, length = cache.anatomy.max_positions, ids.shape[1] + max((q.shape[1] for q in questions), default=0)
-    if limit is not None and length > limit:
-        raise InputError(f"context and question are {length} tokens, more than the model's {limit} positions")
+    length = _check_positions(cache, ids.shape[1], questions)
 
     def advanced(read: int) -> None:
         if progress is not None:
@@ -182,3 +189,11 @@ def _read(
 def _given(path: Path | None) -> Path:
     assert path is not None, "checked when the config was made"
     return path
+
+
+def _check_positions(cache: KVCache, context: int, questions: list[Tensor]) -> int:
+    """Return the length of context and longest question, or raise if a reply would have no position."""
+    limit, length = cache.anatomy.max_positions, context + max((q.shape[1] for q in questions), default=0)
+    if limit is not None and length + bool(questions) > limit:
+        raise InputError(f"context and question are {length} tokens; the model has {limit} positions, a reply included")
+    return length

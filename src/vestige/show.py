@@ -14,7 +14,7 @@ from vestige.report import LayerReport, Report
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def megabytes(count: float) -> str:
+def megabytes(count: float | int) -> str:
     """Return bytes as people read them."""
     return f"{count / 1e6:,.1f} MB"
 
@@ -62,11 +62,11 @@ def _layer_cells(layer: LayerReport, most: int, width: int) -> tuple[str, Text, 
 
 def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Table:
     """Return result rows as a table; ``columns`` maps keys to format specs."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for key in columns:
-        table.add_column(key.replace("_", " "), justify="right")
+        table.add_column(key.replace("_", " "), justify="right", no_wrap=key == "policy")
     for row in rows:
-        table.add_row(*("" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()))
+        table.add_row(*(Text("" if row.get(key) is None else format(row[key], spec)) for key, spec in columns.items()))
     return table
 
 
@@ -74,6 +74,6 @@ def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Table
 def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
     """Show a progress bar on a console and yield ``advance(done, total)``."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

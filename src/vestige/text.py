@@ -71,6 +71,10 @@ def read_text(path: Path) -> str:
 
 def require_text(text: str, name: str) -> str:
     """Return the text, or raise an InputError if there is nothing in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is not UTF-8 text") from None
     if not text.strip():
         raise InputError(f"{name} is empty")
     return text

@@ -48,9 +48,12 @@ class SpeedConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "batches"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise InputError(f"--{name} must be positive whole numbers, got {getattr(self, name)}")
+        for option, numbers in (("--length", self.lengths), ("--batch", self.batches)):
+            if not numbers or min(numbers) < 1:
+                raise InputError(f"{option} must be positive whole numbers, got {numbers}")
+        for option, words in (("--policy", self.policies), ("--budget", self.budgets)):
+            if not words:
+                raise InputError(f"{option} is empty")
         if min(self.chunk, self.blocks, self.prefills) < 1:
             raise InputError("--chunk, --blocks and --prefills must be at least 1")
         for _ in self.arms():
@@ -97,7 +100,7 @@ def speed(
             progress(done, per_cell * len(cells))
 
     for length, batch in cells:
-        fitting, stretched = stretch(model, length + 4 * 64 + _WARM_UP)
+        fitting, stretched = stretch(model, length + 2 * max(policy.every for _, _, policy in config.arms()))
         with torch.no_grad(), attach(fitting):
             for row in _cell(config, fitting, length, batch, advance):
                 rows.append({**row, "random_weights": stretched})

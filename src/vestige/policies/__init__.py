@@ -11,6 +11,7 @@ from typing import Any
 from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
 from vestige.policy import Policy
+from vestige.select import SHARES
 
 POLICIES: dict[str, str] = {
     "full": "vestige.policies.full:Full",
@@ -23,7 +24,7 @@ POLICIES: dict[str, str] = {
 }
 
 _CLASSES = {path.partition(":")[2]: path for path in POLICIES.values()}
-__all__ = ["POLICIES", "make", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["POLICIES", "make", "name_of", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def resolve(name: str) -> type[Policy]:
@@ -51,6 +52,8 @@ def make(name: str, budget: Budget | None = None, *, share: str | None = None, s
         PolicyError: An unknown name or share, or no budget where one is needed.
     """
     cls: Any = resolve(name)
+    if share is not None and share not in SHARES:
+        raise PolicyError(unknown("share", share, SHARES))
     if budget is None and name != "full":
         raise PolicyError(f"policy {name!r} needs a budget: tokens (512), a fraction (0.1) or bytes (64MB)")
     fields = {field.name for field in dataclasses.fields(cls)}
@@ -58,6 +61,12 @@ def make(name: str, budget: Budget | None = None, *, share: str | None = None, s
     options |= {"seed": seed} if "seed" in fields else {}
     policy: Policy = cls(budget=budget, **options)
     return policy
+
+
+def name_of(policy: Policy) -> str:
+    """Return the name under which a policy is listed, or its class name."""
+    home = f"{type(policy).__module__}:{type(policy).__name__}"
+    return next((name for name, path in POLICIES.items() if path == home), type(policy).__name__)
 
 
 def _load(path: str) -> Any:
