@@ -397,11 +397,11 @@ def test_bench_speed_has_a_row_for_each_length_batch_policy_and_budget(vestige, 
 
 def test_bench_speed_beyond_the_positions_uses_random_weights_and_says_so(vestige, folders, monkeypatch):
     monkeypatch.setattr("vestige.bench.speed._decode", lambda *_: 0.128)
-    words = (*SPEED, "--model", folders.chat, "--budget", "40", "--policy", "streaming_llm", "--length", "300")
+    words = (*SPEED, "--model", folders.chat, "--budget", "40", "--policy", "streaming_llm", "--length", "500")
     result = vestige(*words)
     assert result.code == 0
     assert "random weights and stretched positions" in " ".join(result.err.split())
-    assert "streaming_llm" in result.out and "300" in result.out
+    assert "streaming_llm" in result.out and "500" in result.out
     assert max(map(len, result.out.splitlines())) <= 80
 
 

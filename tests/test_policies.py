@@ -487,7 +487,7 @@ def test_every_file_of_the_folder_is_in_the_dict_once():
 
 def test_all_lists_every_public_name_and_each_can_be_had():
     classes = {policies.resolve(name).__name__ for name in NAMES}
-    assert set(policies.__all__) == {"POLICIES", "make", "resolve"} | classes
+    assert set(policies.__all__) == {"POLICIES", "make", "name_of", "resolve"} | classes
     assert all(hasattr(policies, name) for name in policies.__all__)
     with pytest.raises(AttributeError, match="SnapVK"):
         _ = policies.SnapVK

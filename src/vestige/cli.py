@@ -133,7 +133,9 @@ def speed(
     share: ShareName = None,
     chunk: Chunk = 1024,
     blocks: Annotated[int, typer.Option(help="Decode blocks timed per arm.", min=1)] = 5,
-    prefills: Annotated[int, typer.Option(help="Readings timed per arm, the first as a warm-up.", min=1)] = 3,
+    prefills: Annotated[
+        int | None, typer.Option(help="Readings per arm, the first a warm-up; default: 3, or 1 beyond 16K.", min=1)
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = 0,

@@ -27,6 +27,8 @@ from vestige.policy import Policy
 from vestige.reading import prefill
 
 _WARM_UP = 8
+LONG = 16_384
+"""Tokens beyond which a reading takes minutes, and warming up is a small part of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,8 @@ class SpeedConfig:
     share: str | None = None
     chunk: int = 1024
     blocks: int = 5
-    prefills: int = 3
+    prefills: int | None = None
+    """Readings per arm, the first a warm-up if there are more; None is 3, or 1 beyond ``LONG`` tokens."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,10 +57,14 @@ class SpeedConfig:
         for option, words in (("--policy", self.policies), ("--budget", self.budgets)):
             if not words:
                 raise InputError(f"{option} is empty")
-        if min(self.chunk, self.blocks, self.prefills) < 1:
+        if min(self.chunk, self.blocks, 1 if self.prefills is None else self.prefills) < 1:
             raise InputError("--chunk, --blocks and --prefills must be at least 1")
         for _ in self.arms():
             pass
+
+    def rounds(self, length: int) -> int:
+        """Return how often each arm reads a text of this length."""
+        return self.prefills or (3 if length <= LONG else 1)
 
     def arms(self) -> Iterator[tuple[str, str | None, Policy]]:
         """Yield (policy name, budget text, policy) for each arm; raises as the command line would."""
@@ -91,13 +98,13 @@ def speed(
     """
     rows, done = [], 0
     cells = [(length, batch) for length in config.lengths for batch in config.batches]
-    per_cell = (len(list(config.arms())) + 2) * (config.blocks + config.prefills)
+    timed = (len(list(config.arms())) + 2) * sum(config.blocks + config.rounds(length) for length, _ in cells)
 
     def advance() -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, per_cell * len(cells))
+            progress(done, timed)
 
     for length, batch in cells:
         fitting, stretched = stretch(model, length + 2 * max(policy.every for _, _, policy in config.arms()))
@@ -132,7 +139,7 @@ def _cell(
     full = Arm(lambda x: _read_plain(model, x, config.chunk), every)
     arms = [Arm(_reader(model, policy, config.chunk), policy.every) for _, _, policy in listed]
     everyone = [floor, full, *arms]
-    _time_prefills(everyone, ids, config.prefills, advance)
+    _time_prefills(everyone, ids, config.rounds(length), advance)
     _time_decodes(everyone, model, ids[:, -1:], config.blocks, advance)
     for (name, budget, policy), arm in zip(listed, arms, strict=True):
         assert isinstance(arm.cache, KVCache)
