@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
 from vestige import (
@@ -342,8 +342,34 @@ def test_gradients_flow_through_a_cache_that_was_evicted():
             prefill(model, ids[:, :30], cache)
         with torch.no_grad():
             expected = model(ids[:, 30:], past_key_values=cache.fork()).logits
-        got = model(ids[:, 30:35], past_key_values=cache).logits
-        rest = model(ids[:, 35:], past_key_values=cache).logits
+        got = model(ids[:, 30:36], past_key_values=cache).logits
+        singly = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(36, 40)]
+        rest = torch.cat(singly, 1)
         torch.testing.assert_close(torch.cat([got, rest], 1), expected, atol=1e-5, rtol=1e-5)
         rest.square().mean().backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_hybrid_of_convolutions_and_attention_keeps_its_other_layers():
+    config = Lfm2Config(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, full_attn_idxs=[1, 3], bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(config).eval()
+    ids = random_ids(model, 1, 40)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        expected = model.generate(ids, **options)
+        with attach(model):
+            cache = KVCache(model, policies.Full())
+            assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+            cache = evicting(model, tokens=12)
+            prefill(model, ids, cache, chunk=8)
+            twin = cache.fork()
+            nxt = random_ids(model, 1, 2, seed=1)
+            got = model(nxt, past_key_values=cache).logits
+            assert torch.equal(model(nxt, past_key_values=twin).logits, got)
+    report = cache.report()
+    assert [layer.layer_idx for layer in report.layers] == [1, 3]
+    assert report.other_kv_bytes > 0 and report.kept_fraction < 0.4

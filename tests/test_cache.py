@@ -302,6 +302,8 @@ def test_one_prefill_serves_many_policies():
         prefill(model, ids, shared)
         for one in chosen:
             forked = shared.fork(one)
+            observed = [0 if layer.ring is None else layer.ring.shape[2] for layer in forked.evictable]
+            assert observed == [one.queries_observed] * 3, "a fork's bytes are its own policy's"
             forked.settle()
             own = KVCache(model, one)
             prefill(model, ids, own)

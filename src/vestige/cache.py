@@ -168,10 +168,12 @@ class KVCache(Cache):
     def fork(self, policy: Policy | None = None) -> "KVCache":
         """Return an equal cache that shares no memory, with another policy if one is given.
 
+        A fork with another policy forgets the queries that this policy does not look at, so its bytes are its own.
+
         Raises:
             PolicyError: The policy needs something this cache did not record (see ``observers``).
         """
-        policy = self.policy if policy is None else policy
+        changed, policy = policy is not None, self.policy if policy is None else policy
         missing = policy.needs - self.needs
         if missing or policy.queries_observed > self.queries_observed:
             raise PolicyError(
@@ -181,23 +183,17 @@ class KVCache(Cache):
             )
         twin = object.__new__(KVCache)
         twin._start(self.anatomy, policy, [policy])
-        for name in (
-            "queries_observed",
-            "needs",
-            "length",
-            "reading_to",
-            "pins",
-            "step",
-            "seen",
-            "prepared",
-            "evict_s",
-        ):
+        for name in _SHARED:
             setattr(twin, name, getattr(self, name))
         twin.schedule = Schedule(**vars(self.schedule))
         twin.ring_floor, twin.fed = list(self.ring_floor), self.fed.copy()
         twin.layers = [
             layer.copy_to(twin) if isinstance(layer, RaggedLayer) else _copy_layer(layer) for layer in self.layers
         ]
+        if changed:
+            twin.needs, twin.queries_observed = policy.needs, policy.queries_observed
+            for layer in twin.evictable:
+                layer.shrink_ring(twin.queries_observed)
         twin.peak_kv_bytes = twin.nbytes
         return twin
 

@@ -5,6 +5,7 @@ buffer is the ``(batch, kv_heads, seen, head_dim)`` tensor that plain attention 
 stored while the layer is dense and go with the first eviction.
 """
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -247,9 +248,7 @@ class RaggedLayer(CacheLayerMixin):
     @property
     def pair_bytes(self) -> int:
         """Bytes of one pair of one row, position and side arrays included."""
-        return sum(
-            column[:1].nbytes or column.new_zeros(1, *column.shape[1:]).nbytes for column in self.columns.values()
-        )
+        return sum(column.element_size() * math.prod(column.shape[1:]) for column in self.columns.values())
 
     @property
     def dynamic_bytes(self) -> int:
@@ -332,6 +331,17 @@ class RaggedLayer(CacheLayerMixin):
             new = step.valid(b)[-observed:]
             self.ring[b][:, step.positions[b, new].long() % observed] = query[b][:, new]
 
+    def shrink_ring(self, observed: int) -> None:
+        """Remember only the latest ``observed`` queries from now on; 0 forgets them all."""
+        if self.ring is None or observed == self.ring.shape[2]:
+            return
+        latest = self._latest_queries(self.cache.seen)
+        ring = self.ring.new_zeros(*self.ring.shape[:2], observed, self.ring.shape[3])
+        for b, end in enumerate(self.cache.seen):
+            kept = latest[b][:, -observed:] if observed else latest[b][:, :0]
+            ring[b][:, torch.arange(end - kept.shape[1], end, device=ring.device) % max(observed, 1)] = kept
+        self.ring = ring if observed else None
+
     def copy_to(self, cache: "KVCache") -> "RaggedLayer":
         """Return an equal layer of another cache, sharing no memory."""
         twin = RaggedLayer(cache, self.layer_idx)
@@ -374,7 +384,7 @@ class RaggedLayer(CacheLayerMixin):
                 self._spread(name).narrow(2, before[0], step.new).copy_(x)
             return
         self._capacity = self._capacity if source is None else 0
-        if step.new == 1 and source is None:
+        if step.new == 1 and source is None and not autograd:  # autograd keeps the index, which counting up would spoil
             slots = self._next_slots(before)
         else:
             ends = [start + length for start, length in zip(self.starts, before, strict=True)]
