@@ -79,7 +79,7 @@ def test_mask_sizes_are_the_whole_while_dense_and_the_new_tokens_once_ragged():
         prefill(model, random_ids(model, 1, 8), cache)
     assert cache.get_mask_sizes(3, 0) == (3, 16)
     assert all(layer.ragged for layer in cache.evictable), "all layers turn ragged in the same settle"
-    assert cache.get_seq_length() == 16 and cache.get_max_length() == -1 and not cache.is_croppable
+    assert cache.get_seq_length() == 16 and cache.get_max_length() == -1
 
 
 def test_the_ring_holds_the_latest_queries_in_order():

@@ -338,12 +338,13 @@ class KVCache(Cache):
         self._start(self.anatomy, self.policy, [self.policy])
         self.queries_observed, self.needs = kept
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens). What was evicted is not restored.
 
         Raises:
             InputError: A positive number, or more tokens than were seen. The cache is unchanged.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 counts candidates in a tensor
         padded = self.fed.ids.shape[1]
         if tokens_to_remove > 0 or -tokens_to_remove > padded:
             raise InputError(f"crop takes a number from {-padded} to 0: the tokens to remove; got {tokens_to_remove}")
