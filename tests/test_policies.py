@@ -6,32 +6,18 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 
-from vestige import Budget, Observation, Phase, Policy, PolicyError, policies
+from conftest import ROOMY, made
+from vestige import Observation, Phase, PolicyError, policies
 from vestige.kernels import AttentionScale
 from vestige.observe import observed_attention
 from vestige.policies import POLICIES
 from vestige.policies.random import splitmix64, uniform
 
-ROOMY = Budget.tokens(64)
 NAMES = sorted(POLICIES)
 LN = {n: math.log(n) for n in (1, 2, 3, 4, 8)}
-
-
-def made(name: str, **options: Any) -> Policy:
-    """Return a named policy with a budget that never refuses, and other options."""
-    return policies.resolve(name)(budget=None if name == "full" else ROOMY, **options)
-
-
-@pytest.fixture
-def unchecked():
-    """Let a wrong type through, as it comes from a user without a type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -> Observation:

@@ -4,22 +4,17 @@ import dataclasses
 import inspect
 import math
 import pkgutil
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jaxtyping
 import pytest
 from torch import Tensor
 
+from conftest import ROOMY, made
 from vestige import Budget, BudgetError, Observation, Policy, PolicyError, policies
 from vestige.policies import POLICIES
 
-ROOMY = Budget.tokens(64)
 NAMES = sorted(POLICIES)
-
-
-def made(name: str, **options: Any) -> Policy:
-    """Return a named policy with a budget that never refuses, and other options."""
-    return policies.resolve(name)(budget=None if name == "full" else ROOMY, **options)
 
 
 @pytest.fixture
