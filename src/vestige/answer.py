@@ -46,8 +46,7 @@ def answer(
         InputError: Context and question leave no position for a reply, or there is no question.
     """
     limit, length = cache.anatomy.max_positions, max(cache.seen) + question.shape[1]
-    if limit is not None and length >= limit:
-        raise InputError(f"context and question are {length} tokens; the model has {limit} positions")
+    check_room(limit, length)
     ids = torch.cat([cache.ids, question], 1).to(model.device)
     if question.shape[1] > 1:
         prefill(model, question[:, :-1].to(model.device), cache, chunk=cache.schedule.chunk, settle=False)
@@ -64,3 +63,9 @@ def answer(
     new = out[0, ids.shape[1] :]
     text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
     return Answer(text, len(new), time.perf_counter() - started)
+
+
+def check_room(limit: int | None, length: int) -> None:
+    """Raise an InputError if context and question leave no position for a reply."""
+    if limit is not None and length >= limit:
+        raise InputError(f"context and question are {length} tokens; the model has {limit} positions, a reply included")

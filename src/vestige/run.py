@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import policies
-from vestige.answer import Answer, answer
+from vestige.answer import Answer, answer, check_room
 from vestige.attachment import attach
 from vestige.budget import Budget
 from vestige.cache import KVCache
@@ -193,7 +193,7 @@ def _given(path: Path | None) -> Path:
 
 def _check_positions(cache: KVCache, context: int, questions: list[Tensor]) -> int:
     """Return the length of context and longest question, or raise if a reply would have no position."""
-    limit, length = cache.anatomy.max_positions, context + max((q.shape[1] for q in questions), default=0)
-    if limit is not None and length + bool(questions) > limit:
-        raise InputError(f"context and question are {length} tokens; the model has {limit} positions, a reply included")
+    length = context + max((q.shape[1] for q in questions), default=0)
+    if questions:  # without a question prefill itself refuses what is too long
+        check_room(cache.anatomy.max_positions, length)
     return length
