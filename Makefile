@@ -15,7 +15,7 @@ MATRIX_SUITE := -m "not slow and not peers and not gpu" $(SUITE)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -44,6 +44,14 @@ matrix-newest: $(VENV)/.stamp-test
 	$(BIN)/python -m pip install -q --upgrade "transformers<6"
 	$(RUN_PYTEST) $(BIN)/python -m pytest $(MATRIX_SUITE)
 
+# The essays are Paul Graham's, in text files; without ESSAYS they are fetched.
+results-bench: $(VENV)/.stamp-test peers ## the comparison in the README (hours; goes on after an interrupt): ESSAYS=DIR
+	$(BIN)/python -m vestige.recipes.bench --out results/bench $(if $(ESSAYS),--essays "$(ESSAYS)")
+	$(BIN)/vestige report results/bench
+
+results-bench-dev: $(VENV)/.stamp-test ## what the tasks of results-bench are chosen by, on the dev split
+	$(BIN)/python -m vestige.recipes.bench --dev --out out/bench-dev $(if $(ESSAYS),--essays "$(ESSAYS)")
+
 clean: ## remove all that make made: environments, caches, builds
 	rm -rf .venv $(OLD_TRANSFORMERS:%=.venv-%) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
@@ -55,12 +63,12 @@ $(VENV)/.stamp-setup: pyproject.toml
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-setup
-	$(BIN)/python -m pip install -q -e ".[gguf,test]"
+	$(BIN)/python -m pip install -q -e ".[gguf,bench,test]"
 	@touch $@
 
 .venv-%/.stamp-matrix: pyproject.toml
 	$(call make_venv,.venv-$*)
-	.venv-$*/bin/python -m pip install -q "transformers==$*" -e ".[gguf,test]"
+	.venv-$*/bin/python -m pip install -q "transformers==$*" -e ".[gguf,bench,test]"
 	@touch $@
 
 # $(call make_venv,DIR): an environment with pip and torch in it, or one clear line about what is missing.

@@ -58,8 +58,8 @@ class KVCache(Cache):
         self.queries_observed = max(observer.queries_observed for observer in observers)
         self.needs = frozenset[str]().union(*(observer.needs for observer in observers))
         self.schedule = Schedule()
-        self.length: int | None = None
-        """The announced full length, which a fraction budget is a fraction of."""
+        self.lengths: tuple[int, ...] | None = None
+        """The announced full length of each batch row, which a fraction budget is a fraction of."""
         self.reading_to: tuple[int, ...] | None = None
         """Where the prefill under way will end, per batch row: a fraction of what is not announced looks ahead."""
         self.pins: tuple[Span, ...] = ()
@@ -151,7 +151,10 @@ class KVCache(Cache):
             return [2**62] * len(self.seen)
         footprint, protected = self.footprint(), self.policy.protected
         ends = self.reading_to or self.seen
-        pairs = [budget.pairs(seen=end, length=self.length, protected=protected, footprint=footprint) for end in ends]
+        pairs = [
+            budget.pairs(seen=end, length=length, protected=protected, footprint=footprint)
+            for end, length in zip(ends, self.lengths or (None,) * len(ends), strict=True)
+        ]
         return [Budget.slacken(n, factor) for n in pairs]
 
     def footprint(self) -> Footprint:
@@ -380,6 +383,7 @@ class KVCache(Cache):
         order = rows.tolist()
         self.seen = tuple(self.seen[b] for b in order)
         self.ring_floor = [self.ring_floor[b] for b in order]
+        self.lengths = self.lengths and tuple(self.lengths[b] for b in order)
         self.fed.reorder(rows)
 
     # Books.
@@ -393,7 +397,7 @@ class KVCache(Cache):
             )
 
 
-_SHARED = ("queries_observed", "needs", "length", "reading_to", "pins", "step", "seen", "prepared", "evict_s")
+_SHARED = ("queries_observed", "needs", "lengths", "reading_to", "pins", "step", "seen", "prepared", "evict_s")
 """What a fork takes over as it is: values that are replaced, never changed in place."""
 
 

@@ -1,12 +1,15 @@
 """The command line: thin, and quick to print its help (heavy imports are inside the commands)."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from vestige.errors import VestigeError
 
@@ -17,7 +20,23 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Measure what eviction costs and saves.", no_args_is_help=True, rich_markup_mode=None)
+
+
+class TasksOrCommand(TyperGroup):
+    """``vestige bench TASK...`` is the command ``tasks``, unless the first word is another command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands:
+            args = ["tasks", *args]
+        return super().parse_args(ctx, args)
+
+
+bench = typer.Typer(
+    cls=TasksOrCommand,
+    help="Measure accuracy, bytes and time (`vestige bench TASK...`, see `vestige bench --help`), or speed alone.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(bench, name="bench")
 
 out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False)
@@ -122,6 +141,111 @@ def policies(seed: Seed = 0, as_json: Json = False) -> None:
 
 
 @bench.command()
+def tasks(
+    task: Annotated[
+        list[str],
+        typer.Argument(
+            help="ruler, niah, dialogue, longbench, longbench-e, longbench-v2, or: cases FILE.jsonl. A part of a task: "
+            "ruler/niah_single_1, longbench/multi_news. `vestige bench speed` times alone.",
+        ),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="A new folder for the results; with --resume one to go on in.")],
+    model: Model = "smollm2-135m",
+    policy: Annotated[
+        str, typer.Option(help="Policies; several: full,snapkv,keydiff. Controls: full, random.")
+    ] = "full",
+    budget: Annotated[
+        str | None, typer.Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.25,0.1.")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Tokens of prompt, question and answer; several: 1024,2048.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each (task, length); default: the task's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="dev (to choose by) or test (to report, once).")] = "dev",
+    share: Annotated[
+        str | None, typer.Option(help="Who competes for room: head, layer, model; several: head,model.")
+    ] = None,
+    memory: Annotated[str, typer.Option(help="What remains of the evicted: none.")] = "none",
+    peer: Annotated[
+        str | None,
+        typer.Option(help="kvpress:SnapKVPress (any press), transformers:dynamic, transformers:quantized; several."),
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens per forward while reading; default: one piece.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples read and answered together, where lengths allow.")] = 1,
+    question_aware: Annotated[
+        bool, typer.Option("--question-aware", help="Read the question before compressing; default: after.")
+    ] = False,
+    answer_room: Annotated[
+        int | None,
+        typer.Option(help="End replies so many tokens beyond the longest answer; default: the task's."),
+    ] = None,
+    essays: Annotated[Path | None, typer.Option(help="A folder of text files for haystacks; default: online.")] = None,
+    qa: Annotated[Path | None, typer.Option(help="Questions in SQuAD's or HotpotQA's format; default: online.")] = None,
+    longbench: Annotated[Path | None, typer.Option(help="LongBench data: JSONL, or a folder of them.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A JSON file of prompts in place of LongBench's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Put every sample of the tasks through every method and peer: accuracy, bytes and milliseconds side by side."""
+    from vestige import show
+    from vestige.bench.arms import cross
+    from vestige.bench.config import BenchConfig
+    from vestige.bench.run import bench as job
+    from vestige.bench.store import check_folder
+    from vestige.download import load
+
+    names, cases = _tasks_and_cases(task)
+    arms = cross(
+        _words(policy), _words(budget or ""), shares=_words(share or ""), memories=_words(memory),
+        peers=_words(peer or "", nested=True),
+    )  # fmt: skip
+    config = BenchConfig(
+        tasks=names, arms=arms, lengths=_numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
+        question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa, cases=cases,
+        longbench=longbench, prompts=prompts, seed=seed,
+    )  # fmt: skip
+    check_folder(folder, resume=resume)
+    network, tokenizer = load(model, device=device, dtype=dtype)
+    with show.reading_bar(err, "bench") as advance:
+        rows = job(
+            config, network, tokenizer, name=model, out=folder, resume=resume, command=_typed(), progress=advance
+        )
+    if as_json:
+        return _print_json({"rows": rows})
+    out.print(show.bench_table(rows))
+    for row in rows:
+        if row["score"] is None:
+            err.print(f"failed: {row['task']} {row['policy']}@{row['budget']}: {_plain(row['error'])}", style="red")
+    out.print(f"\nresults: {folder}; pictures: vestige report {folder}", style="dim")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Result folders, or folders of them.")],
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Where report.html and report.md go; default: the first DIR.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Stands above the report.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make tables and plots of result folders: one HTML with the pictures inside, one Markdown."""
+    from vestige.bench.report import TITLE
+    from vestige.bench.report import report as made
+
+    with err.status("drawing ..."):
+        written = made(folders, out=output, title=title or TITLE)
+    if as_json:
+        return _print_json({"html": str(written.html), "markdown": str(written.markdown), "rows": written.rows})
+    out.print(f"{written.rows} rows: {_plain(str(written.html))} and {_plain(str(written.markdown))}", soft_wrap=True)
+
+
+@bench.command()
 def speed(
     model: Model = "smollm2-135m",
     length: Annotated[str, typer.Option(help="Tokens read; several: 2000,8000.")] = "8000",
@@ -130,11 +254,17 @@ def speed(
     ),
     policy: Annotated[str, typer.Option(help="Policies; several: snapkv,keydiff.")] = "snapkv",
     batch: Annotated[str, typer.Option(help="Batch sizes; several: 1,4.")] = "1",
+    peer: Annotated[
+        str | None, typer.Option(help="Peers beside them: kvpress:SnapKVPress, transformers:quantized; several.")
+    ] = None,
     share: ShareName = None,
     chunk: Chunk = 1024,
     blocks: Annotated[int, typer.Option(help="Decode blocks timed per arm.", min=1)] = 5,
     prefills: Annotated[
         int | None, typer.Option(help="Readings per arm, the first a warm-up; default: 3, or 1 beyond 16K.", min=1)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Keep the rows in this folder, for `vestige report`.")
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -145,15 +275,21 @@ def speed(
     from vestige import show
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
+    from vestige.bench.store import check_folder, keep_speed
     from vestige.download import load
 
     config = SpeedConfig(
         lengths=_numbers("--length", length), batches=_numbers("--batch", batch), policies=_words(policy),
-        budgets=_words(budget), share=share, chunk=chunk, blocks=blocks, prefills=prefills, seed=seed,
+        budgets=_words(budget), peers=_words(peer or "", nested=True), share=share, chunk=chunk, blocks=blocks,
+        prefills=prefills, seed=seed,
     )  # fmt: skip
+    if folder is not None:
+        check_folder(folder, resume=False)
     network, _ = load(model, device=device, dtype=dtype)
     with show.reading_bar(err, "timing") as advance:
-        rows = [{**row, "model": model} for row in timed(config, network, advance)]
+        rows = timed(config, network, advance, name=model)
+    if folder is not None:
+        keep_speed(folder, rows)
     if any(row["random_weights"] for row in rows):
         err.print("beyond the model's positions: timed its architecture with random weights and stretched positions")
     if as_json:
@@ -203,8 +339,25 @@ def _print_listing(entries: dict[str, str], as_json: bool) -> None:
         print(f"{name:<{width}}  {line}")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def _words(text: str, *, nested: bool = False) -> tuple[str, ...]:
+    """Split at commas; with ``nested`` not at those inside parentheses."""
+    pattern = r",(?![^(]*\))" if nested else ","
+    return tuple(word.strip() for word in re.split(pattern, text) if word.strip())
+
+
+def _typed() -> str:
+    """Return this command as it was typed."""
+    return shlex.join(["vestige", *sys.argv[1:]])
+
+
+def _tasks_and_cases(words: list[str]) -> tuple[tuple[str, ...], Path | None]:
+    """Return the names of the tasks, and the file that follows the word ``cases``."""
+    if "cases" not in words:
+        return tuple(words), None
+    at = words.index("cases")
+    if at + 1 == len(words):
+        raise typer.BadParameter("cases needs a file: vestige bench cases FILE.jsonl")
+    return (*words[: at + 1], *words[at + 2 :]), Path(words[at + 1])
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from vestige.policy import Policy
 from vestige.schedule import Schedule
 from vestige.spans import Span
 
-FORMAT = 1
+FORMAT = 2
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"
 
 
@@ -50,7 +50,7 @@ def save(cache: KVCache, path: Path) -> None:
         "policy": _policy_to_json(cache.policy),
         "needs": sorted(cache.needs),
         "queries_observed": cache.queries_observed,
-        "length": cache.length,
+        "lengths": cache.lengths,
         "pins": [[span.start, span.end] for span in cache.pins],
         "seen": list(cache.seen),
         "ring_floor": cache.ring_floor,
@@ -155,9 +155,10 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
     cache = KVCache(model, _policy_from_json(books["policy"]))
     if books["model"] != cache.anatomy.fingerprint():
         raise CacheFileError(f"{path} was made for another model or other weights than {model.config.name_or_path!r}")
-    for name in ("queries_observed", "length", "prepared", "peak_kv_bytes", "evict_s"):
+    for name in ("queries_observed", "prepared", "peak_kv_bytes", "evict_s"):
         setattr(cache, name, books[name])
     cache.needs = frozenset(books["needs"])
+    cache.lengths = books["lengths"] and tuple(books["lengths"])
     cache.pins = tuple(Span(*pin) for pin in books["pins"])
     cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
     cache.schedule = Schedule(**books["schedule"])

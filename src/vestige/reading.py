@@ -1,7 +1,7 @@
 """Reading a text into a cache in chunks, with eviction between them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ def prefill(
     cache: Cache,
     *,
     chunk: int = 1024,
-    length: int | None = None,
+    length: int | Sequence[int] | None = None,
     settle: bool = True,
     attention_mask: Int[Tensor, "batch new"] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -36,8 +36,8 @@ def prefill(
         input_ids: What follows the tokens that the cache has seen.
         cache: A :class:`~vestige.KVCache`; changed in place.
         chunk: Tokens per forward.
-        length: The full length to come (text, question, ...): what a fraction budget is a fraction of, from now on.
-            Without it a fraction is one of the tokens seen once these ids are read.
+        length: The full length to come (text, question, ...), of all batch rows or of each: what a fraction budget is a
+            fraction of, from now on. Without it a fraction is one of the tokens seen once these ids are read.
         settle: Whether to settle between chunks and at the end; False reads a question, which stays whole.
         attention_mask: 0 for pads, which must be at the left.
         progress: Called with the number of tokens read so far.
@@ -48,9 +48,8 @@ def prefill(
         InputError: No ids, or more than the model has positions for; nothing was read.
     """
     cache = require_cache(cache)
-    _check_input(cache, input_ids, attention_mask, chunk, length)
-    if length is not None:
-        cache.length = length
+    _check_input(cache, input_ids, attention_mask, chunk)
+    announce(cache, length, len(input_ids))
     schedule, total = cache.schedule, input_ids.shape[1]
     cache.reading_to = _ends(cache, input_ids, attention_mask)
     schedule.reading, schedule.chunk = True, chunk
@@ -58,23 +57,55 @@ def prefill(
     try:
         for start in range(0, total, chunk):
             end = min(start + chunk, total)
-            logits = _forward(model, input_ids, cache, start, end, attention_mask)
+            mask = None if attention_mask is None else attention_mask[:, start:end]
+            logits = forward(model, input_ids[:, start:end], cache, mask)
             if settle and end < total:
                 cache.settle(reading=True)
             if progress is not None:
                 progress(end)
         if settle:
-            if isinstance(cache.policy, Prepares):
-                cache.policy.prepare(model, cache, input_ids)
-                cache.prepared = True
-            cache.settle()
-            schedule.prefilled = True
+            finish(model, cache, input_ids)
     finally:
         schedule.reading, cache.reading_to = False, None
     return logits
 
 
-def _check_input(cache: KVCache, ids: Tensor, mask: Tensor | None, chunk: int, length: int | None) -> None:
+def finish(model: PreTrainedModel, cache: KVCache, input_ids: Int[Tensor, "batch new"]) -> None:
+    """Settle what was read, as the end of :func:`prefill` does: a fork of an unevicted reading can be finished by any
+    policy, so that one reading serves many.
+
+    Args:
+        model: An attached model.
+        cache: Holds the ids; changed in place.
+        input_ids: What was read last.
+    """
+    if isinstance(cache.policy, Prepares):
+        cache.policy.prepare(model, cache, input_ids)
+        cache.prepared = True
+    cache.settle()
+    cache.schedule.prefilled = True
+
+
+def announce(cache: KVCache, length: int | Sequence[int] | None, batch: int) -> None:
+    """Say how long each batch row will be in the end: what a fraction budget is a fraction of, from now on.
+
+    Args:
+        cache: Changed in place.
+        length: Tokens, of all batch rows or of each; None leaves what was announced before.
+        batch: Batch rows.
+
+    Raises:
+        BudgetError: The budget for one of these lengths is below the protected pairs.
+    """
+    lengths = None if length is None else (length,) * batch if isinstance(length, int) else tuple(length)
+    if lengths is not None and len(lengths) != batch:
+        raise InputError(f"{len(lengths)} lengths were announced for {batch} batch rows")
+    if cache.policy.budget is not None:
+        cache.policy.budget.check(cache.policy.protected, length=None if lengths is None else min(lengths))
+    cache.lengths = lengths or cache.lengths
+
+
+def _check_input(cache: KVCache, ids: Tensor, mask: Tensor | None, chunk: int) -> None:
     if ids.ndim != 2 or not ids.numel():
         raise InputError(f"nothing to read: input_ids have shape {tuple(ids.shape)}, expected (batch, new)")
     if chunk < 1:
@@ -84,8 +115,6 @@ def _check_input(cache: KVCache, ids: Tensor, mask: Tensor | None, chunk: int, l
     total, limit = max(cache.seen, default=0) + ids.shape[1], cache.anatomy.max_positions
     if limit is not None and total > limit:
         raise InputError(f"{total} tokens are more than the model's {limit} positions")
-    if cache.policy.budget is not None:
-        cache.policy.budget.check(cache.policy.protected, length=length)
 
 
 def _ends(cache: KVCache, ids: Tensor, mask: Tensor | None) -> tuple[int, ...]:
@@ -93,19 +122,26 @@ def _ends(cache: KVCache, ids: Tensor, mask: Tensor | None) -> tuple[int, ...]:
     return tuple(s + n for s, n in zip(cache.seen or (0,) * len(fed), fed, strict=True))
 
 
-def _forward(
-    model: PreTrainedModel, ids: Tensor, cache: KVCache, start: int, end: int, mask: Tensor | None
+def forward(
+    model: PreTrainedModel, ids: Int[Tensor, "batch new"], cache: KVCache, mask: Int[Tensor, "batch new"] | None = None
 ) -> Float[Tensor, "batch vocab"]:
-    """Feed one chunk. Masks are as long as the sequence: what was seen before counts as real, pads were dropped."""
+    """Feed ids and return the logits after the last one, with the positions and the mask that padded rows need.
+
+    Args:
+        model: An attached model.
+        ids: What follows the tokens that the cache has seen.
+        cache: Changed in place; settles when one is due, as under ``generate``.
+        mask: 0 for pads, which must be at the left.
+    """
     inputs: dict[str, Tensor | int] = {}
     if mask is not None or cache.padded:
-        new = torch.ones_like(ids[:, start:end]) if mask is None else mask[:, start:end]
+        new = torch.ones_like(ids) if mask is None else mask
         before = cache.real.to(new) if cache.seen else new[:, :0]
-        inputs["attention_mask"] = torch.cat([before, new], 1)
+        inputs["attention_mask"] = torch.cat([before, new], 1)  # as long as the sequence: seen counts as real
         seen = torch.tensor(cache.seen or (0,) * len(ids), device=ids.device)[:, None]
         inputs["position_ids"] = (seen + new.cumsum(1) - 1).clamp_min(0)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
-    out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **inputs)
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
     logits: Tensor = out.logits
     return logits[:, -1]

@@ -70,10 +70,30 @@ def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Table
     return table
 
 
+def bench_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Return the rows of a benchmark as a table; a failed row has its reason in place of numbers."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("task", "length", "method", "budget"):
+        table.add_column(name, justify="right" if name in ("length", "budget") else "left", overflow="fold")
+    for name in ("score", "95 %", "n", "kept", "MB", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        method = row["policy"] if row["share"] in (None, "head") else f"{row['policy']}:{row['share']}"
+        head = [row["task"], str(row["length"]), method, row["budget"]]
+        if row["score"] is None:
+            table.add_row(*map(Text, head), Text("failed", style="red"))
+            continue
+        low, high = row["score_ci95"]
+        decode = "" if row["decode_ms"] is None else f"{row['decode_ms']:.1f}"
+        numbers = [f"{row['score']:.2f}", f"{low:.2f}-{high:.2f}", str(row["n"]), f"{row['kept_fraction']:.1%}"]
+        table.add_row(*map(Text, [*head, *numbers, f"{row['kv_bytes'] / 1e6:.1f}", decode]))
+    return table
+
+
 @contextmanager
 def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
-    """Show a progress bar on a console and yield ``advance(done, total)``."""
+    """Show a progress bar on a console and yield ``advance(done, total, what=label)``."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        yield lambda done, total, what=label: progress.update(task, completed=done, total=total, description=what)

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 
-_CONTEXT, _QUESTION = "\ue000context\ue000", "\ue000question\ue000"  # private use: no text has them
+_CONTEXT, _QUESTION, _REPLY, _NEXT = (f"\ue000{word}\ue000" for word in ("context", "question", "reply", "next"))
+"""Private use characters: no text has them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,19 @@ class Frame:
         """Return the ids of everything behind the context: the question, and what opens the reply."""
         _, between, after = self._parts()
         return self._ids(between + text + after + answer_prefix)
+
+    def next_context(self, text: str) -> Int[Tensor, "1 context"]:
+        """Return the ids that follow a reply: what closes it, and the next message up to the end of its context.
+
+        What closes a reply begins with the token that ended it, if the model wrote one: do not feed it twice.
+        """
+        if not self.tokenizer.chat_template:
+            return self._ids("\n" + text)
+        first = {"role": "user", "content": _QUESTION}
+        talk = [first, {"role": "assistant", "content": _REPLY}, {"role": "user", "content": f"{_NEXT}\n{_QUESTION}"}]
+        chat = str(self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+        _, _, rest = chat.partition(_REPLY)
+        return self._ids(rest.partition(_NEXT)[0] + text)
 
     def _parts(self) -> tuple[str, str, str]:
         """Return the text before the context, between context and question, and after the question."""

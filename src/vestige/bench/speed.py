@@ -9,7 +9,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from vestige import policies
 from vestige.attachment import attach
+from vestige.bench import peers
+from vestige.bench.facts import provenance
+from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.errors import InputError
+from vestige.errors import InputError, VestigeError
+from vestige.models import check
 from vestige.policy import Policy
 from vestige.reading import prefill
 
@@ -43,6 +48,7 @@ class SpeedConfig:
     batches: tuple[int, ...] = (1,)
     policies: tuple[str, ...] = ("snapkv",)
     budgets: tuple[str, ...] = ("0.05",)
+    peers: tuple[str, ...] = ()
     share: str | None = None
     chunk: int = 1024
     blocks: int = 5
@@ -61,10 +67,17 @@ class SpeedConfig:
             raise InputError("--chunk, --blocks and --prefills must be at least 1")
         for _ in self.arms():
             pass
+        for peer in self.peers:
+            peers.check(peer)
 
     def rounds(self, length: int) -> int:
         """Return how often each arm reads a text of this length."""
         return self.prefills or (3 if length <= LONG else 1)
+
+    def peer_arms(self) -> Iterator[tuple[str, str]]:
+        """Yield (peer, budget text) for each arm of a peer."""
+        for peer in self.peers:
+            yield from ((peer, budget) for budget in (self.budgets if peers.takes_budget(peer) else ("1.0",)))
 
     def arms(self) -> Iterator[tuple[str, str | None, Policy]]:
         """Yield (policy name, budget text, policy) for each arm; raises as the command line would."""
@@ -85,20 +98,50 @@ class Arm:
     decode_ms: float = 0.0
 
 
+@dataclass
+class PeerArm:
+    """A peer at one budget: a run of it reads, compresses and decodes, so it gives both figures at once."""
+
+    name: str
+    budget: str
+    job: Job
+    runs: list[Outcome] = field(default_factory=list)
+    error: str | None = None
+
+    def time(self, peer: Callable[[str], peers.Peer]) -> None:
+        """Run once more, unless it failed before."""
+        if self.error is None:
+            try:
+                self.runs.append(peer(self.name).run(self.job))
+            except VestigeError as error:
+                self.error = str(error)
+
+    def median(self, figure: str) -> float:
+        """Return the median of a figure over the runs but the first, which warms up if there are more."""
+        return float(statistics.median(getattr(run, figure) for run in self.runs[1:] or self.runs))
+
+
 def speed(
-    config: SpeedConfig, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None
+    config: SpeedConfig,
+    model: PreTrainedModel,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    name: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Time every (length, batch, policy, budget) and return a row for each.
+    """Time every (length, batch, policy, budget) and return a row for each. A peer that fails is a row with ``error``.
 
     Args:
         config: What to time.
         model: Attached for as long as this runs. If a length is beyond its positions, a model of the same architecture
             with random weights and stretched positions takes its place; its rows have ``random_weights`` true.
         progress: Called with (blocks done, blocks in all).
+        name: What rows call the model.
     """
+    facts = {"model": name or model.config.name_or_path, "seed": config.seed, **provenance(model)}
     rows, done = [], 0
     cells = [(length, batch) for length in config.lengths for batch in config.batches]
-    timed = (len(list(config.arms())) + 2) * sum(config.blocks + config.rounds(length) for length, _ in cells)
+    own, foreign = len(list(config.arms())) + 2, len(list(config.peer_arms()))
+    timed = sum(own * config.blocks + (own + foreign) * config.rounds(length) for length, _ in cells)
 
     def advance() -> None:
         nonlocal done
@@ -106,12 +149,29 @@ def speed(
         if progress is not None:
             progress(done, timed)
 
+    every = max(policy.every for _, _, policy in config.arms())
     for length, batch in cells:
-        fitting, stretched = stretch(model, length + 2 * max(policy.every for _, _, policy in config.arms()))
-        with torch.no_grad(), attach(fitting):
-            for row in _cell(config, fitting, length, batch, advance):
-                rows.append({**row, "random_weights": stretched})
+        fitting, stretched = stretch(model, length + 2 * every)
+        with torch.no_grad(), attach(fitting), _Peers(model, stretched) as peer:
+            for row in _cell(config, fitting, length, batch, peer, advance):
+                rows.append({**row, "random_weights": stretched, **facts})
     return rows
+
+
+class _Peers(ExitStack):
+    """Opens each peer when it is first called for, on the same model."""
+
+    def __init__(self, model: PreTrainedModel, stretched: bool) -> None:
+        super().__init__()
+        self.model, self.stretched = model, stretched
+        self.known: dict[str, peers.Peer] = {}
+
+    def __call__(self, name: str) -> peers.Peer:
+        if self.stretched:
+            raise InputError("a length beyond the model's positions is timed on random weights, which no peer has")
+        if name not in self.known:
+            self.known[name] = self.enter_context(peers.open_peer(name, model=self.model))
+        return self.known[name]
 
 
 def stretch(model: PreTrainedModel, length: int) -> tuple[PreTrainedModel, bool]:
@@ -128,45 +188,68 @@ def stretch(model: PreTrainedModel, length: int) -> tuple[PreTrainedModel, bool]
 
 
 def _cell(
-    config: SpeedConfig, model: PreTrainedModel, length: int, batch: int, advance: Callable[[], None]
+    config: SpeedConfig, model: PreTrainedModel, length: int, batch: int, peer: _Peers, advance: Callable[[], None]
 ) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=generator)
-    ids = ids.to(model.device)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, length), generator=generator)
+    ids = ids.to(model.device).expand(batch, -1)
     listed = list(config.arms())
     every = max(policy.every for _, _, policy in listed)
     floor = Arm(lambda _: DynamicCache(config=model.config), every)
     full = Arm(lambda x: _read_plain(model, x, config.chunk), every)
     arms = [Arm(_reader(model, policy, config.chunk), policy.every) for _, _, policy in listed]
+    foreign = [
+        PeerArm(name, budget, _peer_job(model, ids, budget if peers.takes_budget(name) else None, 2 * every))
+        for name, budget in config.peer_arms()
+    ]
     everyone = [floor, full, *arms]
-    _time_prefills(everyone, ids, config.rounds(length), advance)
+    _time_prefills(everyone, foreign, ids, config.rounds(length), peer, advance)
     _time_decodes(everyone, model, ids[:, -1:], config.blocks, advance)
+    shared = {"length": length, "batch": batch, "chunk": config.chunk, "blocks": config.blocks}
     for (name, budget, policy), arm in zip(listed, arms, strict=True):
         assert isinstance(arm.cache, KVCache)
         report = arm.cache.report()
-        yield {
-            "length": length,
-            "batch": batch,
-            "policy": name,
-            "budget": budget or "1.0",
-            "share": policy.share,
-            "decode_ms": arm.decode_ms,
-            "floor_ms": floor.decode_ms,
-            "full_decode_ms": full.decode_ms,
-            "decode_over_floor": arm.decode_ms / floor.decode_ms,
-            "decode_speedup": full.decode_ms / arm.decode_ms,
-            "prefill_s": arm.prefill_s,
-            "full_prefill_s": full.prefill_s,
-            "prefill_overhead": arm.prefill_s / full.prefill_s,
+        head = {**shared, "policy": name, "budget": budget or "1.0", "share": policy.share, "peer": None}
+        own = {
             "evict_s": report.evict_s,
             "held": report.held,
             "kept_fraction": report.kept_fraction,
             "kv_bytes": report.kv_bytes,
             "peak_kv_bytes": report.peak_kv_bytes,
             "full_kv_bytes": report.full_kv_bytes,
-            "chunk": config.chunk,
-            "blocks": config.blocks,
         }
+        yield head | _ratios(arm.prefill_s, arm.decode_ms, floor, full) | own
+    for other in foreign:
+        head = {**shared, "policy": other.name, "budget": other.budget, "share": None, "peer": other.name}
+        if other.error is not None:
+            yield head | {"error": other.error}
+            continue
+        last = other.runs[-1]
+        measured = {name: getattr(last, name) for name in ("held", "kv_bytes", "peak_kv_bytes", "full_kv_bytes")}
+        timed = _ratios(other.median("prefill_s"), other.median("decode_ms"), floor, full)
+        yield head | timed | {"evict_s": other.median("evict_s"), "kept_fraction": last.held / last.full} | measured
+
+
+def _ratios(prefill_s: float, decode_ms: float, floor: Arm, full: Arm) -> dict[str, float]:
+    return {
+        "decode_ms": decode_ms,
+        "floor_ms": floor.decode_ms,
+        "full_decode_ms": full.decode_ms,
+        "decode_over_floor": decode_ms / floor.decode_ms,
+        "decode_speedup": full.decode_ms / decode_ms,
+        "prefill_s": prefill_s,
+        "full_prefill_s": full.prefill_s,
+        "prefill_overhead": prefill_s / full.prefill_s,
+    }
+
+
+def _peer_job(model: PreTrainedModel, ids: Int[Tensor, "batch length"], budget: str | None, steps: int) -> Job:
+    """Return the conversation that times a peer: these ids, the last of them again as a question, so many steps."""
+    row = tuple(ids[0].tolist())
+    turn = TurnIds(context=row, question=row[-1:], max_new_tokens=steps + 1)
+    weighs = check(model).expected_footprint(model.dtype)
+    keep = budget and Budget.parse(budget).pairs(seen=len(row), length=len(row), protected=0, footprint=weighs)
+    return Job(turns=(turn,), stop=(), keep=keep or None, copies=len(ids))
 
 
 def _reader(model: PreTrainedModel, policy: Policy, chunk: int) -> Callable[[Tensor], Cache]:
@@ -186,8 +269,10 @@ def _read_plain(model: PreTrainedModel, ids: Int[Tensor, "batch length"], chunk:
     return cache
 
 
-def _time_prefills(arms: list[Arm], ids: Tensor, rounds: int, advance: Callable[[], None]) -> None:
-    """Read with each arm in turn; the first round warms up if there are more."""
+def _time_prefills(
+    arms: list[Arm], foreign: list[PeerArm], ids: Tensor, rounds: int, peer: _Peers, advance: Callable[[], None]
+) -> None:
+    """Read with each arm in turn; the first round warms up if there are more. Peers decode in their turn as well."""
     seconds: list[list[float]] = [[] for _ in arms]
     for _ in range(rounds):
         for arm, taken in zip(arms, seconds, strict=True):
@@ -195,6 +280,9 @@ def _time_prefills(arms: list[Arm], ids: Tensor, rounds: int, advance: Callable[
             started = _now()
             arm.cache = arm.read(ids)
             taken.append(_now() - started)
+            advance()
+        for other in foreign:
+            other.time(peer)
             advance()
     for arm, taken in zip(arms, seconds, strict=True):
         arm.prefill_s = statistics.median(taken[1:] or taken)

@@ -1,0 +1,173 @@
+"""Running our own arms: one reading serves every policy that acts after it, on forks of its cache.
+
+Replies are greedy and come from plain forwards, not from ``generate``: the loop is then the one that peers run, a step
+of it can be timed, and a batch of samples can stop at different places.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vestige import policies
+from vestige.bench.job import Job, Outcome
+from vestige.cache import KVCache
+from vestige.policy import Annotates, Policy
+from vestige.reading import announce, finish, forward, prefill
+from vestige.report import Report
+
+ONE_PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The first contexts of a batch of jobs, read once with nothing evicted."""
+
+    cache: KVCache
+    ids: Int[Tensor, "batch width"]
+    seconds: float
+
+
+def can_share(policy: Policy) -> bool:
+    """Return whether a policy may work on a fork of a reading made without it: it writes nothing while reading."""
+    return not isinstance(policy, Annotates)
+
+
+def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:
+    """Read the first contexts of jobs in one piece, recording what the policies will need.
+
+    Args:
+        model: An attached model.
+        jobs: One batch row each.
+        observers: Policies that forks will have.
+    """
+    cache = KVCache(model, policies.Full(), observers=observers)
+    ids, mask = _pad([job.turns[0].context for job in jobs], model.device)
+    started = _now(model)
+    prefill(model, ids, cache, chunk=ONE_PIECE, attention_mask=mask)
+    return Reading(cache, ids, _now(model) - started)
+
+
+def run(
+    model: PreTrainedModel,
+    jobs: Sequence[Job],
+    policy: Policy,
+    *,
+    chunk: int | None = None,
+    reading: Reading | None = None,
+) -> list[Outcome]:
+    """Run a batch of conversations under one policy.
+
+    Args:
+        model: An attached model.
+        jobs: One batch row each; several only if each has one turn.
+        policy: What to keep.
+        chunk: Tokens per forward while reading; None reads in one piece.
+        reading: The first contexts, read already; left as it is.
+
+    Raises:
+        VestigeError: The budget cannot be met, a score is broken, ...
+    """
+    assert len(jobs) == 1 or all(len(job.turns) == 1 for job in jobs)
+    talk = _Talk(model, policy, chunk or ONE_PIECE)
+    for t in range(len(jobs[0].turns)):
+        turns = [job.turns[t] for job in jobs]
+        contexts = [(*talk.pending, *turn.context) for turn in turns]
+        talk.read(contexts, [len(turn.question) for turn in turns], reading if t == 0 else None)
+        talk.reply([turn.question for turn in turns], [turn.max_new_tokens for turn in turns], jobs[0].stop)
+    return [talk.outcome(row, len(jobs)) for row in range(len(jobs))]
+
+
+class _Talk:
+    """A conversation under way: the cache and what it took so far."""
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, chunk: int) -> None:
+        self.model, self.policy, self.chunk = model, policy, chunk
+        self.cache: KVCache | None = None
+        self.report: Report | None = None
+        self.replies: list[list[tuple[int, ...]]] = []
+        self.pending: tuple[int, ...] = ()
+        self.prefill_s = self.evict_s = self.decode_s = 0.0
+        self.steps = 0
+
+    def read(self, contexts: list[tuple[int, ...]], questions: list[int], reading: Reading | None) -> None:
+        """Read and settle a turn's contexts, announced as so long as they and their questions are."""
+        ids, mask = _pad(contexts, self.model.device)
+        cache = self.cache or (reading.cache.fork(self.policy) if reading else KVCache(self.model, self.policy))
+        seen = (0,) * len(contexts) if self.cache is None else cache.seen
+        lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
+        evicted, started = cache.evict_s, _now(self.model)
+        if reading is not None:
+            self.prefill_s += reading.seconds
+            announce(cache, lengths, len(contexts))
+            finish(self.model, cache, reading.ids)
+        else:
+            prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
+        self.prefill_s += _now(self.model) - started
+        self.evict_s += cache.evict_s - evicted
+        self.cache, self.report = cache, cache.report()
+
+    def reply(self, questions: list[tuple[int, ...]], limits: list[int], stop: tuple[int, ...]) -> None:
+        """Read a turn's questions, which stay whole, and decode until every batch row has stopped."""
+        assert self.cache is not None
+        ids, mask = _pad(questions, self.model.device)
+        logits = prefill(self.model, ids, self.cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
+        self.cache.schedule.chunk = max(self.chunk, ids.shape[1])  # a question stays whole, however long
+        replies: list[list[int]] = [[] for _ in questions]
+        started, steps = _now(self.model), 0
+        while True:
+            token = logits.argmax(-1, keepdim=True)
+            for reply, limit, new in zip(replies, limits, token[:, 0].tolist(), strict=True):
+                if not _ended(reply, limit, stop):
+                    reply.append(new)
+            if all(_ended(reply, limit, stop) for reply, limit in zip(replies, limits, strict=True)):
+                break
+            logits = forward(self.model, token, self.cache)
+            steps += 1
+        self.decode_s += _now(self.model) - started
+        self.steps += steps
+        self.pending = tuple(x for x in replies[0][-1:] if x not in stop)
+        self.replies.append([tuple(reply) for reply in replies])
+
+    def outcome(self, row: int, batch: int) -> Outcome:
+        """Return one batch row's replies, and its even share of the bytes and pairs."""
+        assert self.report is not None and self.cache is not None
+        report, heads = self.report, [len(layer.rows) // batch for layer in self.report.layers]
+        kept = tuple(layer.rows[row * n : (row + 1) * n] for layer, n in zip(self.report.layers, heads, strict=True))
+        return Outcome(
+            replies=tuple(turn[row] for turn in self.replies),
+            seen=report.seen[row],
+            held=sum(map(sum, kept)),
+            full=report.seen[row] * sum(heads),
+            kv_bytes=report.kv_bytes // batch,
+            peak_kv_bytes=self.cache.report().peak_kv_bytes // batch,
+            full_kv_bytes=report.full_kv_bytes // batch,
+            memory_bytes=report.memory_bytes // batch,
+            prefill_s=self.prefill_s,
+            evict_s=self.evict_s,
+            decode_ms=1e3 * self.decode_s / self.steps if self.steps else None,
+            kept=kept,
+        )
+
+
+def _ended(reply: list[int], limit: int, stop: tuple[int, ...]) -> bool:
+    return len(reply) >= limit or (bool(reply) and reply[-1] in stop)
+
+
+def _pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return rows as one tensor, pads at the left, and its mask; None if there are no pads."""
+    width = max(map(len, rows))
+    ids = torch.tensor([(0,) * (width - len(row)) + tuple(row) for row in rows], device=device)
+    if all(len(row) == width for row in rows):
+        return ids, None
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,56 @@
+"""From turns to token ids and back: the one place where the benchmark meets the chat text and the tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige.bench.job import Job, TurnIds
+from vestige.bench.sample import Turn
+from vestige.text import Frame
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Makes the ids that every arm is given."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    question_aware: bool = False
+    """All but the last token of a question is read with the context, before anything is compressed."""
+
+    def job(self, turns: Sequence[Turn]) -> Job:
+        """Return the ids of a conversation."""
+        frame, made = Frame(self.tokenizer), []
+        for i, turn in enumerate(turns):
+            context = frame.next_context(turn.context) if i else frame.context(turn.context)
+            question = frame.question(turn.question, turn.answer_prefix)
+            ids = TurnIds(
+                context=tuple(context[0].tolist()),
+                question=tuple(question[0].tolist()),
+                max_new_tokens=turn.max_new_tokens,
+            )
+            made.append(_moved(ids) if self.question_aware else ids)
+        return Job(turns=tuple(made), stop=self.stop())
+
+    def measure(self, turns: Sequence[Turn]) -> int:
+        """Return the tokens of a whole conversation, the longest replies included."""
+        return sum(len(t.context) + len(t.question) + t.max_new_tokens for t in self.job(turns).turns)
+
+    def count(self, text: str) -> int:
+        """Return the tokens of a piece of text."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def stop(self) -> tuple[int, ...]:
+        """Return the ids that end a reply: the generation config's, or the tokenizer's."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+
+    def text(self, reply: Sequence[int]) -> str:
+        """Return a reply as text."""
+        return str(self.tokenizer.decode(list(reply), skip_special_tokens=True))
+
+
+def _moved(turn: TurnIds) -> TurnIds:
+    return replace(turn, context=turn.context + turn.question[:-1], question=turn.question[-1:])

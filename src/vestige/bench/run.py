@@ -1,0 +1,219 @@
+"""How accurate, how small, how fast: every sample through every arm, ours and peers', in one resumable run."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige.attachment import attach
+from vestige.bench import ours, peers
+from vestige.bench.arms import Arm
+from vestige.bench.config import BenchConfig
+from vestige.bench.facts import provenance
+from vestige.bench.items import Item, batches, collect
+from vestige.bench.job import Job, Outcome
+from vestige.bench.kvpress_names import export
+from vestige.bench.metrics import METRICS
+from vestige.bench.render import Renderer
+from vestige.bench.rows import Record, Row, aggregate
+from vestige.bench.store import Store
+from vestige.budget import Budget
+from vestige.errors import InputError, VestigeError
+from vestige.models import check
+
+ROWS_EVERY_S = 60.0
+"""Rows are written as often as this, so that a report can be made of a run under way."""
+
+
+def bench(
+    config: BenchConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    out: Path,
+    resume: bool = False,
+    command: str | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+) -> list[Row]:
+    """Run every sample through every arm and return the rows; they are in ``out/rows.json`` too, never a minute late.
+
+    Args:
+        config: What to measure.
+        model: Attached for as long as this runs.
+        tokenizer: The model's.
+        name: What rows call the model.
+        out: Where records and rows go; a finished sample is on disk before the next begins.
+        resume: Go on with what is there. Arms, tasks and samples may have been added since.
+        command: What remakes these results, for the report.
+        progress: Called with (samples x arms done, in all, the arm that is next).
+
+    Raises:
+        VestigeError: Bad input, or results that cannot be written. An arm that fails is a row with ``error``.
+    """
+    origin = provenance(model)
+    revision: str | None = origin.pop("revision")  # each record has its own
+    renderer = Renderer(tokenizer, model, question_aware=config.question_aware)
+    groups = list(batches(collect(config, renderer), config.batch))
+    facts = {"model": name, **config.books()}
+    books = facts | {"weights": check(model).fingerprint(), "dtype": origin["dtype"]}
+    store = Store(out, books, resume=resume)
+    runner = _Runner(config, renderer, store, revision, progress, sum(map(len, groups)) * len(config.arms))
+    written = time.monotonic()
+
+    def write() -> list[Row]:
+        rows = aggregate(store.records.values(), runner.failures.values(), facts | origin)
+        store.finish(rows, command)
+        return rows
+
+    try:
+        with torch.no_grad(), attach(model):
+            for group in groups:
+                runner.run(group)
+                if time.monotonic() - written > ROWS_EVERY_S:
+                    write()
+                    written = time.monotonic()
+        rows = write()
+    except BaseException:
+        with suppress(InputError):  # the disk may be full; what went wrong first is what counts
+            write()
+        raise
+    finally:
+        runner.open.close()
+        store.close()
+    export(out, rows, store.records.values(), facts | origin)
+    return rows
+
+
+class _Runner:
+    """Runs groups of samples through all arms and writes records; knows which peers are open and what failed."""
+
+    def __init__(
+        self,
+        config: BenchConfig,
+        renderer: Renderer,
+        store: Store,
+        revision: str | None,
+        progress: Callable[[int, int, str], None],
+        total: int,
+    ) -> None:
+        self.config, self.renderer, self.store, self.revision = config, renderer, store, revision
+        self.progress, self.done, self.total = progress, 0, total
+        self.failures: dict[tuple[str, int, Arm], Record] = {}
+        self.open = ExitStack()
+        self.peers: dict[str, peers.Peer] = {}
+
+    def run(self, group: list[Item]) -> None:
+        """Run a group through every arm that still lacks it."""
+        reading: ours.Reading | None = None
+        todo = {arm: self._lacking(arm, group) for arm in self.config.arms}
+        sharing = [arm for arm, items in todo.items() if items == group and self._can_share(arm, group)]
+        for arm, items in todo.items():
+            self.progress(self.done, self.total, f"{group[0].sample.task} {arm.name}")
+            if arm in sharing and reading is None:
+                observers = [shared.make_policy(self.config.seed) for shared in sharing]
+                reading = ours.read(self.renderer.model, [item.job for item in group], observers)
+            if items:
+                self._run_arm(arm, items, reading if arm in sharing else None)
+            self.done += len(group)
+        self.progress(self.done, self.total, group[0].sample.task)
+
+    def _run_arm(self, arm: Arm, items: list[Item], reading: ours.Reading | None) -> None:
+        outcomes = self._outcomes(arm, items, reading)
+        for item in items:
+            try:
+                outcome = next(outcomes)
+            except VestigeError as error:
+                first = item.sample
+                failure = {"task": first.task, "length": first.length, "arm": arm.key, "error": str(error)}
+                self.failures[first.task, first.length, arm] = failure | {"revision": self.revision}
+                return
+            if self._known(arm, item) is None:
+                self.store.append(self._record(arm, item, outcome, len(items)))
+
+    def _outcomes(self, arm: Arm, items: list[Item], reading: ours.Reading | None) -> Iterator[Outcome]:
+        """Yield what each sample took; a peer runs them one by one, so none is lost if it is interrupted."""
+        if arm.peer is None:
+            jobs, policy = [item.job for item in items], arm.make_policy(self.config.seed)
+            yield from ours.run(self.renderer.model, jobs, policy, chunk=self.config.chunk, reading=reading)
+            return
+        if arm.peer not in self.peers:
+            self.peers[arm.peer] = self.open.enter_context(peers.open_peer(arm.peer, model=self.renderer.model))
+        for item in items:
+            yield self.peers[arm.peer].run(replace(item.job, keep=self._pairs(arm, item.job)))
+
+    def _pairs(self, arm: Arm, job: Job) -> int | None:
+        """Return what a peer may keep of the first context: as many pairs as our own arms at this budget."""
+        assert arm.peer is not None
+        if not peers.takes_budget(arm.peer):
+            return None
+        model, turn = self.renderer.model, job.turns[0]
+        seen = len(turn.context)
+        footprint = check(model).expected_footprint(model.dtype)
+        length = seen + len(turn.question)
+        return Budget.parse(arm.budget).pairs(seen=seen, length=length, protected=0, footprint=footprint)
+
+    def _can_share(self, arm: Arm, group: list[Item]) -> bool:
+        if arm.peer is not None:
+            return False
+        width = max(len(item.job.turns[0].context) for item in group)
+        whole = self.config.chunk is None or self.config.chunk >= width
+        return whole and ours.can_share(arm.make_policy(self.config.seed))
+
+    def _lacking(self, arm: Arm, group: list[Item]) -> list[Item]:
+        """Return the samples that an arm must run, none if it failed: of ours whole batches, so that bits repeat."""
+        first = group[0].sample
+        if (first.task, first.length, arm) in self.failures:
+            return []
+        items = [item for item in group if arm.samples is None or item.rank < arm.samples]
+        missing = [item for item in items if self._known(arm, item) is None]
+        return items if missing and arm.peer is None else missing
+
+    def _known(self, arm: Arm, item: Item) -> Record | None:
+        """Return the record that is there.
+
+        Raises:
+            InputError: It was made from other ids.
+        """
+        sample = item.sample
+        record = self.store.has(sample.task, sample.length, sample.index, arm.key)
+        if record is not None and record["digest"] != item.digest:
+            raise InputError(
+                f"sample {sample.index} of {sample.task} in {self.store.folder} was made from another text; "
+                "the data have changed: name a new --out"
+            )
+        return record
+
+    def _record(self, arm: Arm, item: Item, outcome: Outcome, batch: int) -> Record:
+        turns = [
+            {
+                **{name: getattr(turn, name) for name in _TURN},
+                "prediction": (text := self.renderer.text(reply)),
+                "score": METRICS[turn.metric](text, turn),
+            }
+            for turn, reply in zip(item.sample.turns, outcome.replies, strict=True)
+        ]
+        measured = asdict(outcome)
+        del measured["replies"]
+        sample = item.sample
+        return {
+            "task": sample.task,
+            "length": sample.length,
+            "index": sample.index,
+            "tags": dict(sample.tags),
+            "arm": arm.key,
+            "turns": turns,
+            "score": sum(turn["score"] for turn in turns) / len(turns),
+            **measured,
+            "kept_fraction": outcome.held / outcome.full if outcome.full else 1.0,
+            "batch": batch if arm.peer is None else 1,
+            "digest": item.digest,
+            "revision": self.revision,
+        }
+
+
+_TURN = ("question", "answer_prefix", "answers", "metric", "max_new_tokens")

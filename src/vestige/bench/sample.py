@@ -1,0 +1,38 @@
+"""What a benchmark asks: samples, each a conversation of one turn or several, and the metric of every reply."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Something to read, a question about it, and what would be right.
+
+    The context is read, and evicted, before the question is seen, unless the run is question-aware.
+    """
+
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    answer_prefix: str = ""
+    """Opens the reply; not part of what is scored."""
+    metric: str = "contains"
+    """A key of :data:`vestige.bench.metrics.METRICS`."""
+    max_new_tokens: int = 64
+    choices: tuple[str, ...] = ()
+    """All classes, for metrics of classification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One conversation over one cache. Its score is the mean over its turns."""
+
+    task: str
+    """The name of its row, such as ``ruler/niah_single_1``."""
+    index: int
+    """Unique within (task, length)."""
+    length: int
+    """The nominal length of its row, in tokens: chat text, contexts, questions and replies are never longer."""
+    turns: tuple[Turn, ...]
+    tags: Mapping[str, str | int | float] = field(default_factory=dict)
+    """What results are broken down by: ``depth``, ``prompts``, ..."""

@@ -1,0 +1,95 @@
+"""The benchmark's tasks, one file each, named in one dict.
+
+A task is a function from an :class:`Order` to samples. A name may choose a part of it: ``ruler`` is all thirteen
+tasks, ``ruler/niah_single_1`` one of them.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vestige.bench.sample import Sample, Turn
+from vestige.errors import InputError, unknown
+
+TASKS: dict[str, str] = {
+    "cases": "vestige.bench.tasks.cases:samples",
+    "dialogue": "vestige.bench.tasks.dialogue:samples",
+    "longbench": "vestige.bench.tasks.longbench:samples",
+    "longbench-e": "vestige.bench.tasks.longbench:samples_e",
+    "longbench-v2": "vestige.bench.tasks.longbench:samples_v2",
+    "niah": "vestige.bench.tasks.niah:samples",
+    "ruler": "vestige.bench.tasks.ruler:samples",
+}
+Split = Literal["dev", "test"]
+SPLITS: tuple[Split, ...] = ("dev", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is wanted of a task.
+
+    Two orders that are equal give equal samples; those of different splits share no seed, key or essay.
+    """
+
+    count: Callable[[str], int]
+    """Tokens of a piece of text, by the model's own tokenizer."""
+    measure: Callable[[Sequence[Turn]], int]
+    """Tokens of a whole conversation: chat text, contexts, questions, answer prefixes and the longest replies."""
+    part: str | None = None
+    """What the name chooses of the task; None is all of it."""
+    length: int | None = None
+    """Tokens that no sample may exceed, by ``measure``; None where the task's own texts set it."""
+    samples: int | None = None
+    """Samples per (task, length); None is all there are, or the task's own number."""
+    split: Split = "dev"
+    seed: int = 0
+    answer_room: int | None = None
+    """Replies end this many tokens beyond the longest answer; None leaves the task's own limit."""
+    essays: Path | None = None
+    """A folder of text files for haystacks; None fetches the essays online."""
+    qa: Path | None = None
+    """A file of questions and paragraphs in SQuAD's or HotpotQA's format; None fetches both online."""
+    file: Path | None = None
+    """The user's own samples: a cases file, or LongBench data (a JSONL file, or a folder of them)."""
+    prompts: Path | None = None
+    """A JSON file of prompts in place of the task's own."""
+
+    def reply_limit(self, answers: Iterable[str], own: int, *, every: bool = False) -> int:
+        """Return the longest reply of a turn, in tokens.
+
+        Args:
+            answers: What would be right.
+            own: The task's own limit.
+            every: All answers are wanted in one reply, not the best of them.
+        """
+        if self.answer_room is None:
+            return own
+        wanted = [", ".join(answers)] if every else list(answers)
+        return max((self.count(f" {answer}") for answer in wanted), default=0) + self.answer_room
+
+
+def make(name: str, order: Order) -> list[Sample]:
+    """Return the samples of a named task, ordered by (task, index).
+
+    Args:
+        name: A key of ``TASKS``, or one with a part: ``ruler/vt``.
+        order: What is wanted; its ``part`` is taken from the name.
+
+    Raises:
+        InputError: No such task or part, or the data it needs is missing or malformed.
+    """
+    from dataclasses import replace
+
+    head, _, part = name.partition("/")
+    check(name)
+    module, _, function = TASKS[head].partition(":")
+    samples: list[Sample] = getattr(importlib.import_module(module), function)(replace(order, part=part or None))
+    return samples
+
+
+def check(name: str) -> None:
+    """Raise an InputError that lists the tasks if none has this name."""
+    if name.partition("/")[0] not in TASKS:
+        raise InputError(unknown("task", name, TASKS))

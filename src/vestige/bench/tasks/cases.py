@@ -1,0 +1,145 @@
+"""The user's own samples: a JSONL file, one case a line.
+
+A case is ``{task, length?, context, question, answer_prefix?, answer, metric?, max_new_tokens?, choices?}``. A dialogue
+has ``turns`` in place of what follows the length: a list of such objects, in which the context may be left out from
+the second one on. ``answer`` is a text or a list of them.
+
+A case's length is what it says, the user's own label, or else the order's, or else that of the longest case of its
+task. There is no dev and test split: all cases are in both.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vestige.bench.metrics import METRICS
+from vestige.bench.sample import Sample, Turn
+from vestige.bench.tasks import Order, jsonl
+from vestige.bench.tasks.jsonl import Entry
+from vestige.errors import InputError, unknown
+
+_TURN = ("context", "question", "answer_prefix", "answer", "metric", "max_new_tokens", "choices")
+_EVERY_ANSWER = ("contains", "string_match_all")  # metrics that want all answers in one reply
+_DEFAULTS = Turn(context="", question="", answers=())
+
+
+@dataclass(frozen=True)
+class _Case:
+    line: int
+    task: str
+    declared: int | None
+    measured: int
+    """Tokens; not counted, and 0, where a length is declared."""
+    turns: tuple[Turn, ...]
+
+
+def samples(order: Order) -> list[Sample]:
+    """Return the cases of a file, or those of one task.
+
+    With a length in the order only the cases that say this length are taken, and of those that say none, the ones that
+    fit it; with a number of samples, the first so many of each task and length. An index is a line's number.
+
+    Raises:
+        InputError: There is no file, it has no case that is wanted, or a line is malformed; it gives the line.
+    """
+    if order.file is None:
+        raise InputError("cases needs a file: vestige bench cases FILE.jsonl")
+    cases = [_case(order, entry) for entry in jsonl.read(order.file)]
+    if order.part is not None:
+        tasks = sorted({case.task for case in cases})
+        if order.part not in tasks:
+            raise InputError(unknown(f"task of {order.file}", order.part, tasks))
+        cases = [case for case in cases if case.task == order.part]
+    return _first(order, _with_lengths(cases) if order.length is None else _of_length(cases, order.length, order.file))
+
+
+def _with_lengths(cases: Sequence[_Case]) -> list[Sample]:
+    longest: dict[str, int] = {}
+    for case in cases:
+        longest[case.task] = max(longest.get(case.task, 0), case.measured)
+    return [_sample(case, case.declared or longest[case.task]) for case in cases]
+
+
+def _of_length(cases: Sequence[_Case], length: int, path: Path) -> list[Sample]:
+    wanted = [case for case in cases if (case.declared == length if case.declared else case.measured <= length)]
+    if not wanted:
+        lengths = ", ".join(str(n) for n in sorted({case.declared or case.measured for case in cases}))
+        raise InputError(f"{path} has no case of length {length}; there are {lengths}")
+    return [_sample(case, length) for case in wanted]
+
+
+def _first(order: Order, cases: Sequence[Sample]) -> list[Sample]:
+    """Return the first samples of each row, ordered by row and line."""
+    taken: Counter[tuple[str, int]] = Counter()
+    kept = []
+    for case in cases:
+        taken[case.task, case.length] += 1
+        if order.samples is None or taken[case.task, case.length] <= order.samples:
+            kept.append(case)
+    return sorted(kept, key=lambda sample: (sample.task, sample.length, sample.index))
+
+
+def _sample(case: _Case, length: int) -> Sample:
+    return Sample(task=case.task, index=case.line, length=length, turns=case.turns)
+
+
+def _case(order: Order, entry: Entry) -> _Case:
+    if "turns" in entry.columns:
+        _check_keys(entry, ("task", "length", "turns"))
+        turns = tuple(_turn(order, turn, first=i == 0) for i, turn in enumerate(_turn_entries(entry)))
+    else:
+        _check_keys(entry, ("task", "length", *_TURN))
+        turns = (_turn(order, entry, first=True),)
+    task = _filled(entry, "task")
+    declared = entry.number("length") if entry.has("length") else None
+    measured = 0 if declared else order.measure(turns)
+    return _Case(entry.line, task, declared, measured, turns)
+
+
+def _turn_entries(entry: Entry) -> list[Entry]:
+    turns = entry.columns["turns"]
+    if not isinstance(turns, list) or not turns:
+        raise entry.error("'turns' is not a list of at least one turn")
+    parsed = [jsonl.entry(turn, f"{entry.where}, turn {i}") for i, turn in enumerate(turns, start=1)]
+    for turn in parsed:
+        _check_keys(turn, _TURN)
+    return parsed
+
+
+def _turn(order: Order, entry: Entry, *, first: bool) -> Turn:
+    answers = entry.texts("answer")
+    if not all(answer.strip() for answer in answers):
+        raise entry.error("'answer' has an empty text, which every reply contains")
+    metric = entry.text("metric") if entry.has("metric") else _DEFAULTS.metric
+    if metric not in METRICS:
+        raise entry.error(unknown("metric", metric, METRICS))
+    own = entry.number("max_new_tokens") if entry.has("max_new_tokens") else _DEFAULTS.max_new_tokens
+    return Turn(
+        context=_filled(entry, "context") if first else entry.text("context") if entry.has("context") else "",
+        question=_filled(entry, "question"),
+        answers=answers,
+        answer_prefix=entry.text("answer_prefix") if entry.has("answer_prefix") else "",
+        metric=metric,
+        max_new_tokens=order.reply_limit(answers, own, every=metric in _EVERY_ANSWER),
+        choices=_choices(entry, metric),
+    )
+
+
+def _choices(entry: Entry, metric: str) -> tuple[str, ...]:
+    if metric.startswith("classification") and not entry.has("choices"):
+        raise entry.error(f"the metric {metric} needs 'choices', the names of all classes")
+    return entry.texts("choices") if entry.has("choices") else ()
+
+
+def _filled(entry: Entry, name: str) -> str:
+    text = entry.text(name)
+    if not text.strip():
+        raise entry.error(f"{name!r} is empty")
+    return text
+
+
+def _check_keys(entry: Entry, valid: Sequence[str]) -> None:
+    for key in entry.columns:
+        if key not in valid:
+            raise entry.error(unknown("key", key, valid))
