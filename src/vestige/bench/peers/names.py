@@ -10,7 +10,7 @@ from vestige.errors import InputError, unknown
 
 AVAILABLE = ("kvpress:<press class>", "transformers:dynamic", "transformers:quantized")
 QUANTIZED_OPTIONS = ("backend", "nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
-BACKENDS = ("hqq", "quanto")
+BACKENDS = ("quanto", "hqq")
 
 Call = dict[str, Any]
 """``{"name": class, "args": [...], "options": {...}}``; a value is plain, a list of values, or a call again."""
