@@ -182,7 +182,7 @@ BAD_ANYWHERE = {
     "speed: bad budget": (("bench", "speed", "--budget", "0.1,x"), "cannot read budget 'x'"),
     "speed: small budget": (("bench", "speed", "--budget", "20"), "20 pairs a row.* protect 36"),
     "speed: unknown share": (("bench", "speed", "--share", "all"), "unknown share 'all'.* available: head, layer"),
-    "unknown task": (("bench", "sped"), "No such command 'sped'"),
+    "unknown task": (("bench", "sped"), "unknown task 'sped'.* available: .*ruler"),
 }
 
 
@@ -379,7 +379,7 @@ def test_bench_speed_rows_have_the_fields_of_the_contract_and_ratios_that_agree(
     assert row["prefill_overhead"] == pytest.approx(row["prefill_s"] / row["full_prefill_s"])
     assert row["prefill_s"] >= row["evict_s"]
     assert row["held"] == 40 * 6 and row["kept_fraction"] == pytest.approx(40 / 60)
-    assert row["peak_kv_bytes"] >= row["kv_bytes"] > 240 * 132
+    assert row["peak_kv_bytes"] >= row["kv_bytes"] == 240 * 132
 
 
 def test_bench_speed_has_a_row_for_each_length_batch_policy_and_budget(vestige, folders, monkeypatch):

@@ -5,8 +5,9 @@ import torch
 import transformers
 from packaging.version import Version
 
-from vestige import Budget, CacheError, InputError, KVCache, attach, policies, prefill
-from vestige.testing import random_ids, tiny
+from vestige import Budget, BudgetError, CacheError, InputError, KVCache, attach, policies, prefill
+from vestige.reading import announce, finish, forward
+from vestige.testing import left_padded, random_ids, tiny
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
 
@@ -127,3 +128,124 @@ def test_a_second_turn_in_chunks_works_where_transformers_feeds_it_once_and_is_r
         else:
             with pytest.raises(CacheError, match=r"vestige.prefill"):
                 model.generate(ids, past_key_values=cache, **options)
+
+
+# Lengths that are announced for each batch row.
+
+LENGTHS = (40, 60, 50)
+
+
+@pytest.fixture(scope="module")
+def announced():
+    """Return a model and a function that reads three rows of 30 tokens, of which a quarter of LENGTHS may stay."""
+    model = tiny("llama", num_hidden_layers=2)
+    ids = random_ids(model, 3, 30)
+
+    def read(length=LENGTHS, **options):
+        cache = KVCache(model, policies.Random(budget=Budget.fraction(0.25), sink=2, window=3))
+        with torch.no_grad(), attach(model):
+            prefill(model, ids, cache, length=length, **options)
+        return cache
+
+    return model, read
+
+
+def held_by_row(cache) -> list[int]:
+    """Return the pairs of each batch row of two layers of two KV heads."""
+    rows = [layer.live_lengths() for layer in cache.evictable]
+    return [sum(sum(lengths[2 * b : 2 * b + 2]) for lengths in rows) for b in range(len(cache.seen))]
+
+
+@pytest.mark.parametrize("chunk", [1024, 8])
+def test_a_fraction_is_one_of_each_rows_own_length(announced, chunk):
+    cache = announced[1](chunk=chunk)
+    assert cache.lengths == LENGTHS
+    assert cache.room() == [10, 15, 12] and held_by_row(cache) == [40, 60, 48]
+    assert cache.report().budget_total == (10 + 15 + 12) * 4
+
+
+def test_one_length_is_that_of_all_rows_and_none_leaves_what_was_announced(announced):
+    model, read = announced
+    cache = read(length=40)
+    assert cache.lengths == (40, 40, 40) and held_by_row(cache) == [40] * 3
+    with torch.no_grad(), attach(model):
+        prefill(model, random_ids(model, 3, 4, seed=1), cache)
+        assert cache.lengths == (40, 40, 40) and held_by_row(cache) == [40] * 3
+        prefill(model, random_ids(model, 3, 9, seed=2), cache, length=[80, 48, 60])
+    assert cache.lengths == (80, 48, 60) and cache.room() == [20, 12, 15]
+    assert held_by_row(cache) == [19 * 4, 48, 60]  # 10 and 9 more are within 20
+
+
+def test_rows_take_their_lengths_along(announced):
+    cache = announced[1]()
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    assert cache.lengths == (50, 40, 60) and cache.room() == [12, 10, 15]
+    cache.batch_repeat_interleave(2)
+    assert cache.lengths == (50, 50, 40, 40, 60, 60)
+    cache.batch_select_indices(torch.tensor([5, 0]))
+    assert cache.lengths == (60, 50) and cache.room() == [15, 12]
+
+
+def test_forks_and_saved_caches_keep_lengths(announced, tmp_path):
+    model, read = announced
+    cache = read()
+    twin = cache.fork()
+    cache.save(tmp_path / "kept")
+    loaded = KVCache.load(tmp_path / "kept", model)
+    assert twin.lengths == loaded.lengths == LENGTHS
+    assert twin.room() == loaded.room() == [10, 15, 12]
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
+    assert twin.lengths == LENGTHS  # and a fork goes its own way
+    unread = KVCache(model, policies.Full())
+    unread.save(tmp_path / "unread")
+    assert KVCache.load(tmp_path / "unread", model).lengths is None
+
+
+@pytest.mark.parametrize("length", [(40, 60), (40, 60, 50, 50), [40]])
+def test_another_number_of_lengths_is_refused_and_nothing_is_read(announced, length):
+    model, _ = announced
+    cache = KVCache(model, policies.Full())
+    with torch.no_grad(), attach(model), pytest.raises(InputError, match=f"{len(length)} lengths .* for 3 batch rows"):
+        prefill(model, random_ids(model, 3, 30), cache, length=length)
+    assert cache.seen == () and cache.lengths is None
+
+
+def test_the_shortest_row_must_have_room_for_what_is_protected(announced):
+    model, read = announced
+    assert read(length=(20, 60, 50)).room()[0] == 5
+    cache = KVCache(model, policies.Random(budget=Budget.fraction(0.25), sink=2, window=3))
+    with torch.no_grad(), attach(model), pytest.raises(BudgetError, match="gives 4 pairs a row, but .* protect 5"):
+        prefill(model, random_ids(model, 3, 18), cache, length=(60, 19, 50))
+    assert cache.seen == () and cache.lengths is None
+
+
+def test_finishing_a_fork_is_the_end_of_a_prefill(announced):
+    model, read = announced
+    ids, chosen = random_ids(model, 3, 30), policies.Random(budget=Budget.fraction(0.25), sink=2, window=3)
+    with torch.no_grad(), attach(model):
+        whole = KVCache(model, policies.Full(), observers=[chosen])
+        prefill(model, ids, whole)
+        fork = whole.fork(chosen)
+        announce(fork, LENGTHS, 3)
+        finish(model, fork, ids)
+        direct, question = read(), random_ids(model, 3, 1, seed=9)
+        assert held_by_row(fork) == held_by_row(direct) and fork.schedule.prefilled
+        got, expected = (forward(model, question, cache) for cache in (fork, direct))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert held_by_row(whole) == [30 * 4] * 3 and whole.lengths is None
+
+
+def test_a_forward_of_padded_rows_gives_the_logits_of_each_alone():
+    model = tiny("qwen3", num_hidden_layers=2)
+    ids, mask = left_padded(model, [12, 9, 10])
+    more, more_mask = left_padded(model, [2, 4, 3], seed=1)
+    with torch.no_grad(), attach(model):
+        cache = KVCache(model, policies.Full())
+        forward(model, ids, cache, mask)
+        forward(model, more, cache, more_mask)
+        got = forward(model, more[:, -1:], cache)
+        assert cache.seen == (15, 14, 14)
+        for b in range(3):
+            alone = torch.cat([ids[b][mask[b] > 0], more[b][more_mask[b] > 0], more[b, -1:]])[None]
+            expected = model(alone, use_cache=False).logits[:, -1]
+            torch.testing.assert_close(got[b : b + 1], expected, atol=1e-5, rtol=1e-5)

@@ -172,3 +172,43 @@ def test_the_shipped_document_is_long_enough_for_the_main_job():
 
     text = (files("vestige") / "data" / demo.DOCUMENT).read_text(encoding="utf-8")
     assert len(text.split()) > 4500  # at least 6,000 tokens, by a wide margin at 4/3 a word
+
+
+def bench_row(**changes) -> dict:
+    made = {
+        "task": "ruler/niah_multikey_1", "length": 2048, "policy": "snapkv", "share": "head", "budget": "0.25",
+        "peer": None, "score": 0.5, "score_ci95": [0.2993, 0.7007], "n": 20, "kept_fraction": 0.2496,
+        "kv_bytes": 12_345_678, "decode_ms": 41.25,
+    }  # fmt: skip
+    return made | changes
+
+
+def bench_text(*rows: dict) -> str:
+    return rendered(show.bench_table(rows))
+
+
+def test_a_bench_row_shows_score_interval_size_and_time():
+    line = bench_text(bench_row()).splitlines()[-1]
+    assert " ".join(line.split()) == "ruler/niah_multikey_1 2048 snapkv 0.25 0.50 0.30-0.70 20 25.0% 12.3 41.2"
+
+
+def test_a_share_that_is_not_per_head_and_a_missing_time_can_be_seen():
+    named = {"task": "niah"}
+    text = bench_text(bench_row(share="model", **named), bench_row(share=None, decode_ms=None, **named))
+    first, second = text.splitlines()[-2:]
+    assert "snapkv:model" in first and second.split()[-1] == "12.3" and "snapkv:" not in second
+
+
+def test_a_failed_bench_row_says_so_in_place_of_numbers():
+    failed = {key: bench_row()[key] for key in ("task", "length", "policy", "share", "budget", "peer")}
+    text = bench_text(bench_row(), failed | {"score": None, "error": "no room [/b]"})
+    assert text.splitlines()[-1].split() == ["ruler/niah_multikey_1", "2048", "snapkv", "0.25", "failed"]
+
+
+def test_a_bench_table_fits_80_columns_and_hides_no_name():
+    peer = "kvpress:ComposedPress([KnormPress(), SnapKVPress()])"
+    rows = [bench_row(task="[b]lamps", policy=peer, share=None), bench_row()]
+    narrow, wide = bench_text(*rows), rendered(show.bench_table(rows), width=160)
+    for word in ("[b]lamps", "0.30-0.70", "41.2"):
+        assert word in narrow and word in wide, word
+    assert peer in wide and "…" not in narrow  # long names go on in the next line

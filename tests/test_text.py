@@ -109,3 +109,56 @@ def test_empty_text_is_refused_under_the_name_of_its_option():
     assert require_text(" a ", "--prompt") == " a "
     with pytest.raises(InputError, match="--prompt is empty"):
         require_text(" \n", "--prompt")
+
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|user|>Be brief.</s>\n{% endif %}"
+    "<|{{ message.role }}|>\n{{ message.content | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""Puts a system text before the first message and a line break behind what closes one."""
+
+
+def conversation(tokenizer, contents: list[str]) -> str:
+    """Return what the model should read of messages of user and assistant in turn, before the next reply."""
+    if tokenizer.chat_template is None:
+        return tokenizer.bos_token + "\n".join(contents) + "\n"
+    talk = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", ["own", "chatml"])
+def test_the_parts_of_a_dialogue_join_to_the_chat_text_of_all_its_messages(tokenizer, template):
+    if template == "chatml":
+        tokenizer.chat_template = CHATML
+    frame = Frame(tokenizer)
+    replies = [torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]]) for text in ("It was Ada.", "Bo")]
+    parts = [
+        frame.context(CONTEXT), frame.question(QUESTION), replies[0], frame.next_context("Bo put it\n out."),
+        frame.question("Who put it out?"), replies[1], frame.next_context("Night fell."), frame.question("When?"),
+    ]  # fmt: skip
+    said = [f"{CONTEXT}\n{QUESTION}", "It was Ada.", "Bo put it\n out.\nWho put it out?", "Bo", "Night fell.\nWhen?"]
+    assert tokenizer.decode(torch.cat(parts, 1)[0]) == conversation(tokenizer, said)
+
+
+def test_what_follows_a_reply_begins_with_the_token_that_ended_it(folders):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders.chat)
+    ids = Frame(tokenizer).next_context("Bo put it out.")[0].tolist()
+    assert ids[:2] == tokenizer.convert_tokens_to_ids(["</s>", "<|user|>"])
+    assert tokenizer.decode(ids[2:]) == "Bo put it out." and "<s>" not in tokenizer.decode(ids)
+
+
+def test_without_a_template_a_line_break_follows_a_reply(folders):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders.plain)
+    assert tokenizer.decode(Frame(tokenizer).next_context("Bo put it out.")[0]) == "\nBo put it out."
+
+
+def test_a_next_context_may_be_empty_and_is_not_read_as_a_template(tokenizer):
+    frame = Frame(tokenizer)
+    empty = frame.next_context("")
+    assert empty.dtype == torch.long and empty.shape[0] == 1 and empty.shape[1] > 0
+    assert tokenizer.decode(frame.next_context(CONTEXT)[0]) == tokenizer.decode(empty[0]) + CONTEXT

@@ -107,7 +107,7 @@ class KVCache(Cache):
 
     @property
     def slack(self) -> int:
-        """Free slots that a compaction leaves in each row: room until the next settle."""
+        """Free slots that each row gets when it must grow: room until the next settle. A settle leaves none."""
         return self.policy.every
 
     def pin(self, span: Span) -> None:

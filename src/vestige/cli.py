@@ -1,7 +1,6 @@
 """The command line: thin, and quick to print its help (heavy imports are inside the commands)."""
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -145,11 +144,15 @@ def tasks(
     task: Annotated[
         list[str],
         typer.Argument(
+            metavar="TASK...",
             help="ruler, niah, dialogue, longbench, longbench-e, longbench-v2, or: cases FILE.jsonl. A part of a task: "
             "ruler/niah_single_1, longbench/multi_news. `vestige bench speed` times alone.",
         ),
     ],
-    folder: Annotated[Path, typer.Option("--out", help="A new folder for the results; with --resume one to go on in.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Required: a new folder for the results; with --resume one to go on in."),
+    ] = None,
     model: Model = "smollm2-135m",
     policy: Annotated[
         str, typer.Option(help="Policies; several: full,snapkv,keydiff. Controls: full, random.")
@@ -195,6 +198,7 @@ def tasks(
     from vestige import show
     from vestige.bench.arms import cross
     from vestige.bench.config import BenchConfig
+    from vestige.bench.peers import split as peer_names
     from vestige.bench.run import bench as job
     from vestige.bench.store import check_folder
     from vestige.download import load
@@ -202,13 +206,15 @@ def tasks(
     names, cases = _tasks_and_cases(task)
     arms = cross(
         _words(policy), _words(budget or ""), shares=_words(share or ""), memories=_words(memory),
-        peers=_words(peer or "", nested=True),
+        peers=tuple(peer_names(peer or "")),
     )  # fmt: skip
     config = BenchConfig(
         tasks=names, arms=arms, lengths=_numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
         question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa, cases=cases,
         longbench=longbench, prompts=prompts, seed=seed,
     )  # fmt: skip
+    if folder is None:
+        raise typer.BadParameter("name a new folder for the results with --out DIR")
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
     with show.reading_bar(err, "bench") as advance:
@@ -220,8 +226,10 @@ def tasks(
     out.print(show.bench_table(rows))
     for row in rows:
         if row["score"] is None:
-            err.print(f"failed: {row['task']} {row['policy']}@{row['budget']}: {_plain(row['error'])}", style="red")
-    out.print(f"\nresults: {folder}; pictures: vestige report {folder}", style="dim")
+            what = f"failed: {row['task']} {row['policy']}@{row['budget']}: {row['error']}"
+            err.print(_plain(what), style="red", soft_wrap=True)
+    where = _plain(str(folder))
+    out.print(f"\nresults: {where}; pictures: vestige report {where}", style="dim", soft_wrap=True)
 
 
 @app.command()
@@ -273,6 +281,7 @@ def speed(
 ) -> None:
     """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
     from vestige import show
+    from vestige.bench.peers import split as peer_names
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
     from vestige.bench.store import check_folder, keep_speed
@@ -280,7 +289,7 @@ def speed(
 
     config = SpeedConfig(
         lengths=_numbers("--length", length), batches=_numbers("--batch", batch), policies=_words(policy),
-        budgets=_words(budget), peers=_words(peer or "", nested=True), share=share, chunk=chunk, blocks=blocks,
+        budgets=_words(budget), peers=tuple(peer_names(peer or "")), share=share, chunk=chunk, blocks=blocks,
         prefills=prefills, seed=seed,
     )  # fmt: skip
     if folder is not None:
@@ -339,10 +348,8 @@ def _print_listing(entries: dict[str, str], as_json: bool) -> None:
         print(f"{name:<{width}}  {line}")
 
 
-def _words(text: str, *, nested: bool = False) -> tuple[str, ...]:
-    """Split at commas; with ``nested`` not at those inside parentheses."""
-    pattern = r",(?![^(]*\))" if nested else ","
-    return tuple(word.strip() for word in re.split(pattern, text) if word.strip())
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _typed() -> str:
@@ -352,9 +359,9 @@ def _typed() -> str:
 
 def _tasks_and_cases(words: list[str]) -> tuple[tuple[str, ...], Path | None]:
     """Return the names of the tasks, and the file that follows the word ``cases``."""
-    if "cases" not in words:
+    at = next((i for i, word in enumerate(words) if word.partition("/")[0] == "cases"), None)
+    if at is None:
         return tuple(words), None
-    at = words.index("cases")
     if at + 1 == len(words):
         raise typer.BadParameter("cases needs a file: vestige bench cases FILE.jsonl")
     return (*words[: at + 1], *words[at + 2 :]), Path(words[at + 1])

@@ -374,7 +374,7 @@ class RaggedLayer(CacheLayerMixin):
             self.columns[name] = self._empty_column(name, new[name])
         if self._room < max(fed):
             slots = ragged.packed_slots(self.starts, self.lengths, self.device)
-            self._rebuild(slots, list(self.lengths), extra=fed)
+            self._rebuild(slots, list(self.lengths), coming=fed)
         self._room -= max(fed)
         autograd = torch.is_grad_enabled() and any(x.requires_grad for x in (*new.values(), *self.columns.values()))
         before = self.lengths
@@ -413,14 +413,14 @@ class RaggedLayer(CacheLayerMixin):
             self._tails += 1
         return self._tails
 
-    def _rebuild(self, slots: Tensor, lengths: list[int], extra: Sequence[int] | None = None) -> None:
+    def _rebuild(self, slots: Tensor, lengths: list[int], coming: Sequence[int] | None = None) -> None:
         """Lay the chosen slots out anew, column by column, so that at most one column exists twice at a time.
 
-        Every row gets slack for the tokens until the next settle, and ``extra`` room for pairs about to come.
+        A cache at rest has no free slots. Where pairs are ``coming``, every row gets room for them, the last one being
+        the first of the slack for the tokens until the next settle.
         """
-        slack = self.cache.slack
-        extra = [0] * len(lengths) if extra is None else extra
-        capacities = [length + n + slack for length, n in zip(lengths, extra, strict=True)]
+        room = [0] * len(lengths) if coming is None else [max(n, 1) + self.cache.slack - 1 for n in coming]
+        capacities = [length + n for length, n in zip(lengths, room, strict=True)]
         index = ragged.layout_index(slots, lengths, capacities)
         for name, column in self.columns.items():
             laid_out = ragged.gather(column, index)
@@ -428,7 +428,7 @@ class RaggedLayer(CacheLayerMixin):
             self.columns[name] = laid_out
         self.lengths, self.starts = lengths, ragged.cumulative(capacities)[:-1]
         self._capacity = capacities[0] if len(set(lengths)) == len(set(capacities)) == 1 else 0
-        self._room, self._tails = slack + min(extra), None
+        self._room, self._tails = min(room, default=0), None
 
     def _handle(self, new: Tensor) -> Handle:
         batch, heads, _, size = new.shape

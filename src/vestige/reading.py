@@ -96,6 +96,7 @@ def announce(cache: KVCache, length: int | Sequence[int] | None, batch: int) -> 
 
     Raises:
         BudgetError: The budget for one of these lengths is below the protected pairs.
+        InputError: Not as many lengths as batch rows.
     """
     lengths = None if length is None else (length,) * batch if isinstance(length, int) else tuple(length)
     if lengths is not None and len(lengths) != batch:

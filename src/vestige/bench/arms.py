@@ -10,6 +10,7 @@ from vestige.budget import Budget
 from vestige.errors import InputError, PolicyError, unknown
 from vestige.policy import Policy
 from vestige.run import MEMORIES
+from vestige.select import SHARES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,16 @@ def cross(
     Raises:
         InputError: Neither a policy nor a peer, or an unknown peer.
         PolicyError: As :class:`Arm`.
+        BudgetError: A budget that cannot be read.
     """
     if not names and not peers:
         raise InputError("name at least one --policy or --peer")
+    for kind, given, valid in (("share", shares, SHARES), ("memory", memories, MEMORIES)):
+        for name in given:  # also where full and peers have no use for them
+            if name not in valid:
+                raise PolicyError(unknown(kind, name, valid))
+    for budget in budgets:
+        Budget.parse(budget)
     return tuple(dict.fromkeys([*_own(names, budgets, shares, memories), *_foreign(peers, budgets)]))
 
 

@@ -14,7 +14,7 @@ class BenchConfig:
     """What to measure.
 
     Raises:
-        InputError: An unknown task or split, or a number out of range.
+        InputError: An unknown task or split, a file that is missing, or a number out of range.
     """
 
     tasks: tuple[str, ...]

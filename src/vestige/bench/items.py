@@ -30,7 +30,7 @@ class Item:
     @property
     def digest(self) -> str:
         """What tells whether a record was made from these very ids, and scored by these answers."""
-        return sha256(repr((self.job, self.sample.turns)).encode()).hexdigest()[:16]
+        return sha256(repr((self.job.turns, self.job.stop, self.sample.turns)).encode()).hexdigest()[:16]
 
 
 def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:

@@ -132,12 +132,12 @@ def ratio_for(keep: int | None, length: int, rows: int, *, counts_pruned: bool) 
     """Return the compression ratio by which a press keeps ``keep`` of ``length`` pairs per row on average, exactly.
 
     Presses take ``int(length * (1 - ratio))`` or round; some count over all rows at once, and KVzip and its kin take
-    ``int(rows * length * ratio)`` as what goes. Half a pair over all rows is enough to be safe from rounding.
+    ``int(rows * length * ratio)`` as what goes. A quarter of a pair over all rows is enough to be safe from rounding.
     """
     if keep is None or keep >= length:
         return 0.0
-    half = 0.5 / rows
-    return 1 - (keep + (-half if counts_pruned else half)) / length
+    spare = 0.25 / rows
+    return 1 - (keep + (-spare if counts_pruned else spare)) / length
 
 
 def needs_weights(press: Any, kind: type) -> bool:
@@ -268,16 +268,14 @@ class Talk:
 
     def measured(self) -> dict[str, Any]:
         """Return what the cache holds now."""
-        kept = []
-        for i in self.loaded.layers:
-            filled = i < len(self.cache.layers) and self.cache.layers[i].keys is not None
-            kept.append([self.cache.layers[i].keys.shape[2] if filled else 0] * self.loaded.heads)
+        layers = [self.cache.layers[i] for i in self.loaded.layers if i < len(self.cache.layers)]
+        kept = [[layer.keys.shape[2]] * self.loaded.heads for layer in layers]
         held, masked = sum(map(sum, kept)), self.loaded.masked()
         notes = [f"kvpress {self.loaded.versions['kvpress']}"]
         if masked:
             notes.append(f"{masked:,} of {held:,} pairs masked, none freed")
         weight, left = self.meter.weigh(), self.loaded.left_behind()
-        spare = weight - sum(x.nbytes for x in tensors([self.cache.layers[i] for i in self.loaded.layers] + left))
+        spare = weight - sum(x.nbytes for x in tensors([layers, left]))
         if spare > 0:  # KVzip cuts its replays off by a view
             notes.append(f"{spare:,} bytes more are alive behind views")
         if self.uncompressed:

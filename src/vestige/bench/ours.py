@@ -6,7 +6,7 @@ of it can be timed, and a batch of samples can stop at different places.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from vestige import policies
 from vestige.bench.job import Job, Outcome
+from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.policy import Annotates, Policy
 from vestige.reading import announce, finish, forward, prefill
@@ -65,7 +66,7 @@ def run(
     Args:
         model: An attached model.
         jobs: One batch row each; several only if each has one turn.
-        policy: What to keep.
+        policy: What to keep of each job; a budget in bytes is one of each, as if it were alone.
         chunk: Tokens per forward while reading; None reads in one piece.
         reading: The first contexts, read already; left as it is.
 
@@ -73,13 +74,20 @@ def run(
         VestigeError: The budget cannot be met, a score is broken, ...
     """
     assert len(jobs) == 1 or all(len(job.turns) == 1 for job in jobs)
-    talk = _Talk(model, policy, chunk or ONE_PIECE)
+    talk = _Talk(model, _for_each(policy, len(jobs)), chunk or ONE_PIECE)
     for t in range(len(jobs[0].turns)):
         turns = [job.turns[t] for job in jobs]
         contexts = [(*talk.pending, *turn.context) for turn in turns]
         talk.read(contexts, [len(turn.question) for turn in turns], reading if t == 0 else None)
         talk.reply([turn.question for turn in turns], [turn.max_new_tokens for turn in turns], jobs[0].stop)
     return [talk.outcome(row, len(jobs)) for row in range(len(jobs))]
+
+
+def _for_each(policy: Policy, jobs: int) -> Policy:
+    """Return a policy whose budget in bytes, which batch rows share, is that of so many jobs together."""
+    if policy.budget is None or policy.budget.kind != "bytes":
+        return policy
+    return replace(policy, budget=Budget.bytes(policy.budget.amount * jobs))
 
 
 class _Talk:

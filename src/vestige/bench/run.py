@@ -177,14 +177,14 @@ class _Runner:
         """Return the record that is there.
 
         Raises:
-            InputError: It was made from other ids.
+            InputError: It was made from other data.
         """
         sample = item.sample
         record = self.store.has(sample.task, sample.length, sample.index, arm.key)
         if record is not None and record["digest"] != item.digest:
             raise InputError(
-                f"sample {sample.index} of {sample.task} in {self.store.folder} was made from another text; "
-                "the data have changed: name a new --out"
+                f"sample {sample.index} of {sample.task} in {self.store.folder} was made from another text "
+                "or other answers; the data have changed: name a new --out"
             )
         return record
 

@@ -20,6 +20,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "quanto": {"nbits": 4},
 }
 _PACKAGES = {"hqq": "hqq", "quanto": "optimum.quanto"}
+_PIP = {"hqq": "hqq", "quanto": '"vestige[bench]"'}
 
 
 class CachePeer(Peer):
@@ -114,4 +115,4 @@ class CachePeer(Peer):
 def _require(backend: str) -> None:
     top, _, _ = _PACKAGES[backend].partition(".")
     if importlib.util.find_spec(top) is None or importlib.util.find_spec(_PACKAGES[backend]) is None:
-        raise InputError(f'peer transformers:quantized: {backend} is not installed: pip install "vestige[bench]"')
+        raise InputError(f"peer transformers:quantized: {backend} is not installed: pip install {_PIP[backend]}")
