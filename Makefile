@@ -9,13 +9,15 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OLD_TRANSFORMERS := 5.16.1 5.19.0
+# kvpress runs on transformers up to 5.3, vestige on newer ones only: it has an environment of its own.
+PEERS := kvpress==0.5.5 "transformers==5.2.*"
 RUN_PYTEST := env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SUITE := -n $(WORKERS) $(PYTEST_ARGS)
 MATRIX_SUITE := -m "not slow and not peers and not gpu" $(SUITE)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -52,8 +54,14 @@ results-bench: $(VENV)/.stamp-test peers ## the comparison in the README (hours;
 results-bench-dev: $(VENV)/.stamp-test ## what the tasks of results-bench are chosen by, on the dev split
 	$(BIN)/python -m vestige.recipes.bench --dev --out out/bench-dev $(if $(ESSAYS),--essays "$(ESSAYS)")
 
+peers: .venv-peers/.stamp-peers ## make .venv-peers with kvpress in it, for `vestige bench --peer kvpress:...`
+	@echo "Ready: vestige bench ... --peer kvpress:SnapKVPress"
+
+test-peers: $(VENV)/.stamp-test peers ## compare with kvpress on the default model (minutes; `make demo` downloads it)
+	$(RUN_PYTEST) $(BIN)/python -m pytest -m peers $(PYTEST_ARGS)
+
 clean: ## remove all that make made: environments, caches, builds
-	rm -rf .venv $(OLD_TRANSFORMERS:%=.venv-%) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-peers $(OLD_TRANSFORMERS:%=.venv-%) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp is touched last, so an interrupted set-up is done again and a finished one costs nothing.
@@ -69,6 +77,11 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-setup
 .venv-%/.stamp-matrix: pyproject.toml
 	$(call make_venv,.venv-$*)
 	.venv-$*/bin/python -m pip install -q "transformers==$*" -e ".[gguf,bench,test]"
+	@touch $@
+
+.venv-peers/.stamp-peers: Makefile
+	$(call make_venv,.venv-peers)
+	.venv-peers/bin/python -m pip install -q $(PEERS)
 	@touch $@
 
 # $(call make_venv,DIR): an environment with pip and torch in it, or one clear line about what is missing.

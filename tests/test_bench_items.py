@@ -141,6 +141,11 @@ def test_pads_stay_within_a_twentieth_of_the_text():
     assert grouped([item(100), item(90)], 4) == [[100], [90]]
 
 
+def test_even_batches_have_no_pads():  # pads would shift the borders of chunks
+    groups = batches([item(100), item(100), item(99), item(100)], 4, even=True)
+    assert [[len(one.job.turns[0].context) for one in group] for group in groups] == [[100, 100], [99], [100]]
+
+
 def test_other_cells_and_dialogues_do_not_share_a_batch():
     assert (
         grouped([item(50), item(50, task="b"), item(50, task="b", length=200), item(50, length=200)], 4) == [[50]] * 4

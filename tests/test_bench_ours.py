@@ -8,7 +8,7 @@ import torch
 
 from vestige import Budget, BudgetError, KVCache, attach, policies, prefill
 from vestige.answer import answer
-from vestige.bench import ours
+from vestige.bench import greedy, ours
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.policies import POLICIES
 from vestige.reading import forward
@@ -256,7 +256,8 @@ def test_clocks_and_peaks():
 
 def test_a_decode_step_is_timed_per_forward(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(ours, "_now", lambda model: float(next(clock)))
+    for module in (ours, greedy):
+        monkeypatch.setattr(module, "now", lambda device: float(next(clock)))
     (outcome,) = ours.run(MODEL, [job(turn(60, new=5))], policy("full"))
     assert outcome.decode_ms == 1e3 / 4  # one tick for four steps: the first token comes from the question
     assert outcome.prefill_s == 1.0

@@ -176,7 +176,9 @@ def tasks(
         typer.Option(help="kvpress:SnapKVPress (any press), transformers:dynamic, transformers:quantized; several."),
     ] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens per forward while reading; default: one piece.")] = None,
-    batch: Annotated[int, typer.Option(help="Samples read and answered together, where lengths allow.")] = 1,
+    batch: Annotated[
+        int, typer.Option(help="Samples read and answered together, where lengths allow; times are then the batch's.")
+    ] = 1,
     question_aware: Annotated[
         bool, typer.Option("--question-aware", help="Read the question before compressing; default: after.")
     ] = False,

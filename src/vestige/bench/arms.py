@@ -27,7 +27,7 @@ class Arm:
     budget: str = "1.0"
     """As the user wrote it; "1.0" for what never evicts."""
     share: str | None = None
-    """None for peers and for what never evicts."""
+    """Who competes for room; None for peers."""
     memory: str = "none"
     peer: str | None = None
     samples: int | None = None
@@ -37,6 +37,8 @@ class Arm:
         if self.memory not in MEMORIES:
             raise PolicyError(unknown("memory", self.memory, MEMORIES))
         if self.peer is None:
+            if self.policy == "full" and self.budget != "1.0":
+                raise PolicyError(f"policy 'full' keeps everything, so its budget is 1.0, not {self.budget}")
             self.make_policy(seed=0)
         else:
             others.check(self.peer)

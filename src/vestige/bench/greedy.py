@@ -1,47 +1,53 @@
-"""The greedy loop over any transformers cache: read, then reply; plain forwards, batch size 1, timed."""
+"""The greedy loop that our arms and peers share: plain forwards, timed, for one conversation or a batch of them.
+
+Not ``generate``: a step can then be timed, a batch can stop at different places, and every arm does the same work.
+"""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 
-@torch.no_grad()
-def read(model: PreTrainedModel, cache: Cache, ids: Int[Tensor, "1 new"]) -> Float[Tensor, "1 vocab"]:
-    """Feed ids in one forward and return the logits after the last one. The cache is changed."""
-    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1]
+@dataclass(frozen=True)
+class Decoded:
+    """Greedy replies and what they took."""
+
+    replies: tuple[tuple[int, ...], ...]
+    """Ids of each batch row, the one that ended it included; all but the last one were fed."""
+    seconds: float
+    steps: int
+    """Forwards of one token a row: those of the longest reply."""
 
 
-def reply(
-    model: PreTrainedModel,
-    cache: Cache,
-    question: Int[Tensor, "1 question"],
-    *,
-    max_new_tokens: int,
+def decode(
+    feed: Callable[[Int[Tensor, "batch 1"]], Float[Tensor, "batch vocab"]],
+    logits: Float[Tensor, "batch vocab"],
+    limits: Sequence[int],
     stop: Collection[int],
-) -> tuple[tuple[int, ...], float]:
-    """Feed a question and return the greedy reply, and the seconds of its decode steps.
-
-    Every token of the reply but the last is in the cache afterwards; so there are ``len(reply) - 1`` decode steps.
+) -> Decoded:
+    """Decode until every batch row has stopped; a row that is done is fed on, and what it says is dropped.
 
     Args:
-        model: Any causal model; attached, if the cache is a :class:`~vestige.KVCache`.
-        cache: Holds what was read so far; changed.
-        question: At least one id; the logits after its last one give the first token. Its forward is not timed.
-        max_new_tokens: At least 1.
-        stop: Ids that end the reply; the one that did is part of it.
+        feed: Feeds one token a row and returns the logits after it.
+        logits: Those after the last token of each question.
+        limits: Longest reply of each row, in tokens; at least 1.
+        stop: Ids that end a reply.
     """
-    token = read(model, cache, question).argmax(-1, keepdim=True)
-    ids, started = [int(token)], now(model.device)
-    while len(ids) < max_new_tokens and ids[-1] not in stop:
-        token = read(model, cache, token).argmax(-1, keepdim=True)
-        ids.append(int(token))
-    return tuple(ids), now(model.device) - started
+    replies: list[list[int]] = [[] for _ in limits]
+    started, steps = now(logits.device), 0
+    while True:
+        token = logits.argmax(-1, keepdim=True)
+        for reply, limit, new in zip(replies, limits, token[:, 0].tolist(), strict=True):
+            if not _ended(reply, limit, stop):
+                reply.append(new)
+        if all(_ended(reply, limit, stop) for reply, limit in zip(replies, limits, strict=True)):
+            return Decoded(tuple(map(tuple, replies)), now(logits.device) - started, steps)
+        logits = feed(token)
+        steps += 1
 
 
 def now(device: torch.device) -> float:
@@ -49,3 +55,7 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _ended(reply: list[int], limit: int, stop: Collection[int]) -> bool:
+    return len(reply) >= limit or (bool(reply) and reply[-1] in stop)

@@ -77,11 +77,11 @@ def _order(config: BenchConfig, renderer: Renderer, name: str, length: int | Non
     )
 
 
-def batches(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
-    """Yield neighbours of one (task, length) together, while they have one turn and pads stay few."""
+def batches(items: Iterable[Item], most: int, *, even: bool = False) -> Iterator[list[Item]]:
+    """Yield neighbours of one (task, length) together, while they have one turn and pads stay few; none if ``even``."""
     group: list[Item] = []
     for item in items:
-        if group and not (len(group) < most and _fits(group, item)):
+        if group and not (len(group) < most and _fits(group, item, 0.0 if even else PAD_SHARE)):
             yield group
             group = []
         group.append(item)
@@ -89,9 +89,9 @@ def batches(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
         yield group
 
 
-def _fits(group: list[Item], item: Item) -> bool:
+def _fits(group: list[Item], item: Item, pad_share: float) -> bool:
     together = [*group, item]
     if len({(i.sample.task, i.sample.length) for i in together}) > 1 or any(len(i.job.turns) > 1 for i in together):
         return False
     widths = [len(i.job.turns[0].context) for i in together]
-    return max(widths) * len(widths) - sum(widths) <= PAD_SHARE * sum(widths)
+    return max(widths) * len(widths) - sum(widths) <= pad_share * sum(widths)

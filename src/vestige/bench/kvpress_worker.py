@@ -224,8 +224,8 @@ class Talk:
     Positions go on from the length of the context, not of the compressed cache, unless the press moves keys.
     """
 
-    def __init__(self, loaded: Loaded, press: Any) -> None:
-        self.loaded, self.model, self.press = loaded, loaded.model, press
+    def __init__(self, loaded: Loaded, press: Any, copies: int = 1) -> None:
+        self.loaded, self.model, self.press, self.copies = loaded, loaded.model, press, copies
         self.cache = loaded.new_cache()
         self.meter = Meter(loaded, self.cache)
         self.position = self.seen = self.steps = 0
@@ -269,7 +269,7 @@ class Talk:
     def measured(self) -> dict[str, Any]:
         """Return what the cache holds now."""
         layers = [self.cache.layers[i] for i in self.loaded.layers if i < len(self.cache.layers)]
-        kept = [[layer.keys.shape[2]] * self.loaded.heads for layer in layers]
+        kept = [[layer.keys.shape[2]] * self.loaded.heads * self.copies for layer in layers]
         held, masked = sum(map(sum, kept)), self.loaded.masked()
         notes = [f"kvpress {self.loaded.versions['kvpress']}"]
         if masked:
@@ -283,9 +283,9 @@ class Talk:
         return {
             "seen": self.seen,
             "held": held,
-            "full": self.seen * self.loaded.rows,
+            "full": self.seen * self.loaded.rows * self.copies,
             "kv_bytes": weight,
-            "full_kv_bytes": self.seen * self.loaded.rows * self.loaded.pair_bytes,
+            "full_kv_bytes": self.seen * self.loaded.rows * self.loaded.pair_bytes * self.copies,
             "kept": kept,
             "note": "; ".join(notes),
         }
@@ -302,7 +302,7 @@ class Talk:
         return torch.arange(first, self.position, device=self.model.device)[None]
 
     def _tensor(self, ids: list[int]) -> Tensor:
-        return torch.tensor([ids], device=self.model.device)
+        return torch.tensor([ids] * self.copies, device=self.model.device)
 
     def _moves_keys(self) -> bool:
         kvpress = self.loaded.kvpress
@@ -316,7 +316,8 @@ def run(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
     job = request["job"]
     turns, stop = job["turns"], job["stop"]
     loaded.forget()
-    talk = Talk(loaded, loaded.press(request["press"], job["keep"], len(turns[0]["context"])))
+    press = loaded.press(request["press"], job["keep"], len(turns[0]["context"]))
+    talk = Talk(loaded, press, job["copies"])
     replies: list[list[int]] = []
     facts: dict[str, Any] = {}
     for turn in turns:

@@ -1,10 +1,5 @@
-"""Running our own arms: one reading serves every policy that acts after it, on forks of its cache.
+"""Running our own arms: one reading serves every policy that acts after it, on forks of its cache."""
 
-Replies are greedy and come from plain forwards, not from ``generate``: the loop is then the one that peers run, a step
-of it can be timed, and a batch of samples can stop at different places.
-"""
-
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige import policies
+from vestige.bench.greedy import decode, now
 from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
 from vestige.cache import KVCache
@@ -48,9 +44,9 @@ def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy
     """
     cache = KVCache(model, policies.Full(), observers=observers)
     ids, mask = _pad([job.turns[0].context for job in jobs], model.device)
-    started = _now(model)
+    started = now(model.device)
     prefill(model, ids, cache, chunk=ONE_PIECE, attention_mask=mask)
-    return Reading(cache, ids, _now(model) - started)
+    return Reading(cache, ids, now(model.device) - started)
 
 
 def run(
@@ -97,7 +93,7 @@ class _Talk:
         self.model, self.policy, self.chunk = model, policy, chunk
         self.cache: KVCache | None = None
         self.report: Report | None = None
-        self.replies: list[list[tuple[int, ...]]] = []
+        self.replies: list[tuple[tuple[int, ...], ...]] = []
         self.pending: tuple[int, ...] = ()
         self.prefill_s = self.evict_s = self.decode_s = 0.0
         self.steps = 0
@@ -108,38 +104,29 @@ class _Talk:
         cache = self.cache or (reading.cache.fork(self.policy) if reading else KVCache(self.model, self.policy))
         seen = (0,) * len(contexts) if self.cache is None else cache.seen
         lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
-        evicted, started = cache.evict_s, _now(self.model)
+        evicted, started = cache.evict_s, now(self.model.device)
         if reading is not None:
             self.prefill_s += reading.seconds
             announce(cache, lengths, len(contexts))
             finish(self.model, cache, reading.ids)
         else:
             prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
-        self.prefill_s += _now(self.model) - started
+        self.prefill_s += now(self.model.device) - started
         self.evict_s += cache.evict_s - evicted
         self.cache, self.report = cache, cache.report()
 
     def reply(self, questions: list[tuple[int, ...]], limits: list[int], stop: tuple[int, ...]) -> None:
         """Read a turn's questions, which stay whole, and decode until every batch row has stopped."""
         assert self.cache is not None
+        cache = self.cache
         ids, mask = _pad(questions, self.model.device)
-        logits = prefill(self.model, ids, self.cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
-        self.cache.schedule.chunk = max(self.chunk, ids.shape[1])  # a question stays whole, however long
-        replies: list[list[int]] = [[] for _ in questions]
-        started, steps = _now(self.model), 0
-        while True:
-            token = logits.argmax(-1, keepdim=True)
-            for reply, limit, new in zip(replies, limits, token[:, 0].tolist(), strict=True):
-                if not _ended(reply, limit, stop):
-                    reply.append(new)
-            if all(_ended(reply, limit, stop) for reply, limit in zip(replies, limits, strict=True)):
-                break
-            logits = forward(self.model, token, self.cache)
-            steps += 1
-        self.decode_s += _now(self.model) - started
-        self.steps += steps
-        self.pending = tuple(x for x in replies[0][-1:] if x not in stop)
-        self.replies.append([tuple(reply) for reply in replies])
+        logits = prefill(self.model, ids, cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
+        cache.schedule.chunk = max(self.chunk, ids.shape[1])  # a question stays whole, however long
+        said = decode(lambda token: forward(self.model, token, cache), logits, limits, stop)
+        self.decode_s += said.seconds
+        self.steps += said.steps
+        self.pending = tuple(x for x in said.replies[0][-1:] if x not in stop)
+        self.replies.append(said.replies)
 
     def outcome(self, row: int, batch: int) -> Outcome:
         """Return one batch row's replies, and its even share of the bytes and pairs."""
@@ -162,10 +149,6 @@ class _Talk:
         )
 
 
-def _ended(reply: list[int], limit: int, stop: tuple[int, ...]) -> bool:
-    return len(reply) >= limit or (bool(reply) and reply[-1] in stop)
-
-
 def _pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return rows as one tensor, pads at the left, and its mask; None if there are no pads."""
     width = max(map(len, rows))
@@ -173,9 +156,3 @@ def _pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor,
     if all(len(row) == width for row in rows):
         return ids, None
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()

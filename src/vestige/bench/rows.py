@@ -30,7 +30,7 @@ def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapp
 
     Args:
         records: Finished samples.
-        failures: Arms that could not run: ``task, length, arm, error, revision``.
+        failures: Arms that could not run: ``task, length, arm, error``, and where.
         facts: What all rows share: model, split, seed, versions, ...
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
@@ -73,8 +73,22 @@ def _row(key: tuple[Any, ...], group: list[Record]) -> Row:
         "turns": _turns(group),
         "kept": _mean_grid([record["kept"] for record in group]),
         "note": next((record["note"] for record in group if record["note"]), None),
-        "revision": ", ".join(dict.fromkeys(r["revision"] for r in group if r["revision"])) or None,
+        **_origin(group),
     }
+
+
+def _origin(group: list[Record]) -> Row:
+    """Return revision, versions and device, joined where a run went on with other ones."""
+
+    def joined(values: Iterable[str | None]) -> str | None:
+        return ", ".join(dict.fromkeys(value for value in values if value)) or None
+
+    known = [record["versions"] for record in group if "versions" in record]
+    found: Row = {"revision": joined(record["revision"] for record in group)}
+    if known:
+        found["versions"] = {name: joined(versions[name] for versions in known) for name in known[0]}
+        found["device"] = joined(record.get("device") for record in group)
+    return found
 
 
 def _score(scores: Sequence[float]) -> Row:

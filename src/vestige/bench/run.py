@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,13 +57,12 @@ def bench(
         VestigeError: Bad input, or results that cannot be written. An arm that fails is a row with ``error``.
     """
     origin = provenance(model)
-    revision: str | None = origin.pop("revision")  # each record has its own
     renderer = Renderer(tokenizer, model, question_aware=config.question_aware)
-    groups = list(batches(collect(config, renderer), config.batch))
+    groups = list(batches(collect(config, renderer), config.batch, even=config.chunk is not None))
     facts = {"model": name, **config.books()}
     books = facts | {"weights": check(model).fingerprint(), "dtype": origin["dtype"]}
     store = Store(out, books, resume=resume)
-    runner = _Runner(config, renderer, store, revision, progress, sum(map(len, groups)) * len(config.arms))
+    runner = _Runner(config, renderer, store, origin, progress, sum(map(len, groups)) * len(config.arms))
     written = time.monotonic()
 
     def write() -> list[Row]:
@@ -97,11 +97,11 @@ class _Runner:
         config: BenchConfig,
         renderer: Renderer,
         store: Store,
-        revision: str | None,
+        origin: dict[str, Any],
         progress: Callable[[int, int, str], None],
         total: int,
     ) -> None:
-        self.config, self.renderer, self.store, self.revision = config, renderer, store, revision
+        self.config, self.renderer, self.store, self.origin = config, renderer, store, origin
         self.progress, self.done, self.total = progress, 0, total
         self.failures: dict[tuple[str, int, Arm], Record] = {}
         self.open = ExitStack()
@@ -130,7 +130,7 @@ class _Runner:
             except VestigeError as error:
                 first = item.sample
                 failure = {"task": first.task, "length": first.length, "arm": arm.key, "error": str(error)}
-                self.failures[first.task, first.length, arm] = failure | {"revision": self.revision}
+                self.failures[first.task, first.length, arm] = failure | self.origin
                 return
             if self._known(arm, item) is None:
                 self.store.append(self._record(arm, item, outcome, len(items)))
@@ -212,7 +212,7 @@ class _Runner:
             "kept_fraction": outcome.held / outcome.full if outcome.full else 1.0,
             "batch": batch if arm.peer is None else 1,
             "digest": item.digest,
-            "revision": self.revision,
+            **self.origin,
         }
 
 

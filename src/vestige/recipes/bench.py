@@ -13,7 +13,16 @@ from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
 
 MODEL = "smollm2-135m"
-CANDIDATES = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "vt", "fwe")
+CANDIDATES = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "fwe",
+)
 """Tasks that a small model may answer at all."""
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1")
 METHODS = ("random", "streaming_llm", "knorm", "keydiff", "tova", "snapkv")

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
-from vestige.bench.greedy import now, read, reply
+from vestige.bench.greedy import decode, now
 from vestige.bench.job import Job, Outcome
 from vestige.bench.peers.base import Peer, PeerError
 from vestige.bench.peers.names import BACKENDS, PeerName
@@ -69,17 +69,17 @@ class CachePeer(Peer):
             if ids:
                 started, idle = now(self.model.device), scales.overhead_s
                 with scales.on(cache):
-                    read(self.model, cache, self._tensor(ids))
+                    self._feed(cache, self._tensor(ids, job.copies))
                 prefill_s += now(self.model.device) - started - (scales.overhead_s - idle)
             seen, kv_bytes = total + len(ids), scales.weigh(cache)
-            said, seconds = reply(
-                self.model, cache, self._tensor(turn.question), max_new_tokens=turn.max_new_tokens, stop=job.stop
-            )
-            replies.append(said)
-            steps, decode_s = steps + len(said) - 1, decode_s + seconds
-            total = seen + len(turn.question) + len(said) - 1
-            pending = tuple(x for x in said[-1:] if x not in job.stop)
-        heads = [scales.heads.get(i, 0) for i in self.layers]
+            logits = self._feed(cache, self._tensor(turn.question, job.copies))
+            limits = [turn.max_new_tokens] * job.copies
+            said = decode(lambda token: self._feed(cache, token), logits, limits, job.stop)
+            replies.append(said.replies[0])
+            steps, decode_s = steps + said.steps, decode_s + said.seconds
+            total = seen + len(turn.question) + said.steps
+            pending = tuple(x for x in said.replies[0][-1:] if x not in job.stop)
+        heads = [scales.heads.get(i, 0) * job.copies for i in self.layers]
         return Outcome(
             replies=tuple(replies),
             seen=seen,
@@ -87,7 +87,7 @@ class CachePeer(Peer):
             full=seen * sum(heads),
             kv_bytes=kv_bytes,
             peak_kv_bytes=scales.peak_bytes,
-            full_kv_bytes=seen * sum(scales.pair_bytes.values()),
+            full_kv_bytes=seen * sum(scales.pair_bytes.values()) * job.copies,
             prefill_s=prefill_s,
             evict_s=0.0,
             decode_ms=1e3 * decode_s / steps if steps else None,
@@ -108,8 +108,13 @@ class CachePeer(Peer):
                 raise InputError(f"{self.name.text} cannot be made: {' '.join(str(error).split())}") from None
         return cache
 
-    def _tensor(self, ids: tuple[int, ...]) -> torch.Tensor:
-        return torch.tensor([ids], device=self.model.device)
+    @torch.no_grad()
+    def _feed(self, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1]
+
+    def _tensor(self, ids: tuple[int, ...], copies: int) -> torch.Tensor:
+        return torch.tensor([ids] * copies, device=self.model.device)
 
 
 def _require(backend: str) -> None:
