@@ -399,3 +399,9 @@ def test_the_model_is_left_as_it_was(measure, chatter):
     measure(CASES[:1], FULL, SNAP)
     assert model.config._attn_implementation == before
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_could_not_be_scored_is_refused_before_anything_runs(measure, out, ran):
+    with pytest.raises(InputError, match="names a paragraph, such as 'Paragraph 7'; got 'the seventh'"):
+        measure([CASES[0], case(5, metric="retrieval", answer="the seventh")], FULL)
+    assert not ran and not out.exists()

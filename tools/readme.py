@@ -1,4 +1,7 @@
-"""Write what README.md says of the code: the method table and the file tree. `make check` fails if they are stale."""
+"""Write what README.md says of code and results: the method table, the benchmark's headline, the file tree.
+
+`make check` fails if they are stale.
+"""
 
 import ast
 import sys
@@ -32,6 +35,17 @@ def methods() -> str:
     return "\n".join(rows)
 
 
+def bench() -> str:
+    """Return the headline table of the published comparison, as its report has it."""
+    report = (ROOT / "results" / "bench" / "report.md").read_text()
+    title, _, rest = report.partition("\n### ")[2].partition("\n\n")
+    table = rest.partition("\n\n")[0]
+    return (
+        f"`make results-bench ESSAYS=DIR`, SmolLM2-135M-Instruct: {title}. A cell is the score (95 % interval) and the bytes of the\n"
+        f"cache in percent of a DynamicCache's. All rows: [results/bench/report.md](results/bench/report.md).\n\n{table}"
+    )
+
+
 def fill(text: str, name: str, content: str) -> str:
     """Return the text with what stands between two markers replaced."""
     head, begin, rest = text.partition(f"<!-- {name} -->")
@@ -43,7 +57,7 @@ def main() -> int:
     """Write README.md, or with --check say whether it is up to date."""
     readme = ROOT / "README.md"
     old = readme.read_text()
-    new = fill(fill(old, "methods", methods()), "tree", tree())
+    new = fill(fill(fill(old, "methods", methods()), "bench", bench()), "tree", tree())
     if "--check" in sys.argv:
         if old != new:
             print("README.md is stale: run .venv/bin/python tools/readme.py", file=sys.stderr)

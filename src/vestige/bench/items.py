@@ -9,6 +9,7 @@ from hashlib import sha256
 from vestige.bench import tasks
 from vestige.bench.config import BenchConfig
 from vestige.bench.job import Job
+from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.sample import Sample
 from vestige.errors import InputError
@@ -37,7 +38,7 @@ def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
     """Yield every sample with its ids, each once.
 
     Raises:
-        InputError: A sample leaves no position for a reply.
+        InputError: A sample leaves no position for a reply, or could not be scored: before hours of work, not after.
     """
     limit, counts, known = check(renderer.model).max_positions, Counter[tuple[str, int]](), set()
     for name in config.tasks:
@@ -49,6 +50,8 @@ def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
                         f"sample {sample.index} of {sample.task} takes {total} tokens, reply included; "
                         f"the model has {limit} positions"
                     )
+                for turn in sample.turns:
+                    METRICS[turn.metric](next(iter(turn.answers), ""), turn)
                 cell = (sample.task, sample.length)
                 if (*cell, sample.index) not in known:
                     known.add((*cell, sample.index))
