@@ -107,7 +107,7 @@ class KVCache(Cache):
 
     @property
     def slack(self) -> int:
-        """Free slots that each row gets when it must grow: room until the next settle. A settle leaves none."""
+        """Free slots that each row gets when tokens come: room until the next settle. A cache at rest has none."""
         return self.policy.every
 
     def pin(self, span: Span) -> None:
@@ -122,10 +122,14 @@ class KVCache(Cache):
             self.policy.budget.check(self.policy.protected + pinned)
         self.pins = pins
 
-    def settle(self, *, reading: bool = False) -> None:
+    def settle(self, *, reading: bool = False, coming: int = 0) -> None:
         """Bring every batch row down to its limit: total, or between chunks total x the policy's reading slack.
 
         Does nothing where held is within the limit: then no bit of the cache changes.
+
+        Args:
+            reading: Between chunks.
+            coming: Tokens about to be fed, so that room for them is made in the same copy; 0 leaves no free slots.
 
         Raises:
             PolicyError: A score is NaN, or what the policy needs was not recorded. The cache is unchanged.
@@ -136,7 +140,8 @@ class KVCache(Cache):
         self._check_whole()
         started = time.perf_counter()
         phase = Phase.PREFILL if self.schedule.prompt or not self.schedule.generated else Phase.DECODE
-        if settling.evict(self.evictable, self.policy, self.room(reading=reading), self.seen, self.pins, phase):
+        room = self.room(reading=reading)
+        if settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming):
             self.evict_s += time.perf_counter() - started
         self.schedule.settled()
 
@@ -285,7 +290,7 @@ class KVCache(Cache):
                     f"policy {type(self.policy).__name__} runs forwards of its own after reading; "
                     "read the prompt with vestige.prefill(model, ids, cache) before generate"
                 )
-            self.settle()
+            self.settle(coming=new)
         device = self.anatomy.device if ids is None else ids.device
         real = torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid.to(device)
         starts = torch.tensor(self.seen, device=device)[:, None]

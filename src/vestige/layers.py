@@ -301,9 +301,9 @@ class RaggedLayer(CacheLayerMixin):
             annotations=packed,
         )
 
-    def keep(self, slots: Int[Tensor, " kept"], lengths: Sequence[int]) -> None:
-        """Hold only the given slots (packed, ascending in each row) and free the rest."""
-        self._rebuild(slots, list(lengths))
+    def keep(self, slots: Int[Tensor, " kept"], lengths: Sequence[int], coming: int = 0) -> None:
+        """Hold only the given slots (packed, ascending in each row) and free the rest; have room if tokens come."""
+        self._rebuild(slots, list(lengths), coming=[coming] * len(lengths) if coming else None)
         self.ragged = True
 
     def record_queries(

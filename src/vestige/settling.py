@@ -27,6 +27,7 @@ def evict(
     seen: tuple[int, ...],
     pins: Sequence[Span],
     phase: Phase,
+    coming: int = 0,
 ) -> bool:
     """Bring every batch row that holds too much down to its room; return whether anything had to go.
 
@@ -37,6 +38,7 @@ def evict(
         seen: Tokens of each batch row.
         pins: Spans that no policy may evict.
         phase: What the policy is told.
+        coming: Tokens that are about to be stored; with 0 no row keeps a free slot.
 
     Raises:
         PolicyError: Scores are NaN or of a wrong shape, or the policy needs what was not recorded.
@@ -68,7 +70,7 @@ def evict(
     bounds = ragged.cumulative([len(slots) for slots, _ in live])
     for i, (layer, (slots, lengths)) in enumerate(zip(layers, live, strict=True)):
         mask = kept[bounds[i] : bounds[i + 1]]
-        layer.keep(slots[mask], ragged.counts_per_row(mask, lengths))
+        layer.keep(slots[mask], ragged.counts_per_row(mask, lengths), coming)
     return True
 
 
