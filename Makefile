@@ -17,7 +17,7 @@ MATRIX_SUITE := -m "not slow and not peers and not gpu" $(SUITE)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -49,7 +49,13 @@ matrix-newest: $(VENV)/.stamp-test
 # The essays are Paul Graham's, in text files; without ESSAYS they are fetched.
 results-bench: $(VENV)/.stamp-test peers ## the comparison in the README (hours; goes on after an interrupt): ESSAYS=DIR
 	$(BIN)/python -m vestige.recipes.bench --out results/bench $(if $(ESSAYS),--essays "$(ESSAYS)")
-	$(BIN)/vestige report results/bench
+	$(BIN)/vestige report results/bench results/speed --out results/bench
+	$(BIN)/python tools/readme.py
+
+results-speed: $(VENV)/.stamp-test peers ## the speed table in the README, on an idle machine (a quarter of an hour)
+	rm -rf results/speed
+	$(BIN)/vestige bench speed --length 2000 --batch 1,4 --budget 0.25,0.05 --peer kvpress:SnapKVPress --out results/speed/2000
+	$(BIN)/vestige bench speed --length 8000 --budget 0.05 --peer kvpress:SnapKVPress --prefills 2 --out results/speed/8000
 
 results-bench-dev: $(VENV)/.stamp-test ## what the tasks of results-bench are chosen by, on the dev split
 	$(BIN)/python -m vestige.recipes.bench --dev --out out/bench-dev $(if $(ESSAYS),--essays "$(ESSAYS)")
