@@ -49,8 +49,8 @@ def bench() -> str:
     kvzip = samples(row for row in rows if "KVzip" in row["policy"])
     return (
         f"`make results-bench ESSAYS=DIR`, SmolLM2-135M-Instruct, question-agnostic: {found[1]},\n"
-        f"{ours} samples a task (KVzip {kvzip}). A cell is the score (95 % interval) and the bytes of the cache in percent\n"
-        "of a DynamicCache's. All rows: [results/bench/report.md](results/bench/report.md).\n\n"
+        f"{ours} samples a task (KVzip {kvzip}). A cell is the score (95 % interval) and the bytes of the cache\n"
+        "in percent of a DynamicCache's. All rows: [results/bench/report.md](results/bench/report.md).\n\n"
         f"{found[2]}"
     )
 
