@@ -236,6 +236,18 @@ def test_a_model_that_is_no_folder_is_refused(faked):
         fake_peer("GoodPress", faked / "nowhere")
 
 
+def test_a_model_from_the_hub_is_loaded_from_where_it_was_fetched_to(faked, monkeypatch):
+    asked = []
+
+    def cached(name: str, *, local_files_only: bool) -> str:
+        asked.append((name, local_files_only))
+        return str(faked)
+
+    monkeypatch.setattr(presses, "snapshot_download", cached)
+    assert presses.Source.of("someone/a-model", "cpu", torch.float32).folder == str(faked)
+    assert asked == [("someone/a-model", True)]
+
+
 # The worker's arithmetic
 
 

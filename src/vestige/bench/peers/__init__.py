@@ -35,7 +35,7 @@ def open_peer(
     Args:
         name: See :func:`check`.
         model: Runs the caches of transformers itself, attached or not; for presses it says what to load.
-        folder: Where kvpress loads the model from; None is where this one was loaded from.
+        folder: Where kvpress loads the model from; None is where this one was loaded from, the hub's cache included.
         device: Where kvpress puts it; None is where this one is.
         dtype: Of its weights; None is that of this one.
         timeout_s: Seconds that one job of kvpress may take, loading included.
@@ -51,5 +51,5 @@ def open_peer(
     from vestige.bench.peers.presses import PressPeer, Source
 
     home = model.name_or_path if folder is None else folder
-    source = Source.of(Path(home), device or model.device, dtype or model.dtype)
+    source = Source.of(home, device or model.device, dtype or model.dtype)
     return PressPeer(parsed, source, timeout_s)

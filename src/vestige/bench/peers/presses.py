@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from vestige.bench.job import Job, Outcome
 from vestige.bench.peers.base import Peer, PeerError
@@ -29,14 +30,13 @@ class Source:
     threads: int
 
     @classmethod
-    def of(cls, folder: Path, device: Any, dtype: Any) -> "Source":
-        """Return a source that exists.
+    def of(cls, home: Path | str, device: Any, dtype: Any) -> "Source":
+        """Return a source that exists: a folder, or what transformers fetched under a hub id.
 
         Raises:
-            InputError: No peer environment, or no such folder.
+            InputError: No peer environment, or no such model on this machine.
         """
-        if not folder.is_dir():
-            raise InputError(f"kvpress loads the model from a folder, and {str(folder)!r} is none")
+        folder = Path(home) if Path(home).is_dir() else _fetched(str(home))
         kind = str(dtype).removeprefix("torch.")
         return cls(find_python(), str(folder.absolute()), str(device), kind, torch.get_num_threads())
 
@@ -54,6 +54,14 @@ def find_python() -> str:
         if python.is_file():
             return str(python.absolute())
     raise InputError(f"kvpress is not installed: run `make peers`, or set {_PYTHON}")
+
+
+def _fetched(name: str) -> Path:
+    """Return the folder in which the hub's cache has a model."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no hub id at all
+        raise InputError(f"kvpress loads the model from a folder, and {name!r} is none") from None
 
 
 class PressPeer(Peer):
