@@ -287,9 +287,7 @@ def test_an_unreachable_index_is_named_as_such(name_model, monkeypatch):
 )
 def test_a_missing_tool_is_named_with_its_cure(name_model, monkeypatch, absent, expected):
     name_model(b"xx")
-    find = download.importlib.util.find_spec
-    spec_finder = SimpleNamespace(find_spec=lambda name: None if name == absent else find(name) or object())
-    monkeypatch.setattr(download.importlib, "util", spec_finder)
+    monkeypatch.setattr(download, "_is_installed", lambda name: name != absent)
     with pytest.raises(ModelError, match=expected) as error:
         fetch("tiny", progress=False)
     one_line(error)

