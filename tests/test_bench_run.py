@@ -13,7 +13,7 @@ from vestige.bench import ours
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
 from vestige.bench.job import Job, Outcome
-from vestige.bench.peers import PeerError
+from vestige.bench.peers import Peer, PeerError
 from vestige.bench.run import bench
 
 PRESS = "kvpress:SnapKVPress"
@@ -81,7 +81,7 @@ def ran(monkeypatch) -> Counter[tuple[str, int]]:
     return counted
 
 
-class FakePeer:
+class FakePeer(Peer):
     """Another method: replies with its first ids and says that it kept what it was told."""
 
     def __init__(self, fails: Callable[[int], BaseException | None] = lambda call: None) -> None:
@@ -100,12 +100,6 @@ class FakePeer:
 
     def close(self) -> None:
         self.closed += 1
-
-    def __enter__(self) -> "FakePeer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @pytest.fixture

@@ -98,7 +98,6 @@ def cross(
 
 def _own(names: Sequence[str], budgets: Sequence[str], shares: Sequence[str], memories: Sequence[str]) -> Iterator[Arm]:
     for name in names:
-        own = policies.resolve(name)
         if name == "full":
             yield Arm(policy=name, share=policies.make(name).share)
             continue
@@ -106,7 +105,6 @@ def _own(names: Sequence[str], budgets: Sequence[str], shares: Sequence[str], me
             policies.make(name)  # says that a budget is needed
         for share, memory, budget in product(shares or (None,), memories, budgets):
             made = policies.make(name, Budget.parse(budget), share=share)
-            assert isinstance(made, own)
             yield Arm(policy=name, budget=budget, share=made.share, memory=memory)
 
 

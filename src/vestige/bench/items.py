@@ -44,10 +44,10 @@ def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
     for name in config.tasks:
         for length in config.lengths or (None,):
             for sample in tasks.make(name, _order(config, renderer, name, length or _longest(name, limit))):
-                total = renderer.measure(sample.turns)
-                if limit is not None and total > limit:
+                job = renderer.job(sample.turns)
+                if limit is not None and job.tokens > limit:
                     raise InputError(
-                        f"sample {sample.index} of {sample.task} takes {total} tokens, reply included; "
+                        f"sample {sample.index} of {sample.task} takes {job.tokens} tokens, reply included; "
                         f"the model has {limit} positions"
                     )
                 for turn in sample.turns:
@@ -55,7 +55,7 @@ def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
                 cell = (sample.task, sample.length)
                 if (*cell, sample.index) not in known:
                     known.add((*cell, sample.index))
-                    yield Item(sample, renderer.job(sample.turns), counts[cell])
+                    yield Item(sample, job, counts[cell])
                     counts[cell] += 1
 
 

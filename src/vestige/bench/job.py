@@ -30,6 +30,11 @@ class Job:
     copies: int = 1
     """Equal batch rows, to time batches; replies are those of the first, pairs and bytes those of all."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole conversation, the longest replies included."""
+        return sum(len(turn.context) + len(turn.question) + turn.max_new_tokens for turn in self.turns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:

@@ -100,7 +100,6 @@ class _Talk:
 
     def read(self, contexts: list[tuple[int, ...]], questions: list[int], reading: Reading | None) -> None:
         """Read and settle a turn's contexts, announced as so long as they and their questions are."""
-        ids, mask = _pad(contexts, self.model.device)
         cache = self.cache or (reading.cache.fork(self.policy) if reading else KVCache(self.model, self.policy))
         seen = (0,) * len(contexts) if self.cache is None else cache.seen
         lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
@@ -110,6 +109,7 @@ class _Talk:
             announce(cache, lengths, len(contexts))
             finish(self.model, cache, reading.ids)
         else:
+            ids, mask = _pad(contexts, self.model.device)
             prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
         self.prefill_s += now(self.model.device) - started
         self.evict_s += cache.evict_s - evicted

@@ -35,7 +35,7 @@ class Renderer:
 
     def measure(self, turns: Sequence[Turn]) -> int:
         """Return the tokens of a whole conversation, the longest replies included."""
-        return sum(len(t.context) + len(t.question) + t.max_new_tokens for t in self.job(turns).turns)
+        return self.job(turns).tokens
 
     def count(self, text: str) -> int:
         """Return the tokens of a piece of text."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from vestige.bench.arms import Arm
 from vestige.bench.config import BenchConfig
 from vestige.bench.facts import provenance
 from vestige.bench.items import Item, batches, collect
-from vestige.bench.job import Job, Outcome
+from vestige.bench.job import Outcome
 from vestige.bench.kvpress_names import export
 from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, aggregate
 from vestige.bench.store import Store
-from vestige.budget import Budget
 from vestige.errors import InputError, VestigeError
 from vestige.models import check
 
@@ -83,7 +82,7 @@ def bench(
             write()
         raise
     finally:
-        runner.open.close()
+        runner.peer.close()
         store.close()
     export(out, rows, store.records.values(), facts | origin)
     return rows
@@ -104,8 +103,7 @@ class _Runner:
         self.config, self.renderer, self.store, self.origin = config, renderer, store, origin
         self.progress, self.done, self.total = progress, 0, total
         self.failures: dict[tuple[str, int, Arm], Record] = {}
-        self.open = ExitStack()
-        self.peers: dict[str, peers.Peer] = {}
+        self.peer = peers.OpenPeers(renderer.model)
 
     def run(self, group: list[Item]) -> None:
         """Run a group through every arm that still lacks it."""
@@ -141,21 +139,11 @@ class _Runner:
             jobs, policy = [item.job for item in items], arm.make_policy(self.config.seed)
             yield from ours.run(self.renderer.model, jobs, policy, chunk=self.config.chunk, reading=reading)
             return
-        if arm.peer not in self.peers:
-            self.peers[arm.peer] = self.open.enter_context(peers.open_peer(arm.peer, model=self.renderer.model))
         for item in items:
-            yield self.peers[arm.peer].run(replace(item.job, keep=self._pairs(arm, item.job)))
-
-    def _pairs(self, arm: Arm, job: Job) -> int | None:
-        """Return what a peer may keep of the first context: as many pairs as our own arms at this budget."""
-        assert arm.peer is not None
-        if not peers.takes_budget(arm.peer):
-            return None
-        model, turn = self.renderer.model, job.turns[0]
-        seen = len(turn.context)
-        footprint = check(model).expected_footprint(model.dtype)
-        length = seen + len(turn.question)
-        return Budget.parse(arm.budget).pairs(seen=seen, length=length, protected=0, footprint=footprint)
+            turn, model = item.job.turns[0], self.renderer.model
+            seen, length = len(turn.context), len(turn.context) + len(turn.question)
+            keep = peers.pairs_to_keep(arm.peer, arm.budget, model, seen=seen, length=length)
+            yield self.peer(arm.peer).run(replace(item.job, keep=keep))
 
     def _can_share(self, arm: Arm, group: list[Item]) -> bool:
         if arm.peer is not None:

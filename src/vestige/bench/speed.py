@@ -7,9 +7,7 @@ prefilled cache. The floor is the same loop from an empty DynamicCache.
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +21,11 @@ from vestige import policies
 from vestige.attachment import attach
 from vestige.bench import peers
 from vestige.bench.facts import provenance
+from vestige.bench.greedy import now
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import InputError, VestigeError
-from vestige.models import check
 from vestige.policy import Policy
 from vestige.reading import prefill
 
@@ -158,20 +156,17 @@ def speed(
     return rows
 
 
-class _Peers(ExitStack):
-    """Opens each peer when it is first called for, on the same model."""
+class _Peers(peers.OpenPeers):
+    """Peers, but for lengths that no peer has positions for."""
 
     def __init__(self, model: PreTrainedModel, stretched: bool) -> None:
-        super().__init__()
-        self.model, self.stretched = model, stretched
-        self.known: dict[str, peers.Peer] = {}
+        super().__init__(model)
+        self.stretched = stretched
 
     def __call__(self, name: str) -> peers.Peer:
         if self.stretched:
             raise InputError("a length beyond the model's positions is timed on random weights, which no peer has")
-        if name not in self.known:
-            self.known[name] = self.enter_context(peers.open_peer(name, model=self.model))
-        return self.known[name]
+        return super().__call__(name)
 
 
 def stretch(model: PreTrainedModel, length: int) -> tuple[PreTrainedModel, bool]:
@@ -199,8 +194,7 @@ def _cell(
     full = Arm(lambda x: _read_plain(model, x, config.chunk), every)
     arms = [Arm(_reader(model, policy, config.chunk), policy.every) for _, _, policy in listed]
     foreign = [
-        PeerArm(name, budget, _peer_job(model, ids, budget if peers.takes_budget(name) else None, 2 * every))
-        for name, budget in config.peer_arms()
+        PeerArm(name, budget, _peer_job(model, ids, name, budget, 2 * every)) for name, budget in config.peer_arms()
     ]
     everyone = [floor, full, *arms]
     _time_prefills(everyone, foreign, ids, config.rounds(length), peer, advance)
@@ -243,13 +237,12 @@ def _ratios(prefill_s: float, decode_ms: float, floor: Arm, full: Arm) -> dict[s
     }
 
 
-def _peer_job(model: PreTrainedModel, ids: Int[Tensor, "batch length"], budget: str | None, steps: int) -> Job:
+def _peer_job(model: PreTrainedModel, ids: Int[Tensor, "batch length"], name: str, budget: str, steps: int) -> Job:
     """Return the conversation that times a peer: these ids, the last of them again as a question, so many steps."""
     row = tuple(ids[0].tolist())
     turn = TurnIds(context=row, question=row[-1:], max_new_tokens=steps + 1)
-    weighs = check(model).expected_footprint(model.dtype)
-    keep = budget and Budget.parse(budget).pairs(seen=len(row), length=len(row), protected=0, footprint=weighs)
-    return Job(turns=(turn,), stop=(), keep=keep or None, copies=len(ids))
+    keep = peers.pairs_to_keep(name, budget, model, seen=len(row), length=len(row))
+    return Job(turns=(turn,), stop=(), keep=keep, copies=len(ids))
 
 
 def _reader(model: PreTrainedModel, policy: Policy, chunk: int) -> Callable[[Tensor], Cache]:
@@ -277,9 +270,9 @@ def _time_prefills(
     for _ in range(rounds):
         for arm, taken in zip(arms, seconds, strict=True):
             arm.cache = None  # frees the last one first
-            started = _now()
+            started = now(ids.device)
             arm.cache = arm.read(ids)
-            taken.append(_now() - started)
+            taken.append(now(ids.device) - started)
             advance()
         for other in foreign:
             other.time(peer)
@@ -305,18 +298,12 @@ def _time_decodes(
 
 
 def _decode(model: PreTrainedModel, cache: Cache, token: Int[Tensor, "batch 1"], steps: int) -> float:
-    started = _now()
+    started = now(token.device)
     for _ in range(steps):
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
         token = logits[:, -1:].argmax(-1)
-    return _now() - started
+    return now(token.device) - started
 
 
 def _copy(cache: Cache | None) -> Cache:
     return cache.fork() if isinstance(cache, KVCache) else copy.deepcopy(cache)  # type: ignore[return-value]
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

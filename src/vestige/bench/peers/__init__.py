@@ -1,12 +1,25 @@
 """Other projects' methods, run and measured like our own: kvpress's presses and transformers' caches."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from vestige.bench.peers.base import Peer, PeerError
 from vestige.bench.peers.names import AVAILABLE, parse, split
+from vestige.budget import Budget
+from vestige.models import check as anatomy_of
 
-__all__ = ["AVAILABLE", "Peer", "PeerError", "check", "open_peer", "split", "takes_budget"]
+__all__ = [
+    "AVAILABLE",
+    "OpenPeers",
+    "Peer",
+    "PeerError",
+    "check",
+    "open_peer",
+    "pairs_to_keep",
+    "split",
+    "takes_budget",
+]
 
 
 def check(name: str) -> None:
@@ -17,6 +30,37 @@ def check(name: str) -> None:
 def takes_budget(name: str) -> bool:
     """Return whether a peer evicts to a budget; if not, it runs once, as budget "1.0"."""
     return parse(name).kind == "kvpress"
+
+
+def pairs_to_keep(name: str, budget: str, model: Any, *, seen: int, length: int) -> int | None:
+    """Return how many pairs a row a peer may keep: as many as our own arms at this budget; None if it takes none.
+
+    Args:
+        name: The peer's.
+        budget: As the user wrote it.
+        model: What a budget in bytes is judged by.
+        seen: Tokens that are read before it compresses.
+        length: Tokens of context and question, which a fraction is one of.
+    """
+    if not takes_budget(name):
+        return None
+    weighs = anatomy_of(model).expected_footprint(model.dtype)
+    return Budget.parse(budget).pairs(seen=seen, length=length, protected=0, footprint=weighs)
+
+
+class OpenPeers(ExitStack):
+    """Peers on one model, each opened when it is first called for, all closed together."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._known: dict[str, Peer] = {}
+
+    def __call__(self, name: str) -> Peer:
+        """Return the peer of this name, ready to run jobs; raises as :func:`open_peer`."""
+        if name not in self._known:
+            self._known[name] = self.enter_context(open_peer(name, model=self.model))
+        return self._known[name]
 
 
 def open_peer(
