@@ -248,6 +248,7 @@ def test_hidden_states_reach_policies_that_ask_for_them():
     @dataclass(frozen=True, kw_only=True)
     class HiddenNorm(Policy):
         needs: ClassVar = frozenset({"hidden"})
+        annotations: ClassVar = frozenset({"norm"})
 
         def annotate(self, written):
             norm = written.hidden.norm(dim=-1)

@@ -271,13 +271,31 @@ def test_a_budget_below_the_protected_is_an_error_that_names_both():
         ours.run(MODEL, short, policy("snapkv", Budget.fraction(0.05)))
 
 
-def test_a_policy_that_writes_beside_the_pairs_cannot_share_a_reading():
+def test_a_policy_that_looks_at_every_query_would_slow_a_shared_reading_down():
+    class Looks(policies.KNorm):
+        def watch(self, glance):
+            pass
+
+    assert not ours.can_share(Looks(budget=Budget.tokens(50)))
+
+
+def test_a_policy_that_writes_beside_the_pairs_does_so_in_a_shared_reading():
     class Notes(policies.KNorm):
+        annotations = frozenset({"norm"})
+
         def annotate(self, written):
             return {"norm": written.values.norm(dim=-1)}
 
-    assert not ours.can_share(Notes(budget=Budget.tokens(50)))
-    assert all(ours.can_share(policy(name)) for name in POLICIES)
+        def score(self, seen):
+            return seen.annotations["norm"].float()
+
+    one, arm = job(turn(60)), Notes(budget=Budget.tokens(15), **SMALL)
+    (alone,) = ours.run(MODEL, [one], arm)
+    reading = ours.read(MODEL, [one], [arm, policy("snapkv")])
+    (shared,) = ours.run(MODEL, [one], arm, reading=reading)
+    assert (alone.replies, alone.held, alone.kv_bytes) == (shared.replies, shared.held, shared.kv_bytes)
+    (plain,) = ours.run(MODEL, [one], policy("knorm"), reading=ours.read(MODEL, [one], [policy("knorm"), arm]))
+    assert plain.kv_bytes < shared.kv_bytes, "a fork takes no side arrays of others along"
 
 
 def test_a_policy_that_prepares_does_so_on_a_fork_too():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vestige import Budget, CacheError, KVCache, attach, policies, prefill
-from vestige.layers import Handle
+from vestige.handle import Handle
 from vestige.testing import random_ids, tiny
 
 
@@ -91,22 +91,22 @@ def test_the_ring_holds_the_latest_queries_in_order():
         cache = KVCache(model, policies.SnapKV(budget=Budget.tokens(100), observed=5))
         from vestige.layers import RaggedLayer
 
-        record = RaggedLayer.record_queries
+        record = RaggedLayer.show
 
         def spy(self, query, step, scale):
             if self.layer_idx == attention.layer_idx:
                 seen.append(query)
             return record(self, query, step, scale)
 
-        RaggedLayer.record_queries = spy
+        RaggedLayer.show = spy
         try:
             prefill(model, ids[:, :3], cache)
             prefill(model, ids[:, 3:16], cache, chunk=4)
             for i in range(16, 23):
                 model(ids[:, i : i + 1], past_key_values=cache)
         finally:
-            RaggedLayer.record_queries = record
-    (latest,) = cache.evictable[1]._latest_queries(cache.seen)
+            RaggedLayer.show = record
+    (latest,) = cache.evictable[1].rings["queries"].latest(cache.seen, cache.ring_floor)
     assert torch.equal(latest, torch.cat(seen, 2)[0, :, -5:])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,10 @@ from vestige.policies import POLICIES
 from vestige.policies.random import splitmix64, uniform
 
 NAMES = sorted(POLICIES)
+ANNOTATIONS: dict[str, Callable[[torch.Generator, int, int], torch.Tensor]] = {
+    "output_norms": lambda generator, held, group: torch.rand(held, group, generator=generator).half(),
+}
+"""Random side arrays by name, of so many pairs and queries per KV head."""
 LN = {n: math.log(n) for n in (1, 2, 3, 4, 8)}
 
 
@@ -26,8 +31,13 @@ def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -
     positions = [position for row in rows for position in row]
     ends = [sum(map(len, rows[:n])) for n in range(len(rows) + 1)]
     flat = torch.tensor(keys, dtype=torch.float32) if keys else torch.empty(0, 2)
+    kv_heads, generator = len(rows) // len(seen), torch.Generator().manual_seed(0)
+    group = len(fields["queries"][0]) // kv_heads if "queries" in fields else 1
+    side = {name: make(generator, len(keys), group) for name, make in ANNOTATIONS.items()}
+    room = (ROOMY.amount,) * len(seen)
+    defaults = {"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": kv_heads, "annotations": side, "room": room}
     return Observation(
-        **{"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": len(rows) // len(seen)} | fields,
+        **defaults | fields,
         seen=tuple(seen),
         cu_seqlens=tuple(ends),
         positions=torch.tensor(positions, dtype=torch.int32),
@@ -64,12 +74,14 @@ def random_observation(
         phase=Phase.DECODE,
         kv_heads=kv_heads,
         seen=seen,
+        room=(4,) * len(seen),
         cu_seqlens=tuple(sum(map(len, rows[:n])) for n in range(len(rows) + 1)),
         positions=torch.tensor([position for row in rows for position in row], dtype=torch.int32),
         keys=torch.randn(held, head_dim, generator=generator).to(dtype),
         values=torch.randn(held, head_dim, generator=generator).to(dtype),
         queries=tuple(queries),
         attention=AttentionScale(0.5, softcap, torch.randn(heads, generator=generator) if sinks else None),
+        annotations={name: make(generator, held, queries_per_kv) for name, make in ANNOTATIONS.items()},
     )
 
 
@@ -86,6 +98,8 @@ def batch_row(seen: Observation, b: int) -> Observation:
         keys=seen.keys[pairs],
         values=seen.values[pairs],
         queries=seen.queries[b : b + 1],
+        room=seen.room[b : b + 1],
+        annotations={name: x[pairs] for name, x in seen.annotations.items()},
     )
 
 
@@ -126,6 +140,14 @@ GOLDEN = {
         lambda: by_queries(2),
         {},
         [9 / 64, 8 / 64, 16 / 64, 6 / 64, 32 / 64, 9 / 64, 16 / 64, 32 / 64],
+    ),
+    # As snapkv below, but column norms: heads read token 0 with 1/8 and 1/16, and with 2/8 and 2/16, and so on, so that
+    # column norms are the weights of the first query times 5**.5 / 2; with norms 1 and 3 their mean is 5**.5 / 4 *
+    # [1 + 6, 2 + 6, 4 + 6, 1 + 6] / 8; token 5 counts 0, three slots are pooled.
+    "laprox": (
+        lambda: dataclasses.replace(by_queries(1), annotations={"output_norms": torch.tensor([[1.0, 3.0]] * 5)}),
+        {"observed": 2, "kernel": 3},
+        [5**0.5 / 96 * x for x in (15, 25, 25, 17, 7)],
     ),
     # Heads read [1 2 4 1]/8 and [2 2 2 2]/8 at token 4, [1 2 4 1 8]/16 and [2 2 2 2 8]/16 at token 5: the mean is
     # [9 12 18 9]/64; token 5 was observed and counts 0. Three slots are pooled, with zeros beyond the ends.

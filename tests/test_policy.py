@@ -130,10 +130,10 @@ def test_a_need_that_the_cache_does_not_know_is_refused():
 
 
 def test_a_policy_tells_how_many_queries_it_looks_at():
-    assert made("snapkv").queries_observed == 32
-    assert made("snapkv", observed=7).queries_observed == 7
-    assert made("tova").queries_observed == 1
-    assert made("knorm").queries_observed == 0
+    assert made("snapkv").ring_sizes == {"queries": 32}
+    assert made("snapkv", observed=7).ring_sizes == {"queries": 7}
+    assert made("tova").ring_sizes == {"queries": 1}
+    assert made("knorm").ring_sizes == {}
 
 
 def test_a_policy_without_a_score_cannot_be_made():

@@ -26,7 +26,8 @@ def read(name: str, policy, lengths: list[int], chunk: int = 16) -> KVCache:
 
 def live_bytes(cache: KVCache) -> int:
     """Count the bytes of all tensors that the evictable layers hold, each once."""
-    tensors = [x for layer in cache.evictable for x in (*layer.columns.values(), layer.ring) if x is not None]
+    rings = [ring.data for layer in cache.evictable for ring in layer.rings.values()]
+    tensors = [*rings, *(x for layer in cache.evictable for x in layer.columns.values())]
     return sum(storage.nbytes() for storage in {x.data_ptr(): x.untyped_storage() for x in tensors}.values())
 
 

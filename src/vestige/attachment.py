@@ -135,7 +135,7 @@ def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the layer what enters its attention, for policies that look at hidden states."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, KVCache) and "hidden" in cache.needs:
+    if isinstance(cache, KVCache) and "hidden" in cache.recording.needs:
         layer = cache.layers[module.layer_idx]  # type: ignore[index]
         assert isinstance(layer, RaggedLayer)
         layer.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

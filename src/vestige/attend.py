@@ -1,6 +1,6 @@
 """The attention function that transformers calls on an attached model.
 
-It receives handles instead of keys and values (``layers.Handle``), records what policies want to see, and sends the
+It receives handles instead of keys and values (``handle.Handle``), records what policies want to see, and sends the
 query to plain attention while the layer is dense, to a ragged kernel once pairs were evicted. Anything that is not a
 handle (another cache, a sliding layer, a vision tower) is attended to as if vestige were not there.
 """
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vestige.errors import ModelError
+from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
-from vestige.layers import Handle, RaggedLayer, Step
+from vestige.layers import RaggedLayer, Step
 
 NAME = "vestige"
 """The name under which the attention function and its mask are registered."""
@@ -39,7 +40,7 @@ def vestige_attention(
     layer, step = key.layer, key.layer.cache.step
     assert step is not None, "update has refused a forward that was never begun"
     if getattr(module, "layer_idx", layer.layer_idx) == layer.layer_idx:  # not a consumer of shared pairs
-        layer.record_queries(query, step, scale)
+        layer.show(query, step, scale)
     if layer.ragged:
         if position_bias is not None:
             raise ModelError("position biases have no place beside evicted pairs; this model cannot be evicted")

@@ -1,8 +1,11 @@
 """The cache that ``model.generate`` is handed: it decides when room is made, asks the policy, and keeps the books."""
 
 import copy
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ from vestige.errors import CacheError, InputError, PolicyError
 from vestige.fed import Fed, check_positions
 from vestige.layers import RaggedLayer, Step
 from vestige.models import Anatomy, check
-from vestige.observe import Phase
-from vestige.policy import Annotates, Policy, Prepares, Written
+from vestige.observe import Glance, Phase
+from vestige.policy import Policy, Prepares, Written
+from vestige.recording import Recording
 from vestige.report import LayerReport, Report
 from vestige.schedule import Schedule
 from vestige.spans import Span
@@ -54,9 +58,10 @@ class KVCache(Cache):
             layers[idx] = RaggedLayer(self, idx)
         super().__init__(layers=layers)
         self.policy = policy
-        self._annotates = isinstance(policy, Annotates)  # once: looking a protocol up is slow
-        self.queries_observed = max(observer.queries_observed for observer in observers)
-        self.needs = frozenset[str]().union(*(observer.needs for observer in observers))
+        self.recording = Recording.of(observers)
+        if "output" in self.recording.needs:
+            for idx in anatomy.evictable:  # refuse a model without one before anything is read
+                anatomy.output(idx)
         self.schedule = Schedule()
         self.lengths: tuple[int, ...] | None = None
         """The announced full length of each batch row, which a fraction budget is a fraction of."""
@@ -68,6 +73,7 @@ class KVCache(Cache):
         self.ring_floor: list[int] = []
         self.peak_kv_bytes = 0
         self.evict_s = 0.0
+        self.annotate_s = 0.0
         self.prepared = False
         self.fed = Fed()
         self.ids_shown: Tensor | None = None
@@ -135,7 +141,7 @@ class KVCache(Cache):
             PolicyError: A score is NaN, or what the policy needs was not recorded. The cache is unchanged.
             BudgetError: The protected pairs do not fit. The cache is unchanged.
         """
-        if self.policy.budget is None or not self.seen:
+        if not self.policy.evicts or not self.seen or (reading and math.isinf(self.policy.reading_slack)):
             return
         self._check_whole()
         started = time.perf_counter()
@@ -166,11 +172,10 @@ class KVCache(Cache):
         """Return what one batch row weighs."""
         layers, batch = self.evictable, max(len(self.seen), 1)
         pair_bytes = sum(layer.pair_bytes * layer.kv_heads for layer in layers)
-        rings = sum(layer.ring.nbytes for layer in layers if layer.ring is not None)
         return Footprint(
             rows=sum(layer.kv_heads for layer in layers),
             pair_bytes=pair_bytes * batch,  # a budget in bytes is the whole cache's: batch rows share it evenly
-            fixed_bytes=rings + pair_bytes * batch * self.slack,
+            fixed_bytes=sum(layer.fixed_bytes for layer in layers) + pair_bytes * batch * self.slack,
         )
 
     def fork(self, policy: Policy | None = None) -> "KVCache":
@@ -182,13 +187,7 @@ class KVCache(Cache):
             PolicyError: The policy needs something this cache did not record (see ``observers``).
         """
         changed, policy = policy is not None, self.policy if policy is None else policy
-        missing = policy.needs - self.needs
-        if missing or policy.queries_observed > self.queries_observed:
-            raise PolicyError(
-                f"policy {type(policy).__name__} needs {sorted(policy.needs)} (observed {policy.queries_observed}), "
-                f"this cache recorded {sorted(self.needs)} (observed {self.queries_observed}); name the policy in "
-                "KVCache(..., observers=[...]) before reading"
-            )
+        self.recording.check(policy)
         twin = object.__new__(KVCache)
         twin._start(self.anatomy, policy, [policy])
         for name in _SHARED:
@@ -199,9 +198,10 @@ class KVCache(Cache):
             layer.copy_to(twin) if isinstance(layer, RaggedLayer) else _copy_layer(layer) for layer in self.layers
         ]
         if changed:
-            twin.needs, twin.queries_observed = policy.needs, policy.queries_observed
             for layer in twin.evictable:
-                layer.shrink_ring(twin.queries_observed)
+                layer.narrow(policy.annotations, policy.ring_sizes)
+        else:
+            twin.recording = self.recording
         twin.peak_kv_bytes = twin.nbytes
         return twin
 
@@ -240,6 +240,7 @@ class KVCache(Cache):
             other_kv_bytes=sum(t.nbytes for layer in self.layers for t in _tensors(layer)),
             memory_bytes=0,
             evict_s=self.evict_s,
+            annotate_s=self.annotate_s,
             budget_total=budget,
             policy=type(self.policy).__name__,
             share=self.policy.share,
@@ -284,7 +285,7 @@ class KVCache(Cache):
         self.ring_floor = self.ring_floor or [0] * batch
         if check:
             check_positions(self.seen, positions, valid)
-        if self.policy.budget is not None and self.schedule.due(new, self.policy.every):
+        if self.policy.evicts and self.schedule.due(new, self.policy.every):
             if isinstance(self.policy, Prepares) and not self.prepared:
                 raise PolicyError(
                     f"policy {type(self.policy).__name__} runs forwards of its own after reading; "
@@ -317,13 +318,44 @@ class KVCache(Cache):
         return self.step
 
     def annotate(self, layer: RaggedLayer, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Return the side arrays that the policy stores beside new pairs."""
-        if not self._annotates:
+        """Return the side arrays that policies store beside new pairs."""
+        if not self.recording.writers:
             return {}
-        assert isinstance(self.policy, Annotates)
-        return dict(
-            self.policy.annotate(Written(layer_idx=layer.layer_idx, hidden=layer.hidden, keys=keys, values=values))
-        )
+        started = time.perf_counter()
+        output = self.anatomy.output(layer.layer_idx) if "output" in self.recording.needs else None
+        written = Written(layer_idx=layer.layer_idx, hidden=layer.hidden, keys=keys, values=values, output=output)
+        found: dict[str, Tensor] = {}
+        for policy in self.recording.writers:
+            new = policy.annotate(written)
+            if new.keys() != policy.annotations:
+                raise PolicyError(f"{policy} gave the side arrays {sorted(new)}, not {sorted(policy.annotations)}")
+            found |= new
+        self.annotate_s += time.perf_counter() - started
+        return found
+
+    @contextmanager
+    def aside(self, watch: Callable[[Glance], None]) -> Iterator[None]:
+        """Take back at the end whatever is fed inside: only ``watch`` looks at it, and no settle happens.
+
+        Args:
+            watch: Shown each row as the queries fed attend to it; may write to the policy's own side arrays.
+        """
+        books = {name: getattr(self, name) for name in ("step", "seen", "recording", "fed", "schedule")}
+        others = {i: _copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
+        padded = [layer.padded_seen for layer in self.evictable]
+        self.recording = replace(self.recording, ring_sizes={}, watchers=(watch,))
+        self.fed = self.fed.copy()
+        self.schedule = replace(self.schedule, reading=True)
+        try:
+            yield
+        finally:
+            for name, value in books.items():
+                setattr(self, name, value)
+            for i, layer in others.items():
+                self.layers[i] = layer
+            for layer, before in zip(self.evictable, padded, strict=True):
+                layer.crop(before - layer.padded_seen)
+                layer.step_number = 0 if self.step is None else self.step.number
 
     def note_peak(self, extra: int = 0) -> None:
         """Remember the largest bytes so far; ``extra`` are those of a copy under construction."""
@@ -342,9 +374,9 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything that was read; policy and observers stay."""
-        kept = self.queries_observed, self.needs
+        recording = self.recording
         self._start(self.anatomy, self.policy, [self.policy])
-        self.queries_observed, self.needs = kept
+        self.recording = recording
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens). What was evicted is not restored.
@@ -363,7 +395,7 @@ class KVCache(Cache):
         if tokens_to_remove == 0:
             return
         gone = self.fed.crop(tokens_to_remove)
-        self.ring_floor = [max(f, s - self.queries_observed) for f, s in zip(self.ring_floor, self.seen, strict=True)]
+        self.ring_floor = [max(f, s - self.recording.longest) for f, s in zip(self.ring_floor, self.seen, strict=True)]
         self.seen = tuple(s - g for s, g in zip(self.seen, gone, strict=True))
         for evictable in self.evictable:
             evictable.crop(tokens_to_remove)
@@ -402,7 +434,7 @@ class KVCache(Cache):
             )
 
 
-_SHARED = ("queries_observed", "needs", "lengths", "reading_to", "pins", "step", "seen", "prepared", "evict_s")
+_SHARED = ("lengths", "reading_to", "pins", "step", "seen", "prepared", "evict_s", "annotate_s")
 """What a fork takes over as it is: values that are replaced, never changed in place."""
 
 

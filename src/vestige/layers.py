@@ -7,9 +7,9 @@ stored while the layer is dense and go with the first eviction.
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -18,11 +18,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vestige import ragged
 from vestige.errors import CacheError, PolicyError
+from vestige.handle import Handle
 from vestige.kernels import AttentionScale
-from vestige.observe import Observation, Phase
+from vestige.observe import Glance, Observation, Phase
+from vestige.records import Ring
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache
+
+_PAIR = ("keys", "values", "positions")
+"""Columns of every layer; the others are side arrays."""
 
 
 @dataclass(frozen=True)
@@ -53,49 +58,6 @@ class Step:
         return (self.positions[batch] >= 0).nonzero()[:, 0]
 
 
-class Handle:
-    """Stands for a layer's keys or values between ``update`` and the attention function. Not a tensor.
-
-    Models that transform keys after storing them would be silently wrong on a ragged layer; with the handle they
-    raise at once.
-    """
-
-    def __init__(self, layer: "RaggedLayer", shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer = layer
-        self.shape = shape
-        self.dtype = dtype
-        self.device = device
-
-    def to(self, device: torch.device) -> "Handle":
-        """Stay where the layer is: models with KV sharing ask for the query's device, which is that one."""
-        if torch.device(device) != self.device:
-            self._refuse(f"moving them from {self.device} to {device}")
-        return self
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise CacheError(
-            f"this model uses cached keys or values itself ({what}) between storing and attending to them, which an "
-            "evicting cache cannot allow; check it with vestige.check(model), or use a DynamicCache"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse(f".{name}")
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        handle = next(x for x in [*flat, *(kwargs or {}).values()] if isinstance(x, cls))
-        handle._refuse(getattr(func, "__name__", "a torch function"))
-
-    def _operator(self, *operands: Any) -> NoReturn:
-        self._refuse("indexing or arithmetic")
-
-    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _operator
-    __matmul__ = __rmatmul__ = __neg__ = _operator
-
-
 class RaggedLayer(CacheLayerMixin):
     """Keys, values, positions and side arrays of one layer, each row with its own length.
 
@@ -119,7 +81,8 @@ class RaggedLayer(CacheLayerMixin):
         self.kv_heads = 0
         self.padded_seen = 0
         self.ragged = False
-        self.ring: Tensor | None = None
+        self.rings: dict[str, Ring] = {}
+        """The latest queries, and what enters the layer, as far as policies look back."""
         self.attention: AttentionScale | None = None
         self.hidden: Tensor | None = None
         self._capacity = 0
@@ -156,6 +119,8 @@ class RaggedLayer(CacheLayerMixin):
             raise CacheError(f"the cache holds {self.batch_size} batch rows, but {key_states.shape[0]} were fed")
         new = {"keys": key_states, "values": value_states}
         new |= self.cache.annotate(self, key_states, value_states)
+        if self.hidden is not None:
+            self.record("hidden", self.hidden[:, None], step)
         new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)
         self._append(new, step)
         self.padded_seen += step.new
@@ -217,8 +182,7 @@ class RaggedLayer(CacheLayerMixin):
         lengths = [self.lengths[row] for row in rows]
         slots = ragged.packed_slots([self.starts[row] for row in rows], lengths, self.device)
         self._rebuild(slots, lengths)
-        if self.ring is not None:
-            self.ring = self.ring[torch.tensor(batch_rows, device=self.ring.device)]
+        self.rings = {name: ring.select(batch_rows) for name, ring in self.rings.items()}
 
     # What the cache and the attention function call.
 
@@ -242,8 +206,13 @@ class RaggedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of live storage: columns with their slack, and the query ring."""
-        return sum(column.nbytes for column in self.columns.values()) + (0 if self.ring is None else self.ring.nbytes)
+        """Bytes of live storage: columns with their slack, and rings."""
+        return sum(column.nbytes for column in self.columns.values()) + self.fixed_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that no eviction frees."""
+        return sum(ring.nbytes for ring in self.rings.values())
 
     @property
     def pair_bytes(self) -> int:
@@ -283,20 +252,28 @@ class RaggedLayer(CacheLayerMixin):
         return slots[real], ragged.counts_per_row(real, self.lengths)
 
     def observe(
-        self, phase: Phase, seen: tuple[int, ...], slots: Int[Tensor, " held"], lengths: Sequence[int]
+        self,
+        phase: Phase,
+        seen: tuple[int, ...],
+        room: Sequence[int],
+        slots: Int[Tensor, " held"],
+        lengths: Sequence[int],
     ) -> Observation:
         """Return what a policy may see of this layer, packed."""
+        latest = {name: ring.latest(seen, self.cache.ring_floor) for name, ring in self.rings.items()}
         packed = {name: ragged.gather(column.detach(), slots) for name, column in self.columns.items()}
         return Observation(
             layer_idx=self.layer_idx,
             phase=phase,
             kv_heads=self.kv_heads,
             seen=seen,
+            room=tuple(room),
             cu_seqlens=tuple(ragged.cumulative(lengths)),
             keys=packed.pop("keys"),
             values=packed.pop("values"),
             positions=packed.pop("positions"),
-            queries=self._latest_queries(seen),
+            queries=latest.get("queries", ()),
+            hidden=tuple(x[0] for x in latest.get("hidden", ())),
             attention=self.attention,
             annotations=packed,
         )
@@ -306,41 +283,48 @@ class RaggedLayer(CacheLayerMixin):
         self._rebuild(slots, list(lengths), coming=[coming] * len(lengths) if coming else None)
         self.ragged = True
 
-    def record_queries(
-        self, query: Float[Tensor, "batch heads new head_dim"], step: Step, scale: AttentionScale
-    ) -> None:
-        """Remember the latest queries: that of position p in ring slot ``p % observed``, so order needs no pointer."""
-        observed = self.cache.queries_observed
-        if not observed:
-            return
-        query = query.detach()
-        if self.ring is None:
-            batch, heads, _, head_dim = query.shape
-            self.ring = query.new_zeros(batch, heads, observed, head_dim)
-            self.cache.note_peak()
-        self.attention = scale
-        if step.even:
-            last = step.seen[0] + step.new
-            if step.new == 1:
-                self.ring[:, :, (last - 1) % observed] = query[:, :, 0]
-                return
-            at = torch.arange(max(step.seen[0], last - observed), last, device=query.device)
-            self.ring[:, :, at % observed] = query[:, :, at - step.seen[0]]
-            return
-        for b in range(query.shape[0]):
-            new = step.valid(b)[-observed:]
-            self.ring[b][:, step.positions[b, new].long() % observed] = query[b][:, new]
+    def record(self, name: str, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
+        """Remember the latest rows of a kind, if any policy looks back at them."""
+        size = self.cache.recording.ring_sizes.get(name, 0)
+        if size:
+            if name not in self.rings:
+                self.rings[name] = Ring.like(new, size)
+                self.cache.note_peak()
+            self.rings[name].record(new.detach(), step)
 
-    def shrink_ring(self, observed: int) -> None:
-        """Remember only the latest ``observed`` queries from now on; 0 forgets them all."""
-        if self.ring is None or observed == self.ring.shape[2]:
+    def show(self, query: Float[Tensor, "batch heads new head_dim"], step: Step, scale: AttentionScale) -> None:
+        """Show new queries to what looks at every query, row by row; their own pairs are stored already."""
+        self.attention = scale
+        self.record("queries", query, step)
+        if not self.cache.recording.watchers:
             return
-        latest = self._latest_queries(self.cache.seen)
-        ring = self.ring.new_zeros(*self.ring.shape[:2], observed, self.ring.shape[3])
-        for b, end in enumerate(self.cache.seen):
-            kept = latest[b][:, -observed:] if observed else latest[b][:, :0]
-            ring[b][:, torch.arange(end - kept.shape[1], end, device=ring.device) % max(observed, 1)] = kept
-        self.ring = ring if observed else None
+        for row in range(self.rows):
+            b, kv_head = divmod(row, self.kv_heads)
+            group, new = query[b].detach().chunk(self.kv_heads)[kv_head], step.valid(b)
+            if not len(new):
+                continue
+            pairs = slice(self.starts[row], self.starts[row] + self.lengths[row])
+            glance = Glance(
+                layer_idx=self.layer_idx,
+                kv_head=kv_head,
+                queries=group[:, new],
+                at=step.positions[b, new].long(),
+                attention=scale.of_group(kv_head, self.kv_heads),
+                **{name: column.detach()[pairs] for name, column in self.columns.items() if name in _PAIR},
+                annotations={name: column[pairs] for name, column in self.columns.items() if name not in _PAIR},
+            )
+            for watch in self.cache.recording.watchers:
+                watch(glance)
+
+    def narrow(self, annotations: frozenset[str], ring_sizes: Mapping[str, int]) -> None:
+        """Forget side arrays and rings beyond those named, and make rings as short as asked."""
+        self.columns = {name: x for name, x in self.columns.items() if name in _PAIR or name in annotations}
+        seen, floor = self.cache.seen, self.cache.ring_floor
+        kept = {name: ring for name, ring in self.rings.items() if ring_sizes.get(name)}
+        self.rings = {
+            name: ring if ring.size == ring_sizes[name] else ring.shrunk(ring_sizes[name], seen, floor)
+            for name, ring in kept.items()
+        }
 
     def copy_to(self, cache: "KVCache") -> "RaggedLayer":
         """Return an equal layer of another cache, sharing no memory."""
@@ -350,7 +334,7 @@ class RaggedLayer(CacheLayerMixin):
                 setattr(twin, name, value)
         twin.columns = {name: column.detach().clone() for name, column in self.columns.items()}
         twin.starts, twin.lengths = list(self.starts), list(self.lengths)
-        twin.ring = None if self.ring is None else self.ring.clone()
+        twin.rings = {name: ring.copy() for name, ring in self.rings.items()}
         return twin
 
     def restore(
@@ -433,12 +417,3 @@ class RaggedLayer(CacheLayerMixin):
     def _handle(self, new: Tensor) -> Handle:
         batch, heads, _, size = new.shape
         return Handle(self, torch.Size((batch, heads, self.padded_seen, size)), self.dtype, self.device)
-
-    def _latest_queries(self, seen: tuple[int, ...]) -> tuple[Tensor, ...]:
-        if self.ring is None:
-            return ()
-        observed, latest = self.ring.shape[2], []
-        for b, end in enumerate(seen):
-            at = torch.arange(max(self.cache.ring_floor[b], end - observed), end, device=self.ring.device)
-            latest.append(self.ring[b][:, at % observed])
-        return tuple(latest)

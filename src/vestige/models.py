@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vestige.budget import Footprint
 from vestige.errors import ModelError
+from vestige.output import OutputProjection
 
 TRANSFORMS_AFTER_UPDATE = {
     "diffllama": "it subtracts two attentions over halved heads of the cached keys",
@@ -70,6 +72,26 @@ class Anatomy:
         heads = config.num_attention_heads // getattr(attention, "num_key_value_groups", 1)
         return heads, getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+    def output(self, layer_idx: int) -> OutputProjection:
+        """Return a layer's output projection by query head; made once per model, and anew if its weights change.
+
+        Raises:
+            ModelError: The attention module has no plain linear output projection.
+        """
+        module: Any = self.attentions[layer_idx]
+        weight = next((w for name in _OUTPUTS if (w := _plain_weight(getattr(module, name, None))) is not None), None)
+        heads = self.config.num_attention_heads
+        if weight is None or weight.shape[1] % heads:
+            raise ModelError(
+                f"the output projection of {type(module).__name__} was not found or is packed (looked for "
+                f"{', '.join(_OUTPUTS)}), so values cannot be weighed by it"
+            )
+        state = (weight.data_ptr(), weight._version, weight.dtype)
+        if module not in _outputs or _outputs[module][0] != state:
+            by_head = weight.detach().T.unflatten(0, (heads, -1))
+            _outputs[module] = (state, OutputProjection(by_head))
+        return _outputs[module][1]
+
     def fingerprint(self) -> str:
         """Return a hash of the config and of a few weights of every parameter, to tell one model from another."""
         config = {k: v for k, v in self.config.to_diff_dict().items() if k not in _VOLATILE}
@@ -81,6 +103,16 @@ class Anatomy:
                 sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED]
                 digest.update(str(sample.float().tolist()).encode())
         return digest.hexdigest()[:32]
+
+
+_OUTPUTS = ("o_proj", "out_proj", "dense", "wo")
+_outputs: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], OutputProjection]]" = weakref.WeakKeyDictionary()
+
+
+def _plain_weight(projection: Any) -> Tensor | None:
+    """Return the weight of a linear module, which peft may have wrapped, or None if it is packed or absent."""
+    weight = getattr(getattr(projection, "base_layer", projection), "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2 else None
 
 
 _SAMPLED = 64  # weights of each parameter, evenly spaced: a fine-tuned model differs in some of them

@@ -1,4 +1,4 @@
-"""What a policy sees of one layer when room must be made, and the attention statistics it may derive from it."""
+"""What a policy sees: a layer when room must be made, a row while it is read; and the attention it may derive."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from vestige.kernels import AttentionScale
 
@@ -39,11 +40,14 @@ class Observation:
         phase: Whether a text is being read or tokens were generated.
         kv_heads: KV heads of the layer; ``len(cu_seqlens) - 1 == batch * kv_heads``.
         seen: Logical length of each batch row.
+        room: Average pairs per row that each batch row may hold after this settle.
         positions: Position of each pair in the sequence as seen.
         keys: Keys as stored: after RoPE.
         values: Values as stored.
         queries: Per batch row the latest queries, oldest first, ``heads latest head_dim``, after RoPE; the last one
             is at position ``seen - 1``. Empty unless the policy needs ``"queries"``.
+        hidden: Per batch row what the latest tokens brought into the attention module, oldest first, ``latest
+            hidden``; the last one is at position ``seen - 1``. Empty unless the policy looks back at it.
         attention: How the layer weighs query-key products, if queries were observed.
         annotations: Per-pair side arrays that the policy wrote when the pairs were stored.
     """
@@ -52,11 +56,13 @@ class Observation:
     phase: Phase
     kv_heads: int
     seen: tuple[int, ...]
+    room: tuple[int, ...] = ()
     cu_seqlens: tuple[int, ...]
     positions: Int[Tensor, " held"]
     keys: Float[Tensor, "held head_dim"]
     values: Float[Tensor, "held value_dim"]
     queries: tuple[Float[Tensor, "heads _latest head_dim"], ...] = ()
+    hidden: tuple[Float[Tensor, "_latest hidden"], ...] = ()
     attention: AttentionScale | None = None
     annotations: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -67,31 +73,82 @@ class Observation:
                 yield Row(index // self.kv_heads, index % self.kv_heads, slice(start, end))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """One row of a layer while new queries attend to it, their own pairs included. Views of live storage.
+
+    Args:
+        layer_idx: Index of the layer in the model.
+        kv_head: The row's KV head.
+        queries: New queries of the heads that read this row, after RoPE.
+        at: Position of each new query; pads are left out.
+        attention: How these heads weigh query-key products.
+        positions: Position of each pair; -1 for pads, which no query sees.
+        keys: Keys as stored: after RoPE.
+        values: Values as stored.
+        annotations: The row's side arrays, which the policy that owns them may write in place.
+    """
+
+    layer_idx: int
+    kv_head: int
+    queries: Float[Tensor, "queries_per_kv new head_dim"]
+    at: Int[Tensor, " new"]
+    attention: AttentionScale
+    positions: Int[Tensor, " row_held"]
+    keys: Float[Tensor, "row_held head_dim"]
+    values: Float[Tensor, "row_held value_dim"]
+    annotations: Mapping[str, Tensor]
+
+
 def observed_attention(
     seen: Observation, row: Row, observed: int
 ) -> tuple[Float[Tensor, "queries_per_kv latest row_held"], int]:
     """Return the attention that the latest queries pay to one row's pairs, and the first query's position.
-
-    The softmax runs over the pairs held now, in float32, causally by position, with the layer's softcap and sinks.
 
     Args:
         seen: The layer.
         row: The row whose pairs are looked at.
         observed: Queries wanted; fewer come back if fewer were seen.
     """
-    scale = seen.attention
-    assert scale is not None, "the cache records queries for every policy that needs them"
+    assert seen.attention is not None, "the cache records queries for every policy that needs them"
     queries = seen.queries[row.batch][:, -observed:]
-    groups = queries.shape[0] // seen.kv_heads
-    heads = slice(row.kv_head * groups, (row.kv_head + 1) * groups)
     first = seen.seen[row.batch] - queries.shape[1]
-    logits = queries[heads].float() @ seen.keys[row.pairs].float().T * scale.scaling
+    at = torch.arange(first, seen.seen[row.batch], device=queries.device)
+    scale = seen.attention.of_group(row.kv_head, seen.kv_heads)
+    group = queries.chunk(seen.kv_heads)[row.kv_head]
+    return attention_weights(group, at, seen.keys[row.pairs], seen.positions[row.pairs], scale), first
+
+
+def attention_weights(
+    queries: Float[Tensor, "queries_per_kv some head_dim"],
+    at: Int[Tensor, " some"],
+    keys: Float[Tensor, "row_held head_dim"],
+    positions: Int[Tensor, " row_held"],
+    scale: AttentionScale,
+) -> Float[Tensor, "queries_per_kv some row_held"]:
+    """Return softmax attention over the pairs of a row, in float32, causally by position, pads unseen.
+
+    Args:
+        queries: Queries of the heads that read the row.
+        at: Position of each query.
+        keys: Keys of the row.
+        positions: Position of each pair; -1 for pads.
+        scale: Factor, softcap and sinks of these heads.
+    """
+    logits = queries.float() @ keys.float().T * scale.scaling
     if scale.softcap is not None:
         logits = scale.softcap * torch.tanh(logits / scale.softcap)
-    at = torch.arange(first, seen.seen[row.batch], device=logits.device)
-    later = seen.positions[row.pairs][None, :] > at[:, None]
-    logits = logits.masked_fill(later, -torch.inf)
+    hidden = (positions[None, :] > at[:, None]) | (positions < 0)
+    logits = logits.masked_fill(hidden, -torch.inf)
     if scale.sinks is None:  # a query older than all that the row holds sees nothing: 0, where softmax gives NaN
-        return logits.softmax(-1).masked_fill(later, 0.0), first
-    sink = scale.sinks[heads].float()[:, None, None].expand(-1, logits.shape[1], 1)
-    return torch.cat([logits, sink], -1).softmax(-1)[..., :-1], first
+        return logits.softmax(-1).masked_fill(hidden, 0.0)
+    sink = scale.sinks.float()[:, None, None].expand(-1, logits.shape[1], 1)
+    return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+
+def pooled(scores: Float[Tensor, " row_held"], kernel: int) -> Float[Tensor, " row_held"]:
+    """Return averages over ``kernel`` neighbouring pairs (odd), zeros beyond the ends.
+
+    An important token brings its neighbours; after an eviction these are the neighbours that are left.
+    """
+    return avg_pool1d(scores[None], kernel, stride=1, padding=kernel // 2)[0]

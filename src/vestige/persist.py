@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer, Step
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policy import Policy
+from vestige.recording import Recording
+from vestige.records import Ring
 from vestige.schedule import Schedule
 from vestige.spans import Span
 
-FORMAT = 2
+FORMAT = 3
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"
 
 
@@ -48,8 +51,9 @@ def save(cache: KVCache, path: Path) -> None:
         "format": FORMAT,
         "model": cache.anatomy.fingerprint(),
         "policy": _policy_to_json(cache.policy),
-        "needs": sorted(cache.needs),
-        "queries_observed": cache.queries_observed,
+        "needs": sorted(cache.recording.needs),
+        "ring_sizes": dict(cache.recording.ring_sizes),
+        "writers": [_policy_to_json(one) for one in cache.recording.writers if isinstance(one, Policy)],
         "lengths": cache.lengths,
         "pins": [[span.start, span.end] for span in cache.pins],
         "seen": list(cache.seen),
@@ -57,6 +61,7 @@ def save(cache: KVCache, path: Path) -> None:
         "prepared": cache.prepared,
         "peak_kv_bytes": cache.peak_kv_bytes,
         "evict_s": cache.evict_s,
+        "annotate_s": cache.annotate_s,
         "schedule": vars(cache.schedule),
         "layers": layers,
     }
@@ -127,8 +132,7 @@ def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]
     slots = ragged.packed_slots(layer.starts, layer.lengths, layer.device)
     tensors = {f"column.{name}": ragged.gather(column, slots) for name, column in layer.columns.items()}
     plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
-    if layer.ring is not None:
-        tensors["ring"] = layer.ring
+    tensors |= {f"ring.{name}": ring.data for name, ring in layer.rings.items()}
     if layer.attention is not None:
         plain |= {"scaling": layer.attention.scaling, "softcap": layer.attention.softcap}
         if layer.attention.sinks is not None:
@@ -155,9 +159,10 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
     cache = KVCache(model, _policy_from_json(books["policy"]))
     if books["model"] != cache.anatomy.fingerprint():
         raise CacheFileError(f"{path} was made for another model or other weights than {model.config.name_or_path!r}")
-    for name in ("queries_observed", "prepared", "peak_kv_bytes", "evict_s"):
+    for name in ("prepared", "peak_kv_bytes", "evict_s", "annotate_s"):
         setattr(cache, name, books[name])
-    cache.needs = frozenset(books["needs"])
+    recording = Recording.of([cache.policy, *map(_policy_from_json, books["writers"])])
+    cache.recording = replace(recording, needs=frozenset(books["needs"]), ring_sizes=books["ring_sizes"])
     cache.lengths = books["lengths"] and tuple(books["lengths"])
     cache.pins = tuple(Span(*pin) for pin in books["pins"])
     cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
@@ -180,10 +185,11 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
     if not plain:
         return
     sinks = inner.pop("sinks", None)
-    layer.ring = inner.pop("ring", None)
+    rings = {name: x for name, x in inner.items() if name.startswith("ring.")}
+    layer.rings = {name.removeprefix("ring."): Ring(x) for name, x in rings.items()}
     if "scaling" in plain:
         layer.attention = AttentionScale(plain["scaling"], plain["softcap"], sinks)
-    columns = {name.removeprefix("column."): column for name, column in inner.items()}
+    columns = {name.removeprefix("column."): column for name, column in inner.items() if name not in rings}
     layer.restore(columns, plain["lengths"], plain["kv_heads"], plain["padded_seen"], plain["ragged"])
 
 

@@ -1,5 +1,7 @@
 """What a pair is worth: the interface that every eviction method implements."""
 
+import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +12,14 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
-from vestige.observe import Observation
-from vestige.select import SHARES, Scale, Share
+from vestige.observe import Glance, Observation
+from vestige.output import OutputProjection
+from vestige.select import SCALES, SHARES, Grid, Scale, Share
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache
 
-NEEDS = frozenset({"queries", "hidden"})
+NEEDS = frozenset({"queries", "hidden", "output"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +43,39 @@ class Policy(ABC):
     """Tokens generated between two settles."""
     floor: float = 0.0
     """Share of the average budget that each row keeps before rows compete, in [0, 1]."""
+    first_share: float = 0.0
+    """Share of the average budget that the first tokens take, where that is more than ``sink``."""
+    recent_share: float = 0.0
+    """Share of the average budget that the most recent tokens take, where that is more than ``window``."""
+    scale: Scale = "calibrated"
+    """How scores of different layers are made comparable, for ``share="model"`` and for ``threshold``."""
+    threshold: float | None = None
+    """Evict every unprotected pair whose comparable score is below this, also where the budget has room."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What the cache must record: "queries" (the latest ``observed`` of each layer) or "hidden" (for `Annotates`)."""
-    scale: ClassVar[Scale] = "calibrated"
-    """How scores of different layers are made comparable for ``share="model"``."""
+    """What must be at hand: "queries" (the latest ``observed`` of each layer), "hidden" (what enters attention, for
+    `Annotates` and the latest ``hidden_observed``), "output" (the output projection, for `Annotates`)."""
+    annotations: ClassVar[frozenset[str]] = frozenset()
+    """Names of the side arrays that the policy keeps beside each pair."""
     reading_slack: ClassVar[float] = 1.0
     """Between chunks of a text the limit is this many times the budget."""
 
     def __post_init__(self) -> None:
         if self.share not in SHARES:
             raise PolicyError(unknown("share", str(self.share), SHARES))
+        if self.scale not in SCALES:
+            raise PolicyError(unknown("scale", str(self.scale), SCALES))
         for name, least in (("sink", 0), ("window", 0), ("every", 1)):
             if not (isinstance(value := getattr(self, name), int) and value >= least):
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not 0 <= self.floor <= 1:
-            raise PolicyError(f"floor must lie in [0, 1], got {self.floor!r}")
-        if self.queries_observed < 0 or not self.needs <= NEEDS:
+        for name in ("floor", "first_share", "recent_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PolicyError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+        if self.first_share + self.recent_share > 1:
+            raise PolicyError("first_share and recent_share together must not exceed 1")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise PolicyError(f"threshold must be a number, got {self.threshold!r}")
+        if min(self.ring_sizes.values(), default=0) < 0 or not self.needs <= NEEDS:
             raise PolicyError(f"observed must not be negative and needs must be among {sorted(NEEDS)}")
         if self.budget is not None:
             self.budget.check(self.protected)
@@ -67,9 +86,15 @@ class Policy(ABC):
         return self.sink + self.window
 
     @property
-    def queries_observed(self) -> int:
-        """Latest queries that each layer must keep for this policy."""
-        return getattr(self, "observed", 1) if "queries" in self.needs else 0
+    def evicts(self) -> bool:
+        """Whether anything is ever evicted."""
+        return self.budget is not None or self.threshold is not None
+
+    @property
+    def ring_sizes(self) -> dict[str, int]:
+        """How many of the latest queries, and of what enters the layer, must be remembered for this policy."""
+        sizes = {"queries": getattr(self, "observed", 1), "hidden": getattr(self, "hidden_observed", 0)}
+        return {name: size for name, size in sizes.items() if name in self.needs and size}
 
     @abstractmethod
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
@@ -84,7 +109,13 @@ class Prepares(Protocol):
     """A policy that needs forwards of its own (a replay of the text, say) after reading and before the settle."""
 
     def prepare(self, model: Any, cache: "KVCache", ids: Int[Tensor, "batch new"]) -> None:
-        """Run them on forks of ``cache``; what they find goes into the cache's annotations."""
+        """Run them and leave the cache as it was, but for what they wrote into the policy's annotations.
+
+        Args:
+            model: An attached model.
+            cache: Has read the ids; :func:`vestige.reading.replay` feeds it more and takes that back.
+            ids: What was read last.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +127,49 @@ class Written:
         hidden: What enters the attention module, if the policy needs ``"hidden"``.
         keys: New keys, after RoPE.
         values: New values.
+        output: The layer's output projection, if the policy needs ``"output"``.
     """
 
     layer_idx: int
     hidden: Float[Tensor, "batch new hidden"] | None
     keys: Float[Tensor, "batch kv_heads new head_dim"]
     values: Float[Tensor, "batch kv_heads new value_dim"]
+    output: OutputProjection | None = None
 
 
 @runtime_checkable
 class Annotates(Protocol):
     """A policy that stores side arrays beside each pair when it is written (a gate's retention, a value's norm)."""
 
+    annotations: ClassVar[frozenset[str]]
+
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
-        """Return one ``batch kv_heads new ...`` tensor per name; they travel with the pairs and count as bytes."""
+        """Return a ``batch kv_heads new ...`` tensor for each of ``annotations``; they travel with the pairs."""
+
+
+@runtime_checkable
+class Watches(Protocol):
+    """A policy that looks at every query as it attends (accumulated attention, say)."""
+
+    def watch(self, glance: Glance) -> None:
+        """Look at one row and write what is found into the policy's own side arrays, in place."""
+
+
+@runtime_checkable
+class Allots(Protocol):
+    """A policy that says how many pairs each row keeps (a pyramid, classes of heads): rows do not compete."""
+
+    def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
+        """Return the pairs wanted for each row, in proportion: :func:`vestige.select.apportion` makes them add up.
+
+        Args:
+            scores: Of all layers.
+            grid: Which row, layer and batch row a pair belongs to.
+            room: Average pairs per row of each batch row.
+        """
+
+
+def writer(policy: Policy) -> Policy:
+    """Return a policy without what does not bear on what it writes while reading: budget, share, protection, pace."""
+    neutral = {f.name: f.default for f in dataclasses.fields(Policy) if f.default is not dataclasses.MISSING}
+    return dataclasses.replace(policy, budget=None, **neutral)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from vestige.attachment import require_cache
 from vestige.cache import KVCache
 from vestige.errors import InputError
+from vestige.observe import Glance
 from vestige.policy import Prepares
 
 
@@ -84,6 +85,26 @@ def finish(model: PreTrainedModel, cache: KVCache, input_ids: Int[Tensor, "batch
         cache.prepared = True
     cache.settle()
     cache.schedule.prefilled = True
+
+
+def replay(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch new"],
+    cache: KVCache,
+    watch: Callable[[Glance], None],
+) -> None:
+    """Feed ids after what the cache holds, show every row that they attend to, and take them back.
+
+    What ``watch`` wrote into side arrays of older pairs stays, nothing else does: for :class:`~vestige.policy.Prepares`.
+
+    Args:
+        model: An attached model.
+        ids: The same for each batch row, without pads.
+        cache: Holds what the ids attend to.
+        watch: Shown each row of each layer.
+    """
+    with torch.no_grad(), cache.aside(watch):
+        forward(model, ids, cache)
 
 
 def announce(cache: KVCache, length: int | Sequence[int] | None, batch: int) -> None:

@@ -41,6 +41,8 @@ class Report:
     policy: str
     share: str
     layers: tuple[LayerReport, ...]
+    annotate_s: float = 0.0
+    """Seconds spent on what policies store beside new pairs, while these are written."""
 
     @property
     def kept_fraction(self) -> float:

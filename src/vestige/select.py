@@ -19,6 +19,7 @@ from vestige.errors import BudgetError, PolicyError
 Share = Literal["head", "layer", "model"]
 Scale = Literal["calibrated", "mass", "signed"]
 SHARES: tuple[str, ...] = get_args(Share)
+SCALES: tuple[str, ...] = get_args(Scale)
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,12 @@ def select(
     scale: Scale,
     floor: float = 0.0,
     counts: Int[Tensor, " rows"] | None = None,
+    threshold: float | None = None,
 ) -> Bool[Tensor, " held"]:
     """Return which pairs stay: every protected one, then the highest scores of each group.
 
-    Nothing is modified. A group keeps exactly its room, or all it has if that is less. Ties go to the later token.
+    Nothing is modified. A group keeps exactly its room, or all it has if that is less, but for a threshold. Ties go to
+    the later token.
 
     Args:
         scores: Importance, larger means keep.
@@ -75,21 +78,36 @@ def select(
         scale: How layers are made comparable for ``share="model"``; see :func:`rescale`.
         floor: Share of the average that each row keeps before rows compete (AdaKV's safeguard), in [0, 1].
         counts: Pairs that each row keeps, if they are fixed beforehand; then ``share`` and ``floor`` do not matter.
+        threshold: Unprotected pairs whose comparable score is below it go even where there is room.
 
     Raises:
         PolicyError: A score is NaN.
         BudgetError: A group protects more pairs than it may keep; the message gives both.
     """
     refuse_nan(scores, grid)
+    worthy = torch.ones_like(protected)
+    if share == "model" or threshold is not None:
+        comparable = rescale(scores, protected, grid.groups("layer")[grid.row], scale)
+        worthy = worthy if threshold is None else (comparable >= threshold) | protected
+        scores = comparable if share == "model" else scores
     if counts is not None:
-        return keep_topk(scores, positions, protected, grid.row, counts)
-    if share == "model":
-        layer_of_batch = grid.groups("layer")[grid.row]
-        scores = rescale(scores, protected, layer_of_batch, scale)
+        return keep_topk(scores, positions, protected, grid.row, counts) & worthy
+    return _compete(scores, positions, protected, grid, room, share, floor) & worthy
+
+
+def _compete(
+    scores: Float[Tensor, " held"],
+    positions: Int[Tensor, " held"],
+    protected: Bool[Tensor, " held"],
+    grid: Grid,
+    room: Int[Tensor, " batch"],
+    share: Share,
+    floor: float,
+) -> Bool[Tensor, " held"]:
     first = protected
     if floor and share != "head":
         floors = torch.tensor([Budget.share_of(int(n), floor) for n in room], device=scores.device)[grid.batch]
-        guarded = _protected_per(grid.row, protected, len(grid.lengths))
+        guarded = protected_per_row(protected, grid)
         first = keep_topk(scores, positions, protected, grid.row, torch.maximum(floors, guarded))
     groups = grid.groups(share)
     totals = torch.zeros(int(groups.max()) + 1, dtype=torch.long, device=scores.device)
@@ -128,6 +146,56 @@ def keep_topk(
     kept = torch.zeros_like(protected)
     kept[order] = rank < counts[ranked]
     return kept
+
+
+def apportion(
+    wanted: Float[Tensor, " rows"],
+    least: Int[Tensor, " rows"],
+    most: Int[Tensor, " rows"],
+    batch: Int[Tensor, " rows"],
+    totals: Int[Tensor, " batch"],
+) -> Int[Tensor, " rows"]:
+    """Return whole numbers in proportion to what was wanted that add up, for each batch row, to its total.
+
+    No row gets less than its least or more than its most: what one cannot take goes to the others in proportion. If
+    that leaves the total out of reach, all rows have their least, or their most. The largest remainders are rounded up.
+
+    Args:
+        wanted: Pairs wanted, non-negative; only their proportions matter.
+        least: Pairs that each row must keep.
+        most: Pairs that each row has.
+        batch: Batch row of each row.
+        totals: Pairs of each batch row, over its rows.
+    """
+    counts = torch.zeros_like(least)
+    for b, total in enumerate(totals.tolist()):
+        rows = (batch == b).nonzero()[:, 0]
+        low, high = least[rows].double(), torch.maximum(most[rows], least[rows]).double()
+        target = min(max(total, int(low.sum())), int(high.sum()))
+        share = wanted[rows].double().clamp_min(1e-9)
+        exact = (share * _level(share, low, high, target)).clamp(low, high)
+        whole = exact.floor()
+        by_remainder = torch.argsort(exact - whole, descending=True, stable=True)
+        whole[by_remainder[: target - int(whole.sum())]] += 1
+        counts[rows] = whole.long()
+    return counts
+
+
+def _level(share: Tensor, low: Tensor, high: Tensor, target: int) -> float:
+    """Return the factor at which clamped shares add up to the target: their sum grows with it, so halving finds it."""
+    below, above = 0.0, float((high / share).max())
+    for _ in range(200):
+        middle = (below + above) / 2
+        if float((share * middle).clamp(low, high).sum()) < target:
+            below = middle
+        else:
+            above = middle
+    return above
+
+
+def protected_per_row(protected: Bool[Tensor, " held"], grid: Grid) -> Int[Tensor, " rows"]:
+    """Return how many pairs of each row are protected."""
+    return _protected_per(grid.row, protected, len(grid.lengths))
 
 
 def rescale(

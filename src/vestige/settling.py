@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige import ragged
+from vestige.budget import Budget
 from vestige.errors import PolicyError
 from vestige.layers import RaggedLayer
 from vestige.observe import Observation, Phase
-from vestige.policy import Policy
-from vestige.select import Grid, select
+from vestige.policy import Allots, Policy
+from vestige.select import Grid, apportion, protected_per_row, select
 from vestige.spans import Span
 
 _UNLIMITED = 2**40
@@ -47,26 +48,33 @@ def evict(
     live = [layer.live_slots() for layer in layers]
     grid = _grid(layers, [lengths for _, lengths in live])
     limits = torch.tensor([min(n, _UNLIMITED) for n in room], device=grid.lengths.device)
-    over = _held_per_batch_row(grid, len(room)) > limits * sum(layer.kv_heads for layer in layers)
-    if not bool(over.any()):
+    rows = sum(layer.kv_heads for layer in layers)
+    over = _held_per_batch_row(grid, len(room)) > limits * rows
+    judged = over if policy.threshold is None else torch.ones_like(over)
+    if not bool(judged.any()):
         return False
-    scores, positions = [], []
+    parts, positions = [], []
     for layer, (slots, lengths) in zip(layers, live, strict=True):
-        observation = layer.observe(phase, seen, slots, lengths)
-        scores.append(_score(policy, observation))
+        observation = layer.observe(phase, seen, limits.tolist(), slots, lengths)
+        parts.append(_score(policy, observation))
         positions.append(observation.positions)
-    at = torch.cat(positions)
-    stays = _protected(policy, pins, at, seen, grid) | ~over[grid.batch][grid.row]
+    scores, at = torch.cat(parts), torch.cat(positions)
+    stays = _protected(policy, pins, at, seen, limits, grid) | ~judged[grid.batch][grid.row]
+    open_to = torch.where(over, limits, _UNLIMITED)
     kept = select(
-        torch.cat(scores),
+        scores,
         at,
         stays,
         grid,
-        torch.where(over, limits, _UNLIMITED),
+        open_to,
         share=policy.share,
         scale=policy.scale,
         floor=policy.floor,
+        counts=_allotted(policy, scores, stays, grid, open_to, rows),
+        threshold=policy.threshold,
     )
+    if bool(kept.all()):
+        return False
     bounds = ragged.cumulative([len(slots) for slots, _ in live])
     for i, (layer, (slots, lengths)) in enumerate(zip(layers, live, strict=True)):
         mask = kept[bounds[i] : bounds[i + 1]]
@@ -85,6 +93,16 @@ def _score(policy: Policy, seen: Observation) -> Float[Tensor, " held"]:
     return scores.float()
 
 
+def _allotted(
+    policy: Policy, scores: Tensor, stays: Tensor, grid: Grid, room: Int[Tensor, " batch"], rows: int
+) -> Int[Tensor, " rows"] | None:
+    """Return how many pairs each row keeps, if the policy says so."""
+    if not isinstance(policy, Allots):
+        return None
+    wanted = policy.allot(scores, grid, room)
+    return apportion(wanted, protected_per_row(stays, grid), grid.lengths, grid.batch, room * rows)
+
+
 def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> Grid:
     layer = [one.layer_idx for one, rows in zip(layers, lengths, strict=True) for _ in rows]
     batch = [row // one.kv_heads for one, rows in zip(layers, lengths, strict=True) for row in range(len(rows))]
@@ -98,11 +116,14 @@ def _held_per_batch_row(grid: Grid, batch: int) -> Int[Tensor, " batch"]:
 
 
 def _protected(
-    policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], grid: Grid
+    policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], limits: Tensor, grid: Grid
 ) -> Bool[Tensor, " held"]:
     """Return which pairs no policy may evict: sink, window, pins."""
-    ends = torch.tensor(seen, device=positions.device)[grid.batch][grid.row]
-    protected = (positions < policy.sink) | (positions >= ends - policy.window)
+    sinks = [max(policy.sink, Budget.share_of(n, policy.first_share)) for n in limits.tolist()]
+    windows = [max(policy.window, Budget.share_of(n, policy.recent_share)) for n in limits.tolist()]
+    begins = [end - window for end, window in zip(seen, windows, strict=True)]
+    first, last = (torch.tensor(x, device=positions.device)[grid.batch][grid.row] for x in (sinks, begins))
+    protected = (positions < first) | (positions >= last)
     for span in pins:
         protected |= (positions >= span.start) & (positions < span.end)
     return protected

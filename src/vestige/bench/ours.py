@@ -13,7 +13,7 @@ from vestige.bench.greedy import decode, now
 from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.policy import Annotates, Policy
+from vestige.policy import Policy, Watches
 from vestige.reading import announce, finish, forward, prefill
 from vestige.report import Report
 
@@ -30,8 +30,8 @@ class Reading:
 
 
 def can_share(policy: Policy) -> bool:
-    """Return whether a policy may work on a fork of a reading made without it: it writes nothing while reading."""
-    return not isinstance(policy, Annotates)
+    """Return whether a policy may work on a fork of a reading that others observe too: it does not slow them down."""
+    return not isinstance(policy, Watches)
 
 
 def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:

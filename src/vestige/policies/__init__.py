@@ -17,6 +17,7 @@ POLICIES: dict[str, str] = {
     "full": "vestige.policies.full:Full",
     "keydiff": "vestige.policies.keydiff:KeyDiff",
     "knorm": "vestige.policies.knorm:KNorm",
+    "laprox": "vestige.policies.laprox:LaProx",
     "random": "vestige.policies.random:Random",
     "snapkv": "vestige.policies.snapkv:SnapKV",
     "streaming_llm": "vestige.policies.streaming_llm:StreamingLLM",

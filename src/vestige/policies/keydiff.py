@@ -1,7 +1,6 @@
 """Keep the keys that differ most from the others."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +20,7 @@ class KeyDiff(Policy):
     after an eviction it no longer counts what is gone.
     """
 
-    scale: ClassVar[Scale] = "signed"
+    scale: Scale = "signed"
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return the negative cosine of each key to its row's anchor."""

@@ -1,7 +1,6 @@
 """Keep the keys of small norm."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,7 +19,7 @@ class KNorm(Policy):
     Differs: sink and window are protected here; the paper spares its first two layers instead.
     """
 
-    scale: ClassVar[Scale] = "signed"
+    scale: Scale = "signed"
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return the negative norm of each key."""

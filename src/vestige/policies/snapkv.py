@@ -6,10 +6,9 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from vestige.errors import PolicyError
-from vestige.observe import Observation, observed_attention
+from vestige.observe import Observation, observed_attention, pooled
 from vestige.policy import Policy
 from vestige.select import Scale
 
@@ -29,13 +28,13 @@ class SnapKV(Policy):
     kernel: int = 5
     """Tokens that are pooled together; odd, 1 switches pooling off."""
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
-    scale: ClassVar[Scale] = "mass"
+    scale: Scale = "mass"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.observed < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise PolicyError(
-                f"snapkv needs observed >= 1 and an odd kernel, got observed={self.observed}, kernel={self.kernel}"
+                f"observed must be at least 1 and kernel odd, got observed={self.observed}, kernel={self.kernel}"
             )
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
@@ -45,5 +44,5 @@ class SnapKV(Policy):
             attention, first = observed_attention(seen, row, self.observed)
             older = seen.positions[row.pairs] < first
             mass = attention.mean((0, 1)) * older
-            scores[row.pairs] = avg_pool1d(mass[None], self.kernel, stride=1, padding=self.kernel // 2)[0]
+            scores[row.pairs] = pooled(mass, self.kernel)
         return scores

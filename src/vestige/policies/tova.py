@@ -22,7 +22,7 @@ class TOVA(Policy):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
-    scale: ClassVar[Scale] = "mass"
+    scale: Scale = "mass"
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return the last query's attention to each token, the same for every KV head that holds it."""

@@ -1,0 +1,67 @@
+"""Keep what changes the layer's output most: attention times the value after the output projection, model-wide."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.errors import PolicyError
+from vestige.observe import Observation, observed_attention, pooled
+from vestige.policy import Policy, Written
+from vestige.select import Scale, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaProx(Policy):
+    """Keep the pairs whose loss would change the layer's output most, in one top-k over all layers and heads.
+
+    The layer's output is one matrix product whose inner index is (query head, token). Column-row sampling approximates
+    such a product best if a term is worth the norm of its column, the attention that the last ``observed`` queries pay
+    to a token, times the norm of its row, the token's value after the output projection.
+
+    Source: LaProx, arXiv 2605.07234, Algorithms 1 and 2. The paper leaves open how its per-head scores meet grouped
+    queries: here each query head's complete score is averaged over the group. Differs: a layer's scores are divided by
+    their sum over the unprotected pairs, where the paper takes all. Completed by us, since the paper evicts once after
+    the prompt: norms of values are stored when pairs are written, so that room can be made again while decoding, from
+    a ring of the latest queries; a text read in chunks is held to twice the budget until its end; ``sink`` pins first
+    tokens, which the paper does not.
+    """
+
+    share: Share = "model"
+    sink: int = 0
+    scale: Scale = "mass"
+    """"mass" divides by the layer's sum; "calibrated" compares raw scores, as in the paper's ablation."""
+    observed: int = 32
+    """Latest queries whose attention is looked at."""
+    kernel: int = 7
+    """Tokens that are pooled together; odd, 1 switches pooling off."""
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "output"})
+    annotations: ClassVar[frozenset[str]] = frozenset({"output_norms"})
+    reading_slack: ClassVar[float] = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.observed < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise PolicyError(
+                f"observed must be at least 1 and kernel odd, got observed={self.observed}, kernel={self.kernel}"
+            )
+
+    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+        """Return the norm of each value after the output projection, by query head."""
+        assert written.output is not None
+        return {"output_norms": written.output.norms(written.values).half()}
+
+    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+        """Return attention norm times output norm, averaged over the query group and pooled."""
+        norms = seen.annotations["output_norms"].float()
+        scores = torch.empty(len(seen.positions), device=seen.keys.device)
+        for row in seen.rows():
+            attention, first = observed_attention(seen, row, self.observed)
+            columns = torch.linalg.vector_norm(attention, dim=1)  # (queries_per_kv, row_held)
+            worth = (columns * norms[row.pairs].T).mean(0)
+            older = seen.positions[row.pairs] < first
+            scores[row.pairs] = pooled(worth * older, self.kernel)
+        return scores

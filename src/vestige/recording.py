@@ -1,0 +1,82 @@
+"""What is recorded while a cache is filled: the union of what its policy and its observers look back at."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vestige.errors import PolicyError
+from vestige.observe import Glance
+from vestige.policy import Annotates, Policy, Watches, writer
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the layers keep beside keys and values.
+
+    Args:
+        needs: As :attr:`Policy.needs`.
+        ring_sizes: Latest queries and hidden states that each layer remembers, by name.
+        writers: Policies that store side arrays beside new pairs.
+        watchers: What is shown every row as queries attend to it.
+    """
+
+    needs: frozenset[str] = frozenset()
+    ring_sizes: Mapping[str, int] = field(default_factory=dict)
+    writers: tuple[Annotates, ...] = ()
+    watchers: tuple[Callable[[Glance], None], ...] = ()
+
+    @classmethod
+    def of(cls, observers: Sequence[Policy]) -> "Recording":
+        """Return what these policies need together; those that differ in budget alone record once.
+
+        Raises:
+            PolicyError: Two policies would write different things into one side array.
+        """
+        recording = [one for one in observers if isinstance(one, Annotates | Watches)]
+        distinct = dict(zip([writer(one) for one in recording], recording, strict=True)).values()
+        owners: dict[str, Policy] = {}
+        for policy in distinct:
+            for name in policy.annotations:
+                if owners.setdefault(name, policy) is not policy:
+                    raise PolicyError(
+                        f"two policies would write different things into the side array {name!r}: "
+                        f"{owners[name]} and {policy}"
+                    )
+        return cls(
+            needs=frozenset[str]().union(*(observer.needs for observer in observers)),
+            ring_sizes=_largest(observer.ring_sizes for observer in observers),
+            writers=tuple(one for one in distinct if isinstance(one, Annotates)),
+            watchers=tuple(one.watch for one in distinct if isinstance(one, Watches)),
+        )
+
+    @property
+    def annotations(self) -> frozenset[str]:
+        """Names of the side arrays."""
+        return frozenset[str]().union(*(one.annotations for one in self.writers))
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that any ring looks back."""
+        return max(self.ring_sizes.values(), default=0)
+
+    def check(self, policy: Policy) -> None:
+        """Raise a PolicyError if a policy needs what is not recorded."""
+        short = [name for name, size in policy.ring_sizes.items() if size > self.ring_sizes.get(name, 0)]
+        if short or not (policy.needs <= self.needs and policy.annotations <= self.annotations):
+            raise PolicyError(
+                f"policy {type(policy).__name__} needs {_told(policy.needs | policy.annotations, policy.ring_sizes)}, "
+                f"this cache recorded {_told(self.needs | self.annotations, self.ring_sizes)}; "
+                "name the policy in KVCache(..., observers=[...]) before reading"
+            )
+
+
+def _told(names: frozenset[str], sizes: Mapping[str, int]) -> str:
+    """Return names for a message, with how many of each are remembered."""
+    return ", ".join(f"{name} ({sizes[name]})" if name in sizes else name for name in sorted(names)) or "nothing"
+
+
+def _largest(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the largest number given for each name."""
+    found: dict[str, int] = {}
+    for one in sizes:
+        found |= {name: max(size, found.get(name, 0)) for name, size in one.items()}
+    return found
