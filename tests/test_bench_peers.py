@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from vestige import InputError, attach
+from vestige import InputError, attach, called
 from vestige.bench import peers
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.bench.kvpress_worker import match, ratio_for
@@ -141,7 +141,7 @@ def test_only_presses_take_a_budget():
 
 def test_a_list_of_names_is_split_at_its_own_commas_only():
     text = "kvpress:AdaKVPress(SnapKVPress(window_size=8,kernel_size=3),alpha_safeguard=0.1), transformers:dynamic,"
-    first, second = peers.split(text)
+    first, second = called.split(text)
     assert first.endswith("alpha_safeguard=0.1)") and second == "transformers:dynamic"
 
 

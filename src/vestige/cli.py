@@ -200,7 +200,6 @@ def tasks(
     from vestige import show
     from vestige.bench.arms import cross
     from vestige.bench.config import BenchConfig
-    from vestige.bench.peers import split as peer_names
     from vestige.bench.run import bench as job
     from vestige.bench.store import check_folder
     from vestige.download import load
@@ -208,7 +207,7 @@ def tasks(
     names, cases = _tasks_and_cases(task)
     arms = cross(
         _words(policy), _words(budget or ""), shares=_words(share or ""), memories=_words(memory),
-        peers=tuple(peer_names(peer or "")),
+        peers=_words(peer or ""),
     )  # fmt: skip
     config = BenchConfig(
         tasks=names, arms=arms, lengths=_numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
@@ -283,7 +282,6 @@ def speed(
 ) -> None:
     """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
     from vestige import show
-    from vestige.bench.peers import split as peer_names
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
     from vestige.bench.store import check_folder, keep_speed
@@ -291,7 +289,7 @@ def speed(
 
     config = SpeedConfig(
         lengths=_numbers("--length", length), batches=_numbers("--batch", batch), policies=_words(policy),
-        budgets=_words(budget), peers=tuple(peer_names(peer or "")), share=share, chunk=chunk, blocks=blocks,
+        budgets=_words(budget), peers=_words(peer or ""), share=share, chunk=chunk, blocks=blocks,
         prefills=prefills, seed=seed,
     )  # fmt: skip
     if folder is not None:
@@ -351,7 +349,9 @@ def _print_listing(entries: dict[str, str], as_json: bool) -> None:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    from vestige.called import split
+
+    return tuple(split(text))
 
 
 def _typed() -> str:

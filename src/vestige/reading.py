@@ -84,6 +84,9 @@ def finish(model: PreTrainedModel, cache: KVCache, input_ids: Int[Tensor, "batch
         cache.policy.prepare(model, cache, input_ids)
         cache.prepared = True
     cache.settle()
+    if isinstance(cache.policy, Prepares):  # a cache that had nothing to evict still has room for what was replayed
+        for layer in cache.evictable:
+            layer.shrink()
     cache.schedule.prefilled = True
 
 
@@ -92,19 +95,21 @@ def replay(
     ids: Int[Tensor, "batch new"],
     cache: KVCache,
     watch: Callable[[Glance], None],
+    mask: Int[Tensor, "batch new"] | None = None,
 ) -> None:
     """Feed ids after what the cache holds, show every row that they attend to, and take them back.
 
-    What ``watch`` wrote into side arrays of older pairs stays, nothing else does: for :class:`~vestige.policy.Prepares`.
+    What ``watch`` wrote into side arrays of older pairs stays, nothing else does: for policies that prepare.
 
     Args:
         model: An attached model.
-        ids: The same for each batch row, without pads.
+        ids: What each batch row attends with; rows may differ.
         cache: Holds what the ids attend to.
-        watch: Shown each row of each layer.
+        watch: Shown each row of each layer, but for batch rows that have only pads.
+        mask: 0 for pads, which must be at the left.
     """
     with torch.no_grad(), cache.aside(watch):
-        forward(model, ids, cache)
+        forward(model, ids, cache, mask)
 
 
 def announce(cache: KVCache, length: int | Sequence[int] | None, batch: int) -> None:

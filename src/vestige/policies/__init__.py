@@ -8,16 +8,23 @@ import dataclasses
 import importlib
 from typing import Any
 
+from vestige import called
 from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
 from vestige.policy import Policy
 from vestige.select import SHARES
 
 POLICIES: dict[str, str] = {
+    "adakv": "vestige.policies.adakv:AdaKV",
+    "criticalkv": "vestige.policies.criticalkv:CriticalKV",
     "full": "vestige.policies.full:Full",
+    "h2o": "vestige.policies.h2o:H2O",
     "keydiff": "vestige.policies.keydiff:KeyDiff",
     "knorm": "vestige.policies.knorm:KNorm",
+    "lagkv": "vestige.policies.lagkv:LagKV",
     "laprox": "vestige.policies.laprox:LaProx",
+    "pyramidkv": "vestige.policies.pyramidkv:PyramidKV",
+    "r_kv": "vestige.policies.r_kv:RKV",
     "random": "vestige.policies.random:Random",
     "snapkv": "vestige.policies.snapkv:SnapKV",
     "streaming_llm": "vestige.policies.streaming_llm:StreamingLLM",
@@ -41,26 +48,28 @@ def resolve(name: str) -> type[Policy]:
 
 
 def make(name: str, budget: Budget | None = None, *, share: str | None = None, seed: int = 0) -> Policy:
-    """Return a named policy with its defaults, as the command line makes it.
+    """Return a named policy, as the command line makes it: with its defaults but for the options in the name.
 
     Args:
-        name: A key of ``POLICIES``.
+        name: A key of ``POLICIES``, with options if wanted: ``"snapkv(kernel=7)"``.
         budget: What it may keep; every policy but "full" needs one.
         share: Who competes for room; None leaves the method's own choice.
         seed: For policies that draw.
 
     Raises:
-        PolicyError: An unknown name or share, or no budget where one is needed.
+        PolicyError: An unknown name, option or share, or no budget where one is needed.
     """
+    name, options = called.parse(name, "policy", PolicyError)
     cls: Any = resolve(name)
+    options = called.fitted(options, cls, name, "policy", PolicyError, taken=("budget",))
     if share is not None and share not in SHARES:
         raise PolicyError(unknown("share", share, SHARES))
-    if budget is None and name != "full":
+    if budget is None and name != "full" and options.get("threshold") is None:
         raise PolicyError(f"policy {name!r} needs a budget: tokens (512), a fraction (0.1) or bytes (64MB)")
     fields = {field.name for field in dataclasses.fields(cls)}
-    options: dict[str, Any] = {} if share is None else {"share": share}
-    options |= {"seed": seed} if "seed" in fields else {}
-    policy: Policy = cls(budget=budget, **options)
+    given: dict[str, Any] = {} if share is None else {"share": share}
+    given |= {"seed": seed} if "seed" in fields else {}
+    policy: Policy = cls(budget=budget, **(given | options))
     return policy
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.bench.peers.base import Peer, PeerError
-from vestige.bench.peers.names import AVAILABLE, parse, split
+from vestige.bench.peers.names import AVAILABLE, parse
 from vestige.budget import Budget
 from vestige.models import check as anatomy_of
 
@@ -17,7 +17,6 @@ __all__ = [
     "check",
     "open_peer",
     "pairs_to_keep",
-    "split",
     "takes_budget",
 ]
 

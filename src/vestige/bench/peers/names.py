@@ -48,18 +48,6 @@ def parse(text: str) -> PeerName:
     return PeerName(text, kind, call)
 
 
-def split(text: str) -> list[str]:
-    """Split a list of names at its commas, but not within parentheses."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([") - (character in ")]")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _call(node: ast.expr, text: str) -> Call:
     if isinstance(node, ast.Name):
         return {"name": node.id, "args": [], "options": {}}
