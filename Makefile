@@ -15,9 +15,11 @@ RUN_PYTEST := env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SUITE := -n $(WORKERS) $(PYTEST_ARGS)
 MATRIX_SUITE := -m "not slow and not peers and not gpu" $(SUITE)
 
+LAPROX_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(LONGBENCH),--longbench "$(LONGBENCH)") $(if $(PART),--part $(PART))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-laprox results-laprox-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -59,6 +61,13 @@ results-speed: $(VENV)/.stamp-test peers ## the speed table in the README, on an
 
 results-bench-dev: $(VENV)/.stamp-test ## what the tasks of results-bench are chosen by, on the dev split
 	$(BIN)/python -m vestige.recipes.bench --dev --out out/bench-dev $(if $(ESSAYS),--essays "$(ESSAYS)")
+
+results-laprox: $(VENV)/.stamp-test ## LaProx beside the field (hours; goes on after an interrupt): ESSAYS=DIR LONGBENCH=DIR PART=name
+	$(BIN)/python -m vestige.recipes.laprox --out results/laprox $(LAPROX_ARGS)
+	$(BIN)/vestige report results/laprox --out results/laprox
+
+results-laprox-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
+	$(BIN)/python -m vestige.recipes.laprox --dev --out out/laprox-dev $(LAPROX_ARGS)
 
 peers: .venv-peers/.stamp-peers ## make .venv-peers with kvpress in it, for `vestige bench --peer kvpress:...`
 	@echo "Ready: vestige bench ... --peer kvpress:SnapKVPress"

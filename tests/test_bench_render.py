@@ -53,12 +53,12 @@ def test_a_job_has_the_ids_of_the_chat_text_in_order(tokenizer, renderer):
     assert [turn.max_new_tokens for turn in job.turns] == [5, 7]
 
 
-def test_question_aware_leaves_the_last_token_alone_uncompressed(tokenizer, renderer):
+def test_question_aware_reads_the_whole_question_with_the_context(tokenizer, renderer):
     agnostic = renderer().job(TURNS)
     aware = renderer(question_aware=True).job(TURNS)
     for before, after in zip(agnostic.turns, aware.turns, strict=True):
-        assert len(after.question) == 1
-        assert after.context + after.question == before.context + before.question
+        assert after.question == ()
+        assert after.context == before.context + before.question
         assert after.max_new_tokens == before.max_new_tokens
 
 

@@ -153,7 +153,7 @@ def test_rows_and_records_have_every_promised_field(measure, out, peer, chatter)
     assert records(out)[3]["turns"][0]["prediction"] == said
 
 
-def test_question_aware_compresses_all_but_the_last_token_of_the_question(measure, out, tmp_path):
+def test_question_aware_compresses_the_question_too(measure, out, tmp_path):
     measure(CASES[:1], FULL)
     measure(CASES[:1], FULL, SNAP, question_aware=True, out=tmp_path / "aware")
     before, after = records(out)[0], records(tmp_path / "aware")

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import Outcome, tree
 from vestige.download import NAMED
+from vestige.memory import MEMORIES
 from vestige.policies import POLICIES
 
 QUESTION = "Who keeps lamp 16?"
@@ -117,6 +118,23 @@ def test_the_seed_changes_what_random_keeps(vestige, folders, place):
     assert rows[0]["answer"] != rows[2]["answer"]
 
 
+@pytest.mark.parametrize("memory", ["moments", "centroids(centroids=4)"])
+def test_a_memory_is_used_counted_saved_and_said(vestige, folders, place, memory):
+    base = ("run", "--model", folders.chat, "--question", QUESTION, *SHORT, "--json")
+    none, row = (
+        vestige(*base, "--context", "story.txt", *EVICT, "--memory", name, "--save", name).row
+        for name in ("none", memory)
+    )
+    assert (none["memory"], none["memory_bytes"]) == ("none", 0)
+    assert row["memory"] == memory.partition("(")[0] and row["memory_bytes"] > 0
+    assert row["kv_bytes"] - row["memory_bytes"] == none["kv_bytes"] and row["held"] == none["held"]
+    assert row["answer"] != none["answer"]
+    again = vestige(*base, "--cache", memory).row
+    assert {key: again[key] for key in ("memory", "memory_bytes", "answer", "held")} == {
+        key: row[key] for key in ("memory", "memory_bytes", "answer", "held")
+    }
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32 - 1])
 def test_any_number_of_32_bits_is_a_seed(vestige, folders, place, seed):
     base = ("run", "--model", folders.chat, "--context", "story.txt", "--question", QUESTION, *SHORT, "--json")
@@ -130,11 +148,18 @@ ASK = ("run", "--question", "Who?")
 BAD_ANYWHERE = {
     "unknown policy": (
         (*RUN, "--policy", "snapvk", "--budget", "64"),
-        r"unknown policy 'snapvk'; did you mean 'snapkv'\? available: full, ",
+        r"unknown policy 'snapvk'; did you mean 'snapkv'\? available: .*full, ",
     ),
-    "a policy like no other": ((*RUN, "--policy", "zzz", "--budget", "64"), "unknown policy 'zzz'.* available: full, "),
+    "a policy like no other": ((*RUN, "--policy", "zzz", "--budget", "64"), "unknown policy 'zzz'.* available: .*full"),
     "unknown share": ((*RUN, *EVICT, "--share", "heads"), r"unknown share 'heads'; did you mean 'head'\? available: "),
-    "unknown memory": ((*RUN, *EVICT, "--memory", "moments"), "unknown memory 'moments'.* available: none"),
+    "unknown memory": (
+        (*RUN, *EVICT, "--memory", "moment"),
+        "unknown memory 'moment'; did you mean 'moments'.* available: none",
+    ),
+    "memory of a wrong option": (
+        (*RUN, *EVICT, "--memory", "moments(max=1)"),
+        "no option 'max'; available: dtype, mass",
+    ),
     "missing budget": ((*RUN, "--policy", "snapkv"), "policy 'snapkv' needs a budget"),
     "budget of full": ((*RUN, "--budget", "64"), "'full' takes no budget"),
     "full with a budget": ((*RUN, "--policy", "full", "--budget", "64"), "'full' takes no budget"),
@@ -158,6 +183,7 @@ BAD_ANYWHERE = {
     "two sources": ((*RUN, "--context", "story.txt"), "exactly one of"),
     "three sources": ((*RUN, "--context", "story.txt", "--cache", "folder"), "exactly one of"),
     "cache and policy": ((*ASK, "--cache", "folder", *EVICT), "brings its policy and budget along"),
+    "cache and memory": ((*ASK, "--cache", "folder", "--memory", "moments"), "and its memory; leave .*--memory out"),
     "save into a full folder": ((*RUN, "--save", "full"), "full exists and is not empty"),
     "save onto a file": ((*RUN, "--save", "story.txt"), "story.txt exists"),
     "unknown option": ((*RUN, "--polcy", "full"), "No such option: --polcy.*--policy"),
@@ -314,7 +340,7 @@ def test_an_interrupt_is_one_line_and_leaves_no_file(vestige, folders, place, mo
 # Listings
 
 
-@pytest.mark.parametrize(("command", "names"), [("policies", POLICIES), ("models", NAMED)])
+@pytest.mark.parametrize(("command", "names"), [("policies", POLICIES), ("memories", MEMORIES), ("models", NAMED)])
 def test_listings_have_a_line_for_each_name(vestige, command, names):
     result = vestige(command)
     assert result.code == 0 and result.err == ""
@@ -338,7 +364,7 @@ def test_a_command_without_a_task_shows_its_help_as_it_is(vestige, words):
     assert "\nCommands:\n" in result.out + result.err
 
 
-COMMANDS = ("run", "demo", "models", "policies", "bench speed")
+COMMANDS = ("run", "demo", "models", "policies", "memories", "bench speed")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -346,7 +372,7 @@ def test_every_command_has_the_options_of_the_contract(vestige, command):
     result = vestige(*command.split(), "--help")
     assert result.code == 0 and result.err == ""
     common = {"--help", "--json", "--seed"}
-    loads = {"--device", "--dtype"} if command not in ("models", "policies") else set()
+    loads = {"--device", "--dtype"} if command not in ("models", "policies", "memories") else set()
     assert common | loads <= set(re.findall(r"--[a-z-]+", result.out))
 
 
@@ -440,7 +466,7 @@ with vestige.attach(model):
 HELP = """
 import sys
 from vestige import cli
-for words in ([], ["run"], ["demo"], ["models"], ["policies"], ["bench"], ["bench", "speed"]):
+for words in ([], ["run"], ["demo"], ["models"], ["policies"], ["memories"], ["bench"], ["bench", "speed"]):
     sys.argv = ["vestige", *words, "--help"]
     try:
         cli.main()
@@ -466,4 +492,4 @@ def test_importing_vestige_loads_no_backend_and_patches_nothing():
 
 
 def test_help_of_each_command_does_not_import_torch():
-    assert fresh(HELP).count("Usage: vestige") == 7
+    assert fresh(HELP).count("Usage: vestige") == 8

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vestige.kernels import AttentionScale, loop
+from vestige.kernels.partial import Partial, merge
 
 HEAD_DIM, VALUE_DIM = 8, 6
 UNEVEN = [9, 13, 8, 10]
@@ -210,6 +211,70 @@ def test_gradients_reach_queries_keys_and_values_as_through_the_formula(new, len
         ours, expected = (torch.autograd.grad(f(given).square().sum(), leaves) for f in (Case.attend, formula))
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=5e-6, rtol=1e-4)  # softmax is float32, as eager has it
+
+
+# With the log of what the pairs weigh.
+
+
+def formula_lse(given: Case) -> Tensor:
+    """Return the log of the sum that attention divides by, one query at a time, in float64."""
+    given = given.to(torch.float64)
+    batch, heads, new, _ = given.query.shape
+    kv_heads = len(given.lengths) // batch
+    lse = given.query.new_empty(batch, heads, new)
+    for b in range(batch):
+        for h in range(heads):
+            row = b * kv_heads + h // (heads // kv_heads)
+            start, held = given.starts[row], given.lengths[row]
+            for t in range(new):
+                visible = slice(start, start + held - new + t + 1)
+                logits = given.scale.capped(given.keys[visible] @ given.query[b, h, t] * given.scale.scaling)
+                if given.scale.sinks is not None:
+                    logits = torch.cat([logits, given.scale.sinks[h : h + 1]])
+                lse[b, h, t] = logits.logsumexp(0)
+    return lse
+
+
+def partially(given: Case) -> Partial:
+    return loop.attend_partially(
+        given.query, given.keys, given.values, given.starts, given.lengths, given.scale
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("new", [1, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_with_its_mass_is_exact_whatever_the_dtype(monkeypatch, layout, new, extra, dtype):
+    monkeypatch.setattr(loop, "QUERY_BLOCK", 3)
+    given = case(new=new, dtype=dtype, **LAYOUTS[layout], **EXTRAS[extra])
+    got, exact = partially(given), formula(given.to(torch.float64))
+    assert got.output.dtype == got.lse.dtype == torch.float32
+    torch.testing.assert_close(got.output.double(), exact, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(got.lse.double(), formula_lse(given), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("lengths", [UNEVEN, EVEN], ids=["uneven", "even"])
+@pytest.mark.parametrize("new", [1, 5])
+def test_gradients_of_attention_with_its_mass_are_those_of_the_formula(new, lengths, extra):
+    given = case(lengths, new, dtype=torch.float64, **EXTRAS[extra])
+    query = given.query.requires_grad_()
+    with torch.enable_grad():
+        got = partially(given)
+        ours = torch.autograd.grad(got.output.square().sum() + got.lse.sum(), query)[0]
+        theirs = torch.autograd.grad(formula(given).square().sum() + formula_lse(given).sum(), query)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_two_parts_of_the_pairs_merged_are_attention_over_all_with_the_sink_counted_once(extra):
+    given = case(EVEN, 1, slack=(0, 0, 0, 0), **EXTRAS[extra])
+    early, late = 6, EVEN[0] - 6
+    first = replace(given, lengths=[early] * 4, scale=replace(given.scale, sinks=None))
+    second = replace(given, starts=[start + early for start in given.starts], lengths=[late] * 4)
+    merged = merge(partially(second), partially(first))
+    torch.testing.assert_close(merged, formula(given.to(torch.float64)).float(), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

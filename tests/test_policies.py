@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -16,13 +16,32 @@ from vestige.kernels import AttentionScale
 from vestige.observe import observed_attention
 from vestige.policies import POLICIES
 from vestige.policies.random import splitmix64, uniform
+from vestige.records import Moments
+from vestige.rope import Rope, Rotation
 
 NAMES = sorted(POLICIES)
 ANNOTATIONS: dict[str, Callable[[torch.Generator, int, int], torch.Tensor]] = {
+    "asked": lambda generator, held, group: torch.rand(held, generator=generator),
+    "absolute_output_norms": lambda generator, held, group: torch.rand(held, generator=generator),
     "output_norms": lambda generator, held, group: torch.rand(held, group, generator=generator).half(),
+    "chunk_attention": lambda generator, held, group: torch.rand(held, generator=generator).half(),
+    "received": lambda generator, held, group: torch.rand(held, generator=generator),
 }
 """Random side arrays by name, of so many pairs and queries per KV head."""
+STILL = Rope(
+    defaultdict(
+        lambda: Rotation(lambda like, at: (like.new_ones(*at.shape, 2), like.new_zeros(*at.shape, 2)), lambda x, *_: x)
+    )
+)
+"""No layer turns its keys."""
 LN = {n: math.log(n) for n in (1, 2, 3, 4, 8)}
+
+
+def random_moments(generator: torch.Generator, batch: int, heads: int, head_dim: int) -> tuple[Moments, ...]:
+    """Return the mean and covariance of some random queries of each batch row."""
+    queries = torch.randn(batch, 20, heads, head_dim, generator=generator)
+    covariances = [torch.stack([torch.cov(row[:, h].T, correction=0) for h in range(heads)]) for row in queries]
+    return tuple(Moments(row.mean(0), c.view(heads, head_dim, -1)) for row, c in zip(queries, covariances, strict=True))
 
 
 def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -> Observation:
@@ -36,6 +55,8 @@ def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -
     side = {name: make(generator, len(keys), group) for name, make in ANNOTATIONS.items()}
     room = (ROOMY.amount,) * len(seen)
     defaults = {"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": kv_heads, "annotations": side, "room": room}
+    defaults["query_moments"] = random_moments(generator, len(seen), group * kv_heads, flat.shape[1])
+    defaults["rope"] = STILL
     return Observation(
         **defaults | fields,
         seen=tuple(seen),
@@ -82,6 +103,8 @@ def random_observation(
         queries=tuple(queries),
         attention=AttentionScale(0.5, softcap, torch.randn(heads, generator=generator) if sinks else None),
         annotations={name: make(generator, held, queries_per_kv) for name, make in ANNOTATIONS.items()},
+        query_moments=random_moments(generator, len(seen), heads, head_dim),
+        rope=STILL,
     )
 
 
@@ -98,6 +121,7 @@ def batch_row(seen: Observation, b: int) -> Observation:
         keys=seen.keys[pairs],
         values=seen.values[pairs],
         queries=seen.queries[b : b + 1],
+        query_moments=seen.query_moments[b : b + 1],
         room=seen.room[b : b + 1],
         annotations={name: x[pairs] for name, x in seen.annotations.items()},
     )
@@ -127,6 +151,46 @@ def by_queries(rows: int) -> Observation:
 
 
 GOLDEN = {
+    # A pair that no replay looked at is marked with -1.
+    "kvzip": (
+        lambda: dataclasses.replace(by_keys(), annotations={"asked": torch.tensor([-1.0, 0.25, 0.0, 1.0, 0.5])}),
+        {},
+        [0, 0.25, 0, 1, 0.5],
+    ),
+    # Tokens 0, 1 and 4 are 0, 1/2 and 1/2 off, by the first and the last 2; in the second head token 2 is 3/2 off.
+    "duo_attention": (by_keys, {"first": 2, "recent": 2, "retrieval": ((1.0, 0.0),)}, [2, 4 / 3, 4 / 3, 1, 2 / 5]),
+    # As snapkv below without pooling, [9 12 18 9 0]/64; the second head reads tokens 0, 2, 5 as [1 1]/2 and [1 3]/4,
+    # then as [1 1 2]/4 and [1 3 4]/8: [18 30 0]/64. A token is worth its mean over the KV heads that hold it.
+    "xkv": (
+        lambda: by_queries(2),
+        {"observed": 2, "kernel": 1},
+        [x / 128 for x in (27, 24, 48, 18, 0, 27, 48, 0)],
+    ),
+    # One head reads keys (x, y) with mean (1, 0) and variance 2 of y: exp(x + y^2) is 2 and 1 for (LN2, 0) and (0, 0),
+    # and e for (0, 1). Token 0 is a sink; values have norm sqrt 3.
+    "expected_attention": (
+        lambda: packed(
+            [{0: [9.0, 9.0], 1: [LN[2], 0.0], 2: [0.0, 0.0], 4: [0.0, 1.0]}],
+            seen=[5],
+            attention=AttentionScale(1.0),
+            query_moments=(Moments(torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])),),
+        ),
+        {"sink": 1, "epsilon": 0.5},
+        [0, *(3**0.5 * (weight / (3 + math.e) + 0.5) for weight in (2, 1, math.e))],
+    ),
+    # Tokens 0 to 3 take no part. Keys 4, 5, 6 are 1, 1, -2 off their mean in x alone: leverages 1/6, 1/6, 4/6, z-scores
+    # -1, -1, 2 over sqrt 2. Attention 3, 0, 3 times the norm sqrt 3, pooled with neighbours (3 before them counts 0):
+    # 3, 6, 3 over 3, z-scores -1, 2, -1 over sqrt 2. The leverage counts half, as half of the 8 tokens may stay.
+    "compactor": (
+        lambda: packed(
+            [{3: [5.0, 0.0], 4: [1.0, 0.0], 5: [1.0, 0.0], 6: [-2.0, 0.0]}],
+            seen=[8],
+            room=(4,),
+            annotations={"chunk_attention": torch.tensor([3.0, 3.0, 0.0, 3.0]).half()},
+        ),
+        {},
+        [0, *((0.5 * a + b) / 2**0.5 for a, b in ((-1, -1), (-1, 2), (2, -1)))],
+    ),
     "full": (by_keys, {}, [0, 0, 0, 0, 0]),
     "streaming_llm": (by_keys, {}, [0, 1, 4, 0, 2]),
     "knorm": (by_keys, {}, [-5, -5, -2, -1, -1]),
@@ -148,6 +212,48 @@ GOLDEN = {
         lambda: dataclasses.replace(by_queries(1), annotations={"output_norms": torch.tensor([[1.0, 3.0]] * 5)}),
         {"observed": 2, "kernel": 3},
         [5**0.5 / 96 * x for x in (15, 25, 25, 17, 7)],
+    ),
+    # The scores of snapkv below.
+    "adakv": (lambda: by_queries(1), {"observed": 2, "kernel": 3}, [x / 64 for x in (7, 13, 13, 9, 3)]),
+    "pyramidkv": (lambda: by_queries(1), {"observed": 2, "kernel": 3}, [x / 64 for x in (7, 13, 13, 9, 3)]),
+    # The attention of snapkv below; token 5 is window. Of the 4 other places 2 go to the largest, 13 and 13 of
+    # 7 + 13 + 13 + 9 = 42; times the norms that is 7, 26, 39, 36 of 108, and 3 * 2 for token 5.
+    "criticalkv": (
+        lambda: dataclasses.replace(
+            by_queries(1), room=(5,), annotations={"absolute_output_norms": torch.tensor([1.0, 2.0, 3.0, 4.0, 2.0])}
+        ),
+        {"observed": 2, "kernel": 3, "sink": 0, "window": 1, "epsilon": 0.0},
+        [7 / 108, 2 + 13 / 42, 2 + 13 / 42, 36 / 108, 6 / 108],
+    ),
+    "h2o": (
+        lambda: dataclasses.replace(by_keys(), annotations={"received": torch.tensor([3.0, 1.0, 0.5, 2.0, 4.0])}),
+        {},
+        [3, 1, 0.5, 2, 4],
+    ),
+    # Token 0 is a sink; tokens 3 and 4 follow 1 and 2 and reach from 0 to 1 and from 0 to 2, so that 1 is (1, 1) and 2
+    # is (1, 0) on their scale: 2 deviates more. Values are all alike.
+    "lagkv": (
+        lambda: packed([{0: [9.0, 9.0], 1: [1.0, 2.0], 2: [1.0, 0.0], 3: [0.0, 2.0], 4: [1.0, 0.0]}], seen=[5]),
+        {"sink": 1, "lag": 2},
+        [1, 0, 1 / 2, 1, 1],
+    ),
+    # The larger product of two heads weighs 2, 2, 4, 8 of 16; of three slots the largest counts. Keys 0, 2 and 3 are
+    # alike: links from 0 and 2 to 3 and from 3 to 2 do not count, so 2, 0, 1, 0 of 4 are left. Token 5 is observed.
+    "r_kv": (
+        lambda: packed(
+            [{0: [LN[2], 0.0], 1: [0.0, LN[2]], 2: [LN[4], 0.0], 3: [LN[8], 0.0], 5: [1.0, 1.0]}],
+            seen=[6],
+            queries=(UNIT,),
+            attention=AttentionScale(1.0),
+        ),
+        {"observed": 2, "kernel": 3},
+        [
+            *(
+                0.1 * weight / 16 - 0.9 * math.exp(mean) / (2 + math.exp(0.5) + math.exp(0.25))
+                for weight, mean in ((2, 0.5), (4, 0), (8, 0.25), (8, 0))
+            ),
+            0,
+        ],
     ),
     # Heads read [1 2 4 1]/8 and [2 2 2 2]/8 at token 4, [1 2 4 1 8]/16 and [2 2 2 2 8]/16 at token 5: the mean is
     # [9 12 18 9]/64; token 5 was observed and counts 0. Three slots are pooled, with zeros beyond the ends.

@@ -6,7 +6,7 @@ import transformers
 from packaging.version import Version
 
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, attach, policies, prefill
-from vestige.reading import announce, finish, forward
+from vestige.reading import announce, finish, forward, replay
 from vestige.testing import left_padded, random_ids, tiny
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
@@ -249,3 +249,153 @@ def test_a_forward_of_padded_rows_gives_the_logits_of_each_alone():
             alone = torch.cat([ids[b][mask[b] > 0], more[b][more_mask[b] > 0], more[b, -1:]])[None]
             expected = model(alone, use_cache=False).logits[:, -1]
             torch.testing.assert_close(got[b : b + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma4"])  # gemma4's last layers are fed only what logits are wanted of
+def test_a_padded_turn_behind_an_eviction_gives_the_logits_it_gives_when_all_are_wanted(name):
+    model = tiny(name)
+    ids, turn = random_ids(model, 2, 20), random_ids(model, 2, 6, seed=1)
+    mask = torch.tensor([[1] * 6, [0] * 4 + [1] * 2])
+    with torch.no_grad(), attach(model):
+        cache = KVCache(model, policy())
+        prefill(model, ids, cache)
+        fork = cache.fork()
+        got = forward(model, turn, cache, mask)
+        whole = {"attention_mask": torch.cat([torch.ones_like(ids), mask], 1)}
+        whole["position_ids"] = (19 + mask.cumsum(1)).clamp_min(0)
+        expected = model(turn, past_key_values=fork, **whole).logits[:, -1]
+    assert cache.ragged and cache.seen == (26, 22)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# Replays: what is fed and taken back.
+
+
+def traces(cache) -> list:
+    """Return everything that a forward leaves in a cache, pairs and rings included, but for the slack of its rows."""
+    found = [cache.ids.tolist(), cache.real.tolist(), cache.seen, vars(cache.schedule).copy(), list(cache.ring_floor)]
+    found += [cache.step, cache.recording, cache.padded]
+    for layer in cache.layers:
+        found += [
+            (name, value) for name, value in sorted(vars(layer).items()) if isinstance(value, int) and name[0] != "_"
+        ]
+        tensors = [value for _, value in sorted(vars(layer).items()) if isinstance(value, torch.Tensor)]
+        for row in range(getattr(layer, "rows", 0)):
+            pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
+            tensors += [column[pairs] for _, column in sorted(layer.columns.items())]
+        tensors += [ring.data for _, ring in sorted(getattr(layer, "rings", {}).items())]
+        found += [tensor.tolist() for tensor in tensors]
+    return found
+
+
+def filled(model, evicted: bool):
+    """Return a cache of two padded batch rows with a turn behind it."""
+    ids, mask = left_padded(model, [24, 17])
+    chosen = policies.SnapKV(budget=Budget.tokens(10 if evicted else 99), observed=5, sink=2, window=3, every=4)
+    cache = KVCache(model, chosen)
+    prefill(model, ids, cache, chunk=9, attention_mask=mask)
+    forward(model, random_ids(model, 2, 3, seed=1), cache)
+    assert cache.ragged == evicted
+    return cache
+
+
+@pytest.mark.parametrize("evicted", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4"])
+def test_a_replay_is_shown_and_taken_back_to_the_last_bit(name, evicted):
+    model, shown = tiny(name), []
+    more, mask = left_padded(model, [7, 4], seed=2)
+    with torch.no_grad(), attach(model):
+        cache = filled(model, evicted)
+        before, untouched = traces(cache), cache.fork()
+        for given in (None, mask):
+            replay(model, more, cache, shown.append, given)
+            assert traces(cache) == before
+        token = random_ids(model, 2, 9, seed=3)
+        assert torch.equal(forward(model, token, cache), forward(model, token, untouched))
+    rows = len(cache.evictable) * 2 * cache.evictable[0].kv_heads
+    assert [len(g.at) for g in shown[:rows]] == [7] * rows
+    assert {len(g.at) for g in shown[rows:] if g.batch == 1} == {4}
+    assert {(g.batch, int(g.at[0])) for g in shown} == {(0, 27), (1, 20)}
+
+
+def test_a_replay_sees_what_the_same_ids_would_see():
+    model = tiny("qwen3", num_hidden_layers=2)
+    text, more = random_ids(model, 1, 20), random_ids(model, 1, 6, seed=1)
+    queries = []
+    with torch.no_grad(), attach(model):
+        for way in (
+            lambda cache: replay(model, more, cache, lambda _: None),
+            lambda cache: forward(model, more, cache),
+        ):
+            cache, outputs = KVCache(model, policies.Full()), []
+            prefill(model, text, cache)
+            hook = model.lm_head.register_forward_hook(lambda _, args, out, to=outputs: to.append(out))
+            way(cache)
+            hook.remove()
+            queries.append(outputs)
+    assert torch.equal(queries[0][0], queries[1][0])
+
+
+def test_what_a_replay_writes_into_side_arrays_of_older_pairs_stays():
+    class Counts(policies.KNorm):
+        annotations = frozenset({"times"})
+
+        def annotate(self, written):
+            return {"times": torch.zeros(written.keys.shape[:3])}
+
+    model = tiny("llama")
+    cache = KVCache(model, Counts(budget=Budget.tokens(40)))
+    with torch.no_grad(), attach(model):
+        prefill(model, random_ids(model, 1, 20), cache)
+        for _ in range(2):
+            replay(model, random_ids(model, 1, 50), cache, lambda glance: glance.annotations["times"].add_(1))
+    for layer in cache.evictable:
+        assert layer.view("times").tolist() == [[[2.0] * 20] * 2]
+
+
+def test_a_replay_settles_nothing_and_is_not_watched_by_the_caches_own_policies():
+    seen = []
+
+    class Watcher(policies.KNorm):
+        def watch(self, glance):
+            seen.append(glance)
+
+    model, told = tiny("llama"), []
+    cache = KVCache(model, Watcher(budget=Budget.tokens(10), sink=2, window=3, every=4))
+    with torch.no_grad(), attach(model):
+        forward(model, random_ids(model, 1, 30), cache)
+        assert len(seen) == 6 and cache.schedule.due(1, 4)
+        replay(model, random_ids(model, 1, 1), cache, told.append)
+    assert len(seen) == 6 and len(told) == 6 and cache.held == 30 * 6 and not cache.ragged
+
+
+def test_a_replay_that_dies_midway_leaves_the_cache_whole():
+    model = tiny("llama")
+
+    def die(glance):
+        if glance.layer_idx == 1:
+            raise KeyboardInterrupt
+
+    with torch.no_grad(), attach(model):
+        for evicted in (False, True):
+            cache = filled(model, evicted)
+            before, untouched, token = traces(cache), cache.fork(), random_ids(model, 2, 2, seed=3)
+            with pytest.raises(KeyboardInterrupt):
+                replay(model, random_ids(model, 2, 6), cache, die)
+            assert traces(cache) == before
+            assert torch.equal(forward(model, token, cache), forward(model, token, untouched))
+
+
+def test_a_policy_that_prepares_leaves_no_free_slots_behind_where_nothing_is_evicted():
+    class Asks(policies.KNorm):
+        def prepare(self, model, cache, ids):
+            replay(model, random_ids(model, len(ids), 50), cache, lambda _: None)
+
+    model = tiny("llama")
+    for tokens in (60, 20):
+        cache = KVCache(model, Asks(budget=Budget.tokens(tokens), sink=2, window=3))
+        with torch.no_grad(), attach(model):
+            prefill(model, random_ids(model, 1, 40), cache)
+        assert cache.prepared and cache.held == min(tokens, 40) * 6
+        assert all(len(layer.columns["keys"]) == sum(layer.lengths) for layer in cache.evictable)
+        assert cache.peak_kv_bytes >= 90 * 6 * cache.evictable[0].pair_bytes, "the peak was that of the replay"

@@ -1,6 +1,6 @@
 """Published runs say what they promise, and take only what was chosen on dev."""
 
-from vestige.recipes import bench
+from vestige.recipes import bench, laprox
 
 
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
@@ -27,3 +27,47 @@ def test_tasks_are_chosen_by_the_full_cache_alone_on_dev_from_candidates_that_ha
     config = bench.choosing(2048)
     assert config.split == "dev" and [arm.policy for arm in config.arms] == ["full"]
     assert set(bench.TASKS) <= set(config.tasks) and len(bench.TASKS) <= 4
+
+
+# LaProx.
+
+
+def test_laprox_meets_the_field_with_equal_pooling_on_the_test_split():
+    aware = laprox.parts()["aware"].config
+    assert aware.split == "test" and aware.question_aware and aware.samples == 20 and aware.lengths == (2048,)
+    pooled = {arm.policy for arm in aware.arms if "kernel=21" in arm.policy}
+    assert pooled == {f"{name}(kernel=21)" for name in ("laprox", "snapkv", "adakv", "pyramidkv", "criticalkv")}
+    assert {"full", "random", "streaming_llm"} <= {arm.policy for arm in aware.arms}
+    assert {arm.budget for arm in aware.arms} == {"1.0", "0.25", "0.1", "0.05"}
+
+
+def test_without_the_question_kvzip_and_keydiff_are_there_too():
+    agnostic = laprox.parts()["agnostic"].config
+    assert not agnostic.question_aware
+    assert {"kvzip", "keydiff"} <= {arm.policy for arm in agnostic.arms}
+
+
+def test_every_part_can_be_run_on_the_dev_split():
+    assert {part.config.split for part in laprox.parts(split="dev").values()} == {"dev"}
+
+
+def scored(policy: str, budget: str, *scores: float) -> list[dict]:
+    arm = {"policy": policy, "budget": budget}
+    return [{"task": "t", "index": i, "score": score, "arm": arm} for i, score in enumerate(scores)]
+
+
+def test_a_loss_is_against_the_full_cache_on_the_same_samples_and_as_a_share_of_snapkvs():
+    records = scored("full", "1.0", 1, 1, 1, 0) + scored("snapkv(kernel=21)", "0.1", 0, 0, 1, 0)
+    records += scored("laprox(kernel=21)", "0.1", 1, 0, 1)  # the last one is still to come
+    rows = {row["policy"]: row for row in laprox.losses(records)}
+    assert set(rows) == {"snapkv(kernel=21)", "laprox(kernel=21)"}
+    assert (rows["snapkv(kernel=21)"]["loss"], rows["snapkv(kernel=21)"]["of_snapkv"]) == (0.5, 1.0)
+    assert rows["laprox(kernel=21)"]["n"] == 3
+    assert rows["laprox(kernel=21)"]["loss"] == 1 / 3 and rows["laprox(kernel=21)"]["of_snapkv"] == 0.5
+    low, high = rows["laprox(kernel=21)"]["of_snapkv_ci95"]
+    assert 0 <= low < 0.5 <= high <= 1
+
+
+def test_nothing_is_said_of_a_share_of_no_loss():
+    records = scored("full", "1.0", 1, 1) + scored("snapkv(kernel=21)", "0.1", 1, 1)
+    assert laprox.losses(records)[0]["of_snapkv"] is None

@@ -100,7 +100,7 @@ def test_the_peak_covers_the_reading_a_chunk_and_the_answers(chatter, story):
 def test_the_row_for_json_agrees_with_the_result(chatter, story):
     model, tokenizer = chatter
     result = run(evicting(story, questions=QUESTIONS), model, tokenizer)
-    row = result.as_dict("tiny", 64, "none")
+    row = result.as_dict("tiny", 64)
     assert json.loads(json.dumps(row)) == row
     assert row["answer"] == row["answers"][0] and len(row["answers"]) == 3
     assert row["kept_fraction"] == row["held"] / (row["seen"] * 6)
@@ -134,7 +134,7 @@ def test_a_reading_can_be_saved_without_a_question(chatter, story, tmp_path):
     model, tokenizer = chatter
     result = run(evicting(story, questions=(), save=tmp_path / "kept"), model, tokenizer)
     assert result.answers == () and result.decode_tokens_per_s == 0.0
-    assert result.as_dict("tiny", 64, "none")["answer"] == ""
+    assert result.as_dict("tiny", 64)["answer"] == ""
     assert KVCache.load(tmp_path / "kept", model).held == result.report.held
 
 

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vestige import memory as memory
     from vestige import policies as policies
     from vestige.attachment import Attachment as Attachment
     from vestige.attachment import attach as attach
@@ -56,6 +57,7 @@ _HOME = {
     "check": "models",
     "detach": "attachment",
     "load": "download",
+    "memory": "memory",
     "policies": "policies",
     "prefill": "reading",
 }
@@ -67,7 +69,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'vestige' has no attribute {name!r}")
     module = importlib.import_module(f"vestige.{_HOME[name]}")
-    return module if name == "policies" else getattr(module, name)
+    return module if name in ("memory", "policies") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

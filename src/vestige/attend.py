@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vestige.errors import ModelError
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
+from vestige.kernels.partial import merge
 from vestige.layers import RaggedLayer, Step
 
 NAME = "vestige"
@@ -51,16 +52,26 @@ def vestige_attention(
 
 def _ragged(query: Tensor, layer: RaggedLayer, step: Step, scale: AttentionScale) -> Tensor:
     """Attend over rows of different lengths; pads, which have no pairs, read 0."""
-    keys, values = layer.columns["keys"], layer.columns["values"]
     if not step.padded:
-        return loop.attend(query, keys, values, layer.starts, layer.lengths, scale)
-    out = query.new_zeros(*query.shape[:3], values.shape[-1])
+        return _remembering(query, layer, slice(0, layer.rows), scale)
+    out = query.new_zeros(*query.shape[:3], layer.columns["values"].shape[-1])
+    missing = step.new - query.shape[2]  # layers that read the pairs of others may be fed the last tokens alone
     for b in range(query.shape[0]):
         rows, real = slice(b * layer.kv_heads, (b + 1) * layer.kv_heads), step.valid(b)
+        real = real[real >= missing] - missing
         if len(real):
-            one = query[b : b + 1, :, real]
-            out[b][:, real] = loop.attend(one, keys, values, layer.starts[rows], layer.lengths[rows], scale)[0]
+            out[b][:, real] = _remembering(query[b : b + 1, :, real], layer, rows, scale)[0]
     return out
+
+
+def _remembering(query: Tensor, layer: RaggedLayer, rows: slice, scale: AttentionScale) -> Tensor:
+    """Attend over some rows, all of whose queries are real, and over what a memory knows of their evicted pairs."""
+    keys, values = layer.columns["keys"], layer.columns["values"]
+    pairs = (query, keys, values, layer.starts[rows], layer.lengths[rows], scale)
+    if layer.remains is None:
+        return loop.attend(*pairs)
+    kept = loop.attend_partially(*pairs)
+    return merge(kept, layer.remains.recall(query, rows, scale)).to(query.dtype)
 
 
 def _dense(

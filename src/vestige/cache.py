@@ -1,13 +1,12 @@
 """The cache that ``model.generate`` is handed: it decides when room is made, asks the policy, and keeps the books."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,12 +18,15 @@ from vestige import settling
 from vestige.budget import Budget, Footprint
 from vestige.errors import CacheError, InputError, PolicyError
 from vestige.fed import Fed, check_positions
+from vestige.foreign import copy_layer, tensors_of
 from vestige.layers import RaggedLayer, Step
 from vestige.models import Anatomy, check
 from vestige.observe import Glance, Phase
 from vestige.policy import Policy, Prepares, Written
 from vestige.recording import Recording
+from vestige.remains import Absorbed, Forgotten, Memory
 from vestige.report import LayerReport, Report
+from vestige.rope import Rope
 from vestige.schedule import Schedule
 from vestige.spans import Span
 
@@ -38,6 +40,7 @@ class KVCache(Cache):
     Args:
         model: The model that will fill the cache.
         policy: What to keep; its budget says how much. ``policies.Full()`` keeps everything.
+        memory: What remains of evicted pairs, for every later query to read; None forgets them.
         observers: Policies that a :meth:`fork` may change to: what they need is recorded too, so that one reading
             serves many policies.
 
@@ -46,22 +49,31 @@ class KVCache(Cache):
         BudgetError: The budget is below the protected pairs.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, *, observers: Sequence[Policy] = ()) -> None:
-        self._start(check(model), policy, [policy, *observers])
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        *,
+        memory: Memory | None = None,
+        observers: Sequence[Policy] = (),
+    ) -> None:
+        self._start(check(model), policy, [policy, *observers], memory)
         if policy.budget is not None:
-            policy.budget.check(policy.protected, footprint=self.anatomy.expected_footprint(model.dtype))
+            policy.budget.check(policy.protected, footprint=self.anatomy.expected_footprint(model.dtype, memory))
 
-    def _start(self, anatomy: Anatomy, policy: Policy, observers: Sequence[Policy]) -> None:
+    def _start(self, anatomy: Anatomy, policy: Policy, observers: Sequence[Policy], memory: Memory | None) -> None:
         self.anatomy = anatomy
         layers = DynamicCache(config=anatomy.config).layers
         for idx in anatomy.evictable:
             layers[idx] = RaggedLayer(self, idx)
         super().__init__(layers=layers)
-        self.policy = policy
+        self.policy, self.memory, self.absorbed = policy, memory, Absorbed()
         self.recording = Recording.of(observers)
         if "output" in self.recording.needs:
             for idx in anatomy.evictable:  # refuse a model without one before anything is read
                 anatomy.output(idx)
+        if _TURNING & self.recording.needs:
+            anatomy.rope()
         self.schedule = Schedule()
         self.lengths: tuple[int, ...] | None = None
         """The announced full length of each batch row, which a fraction budget is a fraction of."""
@@ -116,6 +128,11 @@ class KVCache(Cache):
         """Free slots that each row gets when tokens come: room until the next settle. A cache at rest has none."""
         return self.policy.every
 
+    @property
+    def rope(self) -> Rope | None:
+        """How the layers turn keys and queries, if that is recorded or looked at."""
+        return self.anatomy.rope() if _TURNING & self.recording.needs else None
+
     def pin(self, span: Span) -> None:
         """Protect the pairs of a span, in every layer and batch row, from eviction.
 
@@ -147,7 +164,8 @@ class KVCache(Cache):
         started = time.perf_counter()
         phase = Phase.PREFILL if self.schedule.prompt or not self.schedule.generated else Phase.DECODE
         room = self.room(reading=reading)
-        if settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming):
+        absorbed = None if self.memory is None else self.absorbed
+        if settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, absorbed):
             self.evict_s += time.perf_counter() - started
         self.schedule.settled()
 
@@ -178,24 +196,37 @@ class KVCache(Cache):
             fixed_bytes=sum(layer.fixed_bytes for layer in layers) + pair_bytes * batch * self.slack,
         )
 
-    def fork(self, policy: Policy | None = None) -> "KVCache":
-        """Return an equal cache that shares no memory, with another policy if one is given.
+    def forget(self, span: Span) -> Forgotten:
+        """Return how far the memory is free of a span, in every batch row. Nothing is changed.
+
+        ``EXACT`` if no pair of the span was ever absorbed, else ``IMPOSSIBLE``: a sum cannot be taken apart. Only a
+        replay of the ids without the span makes the memory anew (``REBUILT``), and that is what erasers do.
+        """
+        return Forgotten.IMPOSSIBLE if self.absorbed.overlaps(span) else Forgotten.EXACT
+
+    def fork(self, policy: Policy | None = None, *, memory: Memory | Literal["same"] | None = "same") -> "KVCache":
+        """Return an equal cache that shares no storage, with another policy or memory if one is given.
 
         A fork with another policy forgets the queries that this policy does not look at, so its bytes are its own.
 
         Raises:
-            PolicyError: The policy needs something this cache did not record (see ``observers``).
+            PolicyError: The policy needs something this cache did not record (see ``observers``), or the memory is
+                another one and pairs were evicted already.
         """
         changed, policy = policy is not None, self.policy if policy is None else policy
+        memory = self.memory if memory == "same" else memory
         self.recording.check(policy)
+        if self.ragged and memory != self.memory:
+            raise PolicyError(f"pairs were evicted already, so the memory stays {self.memory}; {memory} came too late")
         twin = object.__new__(KVCache)
-        twin._start(self.anatomy, policy, [policy])
+        twin._start(self.anatomy, policy, [policy], memory)
         for name in _SHARED:
             setattr(twin, name, getattr(self, name))
         twin.schedule = Schedule(**vars(self.schedule))
         twin.ring_floor, twin.fed = list(self.ring_floor), self.fed.copy()
+        twin.absorbed = Absorbed(dict(self.absorbed.ranges))
         twin.layers = [
-            layer.copy_to(twin) if isinstance(layer, RaggedLayer) else _copy_layer(layer) for layer in self.layers
+            layer.copy_to(twin) if isinstance(layer, RaggedLayer) else copy_layer(layer) for layer in self.layers
         ]
         if changed:
             for layer in twin.evictable:
@@ -237,8 +268,10 @@ class KVCache(Cache):
             kv_bytes=self.nbytes,
             peak_kv_bytes=max(self.peak_kv_bytes, self.nbytes),
             full_kv_bytes=sum(layer.dynamic_bytes for layer in layers),
-            other_kv_bytes=sum(t.nbytes for layer in self.layers for t in _tensors(layer)),
-            memory_bytes=0,
+            other_kv_bytes=sum(
+                t.nbytes for layer in self.layers if not isinstance(layer, RaggedLayer) for t in tensors_of(layer)
+            ),
+            memory_bytes=sum(layer.memory_bytes for layer in layers),
             evict_s=self.evict_s,
             annotate_s=self.annotate_s,
             budget_total=budget,
@@ -341,7 +374,7 @@ class KVCache(Cache):
             watch: Shown each row as the queries fed attend to it; may write to the policy's own side arrays.
         """
         books = {name: getattr(self, name) for name in ("step", "seen", "recording", "fed", "schedule")}
-        others = {i: _copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
+        others = {i: copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
         padded = [layer.padded_seen for layer in self.evictable]
         self.recording = replace(self.recording, ring_sizes={}, watchers=(watch,))
         self.fed = self.fed.copy()
@@ -373,13 +406,15 @@ class KVCache(Cache):
         return -1
 
     def reset(self) -> None:
-        """Forget everything that was read; policy and observers stay."""
+        """Forget everything that was read; policy, memory (emptied) and observers stay."""
         recording = self.recording
-        self._start(self.anatomy, self.policy, [self.policy])
+        self._start(self.anatomy, self.policy, [self.policy], self.memory)
         self.recording = recording
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens). What was evicted is not restored.
+
+        A memory keeps what it absorbed of them.
 
         Raises:
             InputError: A positive number, or more tokens than were seen. The cache is unchanged.
@@ -421,6 +456,7 @@ class KVCache(Cache):
         self.seen = tuple(self.seen[b] for b in order)
         self.ring_floor = [self.ring_floor[b] for b in order]
         self.lengths = self.lengths and tuple(self.lengths[b] for b in order)
+        self.absorbed = self.absorbed.select(order)
         self.fed.reorder(rows)
 
     # Books.
@@ -434,29 +470,8 @@ class KVCache(Cache):
             )
 
 
+_TURNING = frozenset({"rope", "query_moments"})
+"""Needs for which the model's rotary positions must be understood."""
+
 _SHARED = ("lengths", "reading_to", "pins", "step", "seen", "prepared", "evict_s", "annotate_s")
 """What a fork takes over as it is: values that are replaced, never changed in place."""
-
-
-def _copy_layer(layer: Any) -> Any:
-    """Return a copy of a layer that is not ours, with tensors of its own."""
-    twin = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, dict):
-            setattr(twin, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
-        elif isinstance(value, list | tuple):
-            setattr(twin, name, type(value)(v.clone() if isinstance(v, Tensor) else v for v in value))
-        elif isinstance(value, Tensor):
-            setattr(twin, name, value.clone())
-    return twin
-
-
-def _tensors(layer: Any) -> list[Tensor]:
-    """Return the tensors of a layer that is not ours, those in dicts and lists included."""
-    if isinstance(layer, RaggedLayer):
-        return []
-    found: list[Tensor] = []
-    for value in vars(layer).values():
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        found += [x for x in inner if isinstance(x, Tensor)]
-    return found

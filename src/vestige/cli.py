@@ -53,7 +53,7 @@ BudgetText = Annotated[
 ShareName = Annotated[
     str | None, typer.Option(help="Who competes for room: head, layer or model; default: the method's own choice.")
 ]
-MemoryName = Annotated[str, typer.Option(help="What remains of the evicted: none.")]
+MemoryName = Annotated[str, typer.Option(help="What remains of the evicted; see `vestige memories`.")]
 Chunk = Annotated[int, typer.Option(help="Tokens per forward while reading.", min=1)]
 NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 
@@ -99,7 +99,7 @@ def run(
     network, tokenizer = load(model, device=device, dtype=dtype)
     with show.reading_bar(err) as advance:
         result = job(config, network, tokenizer, advance)
-    row = result.as_dict(model, chunk, memory)
+    row = result.as_dict(model, chunk)
     if as_json:
         return _print_json(row)
     for asked, reply in zip(config.questions, result.answers, strict=True):
@@ -139,6 +139,15 @@ def policies(seed: Seed = 0, as_json: Json = False) -> None:
     _print_listing({name: (resolve(name).__doc__ or "").strip().splitlines()[0] for name in POLICIES}, as_json)
 
 
+@app.command()
+def memories(seed: Seed = 0, as_json: Json = False) -> None:
+    """List what can remain of evicted pairs."""
+    from vestige.memory import MEMORIES, resolve
+
+    lines = {name: ((cls := resolve(name)) and cls.__doc__) or "Evicted pairs leave nothing." for name in MEMORIES}
+    _print_listing({name: line.strip().splitlines()[0] for name, line in lines.items()}, as_json)
+
+
 @bench.command()
 def tasks(
     task: Annotated[
@@ -170,7 +179,9 @@ def tasks(
     share: Annotated[
         str | None, typer.Option(help="Who competes for room: head, layer, model; several: head,model.")
     ] = None,
-    memory: Annotated[str, typer.Option(help="What remains of the evicted: none.")] = "none",
+    memory: Annotated[
+        str, typer.Option(help="What remains of the evicted; see `vestige memories`; several: none,moments.")
+    ] = "none",
     peer: Annotated[
         str | None,
         typer.Option(help="kvpress:SnapKVPress (any press), transformers:dynamic, transformers:quantized; several."),

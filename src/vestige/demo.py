@@ -31,7 +31,7 @@ class DemoResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row that ``--json`` prints: run's, with the unevicted answers and speed beside it."""
-        row = self.evicted.as_dict(MODEL, CHUNK, "none")
+        row = self.evicted.as_dict(MODEL, CHUNK)
         return row | {
             "questions": list(QUESTIONS),
             "full_answers": [answer.text for answer in self.full.answers],

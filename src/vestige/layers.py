@@ -8,7 +8,7 @@ stored while the layer is dense and go with the first eviction.
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +21,16 @@ from vestige.errors import CacheError, PolicyError
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale
 from vestige.observe import Glance, Observation, Phase
-from vestige.records import Ring
+from vestige.records import Record, kind_of
+from vestige.remains import Evicted, Remains
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache
 
 _PAIR = ("keys", "values", "positions")
 """Columns of every layer; the others are side arrays."""
+_BLOCK = 1024
+"""Queries whose moments are counted in at once."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ class RaggedLayer(CacheLayerMixin):
         self.kv_heads = 0
         self.padded_seen = 0
         self.ragged = False
-        self.rings: dict[str, Ring] = {}
-        """The latest queries, and what enters the layer, as far as policies look back."""
+        self.rings: dict[str, Record] = {}
+        """The latest queries, and what enters the layer, as far as policies look back; and moments of all queries."""
+        self.remains: Remains | None = None
+        """What the cache's memory knows of evicted pairs; None until it absorbed one."""
         self.attention: AttentionScale | None = None
         self.hidden: Tensor | None = None
         self._capacity = 0
@@ -149,7 +154,8 @@ class RaggedLayer(CacheLayerMixin):
         self.__dict__.update(fresh.__dict__)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the slots of the last ``-tokens_to_remove`` tokens; what was evicted before does not come back.
+        """Drop the slots of the last ``-tokens_to_remove`` tokens; what was evicted before does not come back, and what
+        a memory absorbed stays there.
 
         The slots become slack, so nothing is copied. Called by the cache, which knows the new length of each row.
         """
@@ -183,6 +189,7 @@ class RaggedLayer(CacheLayerMixin):
         slots = ragged.packed_slots([self.starts[row] for row in rows], lengths, self.device)
         self._rebuild(slots, lengths)
         self.rings = {name: ring.select(batch_rows) for name, ring in self.rings.items()}
+        self.remains = self.remains and self.remains.select(rows)
 
     # What the cache and the attention function call.
 
@@ -206,13 +213,28 @@ class RaggedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of live storage: columns with their slack, and rings."""
-        return sum(column.nbytes for column in self.columns.values()) + self.fixed_bytes
+        """Bytes of live storage: columns with their slack, rings, and what a memory keeps."""
+        return sum(column.nbytes for column in self.columns.values()) + self._ring_bytes + self.memory_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of what remains of evicted pairs; part of ``nbytes``."""
+        return self.remains.nbytes if self.remains else 0
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that no eviction frees."""
+        """Bytes that no eviction frees, those that a memory takes from the first eviction on included."""
+        if self.cache.memory is None or not self.columns:
+            return self._ring_bytes
+        return self._ring_bytes + self.rows * self.cache.memory.state_bytes(*self._pair_sizes)
+
+    @property
+    def _ring_bytes(self) -> int:
         return sum(ring.nbytes for ring in self.rings.values())
+
+    @property
+    def _pair_sizes(self) -> tuple[int, int]:
+        return self.columns["keys"].shape[1], self.columns["values"].shape[1]
 
     @property
     def pair_bytes(self) -> int:
@@ -274,6 +296,9 @@ class RaggedLayer(CacheLayerMixin):
             positions=packed.pop("positions"),
             queries=latest.get("queries", ()),
             hidden=tuple(x[0] for x in latest.get("hidden", ())),
+            query_moments=latest.get("query_moments", ()),
+            rope=self.cache.rope,
+            module=self.cache.anatomy.attentions[self.layer_idx],
             attention=self.attention,
             annotations=packed,
         )
@@ -283,12 +308,23 @@ class RaggedLayer(CacheLayerMixin):
         self._rebuild(slots, list(lengths), coming=[coming] * len(lengths) if coming else None)
         self.ragged = True
 
+    def remaining(self, slots: Int[Tensor, " gone"], lengths: Sequence[int]) -> Remains | None:
+        """Return what remains of evicted pairs once these slots (packed) go too; the layer is not changed."""
+        memory = self.cache.memory
+        if memory is None or not len(slots):
+            return self.remains
+        evicted = Evicted.of(self.layer_idx, self.columns, slots, lengths)
+        self.cache.note_peak(evicted.nbytes)
+        empty = memory.empty(self.rows, *self._pair_sizes, self.device) if self.remains is None else {}
+        before = self.remains or Remains(memory=memory, layer_idx=self.layer_idx, state=empty)
+        return before.absorb(evicted)
+
     def record(self, name: str, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
         """Remember the latest rows of a kind, if any policy looks back at them."""
         size = self.cache.recording.ring_sizes.get(name, 0)
         if size:
             if name not in self.rings:
-                self.rings[name] = Ring.like(new, size)
+                self.rings[name] = kind_of(name).like(new, size)
                 self.cache.note_peak()
             self.rings[name].record(new.detach(), step)
 
@@ -296,6 +332,7 @@ class RaggedLayer(CacheLayerMixin):
         """Show new queries to what looks at every query, row by row; their own pairs are stored already."""
         self.attention = scale
         self.record("queries", query, step)
+        self._record_moments(query.detach(), step)
         if not self.cache.recording.watchers:
             return
         for row in range(self.rows):
@@ -306,6 +343,7 @@ class RaggedLayer(CacheLayerMixin):
             pairs = slice(self.starts[row], self.starts[row] + self.lengths[row])
             glance = Glance(
                 layer_idx=self.layer_idx,
+                batch=b,
                 kv_head=kv_head,
                 queries=group[:, new],
                 at=step.positions[b, new].long(),
@@ -315,6 +353,21 @@ class RaggedLayer(CacheLayerMixin):
             )
             for watch in self.cache.recording.watchers:
                 watch(glance)
+
+    def shrink(self) -> None:
+        """Give free slots back, if there are any."""
+        if self._room:
+            self._rebuild(ragged.packed_slots(self.starts, self.lengths, self.device), list(self.lengths))
+
+    def _record_moments(self, query: Float[Tensor, "batch heads new head_dim"], step: Step) -> None:
+        """Count queries in as they were before RoPE, in blocks: turned back in float32, all of a text would weigh."""
+        rope = self.cache.rope
+        if rope is None or "query_moments" not in self.cache.recording.ring_sizes:
+            return
+        for start in range(0, step.new, _BLOCK):
+            part = replace(step, positions=step.positions[:, start : start + _BLOCK])
+            block = query[:, :, start : start + _BLOCK].float()
+            self.record("query_moments", rope.unrotate(block, part.positions, self.layer_idx), part)
 
     def narrow(self, annotations: frozenset[str], ring_sizes: Mapping[str, int]) -> None:
         """Forget side arrays and rings beyond those named, and make rings as short as asked."""
@@ -335,6 +388,7 @@ class RaggedLayer(CacheLayerMixin):
         twin.columns = {name: column.detach().clone() for name, column in self.columns.items()}
         twin.starts, twin.lengths = list(self.starts), list(self.lengths)
         twin.rings = {name: ring.copy() for name, ring in self.rings.items()}
+        twin.remains = self.remains and self.remains.copy()
         return twin
 
     def restore(

@@ -1,8 +1,11 @@
 """The one file that knows architectures: what can be evicted, where things are, and what must be refused, and why."""
 
 import hashlib
+import inspect
 import json
+import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from vestige.budget import Footprint
 from vestige.errors import ModelError
 from vestige.output import OutputProjection
+from vestige.remains import Memory
+from vestige.rope import Rope, Rotation
 
 TRANSFORMS_AFTER_UPDATE = {
     "diffllama": "it subtracts two attentions over halved heads of the cached keys",
@@ -60,11 +65,13 @@ class Anatomy:
         """Positions that the model was made for, if its config says."""
         return getattr(self.config, "max_position_embeddings", None)
 
-    def expected_footprint(self, dtype: torch.dtype) -> Footprint:
+    def expected_footprint(self, dtype: torch.dtype, memory: Memory | None = None) -> Footprint:
         """Return what a batch row will weigh, by the config: enough to refuse a hopeless budget before reading."""
         sizes = [self._row_sizes(module) for module in self.attentions.values()]
         rows = sum(heads for heads, _ in sizes)
-        return Footprint(rows, sum(heads * (2 * head_dim * dtype.itemsize + 4) for heads, head_dim in sizes))
+        pairs = sum(heads * (2 * head_dim * dtype.itemsize + 4) for heads, head_dim in sizes)
+        states = 0 if memory is None else sum(heads * memory.state_bytes(size, size) for heads, size in sizes)
+        return Footprint(rows, pairs, states)
 
     def _row_sizes(self, attention: Any) -> tuple[int, int]:
         """Return KV heads and head size of an attention module, which can differ between layers (Gemma 4)."""
@@ -91,6 +98,21 @@ class Anatomy:
             by_head = weight.detach().T.unflatten(0, (heads, -1))
             _outputs[module] = (state, OutputProjection(by_head))
         return _outputs[module][1]
+
+    def rope(self) -> Rope:
+        """Return how the evictable layers turn keys and queries by their positions; found out once per model.
+
+        Each layer is tried out on one made-up token at two positions: a rotation is believed if it undoes to the same
+        key what the layer did at both. So a layer without RoPE is seen to have none, and nothing is guessed.
+
+        Raises:
+            ModelError: Positions have several axes (mRoPE), angles depend on the length of the text, or no rotation
+                that we can find explains what the layer does.
+        """
+        if self.decoder not in _ropes:
+            _check_rope_kind(self)
+            _ropes[self.decoder] = Rope({i: _rotation(self, i) for i in self.evictable})
+        return _ropes[self.decoder]
 
     def fingerprint(self) -> str:
         """Return a hash of the config and of a few weights of every parameter, to tell one model from another."""
@@ -157,3 +179,101 @@ def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
         if isinstance(idx, int) and "attention" in type(module).__name__.lower():
             found.setdefault(idx, module)
     return found
+
+
+_ropes: "weakref.WeakKeyDictionary[nn.Module, Rope]" = weakref.WeakKeyDictionary()
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+_TRIED = (0, 7)  # positions at which a layer is tried out
+_AGREES = 0.05  # relative error: bf16 rounds to less, another rotation is off by far more
+
+
+def _check_rope_kind(anatomy: Anatomy) -> None:
+    """Refuse by config what trying out would not show: it happens with images, or in long texts only."""
+    settings = getattr(anatomy.config, "rope_parameters", None) or {}
+    for one in [settings, *(x for x in settings.values() if isinstance(x, dict))]:  # some have one per layer type
+        if "mrope_section" in one:
+            raise _no_rope(anatomy, "their positions have several axes (mRoPE)")
+        if (kind := one.get("rope_type")) in _LENGTH_DEPENDENT:
+            raise _no_rope(anatomy, f"their angles depend on the length of the text (rope_type {kind!r})")
+
+
+def _no_rope(anatomy: Anatomy, reason: str) -> ModelError:
+    name = f"{type(anatomy.model).__name__} ({anatomy.config.model_type})"
+    return ModelError(f"keys of {name} cannot be turned back to what they were before RoPE: {reason}")
+
+
+def _rotation(anatomy: Anatomy, layer_idx: int) -> Rotation:
+    """Return the rotation that explains what a layer does to its keys."""
+    module, rotary = anatomy.attentions[layer_idx], getattr(anatomy.decoder, "rotary_emb", None)
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if rotary is None or apply is None:
+        raise _no_rope(anatomy, "its decoder has no rotary_emb, or its code no apply_rotary_pos_emb")
+    layer_types = getattr(anatomy.config, "layer_types", None)
+    candidates = _candidates(rotary, apply, layer_types[layer_idx] if layer_types else None)
+    try:
+        positions = torch.tensor(_TRIED, device=anatomy.device)[:, None]
+        keys = _keys_at(anatomy, layer_idx, candidates[0].angles, positions)
+        found = next((one for one in candidates if _explains(one, keys, positions)), None)
+    except Exception as error:  # foreign code, called in a way it may not know: whatever it raises says so
+        raise _no_rope(anatomy, f"layer {layer_idx} could not be tried out: {error}") from error
+    if found is None:
+        raise _no_rope(anatomy, f"no rotation explains what layer {layer_idx} does")
+    return found
+
+
+def _candidates(rotary: Any, apply: Any, layer_type: str | None) -> list[Rotation]:
+    """Return what a layer may do: turn whole vectors by the model's own function, turn their first part, nothing."""
+    extra = {"layer_type": layer_type} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
+    alone = next(iter(inspect.signature(apply).parameters)) == "x"  # gemma4 turns queries and keys one by one
+
+    def angles(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary(like, positions, **extra)
+        return cos, sin
+
+    def still(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = angles(like, positions)
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
+    def whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned: Tensor = apply(x, cos, sin) if alone else apply(x, x, cos, sin)[0]
+        return turned
+
+    def first_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        size = cos.shape[-1]
+        return torch.cat([whole(x[..., :size], cos, sin), x[..., size:]], -1)
+
+    return [Rotation(turns, turn) for turns in (angles, still) for turn in (whole, first_part)]
+
+
+def _keys_at(anatomy: Anatomy, layer_idx: int, angles: Any, positions: Tensor) -> Tensor:
+    """Return the keys ``tried kv_heads 1 head_dim`` that a layer stores for one made-up token at each position."""
+    module, cache = anatomy.attentions[layer_idx], DynamicCache()
+    like = torch.linspace(-1, 1, anatomy.config.hidden_size, device=anatomy.device, dtype=anatomy.model.dtype)
+    token = like.expand(len(positions), 1, -1)
+    given = {
+        "hidden_states": token,
+        "position_embeddings": angles(token, positions),
+        "attention_mask": None,
+        "past_key_values": cache,
+    }
+    with torch.no_grad():
+        module(**given, **{name: {} for name in _required(module) if name not in given})
+    stored: Any = cache.layers[layer_idx]
+    keys: Tensor = stored.keys
+    return keys
+
+
+def _required(module: nn.Module) -> Iterator[str]:
+    """Yield what the module must be given: gemma4 asks for a dict of shared pairs."""
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            yield name
+
+
+def _explains(rotation: Rotation, keys: Tensor, positions: Tensor) -> bool:
+    """Return whether a rotation turns the keys of one token at several positions back into one key."""
+    try:
+        one, other = Rope({0: rotation}).unrotate(keys, positions, 0).float()
+    except RuntimeError:  # sizes that do not fit: of a part, or of a whole
+        return False
+    return bool((one - other).norm() <= _AGREES * one.norm())

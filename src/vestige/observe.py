@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d
 
 from vestige.kernels import AttentionScale
+from vestige.records import Moments
+from vestige.rope import Rope
 
 
 class Phase(Enum):
@@ -48,6 +50,10 @@ class Observation:
             is at position ``seen - 1``. Empty unless the policy needs ``"queries"``.
         hidden: Per batch row what the latest tokens brought into the attention module, oldest first, ``latest
             hidden``; the last one is at position ``seen - 1``. Empty unless the policy looks back at it.
+        query_moments: Per batch row mean and covariance of all queries, before RoPE. Empty unless the policy needs
+            ``"query_moments"``.
+        rope: How the model's layers turn keys, if a policy needs ``"rope"``.
+        module: The layer's attention module, for methods that call its projections; never to be changed.
         attention: How the layer weighs query-key products, if queries were observed.
         annotations: Per-pair side arrays that the policy wrote when the pairs were stored.
     """
@@ -63,6 +69,9 @@ class Observation:
     values: Float[Tensor, "held value_dim"]
     queries: tuple[Float[Tensor, "heads _latest head_dim"], ...] = ()
     hidden: tuple[Float[Tensor, "_latest hidden"], ...] = ()
+    query_moments: tuple[Moments, ...] = ()
+    rope: Rope | None = None
+    module: nn.Module | None = None
     attention: AttentionScale | None = None
     annotations: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -79,6 +88,7 @@ class Glance:
 
     Args:
         layer_idx: Index of the layer in the model.
+        batch: The row's batch row.
         kv_head: The row's KV head.
         queries: New queries of the heads that read this row, after RoPE.
         at: Position of each new query; pads are left out.
@@ -90,6 +100,7 @@ class Glance:
     """
 
     layer_idx: int
+    batch: int = 0
     kv_head: int
     queries: Float[Tensor, "queries_per_kv new head_dim"]
     at: Int[Tensor, " new"]

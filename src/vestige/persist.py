@@ -26,10 +26,14 @@ from vestige.cache import KVCache
 from vestige.errors import CacheFileError, InputError
 from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer, Step
+from vestige.memory import MEMORIES
+from vestige.memory import name_of as memory_name
+from vestige.memory import resolve as memory_class
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policy import Policy
 from vestige.recording import Recording
-from vestige.records import Ring
+from vestige.records import kind_of
+from vestige.remains import Absorbed, Memory, Remains
 from vestige.schedule import Schedule
 from vestige.spans import Span
 
@@ -42,7 +46,7 @@ def save(cache: KVCache, path: Path) -> None:
 
     Raises:
         InputError: The folder exists and is not empty, or cannot be written. Nothing is left behind.
-        CacheFileError: The policy has no name that loading could find.
+        CacheFileError: The policy or the memory has no name that loading could find.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not empty; name a new folder")
@@ -51,6 +55,8 @@ def save(cache: KVCache, path: Path) -> None:
         "format": FORMAT,
         "model": cache.anatomy.fingerprint(),
         "policy": _policy_to_json(cache.policy),
+        "memory": _memory_to_json(cache.memory),
+        "absorbed": {b: [[one.start, one.end] for one in row] for b, row in cache.absorbed.ranges.items()},
         "needs": sorted(cache.recording.needs),
         "ring_sizes": dict(cache.recording.ring_sizes),
         "writers": [_policy_to_json(one) for one in cache.recording.writers if isinstance(one, Policy)],
@@ -133,6 +139,7 @@ def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]
     tensors = {f"column.{name}": ragged.gather(column, slots) for name, column in layer.columns.items()}
     plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
     tensors |= {f"ring.{name}": ring.data for name, ring in layer.rings.items()}
+    tensors |= {f"memory.{name}": x for name, x in layer.remains.state.items()} if layer.remains else {}
     if layer.attention is not None:
         plain |= {"scaling": layer.attention.scaling, "softcap": layer.attention.softcap}
         if layer.attention.sinks is not None:
@@ -156,7 +163,7 @@ def _foreign_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel, path: Path) -> KVCache:
-    cache = KVCache(model, _policy_from_json(books["policy"]))
+    cache = KVCache(model, _policy_from_json(books["policy"]), memory=_memory_from_json(books["memory"]))
     if books["model"] != cache.anatomy.fingerprint():
         raise CacheFileError(f"{path} was made for another model or other weights than {model.config.name_or_path!r}")
     for name in ("prepared", "peak_kv_bytes", "evict_s", "annotate_s"):
@@ -165,6 +172,7 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
     cache.recording = replace(recording, needs=frozenset(books["needs"]), ring_sizes=books["ring_sizes"])
     cache.lengths = books["lengths"] and tuple(books["lengths"])
     cache.pins = tuple(Span(*pin) for pin in books["pins"])
+    cache.absorbed = Absorbed({int(b): tuple(Span(*x) for x in row) for b, row in books["absorbed"].items()})
     cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
     cache.schedule = Schedule(**books["schedule"])
     if books["seen"]:
@@ -185,12 +193,18 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
     if not plain:
         return
     sinks = inner.pop("sinks", None)
-    rings = {name: x for name, x in inner.items() if name.startswith("ring.")}
-    layer.rings = {name.removeprefix("ring."): Ring(x) for name, x in rings.items()}
+    kinds: dict[str, dict[str, Tensor]] = {"column": {}, "ring": {}, "memory": {}}
+    for name, tensor in inner.items():
+        kind, _, own_name = name.partition(".")
+        kinds[kind][own_name] = tensor
+    layer.rings = {name: kind_of(name)(x) for name, x in kinds["ring"].items()}
+    if kinds["memory"]:
+        memory = layer.cache.memory
+        assert memory is not None, "states are saved with the memory that owns them"
+        layer.remains = Remains(memory=memory, layer_idx=layer.layer_idx, state=kinds["memory"])
     if "scaling" in plain:
         layer.attention = AttentionScale(plain["scaling"], plain["softcap"], sinks)
-    columns = {name.removeprefix("column."): column for name, column in inner.items() if name not in rings}
-    layer.restore(columns, plain["lengths"], plain["kv_heads"], plain["padded_seen"], plain["ragged"])
+    layer.restore(kinds["column"], plain["lengths"], plain["kv_heads"], plain["padded_seen"], plain["ragged"])
 
 
 def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor], model: PreTrainedModel) -> None:
@@ -221,8 +235,27 @@ def _policy_to_json(policy: Policy) -> dict[str, Any]:
 def _policy_from_json(saved: dict[str, Any]) -> Policy:
     cls: Any = resolve(saved["name"])
     budget = None if saved["budget"] is None else Budget(*saved["budget"])
-    policy: Policy = cls(budget=budget, **saved["options"])
+    options = {name: _frozen(value) for name, value in saved["options"].items()}
+    policy: Policy = cls(budget=budget, **options)
     return policy
+
+
+def _memory_to_json(memory: Memory | None) -> dict[str, Any] | None:
+    if memory is None:
+        return None
+    if (name := memory_name(memory)) not in MEMORIES:
+        raise CacheFileError(f"a cache with memory {name} cannot be saved: it is not one of {', '.join(MEMORIES)}")
+    return {"name": name, "options": {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}}
+
+
+def _memory_from_json(saved: dict[str, Any] | None) -> Memory | None:
+    cls: Any = None if saved is None else memory_class(saved["name"])
+    return None if saved is None else cls(**saved["options"])
+
+
+def _frozen(value: Any) -> Any:
+    """Return tuples for the lists that JSON made of them."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _digest(books: dict[str, Any]) -> str:

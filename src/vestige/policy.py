@@ -1,6 +1,5 @@
 """What a pair is worth: the interface that every eviction method implements."""
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from vestige.select import SCALES, SHARES, Grid, Scale, Share
 if TYPE_CHECKING:
     from vestige.cache import KVCache
 
-NEEDS = frozenset({"queries", "hidden", "output"})
+NEEDS = frozenset({"queries", "query_moments", "rope", "hidden", "output"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +52,14 @@ class Policy(ABC):
     """Evict every unprotected pair whose comparable score is below this, also where the budget has room."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What must be at hand: "queries" (the latest ``observed`` of each layer), "hidden" (what enters attention, for
-    `Annotates` and the latest ``hidden_observed``), "output" (the output projection, for `Annotates`)."""
+    """What must be at hand: "queries" (the latest ``observed`` of each layer), "query_moments" (mean and covariance of
+    all queries, before RoPE), "rope" (to turn keys back to what they were before RoPE), "hidden" (what enters
+    attention, for `Annotates` and the latest ``hidden_observed``), "output" (the output projection, for `Annotates`).
+    """
     annotations: ClassVar[frozenset[str]] = frozenset()
     """Names of the side arrays that the policy keeps beside each pair."""
+    annotated_with: ClassVar[tuple[str, ...]] = ()
+    """Fields that bear on what these hold: policies that differ in others only can share them."""
     reading_slack: ClassVar[float] = 1.0
     """Between chunks of a text the limit is this many times the budget."""
 
@@ -92,8 +95,12 @@ class Policy(ABC):
 
     @property
     def ring_sizes(self) -> dict[str, int]:
-        """How many of the latest queries, and of what enters the layer, must be remembered for this policy."""
+        """How many of the latest queries, and of what enters the layer, must be remembered for this policy.
+
+        Moments of queries have one size: 1.
+        """
         sizes = {"queries": getattr(self, "observed", 1), "hidden": getattr(self, "hidden_observed", 0)}
+        sizes["query_moments"] = 1
         return {name: size for name, size in sizes.items() if name in self.needs and size}
 
     @abstractmethod
@@ -167,9 +174,3 @@ class Allots(Protocol):
             grid: Which row, layer and batch row a pair belongs to.
             room: Average pairs per row of each batch row.
         """
-
-
-def writer(policy: Policy) -> Policy:
-    """Return a policy without what does not bear on what it writes while reading: budget, share, protection, pace."""
-    neutral = {f.name: f.default for f in dataclasses.fields(Policy) if f.default is not dataclasses.MISSING}
-    return dataclasses.replace(policy, budget=None, **neutral)

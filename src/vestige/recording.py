@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from vestige.errors import PolicyError
 from vestige.observe import Glance
-from vestige.policy import Annotates, Policy, Watches, writer
+from vestige.policy import Annotates, Policy, Watches
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,19 @@ class Recording:
     needs: frozenset[str] = frozenset()
     ring_sizes: Mapping[str, int] = field(default_factory=dict)
     writers: tuple[Annotates, ...] = ()
-    watchers: tuple[Callable[[Glance], None], ...] = ()
+    watchers: tuple[Callable[[Glance], None], ...] = field(
+        default=(), compare=False
+    )  # methods of equal policies differ
 
     @classmethod
     def of(cls, observers: Sequence[Policy]) -> "Recording":
-        """Return what these policies need together; those that differ in budget alone record once.
+        """Return what these policies need together; those that would write the same do so once.
 
         Raises:
             PolicyError: Two policies would write different things into one side array.
         """
         recording = [one for one in observers if isinstance(one, Annotates | Watches)]
-        distinct = dict(zip([writer(one) for one in recording], recording, strict=True)).values()
+        distinct = {_hand(one): one for one in recording}.values()
         owners: dict[str, Policy] = {}
         for policy in distinct:
             for name in policy.annotations:
@@ -67,6 +69,11 @@ class Recording:
                 f"this cache recorded {_told(self.needs | self.annotations, self.ring_sizes)}; "
                 "name the policy in KVCache(..., observers=[...]) before reading"
             )
+
+
+def _hand(policy: Policy) -> tuple[object, ...]:
+    """Return what bears on what a policy writes: its class and the options that it names."""
+    return (type(policy), *(getattr(policy, name) for name in policy.annotated_with))
 
 
 def _told(names: frozenset[str], sizes: Mapping[str, int]) -> str:

@@ -1,8 +1,8 @@
-"""What a layer remembers of the tokens that passed, whatever becomes of their pairs: rings of the latest rows."""
+"""What a layer remembers of the tokens that passed, whatever becomes of their pairs: latest rows, moments of all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,39 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from vestige.layers import Step
+
+
+OUTLIERS = 4
+"""First tokens, whose queries and keys are unlike all others: statistics leave them out."""
+
+
+class Record(Protocol):
+    """What is remembered of one kind of rows: one tensor of live storage, batch rows first."""
+
+    data: Tensor
+
+    @property
+    def size(self) -> int:
+        """Rows remembered, or 1 for what has one size."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of live storage."""
+
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: "Step") -> None:
+        """Take in new rows, pads left out."""
+
+    def latest(self, seen: Sequence[int], floor: Sequence[int]) -> tuple[Any, ...]:
+        """Return what each batch row's policy may look at."""
+
+    def shrunk(self, size: int, seen: Sequence[int], floor: Sequence[int]) -> "Record":
+        """Return a smaller record."""
+
+    def select(self, rows: Sequence[int]) -> "Record":
+        """Return a record of these batch rows, in this order, that shares no memory."""
+
+    def copy(self) -> "Record":
+        """Return an equal record that shares no memory."""
 
 
 @dataclass
@@ -80,3 +113,74 @@ class Ring:
     def copy(self) -> "Ring":
         """Return an equal ring that shares no memory."""
         return Ring(self.data.clone())
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of a batch row's queries before RoPE, by query head, in float32; zeros if there were none."""
+
+    mean: Float[Tensor, "heads dim"]
+    covariance: Float[Tensor, "heads dim dim"]
+
+
+@dataclass
+class QueryMoments:
+    """Count, mean and scatter of all queries that a batch row has seen, as they were before RoPE, by query head.
+
+    Blocks are merged as by Chan et al., so that chunks, turns and decode steps come to what one computation over all
+    queries would. The first ``OUTLIERS`` tokens and pads are left out. A crop cannot take queries back: what it
+    removes (rejected candidates of speculative decoding, say) stays counted.
+
+    Args:
+        data: The scatter (the sum of outer products about the mean), then the mean, then the count in every place of
+            the last row: one float32 tensor, so that it is selected, copied and saved as a ring is.
+    """
+
+    data: Float[Tensor, "batch heads dim_plus_2 dim"]
+    size: ClassVar[int] = 1
+
+    @classmethod
+    def like(cls, new: Float[Tensor, "batch heads new dim"], size: int) -> "QueryMoments":
+        """Return moments of no queries yet; size is 1."""
+        batch, heads, _, dim = new.shape
+        return cls(new.new_zeros(batch, heads, dim + 2, dim, dtype=torch.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of live storage."""
+        return self.data.nbytes
+
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: "Step") -> None:
+        """Count in queries that were turned back to what they were before RoPE."""
+        counted = (step.positions >= OUTLIERS)[:, None, :, None]  # (batch, 1, new, 1)
+        queries = new.float().masked_fill(~counted, 0.0)
+        scatter, mean, count = self.data[:, :, :-2], self.data[:, :, -2], self.data[:, :, -1]
+        more = counted.sum(2).float()
+        its_mean = queries.sum(2) / more.clamp_min(1)  # (batch, heads, dim)
+        centred = (queries - its_mean[:, :, None]).masked_fill(~counted, 0.0)
+        total, shift = (count + more).clamp_min(1), its_mean - mean
+        scatter += centred.mT @ centred
+        scatter += (count * more / total)[..., None] * shift[..., :, None] * shift[..., None, :]
+        mean += shift * more / total
+        count += more
+
+    def latest(self, seen: Sequence[int], floor: Sequence[int]) -> tuple[Moments, ...]:
+        """Return each batch row's moments so far, whatever its length."""
+        count = self.data[:, :, -1].clamp_min(1)[..., None]
+        return tuple(Moments(x[:, -2], x[:, :-2] / n) for x, n in zip(self.data.clone(), count, strict=True))
+
+    def shrunk(self, size: int, seen: Sequence[int], floor: Sequence[int]) -> "QueryMoments":
+        """Return a copy: moments have one size."""
+        return self.copy()
+
+    def select(self, rows: Sequence[int]) -> "QueryMoments":
+        """Return moments of these batch rows, in this order, that share no memory."""
+        return QueryMoments(self.data[torch.tensor(rows, device=self.data.device)])
+
+    def copy(self) -> "QueryMoments":
+        """Return equal moments that share no memory."""
+        return QueryMoments(self.data.clone())
+
+
+def kind_of(name: str) -> type[Ring] | type[QueryMoments]:
+    """Return how rows of a kind are remembered."""
+    return QueryMoments if name == "query_moments" else Ring

@@ -61,11 +61,12 @@ class Report:
     def __str__(self) -> str:
         least = min((min(layer.rows, default=0) for layer in self.layers), default=0)
         most = max((max(layer.rows, default=0) for layer in self.layers), default=0)
+        memory = f"; memory {self.memory_bytes:,}" if self.memory_bytes else ""
         lines = [
             f"policy {self.policy}, share {self.share}: seen {' '.join(map(str, self.seen))}, held {self.held} of "
             f"{self.full} pairs ({self.kept_fraction:.1%}), {least} to {most} a row",
             f"bytes {self.kv_bytes:,} (peak {self.peak_kv_bytes:,}; unevicted {self.full_kv_bytes:,}; other layers "
-            f"{self.other_kv_bytes:,}), {self.evict_s:.3f} s evicting",
+            f"{self.other_kv_bytes:,}{memory}), {self.evict_s:.3f} s evicting",
             *(
                 f"layer {layer.layer_idx:>3}: min {min(layer.rows)} max {max(layer.rows)} "
                 f"mean {sum(layer.rows) / len(layer.rows):.1f}"

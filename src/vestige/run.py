@@ -11,19 +11,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vestige import memory as memories
 from vestige import policies
 from vestige.answer import Answer, answer, check_room
 from vestige.attachment import attach
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.errors import InputError, PolicyError, unknown
+from vestige.errors import InputError
 from vestige.policy import Policy
 from vestige.reading import prefill
 from vestige.report import Report
 from vestige.text import Frame, read_text, require_text
-
-MEMORIES = ("none",)
-"""What can remain of the evicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +57,12 @@ class RunConfig:
         for name in ("chunk", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.memory not in MEMORIES:
-            raise PolicyError(unknown("memory", self.memory, MEMORIES))
-        if self.cache is not None and (self.budget or self.share or self.policy != "full"):
-            raise InputError("a saved cache brings its policy and budget along; leave --policy, --budget, --share out")
+        memories.make(self.memory)
+        if self.cache is not None and (self.budget or self.share or self.policy != "full" or self.memory != "none"):
+            raise InputError(
+                "a saved cache brings its policy and budget along, and its memory; leave --policy, --budget, --share "
+                "and --memory out"
+            )
         if self.save is not None and self.save.exists() and (not self.save.is_dir() or any(self.save.iterdir())):
             raise InputError(f"{self.save} exists and is not empty; name a new folder for --save")
         self.make_policy()
@@ -89,6 +89,8 @@ class RunResult:
     budget: Budget | None
     policy: str
     """Its name; a saved cache brings it along."""
+    memory: str = "none"
+    """Its name, as that of the policy."""
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -96,7 +98,7 @@ class RunResult:
         seconds = sum(a.decode_s for a in self.answers)
         return sum(a.tokens for a in self.answers) / seconds if seconds else 0.0
 
-    def as_dict(self, model: str, chunk: int, memory: str) -> dict[str, Any]:
+    def as_dict(self, model: str, chunk: int) -> dict[str, Any]:
         """Return the row that ``--json`` prints."""
         report, texts = self.report, [a.text for a in self.answers]
         return {
@@ -115,7 +117,7 @@ class RunResult:
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "policy": self.policy,
             "share": report.share,
-            "memory": memory,
+            "memory": self.memory,
             "budget": None if self.budget is None else str(self.budget),
             "budget_total": report.budget_total,
             "chunk": chunk,
@@ -165,6 +167,7 @@ def run(
         prefill_s,
         cache.policy.budget,
         policies.name_of(cache.policy),
+        memories.name_of(cache.memory),
     )
 
 
@@ -175,7 +178,7 @@ def _read(
     questions: list[Tensor],
     progress: Callable[[int, int], None] | None,
 ) -> KVCache:
-    cache = KVCache(model, config.make_policy())
+    cache = KVCache(model, config.make_policy(), memory=memories.make(config.memory))
     length = _check_positions(cache, ids.shape[1], questions)
 
     def advanced(read: int) -> None:

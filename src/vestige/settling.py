@@ -15,6 +15,7 @@ from vestige.errors import PolicyError
 from vestige.layers import RaggedLayer
 from vestige.observe import Observation, Phase
 from vestige.policy import Allots, Policy
+from vestige.remains import Absorbed
 from vestige.select import Grid, apportion, protected_per_row, select
 from vestige.spans import Span
 
@@ -29,6 +30,7 @@ def evict(
     pins: Sequence[Span],
     phase: Phase,
     coming: int = 0,
+    absorbed: Absorbed | None = None,
 ) -> bool:
     """Bring every batch row that holds too much down to its room; return whether anything had to go.
 
@@ -40,6 +42,7 @@ def evict(
         pins: Spans that no policy may evict.
         phase: What the policy is told.
         coming: Tokens that are about to be stored; with 0 no row keeps a free slot.
+        absorbed: Where to note which positions the cache's memory took in, if it has one.
 
     Raises:
         PolicyError: Scores are NaN or of a wrong shape, or the policy needs what was not recorded.
@@ -75,11 +78,24 @@ def evict(
     )
     if bool(kept.all()):
         return False
-    bounds = ragged.cumulative([len(slots) for slots, _ in live])
-    for i, (layer, (slots, lengths)) in enumerate(zip(layers, live, strict=True)):
-        mask = kept[bounds[i] : bounds[i + 1]]
+    masks = kept.split([len(slots) for slots, _ in live])
+    if absorbed is not None:
+        _absorb(layers, live, masks)
+        for b in range(len(room)):
+            absorbed.add(b, at[~kept & (grid.batch == b)[grid.row]])
+    for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True):
         layer.keep(slots[mask], ragged.counts_per_row(mask, lengths), coming)
     return True
+
+
+def _absorb(layers: Sequence[RaggedLayer], live: Sequence[tuple[Tensor, list[int]]], masks: Sequence[Tensor]) -> None:
+    """Hand the pairs that go to the memory of each layer: to all of them, or to none if one fails."""
+    remains = [
+        layer.remaining(slots[~mask], ragged.counts_per_row(~mask, lengths))
+        for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True)
+    ]
+    for layer, left in zip(layers, remains, strict=True):
+        layer.remains = left
 
 
 def _score(policy: Policy, seen: Observation) -> Float[Tensor, " held"]:

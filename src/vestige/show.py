@@ -79,6 +79,7 @@ def bench_table(rows: Iterable[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         method = row["policy"] if row["share"] in (None, "head") else f"{row['policy']}:{row['share']}"
+        method += "" if row.get("memory") in (None, "none") else f"+{row['memory']}"
         head = [row["task"], str(row["length"]), method, row["budget"]]
         if row["score"] is None:
             table.add_row(*map(Text, head), Text("failed", style="red"))

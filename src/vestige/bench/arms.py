@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from vestige import memory as memories_of
 from vestige import policies
 from vestige.bench import peers as others
 from vestige.budget import Budget
 from vestige.errors import InputError, PolicyError, unknown
 from vestige.policy import Policy
-from vestige.run import MEMORIES
+from vestige.remains import Memory
 from vestige.select import SHARES
 
 
@@ -34,8 +35,7 @@ class Arm:
     """Only the first so many samples of each (task, length), for slow methods."""
 
     def __post_init__(self) -> None:
-        if self.memory not in MEMORIES:
-            raise PolicyError(unknown("memory", self.memory, MEMORIES))
+        self.make_memory()
         if self.peer is None:
             if self.policy == "full" and self.budget != "1.0":
                 raise PolicyError(f"policy 'full' keeps everything, so its budget is 1.0, not {self.budget}")
@@ -48,7 +48,8 @@ class Arm:
     def name(self) -> str:
         """What progress and errors call it."""
         share = f":{self.share}" if self.share else ""
-        return f"{self.policy}{share}@{self.budget}"
+        memory = "" if self.memory == "none" else f"+{self.memory}"
+        return f"{self.policy}{share}{memory}@{self.budget}"
 
     @property
     def key(self) -> dict[str, str | None]:
@@ -61,6 +62,10 @@ class Arm:
         assert self.peer is None
         budget = None if self.policy == "full" else Budget.parse(self.budget)
         return policies.make(self.policy, budget, share=self.share, seed=seed)
+
+    def make_memory(self) -> Memory | None:
+        """Return what remains of the evicted; raises as the command line would."""
+        return memories_of.make(self.memory)
 
 
 def cross(
@@ -87,10 +92,11 @@ def cross(
     """
     if not names and not peers:
         raise InputError("name at least one --policy or --peer")
-    for kind, given, valid in (("share", shares, SHARES), ("memory", memories, MEMORIES)):
-        for name in given:  # also where full and peers have no use for them
-            if name not in valid:
-                raise PolicyError(unknown(kind, name, valid))
+    for share in shares:  # also where full and peers have no use for them
+        if share not in SHARES:
+            raise PolicyError(unknown("share", share, SHARES))
+    for memory in memories:
+        memories_of.make(memory)
     for budget in budgets:
         Budget.parse(budget)
     return tuple(dict.fromkeys([*_own(names, budgets, shares, memories), *_foreign(peers, budgets)]))

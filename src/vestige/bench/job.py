@@ -10,7 +10,8 @@ class TurnIds:
     context: tuple[int, ...]
     """Read, then compressed. From the second turn on it begins with what closes the last reply."""
     question: tuple[int, ...]
-    """Read after that and kept whole: the question, and what opens the reply. Never empty."""
+    """Read after that and kept whole: the question, and what opens the reply. Empty if the question is read with the
+    context: then the reply begins with what the model says at its end, before anything is compressed."""
     max_new_tokens: int
 
 

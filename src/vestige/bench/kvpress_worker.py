@@ -228,7 +228,7 @@ class Talk:
         self.loaded, self.model, self.press, self.copies = loaded, loaded.model, press, copies
         self.cache = loaded.new_cache()
         self.meter = Meter(loaded, self.cache)
-        self.position = self.seen = self.steps = 0
+        self.position = self.seen = self.steps = self.token = 0
         self.prefill_s = self.evict_s = self.decode_s = 0.0
         self.uncompressed = 0
         """Tokens of later contexts, which kvpress never compresses."""
@@ -240,10 +240,11 @@ class Talk:
         started = self.meter.now()
         with self.loaded.attention_of(self.press), self.meter.on(self.press), self.press(self.model):
             begun, hooked = self.meter.now(), self.meter.hooks_s
-            self.model.model(input_ids=self._tensor(ids), past_key_values=self.cache)
+            out = self.model.model(input_ids=self._tensor(ids), past_key_values=self.cache)
             plain = self.meter.now() - begun - (self.meter.hooks_s - hooked)
         spent = self.meter.now() - started
         self.prefill_s, self.evict_s = self.prefill_s + spent, self.evict_s + max(spent - plain, 0.0)
+        self.token = self._next(out)
         self.seen = len(ids)
         self.position = self.cache.get_seq_length() if self._moves_keys() else len(ids)
 
@@ -252,15 +253,18 @@ class Talk:
         if not ids:
             return
         started = self.meter.now()
-        self.model.model(input_ids=self._tensor(ids), past_key_values=self.cache, position_ids=self._advance(len(ids)))
+        positions = self._advance(len(ids))
+        out = self.model.model(input_ids=self._tensor(ids), past_key_values=self.cache, position_ids=positions)
+        self.token = self._next(out)
         self.prefill_s += self.meter.now() - started
         self.uncompressed += len(ids)
         self.meter.weigh()
 
     def reply(self, question: list[int], limit: int, stop: list[int]) -> list[int]:
-        """Read the question and answer greedily."""
-        token = self._feed(question)
-        said, started = [token], self.meter.now()
+        """Read the question, if it was not read with the context, and answer greedily."""
+        if question:
+            self.token = self._feed(question)
+        said, started = [self.token], self.meter.now()
         while len(said) < limit and said[-1] not in stop:
             said.append(self._feed(said[-1:]))
         self.decode_s, self.steps = self.decode_s + self.meter.now() - started, self.steps + len(said) - 1
@@ -296,6 +300,10 @@ class Talk:
             input_ids=self._tensor(ids), past_key_values=self.cache, position_ids=positions, logits_to_keep=1
         )
         return int(out.logits[0, -1].argmax())
+
+    def _next(self, out: Any) -> int:
+        """Return what the model says after a reading of the decoder alone."""
+        return int(self.model.get_output_embeddings()(out.last_hidden_state[:1, -1]).argmax())
 
     def _advance(self, count: int) -> Tensor:
         first, self.position, self.seen = self.position, self.position + count, self.seen + count

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +15,7 @@ from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.policy import Policy, Watches
 from vestige.reading import announce, finish, forward, prefill
+from vestige.remains import Memory
 from vestige.report import Report
 
 ONE_PIECE = 2**20
@@ -26,6 +27,7 @@ class Reading:
 
     cache: KVCache
     ids: Int[Tensor, "batch width"]
+    logits: Float[Tensor, "batch vocab"]
     seconds: float
 
 
@@ -45,8 +47,8 @@ def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy
     cache = KVCache(model, policies.Full(), observers=observers)
     ids, mask = _pad([job.turns[0].context for job in jobs], model.device)
     started = now(model.device)
-    prefill(model, ids, cache, chunk=ONE_PIECE, attention_mask=mask)
-    return Reading(cache, ids, now(model.device) - started)
+    logits = prefill(model, ids, cache, chunk=ONE_PIECE, attention_mask=mask)
+    return Reading(cache, ids, logits, now(model.device) - started)
 
 
 def run(
@@ -54,6 +56,7 @@ def run(
     jobs: Sequence[Job],
     policy: Policy,
     *,
+    memory: Memory | None = None,
     chunk: int | None = None,
     reading: Reading | None = None,
 ) -> list[Outcome]:
@@ -63,6 +66,7 @@ def run(
         model: An attached model.
         jobs: One batch row each; several only if each has one turn.
         policy: What to keep of each job; a budget in bytes is one of each, as if it were alone.
+        memory: What remains of the evicted.
         chunk: Tokens per forward while reading; None reads in one piece.
         reading: The first contexts, read already; left as it is.
 
@@ -70,7 +74,7 @@ def run(
         VestigeError: The budget cannot be met, a score is broken, ...
     """
     assert len(jobs) == 1 or all(len(job.turns) == 1 for job in jobs)
-    talk = _Talk(model, _for_each(policy, len(jobs)), chunk or ONE_PIECE)
+    talk = _Talk(model, _for_each(policy, len(jobs)), memory, chunk or ONE_PIECE)
     for t in range(len(jobs[0].turns)):
         turns = [job.turns[t] for job in jobs]
         contexts = [(*talk.pending, *turn.context) for turn in turns]
@@ -89,10 +93,11 @@ def _for_each(policy: Policy, jobs: int) -> Policy:
 class _Talk:
     """A conversation under way: the cache and what it took so far."""
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, chunk: int) -> None:
-        self.model, self.policy, self.chunk = model, policy, chunk
+    def __init__(self, model: PreTrainedModel, policy: Policy, memory: Memory | None, chunk: int) -> None:
+        self.model, self.policy, self.memory, self.chunk = model, policy, memory, chunk
         self.cache: KVCache | None = None
         self.report: Report | None = None
+        self.logits = torch.empty(0)
         self.replies: list[tuple[tuple[int, ...], ...]] = []
         self.pending: tuple[int, ...] = ()
         self.prefill_s = self.evict_s = self.decode_s = 0.0
@@ -100,7 +105,7 @@ class _Talk:
 
     def read(self, contexts: list[tuple[int, ...]], questions: list[int], reading: Reading | None) -> None:
         """Read and settle a turn's contexts, announced as so long as they and their questions are."""
-        cache = self.cache or (reading.cache.fork(self.policy) if reading else KVCache(self.model, self.policy))
+        cache = self.cache or self._begin(reading)
         seen = (0,) * len(contexts) if self.cache is None else cache.seen
         lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
         evicted, started = cache.evict_s, now(self.model.device)
@@ -108,21 +113,28 @@ class _Talk:
             self.prefill_s += reading.seconds
             announce(cache, lengths, len(contexts))
             finish(self.model, cache, reading.ids)
+            self.logits = reading.logits
         else:
             ids, mask = _pad(contexts, self.model.device)
-            prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
+            self.logits = prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
         self.prefill_s += now(self.model.device) - started
         self.evict_s += cache.evict_s - evicted
         self.cache, self.report = cache, cache.report()
+
+    def _begin(self, reading: Reading | None) -> KVCache:
+        if reading is None:
+            return KVCache(self.model, self.policy, memory=self.memory)
+        return reading.cache.fork(self.policy, memory=self.memory)
 
     def reply(self, questions: list[tuple[int, ...]], limits: list[int], stop: tuple[int, ...]) -> None:
         """Read a turn's questions, which stay whole, and decode until every batch row has stopped."""
         assert self.cache is not None
         cache = self.cache
-        ids, mask = _pad(questions, self.model.device)
-        logits = prefill(self.model, ids, cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
-        cache.schedule.chunk = max(self.chunk, ids.shape[1])  # a question stays whole, however long
-        said = decode(lambda token: forward(self.model, token, cache), logits, limits, stop)
+        if any(questions):
+            ids, mask = _pad(questions, self.model.device)
+            self.logits = prefill(self.model, ids, cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
+            cache.schedule.chunk = max(self.chunk, ids.shape[1])  # a question stays whole, however long
+        said = decode(lambda token: forward(self.model, token, cache), self.logits, limits, stop)
         self.decode_s += said.seconds
         self.steps += said.steps
         self.pending = tuple(x for x in said.replies[0][-1:] if x not in stop)

@@ -17,7 +17,8 @@ class Renderer:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     question_aware: bool = False
-    """All but the last token of a question is read with the context, before anything is compressed."""
+    """Questions are read with the context, before anything is compressed: what papers on SnapKV and LaProx measure, and
+    what ``generate`` does with a whole prompt. The first token of a reply is then owed to the full cache."""
 
     def job(self, turns: Sequence[Turn]) -> Job:
         """Return the ids of a conversation."""
@@ -53,4 +54,4 @@ class Renderer:
 
 
 def _moved(turn: TurnIds) -> TurnIds:
-    return replace(turn, context=turn.context + turn.question[:-1], question=turn.question[-1:])
+    return replace(turn, context=turn.context + turn.question, question=())

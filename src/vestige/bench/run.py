@@ -136,8 +136,14 @@ class _Runner:
     def _outcomes(self, arm: Arm, items: list[Item], reading: ours.Reading | None) -> Iterator[Outcome]:
         """Yield what each sample took; a peer runs them one by one, so none is lost if it is interrupted."""
         if arm.peer is None:
-            jobs, policy = [item.job for item in items], arm.make_policy(self.config.seed)
-            yield from ours.run(self.renderer.model, jobs, policy, chunk=self.config.chunk, reading=reading)
+            yield from ours.run(
+                self.renderer.model,
+                [item.job for item in items],
+                arm.make_policy(self.config.seed),
+                memory=arm.make_memory(),
+                chunk=self.config.chunk,
+                reading=reading,
+            )
             return
         for item in items:
             turn, model = item.job.turns[0], self.renderer.model

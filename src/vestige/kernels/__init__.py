@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,3 +26,7 @@ class AttentionScale:
         if self.sinks is None:
             return self
         return AttentionScale(self.scaling, self.softcap, self.sinks.chunk(kv_heads)[kv_head])
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Return scaled query-key products with the softcap applied, if there is one."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -5,7 +5,7 @@ into the query axis; a longer piece attends block by block with a lower-right ca
 last query need not be read at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.kernels import AttentionScale
+from vestige.kernels.partial import Partial
 
 QUERY_BLOCK = 256
 """Queries per call in a piece of text: measured fastest of 64 to 1024 (LOG.md)."""
@@ -36,18 +37,44 @@ def attend(
         lengths: Pairs of each row, at least ``new``.
         scale: Factor, softcap and sinks of the layer.
     """
+    out = [_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
+    return out[0] if len(out) == 1 else torch.cat(out, 1).view(*query.shape[:3], -1)
+
+
+def attend_partially(
+    query: Float[Tensor, "batch heads new head_dim"],
+    keys: Float[Tensor, "slots head_dim"],
+    values: Float[Tensor, "slots value_dim"],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    scale: AttentionScale,
+) -> Partial:
+    """Return what :func:`attend` returns, in float32 or wider, and how much the pairs weigh, sinks included.
+
+    Written out: fused kernels give the log-sum-exp on some devices only, and without a gradient. Arguments as above.
+    """
+    parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
+    if len(parts) == 1:
+        return parts[0]
+    output, lse = (torch.cat(x, 1) for x in ([part.output for part in parts], [part.lse for part in parts]))
+    return Partial(output.view(*query.shape[:3], -1), lse.view(query.shape[:3]))
+
+
+def _pieces(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int], scale: AttentionScale
+) -> Iterator[tuple[Tensor, Tensor, Tensor, AttentionScale]]:
+    """Yield queries, keys, values and scale of rows of one length: all rows at once if they are even, else each."""
     kv_heads = len(lengths) // query.shape[0]
     stride = _even_stride(starts, lengths)
     if stride:
         size = (query.shape[0], kv_heads, lengths[0])
-        return _rows(query, _strided(keys, size, stride, starts[0]), _strided(values, size, stride, starts[0]), scale)
-    out = []
+        yield query, _strided(keys, size, stride, starts[0]), _strided(values, size, stride, starts[0]), scale
+        return
     for b in range(query.shape[0]):
         for head, group in enumerate(query[b : b + 1].chunk(kv_heads, dim=1)):
             row = b * kv_heads + head
             pairs = slice(starts[row], starts[row] + lengths[row])
-            out.append(_rows(group, keys[pairs][None, None], values[pairs][None, None], scale.of_group(head, kv_heads)))
-    return torch.cat(out, 1).view(*query.shape[:3], -1)
+            yield group, keys[pairs][None, None], values[pairs][None, None], scale.of_group(head, kv_heads)
 
 
 def _even_stride(starts: Sequence[int], lengths: Sequence[int]) -> int:
@@ -93,6 +120,35 @@ def _rows(
     return torch.cat(blocks, 2)
 
 
+def _weighed_rows(
+    query: Float[Tensor, "batch heads new head_dim"],
+    keys: Float[Tensor, "batch kv_heads held head_dim"],
+    values: Float[Tensor, "batch kv_heads held value_dim"],
+    scale: AttentionScale,
+) -> Partial:
+    """Attend over rows of one length as :func:`_rows` does, and say what their pairs weigh, sinks included."""
+    batch, heads, new, _ = query.shape
+    kv_heads, held = keys.shape[1:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = keys.to(wide), values.to(wide)
+    outputs, masses = [], []
+    for start in range(0, new, QUERY_BLOCK):
+        block = query[:, :, start : start + QUERY_BLOCK].to(wide)
+        size, end = block.shape[2], held - new + start + block.shape[2]
+        packed = block.reshape(batch, kv_heads, -1, block.shape[3])  # (batch, kv_heads, queries_per_kv * size, dim)
+        logits = (packed @ keys[:, :, :end].mT * scale.scaling).view(batch, heads, size, end)
+        logits = scale.capped(logits)
+        if size > 1:
+            logits = logits.masked_fill(~lower_right(size, end, query.device), -torch.inf)
+        lse = logits.logsumexp(-1)
+        if scale.sinks is not None:
+            lse = torch.logaddexp(lse, scale.sinks.to(wide)[:, None])
+        weights = (logits - lse[..., None]).exp().view(batch, kv_heads, -1, end)
+        outputs.append((weights @ values[:, :, :end]).view(batch, heads, size, -1))
+        masses.append(lse)
+    return Partial(torch.cat(outputs, 2), torch.cat(masses, 2))
+
+
 def lower_right(new: int, held: int, device: torch.device) -> Bool[Tensor, "new held"]:
     """Return the causal mask of the last ``new`` of ``held`` tokens: the last query sees all."""
     return torch.ones(new, held, dtype=torch.bool, device=device).tril(held - new)
@@ -116,9 +172,7 @@ def written_out(
     """
     groups = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    logits = query @ keys.transpose(-1, -2) * scale.scaling
-    if scale.softcap is not None:
-        logits = scale.softcap * torch.tanh(logits / scale.softcap)
+    logits = scale.capped(query @ keys.transpose(-1, -2) * scale.scaling)
     if mask is not None:
         lowest = torch.finfo(logits.dtype).min  # as eager does: a row without any visible pair stays a number
         logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask

@@ -16,11 +16,15 @@ from vestige.select import SHARES
 
 POLICIES: dict[str, str] = {
     "adakv": "vestige.policies.adakv:AdaKV",
+    "compactor": "vestige.policies.compactor:Compactor",
     "criticalkv": "vestige.policies.criticalkv:CriticalKV",
+    "duo_attention": "vestige.policies.duo_attention:DuoAttention",
+    "expected_attention": "vestige.policies.expected_attention:ExpectedAttention",
     "full": "vestige.policies.full:Full",
     "h2o": "vestige.policies.h2o:H2O",
     "keydiff": "vestige.policies.keydiff:KeyDiff",
     "knorm": "vestige.policies.knorm:KNorm",
+    "kvzip": "vestige.policies.kvzip:KVzip",
     "lagkv": "vestige.policies.lagkv:LagKV",
     "laprox": "vestige.policies.laprox:LaProx",
     "pyramidkv": "vestige.policies.pyramidkv:PyramidKV",
@@ -29,9 +33,11 @@ POLICIES: dict[str, str] = {
     "snapkv": "vestige.policies.snapkv:SnapKV",
     "streaming_llm": "vestige.policies.streaming_llm:StreamingLLM",
     "tova": "vestige.policies.tova:TOVA",
+    "xkv": "vestige.policies.xkv:XKV",
 }
 
 _CLASSES = {path.partition(":")[2]: path for path in POLICIES.values()}
+_CLASSES |= {name: f"vestige.policies.kvpress:{name}" for name in ("FromKVPress", "from_kvpress")}  # not by name
 __all__ = ["POLICIES", "make", "name_of", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 

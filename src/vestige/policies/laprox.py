@@ -52,7 +52,8 @@ class LaProx(Policy):
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return the norm of each value after the output projection, by query head."""
         assert written.output is not None
-        return {"output_norms": written.output.norms(written.values).half()}
+        norms = written.output.norms(written.values)
+        return {"output_norms": norms.clamp_max(torch.finfo(torch.float16).max).half()}
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return attention norm times output norm, averaged over the query group and pooled."""

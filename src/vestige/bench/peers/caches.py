@@ -62,6 +62,7 @@ class CachePeer(Peer):
         cache, scales = self._cache(), Scales(self.layers)
         replies: list[tuple[int, ...]] = []
         pending: tuple[int, ...] = ()
+        logits = torch.empty(0)
         total = seen = kv_bytes = steps = 0
         prefill_s = decode_s = 0.0
         for turn in job.turns:
@@ -69,10 +70,11 @@ class CachePeer(Peer):
             if ids:
                 started, idle = now(self.model.device), scales.overhead_s
                 with scales.on(cache):
-                    self._feed(cache, self._tensor(ids, job.copies))
+                    logits = self._feed(cache, self._tensor(ids, job.copies))
                 prefill_s += now(self.model.device) - started - (scales.overhead_s - idle)
             seen, kv_bytes = total + len(ids), scales.weigh(cache)
-            logits = self._feed(cache, self._tensor(turn.question, job.copies))
+            if turn.question:
+                logits = self._feed(cache, self._tensor(turn.question, job.copies))
             limits = [turn.max_new_tokens] * job.copies
             said = decode(lambda token: self._feed(cache, token), logits, limits, job.stop)
             replies.append(said.replies[0])

@@ -1,0 +1,28 @@
+"""Layers that are not ours (sliding, linear, shared): copied and weighed by what they hold, whatever it is called."""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+
+def copy_layer(layer: Any) -> Any:
+    """Return a copy of a layer that is not ours, with tensors of its own."""
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(twin, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+        elif isinstance(value, list | tuple):
+            setattr(twin, name, type(value)(v.clone() if isinstance(v, Tensor) else v for v in value))
+        elif isinstance(value, Tensor):
+            setattr(twin, name, value.clone())
+    return twin
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    """Return the tensors of a layer that is not ours, those in dicts and lists included."""
+    found: list[Tensor] = []
+    for value in vars(layer).values():
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [x for x in inner if isinstance(x, Tensor)]
+    return found

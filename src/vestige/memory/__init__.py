@@ -1,0 +1,69 @@
+"""What can remain of the evicted, one file each, named in one dict.
+
+``MEMORIES`` names classes rather than holding them, so that listing is cheap; an own memory need not be registered:
+pass the object to ``KVCache(model, policy, memory=...)``.
+"""
+
+import importlib
+from typing import Any
+
+from vestige import called
+from vestige.errors import PolicyError, unknown
+from vestige.remains import Memory
+
+MEMORIES: dict[str, str | None] = {
+    "none": None,
+    "centroids": "vestige.memory.centroids:Centroids",
+    "moments": "vestige.memory.moments:Moments",
+}
+
+_CLASSES = {path.partition(":")[2]: path for path in MEMORIES.values() if path}
+__all__ = ["MEMORIES", "make", "name_of", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def resolve(name: str) -> type[Memory] | None:
+    """Return the class of a named memory; None for "none".
+
+    Raises:
+        PolicyError: No such name; the message gives the nearest and all valid ones.
+    """
+    if name not in MEMORIES:
+        raise PolicyError(unknown("memory", name, MEMORIES))
+    path = MEMORIES[name]
+    found: type[Memory] | None = _load(path) if path else None
+    return found
+
+
+def make(name: str) -> Memory | None:
+    """Return a named memory, as the command line makes it; None for "none".
+
+    Args:
+        name: A key of ``MEMORIES``, with options if wanted: ``"moments(mass=4, dtype=float32)"``.
+
+    Raises:
+        PolicyError: An unknown name or option, or a value out of range.
+    """
+    name, options = called.parse(name, "memory", PolicyError)
+    cls = resolve(name)
+    if cls is None and options:
+        raise PolicyError(f"memory {name!r} takes no options, got {', '.join(options)}")
+    return None if cls is None else cls(**called.fitted(options, cls, name, "memory", PolicyError))
+
+
+def name_of(memory: Memory | None) -> str:
+    """Return the name under which a memory is listed, or its class name."""
+    if memory is None:
+        return "none"
+    home = f"{type(memory).__module__}:{type(memory).__name__}"
+    return next((name for name, path in MEMORIES.items() if path == home), type(memory).__name__)
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return _load(_CLASSES[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,36 @@
+"""Storing averages in few bytes."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vestige.errors import PolicyError, unknown
+from vestige.remains import State
+
+Dtype = Literal["float16", "float32"]
+DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
+"""What averages may be stored in; arithmetic is in float32 either way."""
+
+
+def check_dtype(name: str) -> None:
+    """Raise a PolicyError unless the name is one of ``DTYPES``."""
+    if name not in DTYPES:
+        raise PolicyError(unknown("dtype", str(name), DTYPES))
+
+
+def stored(name: str, exact: Tensor, dtype: Dtype) -> dict[str, Tensor]:
+    """Return a ``rows ...`` tensor as entries of a state: in a narrow dtype, and a float32 factor per row.
+
+    The largest entry of a row becomes 1, so that float16, which ends at 65504, cannot overflow: products of keys and
+    values with outlier channels can be larger.
+    """
+    largest = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    unit = exact / largest.view(-1, *[1] * (exact.ndim - 1))
+    return {name: unit.to(DTYPES[dtype]), f"{name}_scale": largest}
+
+
+def restored(state: State, name: str) -> Tensor:
+    """Return in float32 what :func:`stored` put into a state."""
+    narrow = state[name]
+    return narrow.float() * state[f"{name}_scale"].view(-1, *[1] * (narrow.ndim - 1))

@@ -1,0 +1,168 @@
+"""LaProx against the methods that its paper compares with, at equal budgets, question-aware and question-agnostic.
+
+``make results-laprox ESSAYS=DIR LONGBENCH=DIR`` runs it, and goes on with what is there after an interrupt. What was
+chosen by looking at scores was chosen on the dev split (``make results-laprox-dev``). All methods that look at the
+latest queries look at 32 and pool alike: the paper pools all methods over 7 tokens, which this model's one-digit
+tokens make too few for numbers.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vestige.bench.arms import Arm, cross
+from vestige.bench.config import BenchConfig
+
+TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
+"""The four RULER tasks that the full cache answers best on the dev split at 2,048 tokens, and needles by depth."""
+BUDGETS = ("0.25", "0.1", "0.05")
+KERNEL = 21
+"""Tokens pooled together, in every method that pools: chosen on the dev split of 7 (the papers'), 13, 21, 31 and 41."""
+METHODS = ("snapkv", "laprox", "adakv", "pyramidkv", "criticalkv")
+PAPERS = ("snapkv(kernel=7)", "laprox(kernel=7)")
+"""The same question with the pooling of the papers."""
+CONTROLS = ("full", "random", "streaming_llm")
+QUESTION_AGNOSTIC = ("keydiff",)
+ABLATIONS = (
+    "share=layer",
+    "share=head",
+    "scale=calibrated",
+    "sink=4",
+    "first_share=0.05, recent_share=0.05",
+    "window=8",
+    "observed=8",
+)
+"""What is changed in laprox, one at a time: who competes, raw scores, pinned sinks, a tenth for boundary tokens, ..."""
+ABLATED_TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1")
+SAMPLES, KVZIP_SAMPLES, ANSWER_ROOM, LENGTH = 20, 10, 16, 2048
+COMMAND = "make results-laprox ESSAYS=DIR LONGBENCH=DIR"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of the runs: a model and what is measured on it."""
+
+    config: BenchConfig
+    model: str = "smollm2-135m"
+
+
+def parts(essays: Path | None = None, longbench: Path | None = None, split: str = "test") -> dict[str, Part]:
+    """Return the runs by name, the judged ones first."""
+    pooling = tuple(f"{name}(kernel={KERNEL})" for name in METHODS)
+    ablated = tuple(f"laprox(kernel={KERNEL}, {change})" for change in ABLATIONS)
+    arms = cross((*CONTROLS, *pooling, *PAPERS), BUDGETS)
+    slow = tuple(Arm(policy="kvzip", share="model", budget=budget, samples=KVZIP_SAMPLES) for budget in BUDGETS)
+    common: dict[str, Any] = {"samples": SAMPLES, "split": split, "essays": essays}
+    needles = common | {"lengths": (LENGTH,), "answer_room": ANSWER_ROOM}
+    agnostic = (*arms, *cross(QUESTION_AGNOSTIC, BUDGETS), *slow)
+    return {
+        "aware": Part(config=BenchConfig(tasks=TASKS, arms=arms, question_aware=True, **needles)),
+        "agnostic": Part(config=BenchConfig(tasks=TASKS, arms=agnostic, **needles)),
+        "multi_news": Part(
+            config=BenchConfig(
+                tasks=("longbench/multi_news",), arms=arms, question_aware=True, longbench=longbench, **common
+            )
+        ),
+        "ablations": Part(
+            config=BenchConfig(
+                tasks=ABLATED_TASKS,
+                arms=cross(("full", *pooling[:2], *ablated), BUDGETS),
+                question_aware=True,
+                **needles,
+            )
+        ),
+        "gemma": Part(
+            config=BenchConfig(tasks=ABLATED_TASKS, arms=arms, question_aware=True, **needles), model="gemma3-270m"
+        ),
+    }
+
+
+def losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each method loses against the full cache on the same samples, for each budget, over all tasks.
+
+    ``of_snapkv`` is the loss as a share of SnapKV's; its interval, 95 %, is by resampling samples.
+
+    Args:
+        records: Of one part.
+    """
+    scores: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for record in records:
+        arm = record["arm"]
+        cell = scores.setdefault((arm["policy"], arm["budget"]), {})
+        cell[record["task"], record["index"]] = record["score"]
+    full = scores["full", "1.0"]
+    rows = []
+    for (policy, budget), cell in scores.items():
+        rival = scores.get((f"snapkv(kernel={KERNEL})", budget), {})
+        shared = sorted(cell.keys() & full.keys() & rival.keys())
+        if policy == "full" or not shared:
+            continue
+        own = [full[key] - cell[key] for key in shared]
+        snapkv = [full[key] - rival[key] for key in shared]
+        rows.append(
+            {
+                "policy": policy,
+                "budget": budget,
+                "n": len(shared),
+                "loss": sum(own) / len(shared),
+                "of_snapkv": _ratio(own, snapkv),
+                "of_snapkv_ci95": _interval(own, snapkv),
+            }
+        )
+    return rows
+
+
+def _ratio(own: Sequence[float | int], other: Sequence[float | int]) -> float | None:
+    return sum(own) / sum(other) if sum(other) > 0 else None
+
+
+def _interval(own: Sequence[float | int], other: Sequence[float | int]) -> tuple[float, float] | None:
+    draw = random.Random(0)
+    found = []
+    for _ in range(RESAMPLES):
+        picked = draw.choices(range(len(own)), k=len(own))
+        ratio = _ratio([own[i] for i in picked], [other[i] for i in picked])
+        if ratio is not None:
+            found.append(ratio)
+    found.sort()
+    return (found[len(found) // 40], found[-1 - len(found) // 40]) if found else None
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")],
+    essays: Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")] = None,
+    longbench: Annotated[Path | None, typer.Option(help="A folder with multi_news.jsonl; default: online.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Run only this part; may be repeated.")] = None,
+    dev: Annotated[bool, typer.Option("--dev", help="Run on the dev split.")] = False,
+) -> None:
+    """Run the comparison, or go on with it, part by part."""
+    from rich.console import Console
+
+    from vestige import show
+    from vestige.bench.run import bench
+    from vestige.bench.store import SAMPLES as RECORDS
+    from vestige.download import load
+
+    known = parts(essays, longbench, "dev" if dev else "test")
+    if wrong := set(part or ()) - known.keys():
+        raise typer.BadParameter(f"unknown part {', '.join(sorted(wrong))}; available: {', '.join(known)}")
+    for name in part or known:
+        run, folder = known[name], out / name
+        model, tokenizer = load(run.model)
+        with show.reading_bar(Console(stderr=True), name) as advance:
+            rows = bench(
+                run.config, model, tokenizer, name=run.model, out=folder, resume=True, command=COMMAND, progress=advance
+            )
+        Console().print(show.bench_table(rows))
+        records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
+        (folder / "losses.json").write_text(json.dumps(losses(records), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

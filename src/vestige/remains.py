@@ -1,0 +1,201 @@
+"""What remains of the evicted: the interface that every memory implements, a layer's state of it, what it took in.
+
+A memory sees pairs once, when they are evicted, and answers every later query with an estimate of what attention over
+them would have read and weighed. Its state has one size per row, whatever the length.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vestige import ragged
+from vestige.kernels import AttentionScale
+from vestige.kernels.partial import Partial
+from vestige.spans import Span
+
+State = Mapping[str, Tensor]
+"""A memory's tensors by name, ``rows ...`` each; replaced, never changed in place."""
+
+
+class Forgotten(Enum):
+    """How far a memory is free of a span."""
+
+    EXACT = "exact"
+    """No pair of the span was ever absorbed, so the memory is what it would be without them."""
+    REBUILT = "rebuilt"
+    """The memory was made anew by replaying the ids without the span: what erasers do."""
+    IMPOSSIBLE = "impossible"
+    """Pairs of the span were absorbed, and no sum can be taken apart again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evicted:
+    """Pairs of one layer that are about to go, padded to the longest row, in float32. Pads are not among them.
+
+    Args:
+        layer_idx: Index of the layer in the model.
+        counts: Pairs of each row; they come first, in time order.
+        keys: Keys as stored: after RoPE. Zeros behind a row's pairs.
+        values: Values as stored. Zeros behind a row's pairs.
+        positions: Position of each pair; -1 behind a row's pairs.
+    """
+
+    layer_idx: int
+    counts: Int[Tensor, " rows"]
+    keys: Float[Tensor, "rows longest head_dim"]
+    values: Float[Tensor, "rows longest value_dim"]
+    positions: Int[Tensor, "rows longest"]
+
+    @classmethod
+    def of(
+        cls, layer_idx: int, columns: Mapping[str, Tensor], slots: Int[Tensor, " gone"], lengths: Sequence[int]
+    ) -> "Evicted":
+        """Return copies of the given slots of a layer's columns; row r owns the next ``lengths[r]`` of them."""
+        rows, longest = len(lengths), max(lengths)
+        index = ragged.layout_index(slots, lengths, [longest] * rows)
+        counts = torch.tensor(lengths, device=slots.device)
+        beyond = torch.arange(longest, device=slots.device) >= counts[:, None]
+
+        def padded(name: str) -> Tensor:
+            chosen = ragged.gather(columns[name].detach(), index)
+            return chosen.view(rows, longest, *chosen.shape[1:])
+
+        keys, values = (padded(name).float().masked_fill(beyond[..., None], 0.0) for name in ("keys", "values"))
+        positions = padded("positions").masked_fill(beyond, -1)
+        return cls(layer_idx=layer_idx, counts=counts, keys=keys, values=values, positions=positions)
+
+    @property
+    def valid(self) -> Bool[Tensor, "rows longest"]:
+        """False behind a row's pairs."""
+        return self.positions >= 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Queries of one layer, by the row they read. All of them come after what was evicted, so no mask is needed.
+
+    Args:
+        layer_idx: Index of the layer in the model.
+        queries: After RoPE, in float32; those of all heads that read the row.
+        scale: Factor and softcap of the layer; its sinks are counted with the kept pairs.
+    """
+
+    layer_idx: int
+    queries: Float[Tensor, "rows queries head_dim"]
+    scale: AttentionScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(ABC):
+    """Options of a memory. Frozen: its state lives in the cache, one per layer, and no method changes it in place."""
+
+    @abstractmethod
+    def empty(self, rows: int, head_dim: int, value_dim: int, device: torch.device | str) -> State:
+        """Return the state of rows that absorbed nothing."""
+
+    @abstractmethod
+    def absorb(self, state: State, evicted: Evicted) -> State:
+        """Return the state of rows that absorbed these pairs too."""
+
+    @abstractmethod
+    def recall(self, state: State, asked: Asked) -> Partial:
+        """Return an estimate of attention over what each row absorbed: ``rows queries ...``, in float32.
+
+        Differentiable in the queries. A row that absorbed nothing weighs nothing: see :func:`log_count`.
+        """
+
+    def state_bytes(self, head_dim: int, value_dim: int) -> int:
+        """Return the bytes of one row's state."""
+        return sum(x.nbytes for x in self.empty(1, head_dim, value_dim, "meta").values())
+
+
+def log_count(count: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+    """Return the log of a count, and of 0 a number so low that ``exp`` gives 0: -inf would make gradients NaN."""
+    return count.log().clamp_min(-1e30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remains:
+    """What one layer remembers of its evicted pairs: row ``batch_idx * kv_heads + head`` as in the layer.
+
+    Args:
+        memory: Whose state it is.
+        layer_idx: Index of the layer in the model.
+        state: The memory's tensors.
+    """
+
+    memory: Memory
+    layer_idx: int
+    state: State
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of live storage."""
+        return sum(x.nbytes for x in self.state.values())
+
+    def absorb(self, evicted: Evicted) -> "Remains":
+        """Return what remains once these pairs are gone too."""
+        with torch.no_grad():
+            return replace(self, state=self.memory.absorb(self.state, evicted))
+
+    def recall(self, query: Float[Tensor, "batch heads new head_dim"], rows: slice, scale: AttentionScale) -> Partial:
+        """Return what queries read from the memory, ``batch heads new ...``.
+
+        Args:
+            query: Queries after RoPE, of the batch rows that ``rows`` belong to.
+            rows: Rows that these read.
+            scale: Of the layer.
+        """
+        state = {name: x[rows] for name, x in self.state.items()}
+        flat = query.float().reshape(rows.stop - rows.start, -1, query.shape[-1])
+        found = self.memory.recall(state, Asked(layer_idx=self.layer_idx, queries=flat, scale=scale))
+        return Partial(found.output.reshape(*query.shape[:3], -1), found.lse.reshape(query.shape[:3]))
+
+    def select(self, rows: Sequence[int]) -> "Remains":
+        """Return the memory of these rows, in this order, sharing no storage."""
+        return replace(self, state={name: x[torch.tensor(rows, device=x.device)] for name, x in self.state.items()})
+
+    def copy(self) -> "Remains":
+        """Return an equal memory that shares no storage."""
+        return replace(self, state={name: x.clone() for name, x in self.state.items()})
+
+
+@dataclass
+class Absorbed:
+    """The ranges of positions of which some layer's memory took in a pair, by batch row.
+
+    One list for all layers and heads: whether a span can be forgotten asks for no more.
+    """
+
+    ranges: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+
+    def add(self, batch_idx: int, positions: Int[Tensor, " gone"]) -> None:
+        """Note positions of a batch row, in any order and repeated as they come."""
+        if not len(positions):
+            return
+        before = self.ranges.get(batch_idx, ())
+        length = max([int(positions.max()) + 1, *(span.end for span in before[-1:])])
+        taken = torch.zeros(length + 2, dtype=torch.int8, device=positions.device)  # 0 at both ends
+        taken[positions.long() + 1] = 1
+        for span in before:
+            taken[span.start + 1 : span.end + 1] = 1
+        edges = taken.diff().nonzero()[:, 0].tolist()
+        self.ranges[batch_idx] = tuple(map(Span, edges[::2], edges[1::2]))
+
+    def overlaps(self, span: Span) -> bool:
+        """Return whether any position of a span is among them, in any batch row."""
+        return any(one.start < span.end and span.start < one.end for row in self.ranges.values() for one in row)
+
+    def select(self, batch_rows: Sequence[int]) -> "Absorbed":
+        """Return the ranges of these batch rows, in this order."""
+        return Absorbed({new: self.ranges[old] for new, old in enumerate(batch_rows) if old in self.ranges})
