@@ -298,8 +298,13 @@ def test_policies_with_forwards_of_their_own_need_prefill():
             model.generate(ids, past_key_values=KVCache(model, policy), max_new_tokens=3)
         cache = KVCache(model, policy)
         prefill(model, ids, cache)
-    assert calls == [(30 * 6, (1, 30))]
-    assert cache.held == 10 * 6
+        assert calls == [(30 * 6, (1, 30))]
+        assert cache.held == 10 * 6
+        prefill(model, ids[:, :9], cache, chunk=8, settle=False)  # a question
+        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :9], past_key_values=cache)  # a second text, longer than a chunk, that no prefill reads
+        with pytest.raises(PolicyError, match=r"Replaying.*vestige.prefill"):
+            model(ids[:, :1], past_key_values=cache)
 
 
 def test_a_budget_or_a_text_that_cannot_work_is_refused_before_anything_is_read():

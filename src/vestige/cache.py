@@ -318,6 +318,8 @@ class KVCache(Cache):
         self.ring_floor = self.ring_floor or [0] * batch
         if check:
             check_positions(self.seen, positions, valid)
+        if not self.schedule.reading and new > self.schedule.chunk:
+            self.prepared = False  # a text that no prefill reads is not prepared for
         if self.policy.evicts and self.schedule.due(new, self.policy.every):
             if isinstance(self.policy, Prepares) and not self.prepared:
                 raise PolicyError(

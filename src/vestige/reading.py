@@ -132,6 +132,17 @@ def announce(cache: KVCache, length: int | Sequence[int] | None, batch: int) -> 
     cache.lengths = lengths or cache.lengths
 
 
+def pad_left(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch longest"], Int[Tensor, "batch longest"] | None]:
+    """Return ids of unequal lengths as one tensor with zeros at the left, and its mask, or None if there are no pads."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    if all(len(row) == width for row in rows):
+        return ids, None
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
 def _check_input(cache: KVCache, ids: Tensor, mask: Tensor | None, chunk: int) -> None:
     if ids.ndim != 2 or not ids.numel():
         raise InputError(f"nothing to read: input_ids have shape {tuple(ids.shape)}, expected (batch, new)")

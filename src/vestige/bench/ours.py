@@ -14,7 +14,7 @@ from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.policy import Policy, Watches
-from vestige.reading import announce, finish, forward, prefill
+from vestige.reading import announce, finish, forward, pad_left, prefill
 from vestige.remains import Memory
 from vestige.report import Report
 
@@ -45,7 +45,7 @@ def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy
         observers: Policies that forks will have.
     """
     cache = KVCache(model, policies.Full(), observers=observers)
-    ids, mask = _pad([job.turns[0].context for job in jobs], model.device)
+    ids, mask = pad_left([job.turns[0].context for job in jobs], model.device)
     started = now(model.device)
     logits = prefill(model, ids, cache, chunk=ONE_PIECE, attention_mask=mask)
     return Reading(cache, ids, logits, now(model.device) - started)
@@ -115,7 +115,7 @@ class _Talk:
             finish(self.model, cache, reading.ids)
             self.logits = reading.logits
         else:
-            ids, mask = _pad(contexts, self.model.device)
+            ids, mask = pad_left(contexts, self.model.device)
             self.logits = prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
         self.prefill_s += now(self.model.device) - started
         self.evict_s += cache.evict_s - evicted
@@ -131,7 +131,7 @@ class _Talk:
         assert self.cache is not None
         cache = self.cache
         if any(questions):
-            ids, mask = _pad(questions, self.model.device)
+            ids, mask = pad_left(questions, self.model.device)
             self.logits = prefill(self.model, ids, cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
             cache.schedule.chunk = max(self.chunk, ids.shape[1])  # a question stays whole, however long
         said = decode(lambda token: forward(self.model, token, cache), self.logits, limits, stop)
@@ -159,12 +159,3 @@ class _Talk:
             decode_ms=1e3 * self.decode_s / self.steps if self.steps else None,
             kept=kept,
         )
-
-
-def _pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return rows as one tensor, pads at the left, and its mask; None if there are no pads."""
-    width = max(map(len, rows))
-    ids = torch.tensor([(0,) * (width - len(row)) + tuple(row) for row in rows], device=device)
-    if all(len(row) == width for row in rows):
-        return ids, None
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

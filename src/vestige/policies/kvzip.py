@@ -74,7 +74,7 @@ class KVzip(Policy):
             PolicyError: No tokenizer lies beside the model, the model was fed embeddings, or it has too few positions
                 left for a replay.
         """
-        from vestige.reading import replay  # it imports the cache, which stands above policies
+        from vestige.reading import pad_left, replay  # it imports the cache, which stands above policies
 
         request = _default_request(model) if self.request is None else self.request
         starts = _unasked_from(cache)
@@ -87,7 +87,7 @@ class KVzip(Policy):
             quote, end = max(begin - self.quoted, 0), begin + size
             rows = [[*request, *text[quote:end].tolist()] if begin < len(text) else [] for text in texts]
             spans = [range(start + begin, start + end) for start in starts]
-            fed, mask = _left_padded(rows, ids.device)
+            fed, mask = pad_left(rows, ids.device)
             replay(model, fed, cache, partial(self._ask, spans), mask)
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
@@ -139,15 +139,6 @@ def _unasked_from(cache: "KVCache") -> list[int]:
                 batch = row // layer.kv_heads
                 firsts[batch] = min(firsts[batch], int(at[0]))
     return firsts
-
-
-def _left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return rows as one tensor with zeros at the left, and its mask, or None if there are no pads."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    if all(len(row) == width for row in rows):
-        return ids, None
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
 
 def _default_request(model: Any) -> tuple[int, ...]:
