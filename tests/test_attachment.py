@@ -300,9 +300,9 @@ def test_policies_with_forwards_of_their_own_need_prefill():
         prefill(model, ids, cache)
         assert calls == [(30 * 6, (1, 30))]
         assert cache.held == 10 * 6
-        prefill(model, ids[:, :9], cache, chunk=8, settle=False)  # a question
+        prefill(model, ids[:, :9], cache, chunk=20, settle=False)  # a question
         model(ids[:, :1], past_key_values=cache)
-        model(ids[:, :9], past_key_values=cache)  # a second text, longer than a chunk, that no prefill reads
+        model(ids[:, :25], past_key_values=cache)  # a second text, longer than a chunk, that no prefill reads
         with pytest.raises(PolicyError, match=r"Replaying.*vestige.prefill"):
             model(ids[:, :1], past_key_values=cache)
 

@@ -135,7 +135,7 @@ def announce(cache: KVCache, length: int | Sequence[int] | None, batch: int) -> 
 def pad_left(
     rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "batch longest"], Int[Tensor, "batch longest"] | None]:
-    """Return ids of unequal lengths as one tensor with zeros at the left, and its mask, or None if there are no pads."""
+    """Return ids as one tensor with zeros at the left, and its mask, or None if no row needs pads."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
     if all(len(row) == width for row in rows):
