@@ -4,11 +4,10 @@
 pass the object to ``KVCache(model, policy, memory=...)``.
 """
 
-import importlib
 from typing import Any
 
-from vestige import called
-from vestige.errors import PolicyError, unknown
+from vestige import called, registry
+from vestige.errors import PolicyError
 from vestige.remains import Memory
 
 MEMORIES: dict[str, str | None] = {
@@ -17,7 +16,7 @@ MEMORIES: dict[str, str | None] = {
     "moments": "vestige.memory.moments:Moments",
 }
 
-_CLASSES = {path.partition(":")[2]: path for path in MEMORIES.values() if path}
+_CLASSES = registry.members(MEMORIES.values())
 __all__ = ["MEMORIES", "make", "name_of", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -27,10 +26,7 @@ def resolve(name: str) -> type[Memory] | None:
     Raises:
         PolicyError: No such name; the message gives the nearest and all valid ones.
     """
-    if name not in MEMORIES:
-        raise PolicyError(unknown("memory", name, MEMORIES))
-    path = MEMORIES[name]
-    found: type[Memory] | None = _load(path) if path else None
+    found: type[Memory] | None = registry.resolve(name, MEMORIES, "memory", PolicyError)
     return found
 
 
@@ -52,18 +48,8 @@ def make(name: str) -> Memory | None:
 
 def name_of(memory: Memory | None) -> str:
     """Return the name under which a memory is listed, or its class name."""
-    if memory is None:
-        return "none"
-    home = f"{type(memory).__module__}:{type(memory).__name__}"
-    return next((name for name, path in MEMORIES.items() if path == home), type(memory).__name__)
-
-
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return "none" if memory is None else registry.name_of(memory, MEMORIES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CLASSES:
-        return _load(_CLASSES[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return registry.member(name, _CLASSES, __name__)

@@ -5,10 +5,9 @@ them, so that listing is cheap; an own policy need not be registered: pass the o
 """
 
 import dataclasses
-import importlib
 from typing import Any
 
-from vestige import called
+from vestige import called, registry
 from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
 from vestige.policy import Policy
@@ -36,8 +35,8 @@ POLICIES: dict[str, str] = {
     "xkv": "vestige.policies.xkv:XKV",
 }
 
-_CLASSES = {path.partition(":")[2]: path for path in POLICIES.values()}
-_CLASSES |= {name: f"vestige.policies.kvpress:{name}" for name in ("FromKVPress", "from_kvpress")}  # not by name
+_ADAPTER = [f"vestige.policies.kvpress:{name}" for name in ("FromKVPress", "from_kvpress")]  # has no name of its own
+_CLASSES = registry.members([*POLICIES.values(), *_ADAPTER])
 __all__ = ["POLICIES", "make", "name_of", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -47,9 +46,7 @@ def resolve(name: str) -> type[Policy]:
     Raises:
         PolicyError: No such name; the message gives the nearest and all valid ones.
     """
-    if name not in POLICIES:
-        raise PolicyError(unknown("policy", name, POLICIES))
-    found: type[Policy] = _load(POLICIES[name])
+    found: type[Policy] = registry.resolve(name, POLICIES, "policy", PolicyError)
     return found
 
 
@@ -81,16 +78,8 @@ def make(name: str, budget: Budget | None = None, *, share: str | None = None, s
 
 def name_of(policy: Policy) -> str:
     """Return the name under which a policy is listed, or its class name."""
-    home = f"{type(policy).__module__}:{type(policy).__name__}"
-    return next((name for name, path in POLICIES.items() if path == home), type(policy).__name__)
-
-
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return registry.name_of(policy, POLICIES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CLASSES:
-        return _load(_CLASSES[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return registry.member(name, _CLASSES, __name__)
