@@ -206,6 +206,7 @@ def _cell(
         head = {**shared, "policy": name, "budget": budget or "1.0", "share": policy.share, "peer": None}
         own = {
             "evict_s": report.evict_s,
+            "annotate_s": report.annotate_s,
             "held": report.held,
             "kept_fraction": report.kept_fraction,
             "kv_bytes": report.kv_bytes,
