@@ -460,10 +460,12 @@ class RaggedLayer(CacheLayerMixin):
         room = [0] * len(lengths) if coming is None else [max(n, 1) + self.cache.slack - 1 for n in coming]
         capacities = [length + n for length, n in zip(lengths, room, strict=True)]
         index = ragged.layout_index(slots, lengths, capacities)
+        highest = 0
         for name, column in self.columns.items():
             laid_out = ragged.gather(column, index)
-            self.cache.note_peak(laid_out.nbytes)
+            highest = max(highest, self.nbytes + laid_out.nbytes)
             self.columns[name] = laid_out
+        self.cache.note_peak(highest - self.nbytes)
         self.lengths, self.starts = lengths, ragged.cumulative(capacities)[:-1]
         self._capacity = capacities[0] if len(set(lengths)) == len(set(capacities)) == 1 else 0
         self._room, self._tails = min(room, default=0), None

@@ -149,10 +149,15 @@ def attention_weights(
     logits = queries.float() @ keys.float().T * scale.scaling
     if scale.softcap is not None:
         logits = scale.softcap * torch.tanh(logits / scale.softcap)
-    hidden = (positions[None, :] > at[:, None]) | (positions < 0)
-    logits = logits.masked_fill(hidden, -torch.inf)
-    if scale.sinks is None:  # a query older than all that the row holds sees nothing: 0, where softmax gives NaN
-        return logits.softmax(-1).masked_fill(hidden, 0.0)
+    pads, late = positions < 0, (positions > at[:1]).nonzero()
+    tail = int(late[0]) if len(late) else len(positions)  # no query is too early for what comes before
+    if bool(pads.any()):
+        logits.masked_fill_(pads, -torch.inf)
+    logits[..., tail:].masked_fill_(positions[tail:] > at[:, None], -torch.inf)
+    if scale.sinks is None:
+        weights = logits.softmax(-1)
+        # A query older than all that the row holds sees nothing: 0, where softmax gives NaN.
+        return weights if bool((~pads[:tail]).any()) else weights.nan_to_num_(0.0)
     sink = scale.sinks.float()[:, None, None].expand(-1, logits.shape[1], 1)
     return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
 

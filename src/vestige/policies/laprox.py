@@ -61,7 +61,7 @@ class LaProx(Policy):
         scores = torch.empty(len(seen.positions), device=seen.keys.device)
         for row in seen.rows():
             attention, first = observed_attention(seen, row, self.observed)
-            columns = torch.linalg.vector_norm(attention, dim=1)  # (queries_per_kv, row_held)
+            columns = attention.square_().sum(1).sqrt()  # (queries_per_kv, row_held); a norm over dim 1 is far slower
             worth = (columns * norms[row.pairs].T).mean(0)
             older = seen.positions[row.pairs] < first
             scores[row.pairs] = pooled(worth * older, self.kernel)
