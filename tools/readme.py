@@ -23,7 +23,9 @@ def first_line(path: Path) -> str:
 def tree() -> str:
     """Return the package's modules with a line each."""
     modules = sorted(PACKAGE.rglob("*.py"), key=lambda path: (len(path.relative_to(PACKAGE).parts), path))
-    lines = [f"{path.relative_to(PACKAGE).as_posix():<28}{first_line(path)}" for path in modules]
+    names = [path.relative_to(PACKAGE).as_posix() for path in modules]
+    width = max(map(len, names)) + 2
+    lines = [f"{name:<{width}}{first_line(path)}" for name, path in zip(names, modules, strict=True)]
     return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
 
 
