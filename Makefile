@@ -19,7 +19,7 @@ LAPROX_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(LONGBENCH),--longbench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-laprox results-laprox-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-laprox results-laprox-dev results-memory results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -68,6 +68,10 @@ results-laprox: $(VENV)/.stamp-test ## LaProx beside the field (hours; goes on a
 
 results-laprox-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
 	$(BIN)/python -m vestige.recipes.laprox --dev --out out/laprox-dev $(LAPROX_ARGS)
+
+results-memory: $(VENV)/.stamp-test ## what a memory of the evicted is worth at 4K and 8K (hours; goes on after an interrupt): ESSAYS=DIR
+	$(BIN)/python -m vestige.recipes.memory --out results/memory $(if $(ESSAYS),--essays "$(ESSAYS)")
+	$(BIN)/vestige report results/memory/* --out results/memory
 
 peers: .venv-peers/.stamp-peers ## make .venv-peers with kvpress in it, for `vestige bench --peer kvpress:...`
 	@echo "Ready: vestige bench ... --peer kvpress:SnapKVPress"

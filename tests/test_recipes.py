@@ -1,6 +1,6 @@
 """Published runs say what they promise, and take only what was chosen on dev."""
 
-from vestige.recipes import bench, laprox
+from vestige.recipes import bench, laprox, memory
 
 
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
@@ -71,3 +71,21 @@ def test_a_loss_is_against_the_full_cache_on_the_same_samples_and_as_a_share_of_
 def test_nothing_is_said_of_a_share_of_no_loss():
     records = scored("full", "1.0", 1, 1) + scored("snapkv(kernel=21)", "0.1", 1, 1)
     assert laprox.losses(records)[0]["of_snapkv"] is None
+
+
+# Memories.
+
+
+def test_a_memory_is_compared_at_equal_pairs_and_at_equal_bytes():
+    arms = [arm for arm in memory.comparison(4096, aware=True).arms if arm.policy != "full"]
+    found = {(arm.memory, arm.budget) for arm in arms}
+    assert {("none", "409"), ("none", "204"), ("moments", "409"), ("moments", "375"), ("moments", "204")} <= found
+    assert memory.weight("moments") == 34 and memory.weight("centroids") == 17
+
+
+def test_memories_are_tried_with_and_without_the_question_on_long_contexts():
+    assert memory.LENGTHS == (4096, 8192)
+    assert (
+        memory.comparison(8192, aware=True).question_aware and not memory.comparison(8192, aware=False).question_aware
+    )
+    assert memory.comparison(4096, aware=False).split == "test"
