@@ -45,7 +45,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 Seed = Annotated[int, typer.Option(help="For everything that is drawn.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32, or auto: the checkpoint's.")]
-PolicyName = Annotated[str, typer.Option(help="What to keep; see `vestige policies`. Any but full needs --budget.")]
+PolicyName = Annotated[str, typer.Option(help="What to keep: snapkv, or snapkv(kernel=7); see `vestige policies`.")]
 BudgetText = Annotated[
     str | None,
     typer.Option(help="Pairs to keep: 512 is tokens, 0.1 (with a point) a fraction of the length, 64MB bytes."),
@@ -53,7 +53,7 @@ BudgetText = Annotated[
 ShareName = Annotated[
     str | None, typer.Option(help="Who competes for room: head, layer or model; default: the method's own choice.")
 ]
-MemoryName = Annotated[str, typer.Option(help="What remains of the evicted; see `vestige memories`.")]
+MemoryName = Annotated[str, typer.Option(help="What remains of the evicted: moments(mass=1); see `vestige memories`.")]
 Chunk = Annotated[int, typer.Option(help="Tokens per forward while reading.", min=1)]
 NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 
