@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from conftest import ROOMY, made
-from vestige import Observation, Phase, PolicyError, policies
+from vestige import Observation, Phase, policies
 from vestige.kernels import AttentionScale
-from vestige.observe import observed_attention
 from vestige.policies import POLICIES
-from vestige.policies.random import splitmix64, uniform
 from vestige.records import Moments
 from vestige.rope import Rope, Rotation
 
@@ -400,67 +398,6 @@ def test_random_equals_splitmix64_in_python_integers(seed):
     assert made("random", seed=seed).score(seen).tolist() == naive_random(seen, seed)
 
 
-# What observed queries see.
-
-
-@pytest.mark.parametrize("extra", EXTRAS)
-@pytest.mark.parametrize("observed", [1, 3, 100])
-def test_observed_attention_equals_the_naive_one(observed, extra):
-    seen = random_observation(3, kv_heads=2, queries_per_kv=3, **EXTRAS[extra])
-    for row in seen.rows():
-        attention, first = observed_attention(seen, row, observed)
-        naive = naive_attention(seen, row.batch * seen.kv_heads + row.kv_head, observed)
-        held = seen.positions[row.pairs].tolist()
-        expected = torch.tensor([[[query.get(p, 0.0) for p in held] for query in head] for head in naive])
-        torch.testing.assert_close(attention, expected)
-        assert first == seen.seen[row.batch] - min(observed, 4)
-
-
-def test_observed_attention_sums_to_1_without_sinks_and_to_less_with_them():
-    for sinks in (False, True):
-        seen = random_observation(4, sinks=sinks)
-        total = observed_attention(seen, next(seen.rows()), 4)[0].sum(-1)
-        assert bool((total < 0.999).all()) == sinks
-        assert bool((total > 0.999).all()) == (not sinks)
-
-
-def test_a_softcap_evens_the_observed_attention_out():
-    sharp, capped = (
-        observed_attention(seen, next(seen.rows()), 4)[0].max()
-        for seen in (random_observation(5), random_observation(5, softcap=0.01))
-    )
-    assert capped < 0.2 < sharp
-
-
-def latest_only(sinks: bool) -> Observation:
-    """Return a row that was left with its latest pairs, as may be where rows compete and nothing is protected."""
-    scale = AttentionScale(1.0, None, torch.zeros(1) if sinks else None)
-    queries = (torch.ones(1, 6, 2),)  # of tokens 2 to 7
-    return packed([{5: [1.0, 0.0], 7: [0.0, 1.0]}], seen=[8], queries=queries, attention=scale)
-
-
-@pytest.mark.parametrize("sinks", [False, True])
-def test_a_query_older_than_all_that_a_row_holds_pays_no_attention(sinks):
-    seen = latest_only(sinks)
-    attention, first = observed_attention(seen, next(seen.rows()), 6)
-    assert first == 2
-    assert attention[0, :3].tolist() == [[0, 0]] * 3
-    assert attention[0, 3:].isfinite().all()
-
-
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("name", ["snapkv", "tova"])
-def test_a_row_left_with_its_latest_pairs_has_scores(name, sinks):
-    assert made(name).score(latest_only(sinks)).isfinite().all()
-
-
-def test_rows_without_pairs_are_not_shown():
-    seen = random_observation(0)
-    shown = [(row.batch, row.kv_head) for row in seen.rows()]
-    assert shown == [(0, 0), (1, 0), (1, 1)]
-    assert sum(row.pairs.stop - row.pairs.start for row in seen.rows()) == len(seen.positions)
-
-
 # What every policy promises.
 
 
@@ -532,56 +469,3 @@ def test_a_policy_names_its_source(name):
 def test_policies_with_equal_fields_are_equal(name):
     assert made(name) == made(name)
     assert made(name) != made(name, every=7)
-
-
-# Random.
-
-
-def test_a_random_score_belongs_to_its_pair_whatever_is_read_beside_it():
-    rows = [{p: [0.0, 0.0] for p in range(40)} for _ in range(4)]
-    whole = made("random", seed=7).score(packed(rows, seen=[40, 40], layer_idx=2)).view(2, 2, 40)
-    assert torch.equal(whole[0], whole[1]), "batch rows draw alike, so that a row alone draws as in a batch"
-    part = packed([{}, {p: [1.0, 1.0] for p in range(5, 40, 3)}], seen=[90], layer_idx=2)
-    assert torch.equal(made("random", seed=7).score(part), whole[0, 1, 5:40:3])
-
-
-def test_seeds_layers_and_heads_draw_independently():
-    rows = [{p: [0.0, 0.0] for p in range(5000)} for _ in range(2)]
-    draws = [
-        head
-        for seed in (0, 1)
-        for layer in (0, 1, 31)
-        for head in made("random", seed=seed).score(packed(rows, seen=[5000], layer_idx=layer)).view(2, -1)
-    ]
-    correlations = torch.corrcoef(torch.stack(draws)) - torch.eye(len(draws))
-    assert correlations.abs().max() < 0.06  # four deviations of chance
-
-
-def test_random_scores_are_spread_evenly_over_the_unit_interval():
-    scores = made("random").score(packed([{p: [0.0, 0.0] for p in range(20_000)}], seen=[20_000]))
-    assert 0 <= scores.min() < 0.001
-    assert 0.999 < scores.max() < 1
-    assert abs(scores.mean() - 0.5) < 0.008  # four deviations of chance
-    tenths = Counter((scores * 10).long().tolist())
-    assert all(abs(tenths[n] - 2000) < 200 for n in range(10))
-    assert abs(torch.corrcoef(torch.stack([scores[1:], scores[:-1]]))[0, 1]) < 0.03
-
-
-def test_splitmix64_gives_the_published_numbers():
-    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # seed 0
-    assert [x % 2**64 for x in splitmix64(torch.arange(3)).tolist()] == published
-    assert [mix(n) for n in range(3)] == published
-
-
-def test_uniform_numbers_never_reach_1():
-    draws = uniform(torch.arange(-50_000, 50_000))
-    assert 0 <= draws.min() < draws.max() < 1
-
-
-@pytest.mark.parametrize("seed", [2**33, 2**40, 2**64 - 1, -(2**40)])
-def test_a_large_seed_is_used_or_refused_but_never_overflows(seed):
-    try:
-        policy = made("random", seed=seed)
-    except PolicyError:
-        return
-    assert policy.score(by_keys()).isfinite().all()

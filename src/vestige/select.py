@@ -90,29 +90,22 @@ def select(
         comparable = rescale(scores, protected, grid.groups("layer")[grid.row], scale)
         worthy = worthy if threshold is None else (comparable >= threshold) | protected
         scores = comparable if share == "model" else scores
-    if counts is not None:
-        return keep_topk(scores, positions, protected, grid.row, counts) & worthy
-    return _compete(scores, positions, protected, grid, room, share, floor) & worthy
+    first, groups, totals = None, grid.row, counts
+    if totals is None:
+        first = _floored(scores, positions, protected, grid, room, floor) if floor and share != "head" else None
+        of_row = grid.groups(share)
+        groups = of_row[grid.row]
+        totals = torch.zeros(int(of_row.max()) + 1, dtype=torch.long, device=scores.device)
+        totals.index_add_(0, of_row, room[grid.batch])
+    return keep_topk(scores, positions, protected, groups, totals, first) & worthy
 
 
-def _compete(
-    scores: Float[Tensor, " held"],
-    positions: Int[Tensor, " held"],
-    protected: Bool[Tensor, " held"],
-    grid: Grid,
-    room: Int[Tensor, " batch"],
-    share: Share,
-    floor: float,
+def _floored(
+    scores: Tensor, positions: Tensor, protected: Tensor, grid: Grid, room: Int[Tensor, " batch"], floor: float
 ) -> Bool[Tensor, " held"]:
-    first = protected
-    if floor and share != "head":
-        floors = torch.tensor([Budget.share_of(int(n), floor) for n in room], device=scores.device)[grid.batch]
-        guarded = protected_per_row(protected, grid)
-        first = keep_topk(scores, positions, protected, grid.row, torch.maximum(floors, guarded))
-    groups = grid.groups(share)
-    totals = torch.zeros(int(groups.max()) + 1, dtype=torch.long, device=scores.device)
-    totals.index_add_(0, groups, room[grid.batch])
-    return keep_topk(scores, positions, protected, groups[grid.row], totals, first)
+    """Return the pairs that rows keep before they compete."""
+    floors = torch.tensor([Budget.share_of(int(n), floor) for n in room], device=scores.device)[grid.batch]
+    return keep_topk(scores, positions, protected, grid.row, torch.maximum(floors, protected_per_row(protected, grid)))
 
 
 def keep_topk(
