@@ -1,17 +1,13 @@
 """Whole numbers in proportion: worked out by hand, and what must hold for any."""
 
-from typing import get_args
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vestige.select import Scale, apportion
+from vestige.select import apportion
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=30)
-INF, NAN = float("inf"), float("nan")
-SCALE, FLOOR = st.sampled_from(get_args(Scale)), st.sampled_from([0.0, 0.3, 1.0])
 
 
 def shared(wanted, least, most, total, batch=None) -> list[int]:
