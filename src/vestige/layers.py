@@ -332,7 +332,8 @@ class RaggedLayer(CacheLayerMixin):
         """Show new queries to what looks at every query, row by row; their own pairs are stored already."""
         self.attention = scale
         self.record("queries", query, step)
-        self._record_moments(query.detach(), step)
+        if "query_moments" in self.cache.recording.ring_sizes:
+            self._record_moments(query.detach(), step)
         if not self.cache.recording.watchers:
             return
         for row in range(self.rows):
@@ -362,8 +363,7 @@ class RaggedLayer(CacheLayerMixin):
     def _record_moments(self, query: Float[Tensor, "batch heads new head_dim"], step: Step) -> None:
         """Count queries in as they were before RoPE, in blocks: turned back in float32, all of a text would weigh."""
         rope = self.cache.rope
-        if rope is None or "query_moments" not in self.cache.recording.ring_sizes:
-            return
+        assert rope is not None, "moments are recorded for policies that need the rotation"
         for start in range(0, step.new, _BLOCK):
             part = replace(step, positions=step.positions[:, start : start + _BLOCK])
             block = query[:, :, start : start + _BLOCK].float()

@@ -174,3 +174,9 @@ class Allots(Protocol):
             grid: Which row, layer and batch row a pair belongs to.
             room: Average pairs per row of each batch row.
         """
+
+
+def check_pooling(observed: int, kernel: int) -> None:
+    """Raise a PolicyError unless a policy looks at one query or more and pools over an odd number of tokens."""
+    if observed < 1 or kernel < 1 or kernel % 2 == 0:
+        raise PolicyError(f"observed must be at least 1 and kernel odd, got observed={observed}, kernel={kernel}")

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.errors import PolicyError
 from vestige.observe import Observation, observed_attention, pooled
-from vestige.policy import Policy, Written
+from vestige.policy import Policy, Written, check_pooling
 from vestige.select import Scale, Share
 
 
@@ -44,10 +43,7 @@ class LaProx(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.observed < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise PolicyError(
-                f"observed must be at least 1 and kernel odd, got observed={self.observed}, kernel={self.kernel}"
-            )
+        check_pooling(self.observed, self.kernel)
 
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return the norm of each value after the output projection, by query head."""

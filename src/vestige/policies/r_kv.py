@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool1d, normalize
 
 from vestige.errors import PolicyError
 from vestige.observe import Observation
-from vestige.policy import Policy
+from vestige.policy import Policy, check_pooling
 from vestige.select import Scale
 
 KEY_BLOCK = 256
@@ -50,10 +50,7 @@ class RKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.observed < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise PolicyError(
-                f"observed must be at least 1 and kernel odd, got observed={self.observed}, kernel={self.kernel}"
-            )
+        check_pooling(self.observed, self.kernel)
         if not (0 <= self.weight <= 1 and 0 <= self.similar <= 1):
             raise PolicyError(
                 f"weight and similar must lie in [0, 1], got weight={self.weight!r}, similar={self.similar!r}"

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.errors import PolicyError
 from vestige.observe import Observation, observed_attention, pooled
-from vestige.policy import Policy
+from vestige.policy import Policy, check_pooling
 from vestige.select import Scale
 
 
@@ -32,10 +31,7 @@ class SnapKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.observed < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise PolicyError(
-                f"observed must be at least 1 and kernel odd, got observed={self.observed}, kernel={self.kernel}"
-            )
+        check_pooling(self.observed, self.kernel)
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return the pooled mean attention; the observed tokens themselves, seen by few, count as 0 for pooling."""
