@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, pad
 
 from vestige.kernels import AttentionScale
 from vestige.records import Moments
@@ -162,9 +162,15 @@ def attention_weights(
     return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
 
 
-def pooled(scores: Float[Tensor, " row_held"], kernel: int) -> Float[Tensor, " row_held"]:
+def pooled(scores: Float[Tensor, " row_held"], kernel: int, causal: bool = False) -> Float[Tensor, " row_held"]:
     """Return averages over ``kernel`` neighbouring pairs (odd), zeros beyond the ends.
 
     An important token brings its neighbours; after an eviction these are the neighbours that are left.
+
+    Args:
+        scores: Of one row, in time order.
+        kernel: Pairs that are averaged.
+        causal: Average a pair with those before it, so that a score reaches only the tokens that come after.
     """
-    return avg_pool1d(scores[None], kernel, stride=1, padding=kernel // 2)[0]
+    before = kernel - 1 if causal else kernel // 2
+    return avg_pool1d(pad(scores[None], (before, kernel - 1 - before)), kernel, stride=1)[0]

@@ -37,6 +37,9 @@ class CriticalKV(Policy):
     """Latest queries whose attention is averaged."""
     kernel: int = 5
     """Tokens that are pooled together; odd, 1 switches pooling off."""
+    causal: bool = False
+    """Pool a token with those before it, not around it. What the question looks at is where an answer begins; what
+    follows will be looked at while the answer is written. Ours, not the paper's."""
     first_stage: float = 0.5
     """Part of the room, in [0, 1], that goes by attention alone."""
     epsilon: float = 1e-4
@@ -56,7 +59,7 @@ class CriticalKV(Policy):
     @property
     def attention(self) -> SnapKV:
         """What scores the first stage."""
-        return SnapKV(budget=None, observed=self.observed, kernel=self.kernel)
+        return SnapKV(budget=None, observed=self.observed, kernel=self.kernel, causal=self.causal)
 
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return each value's L1 norm after the output projection, averaged over the query group.

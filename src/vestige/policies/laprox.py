@@ -37,6 +37,9 @@ class LaProx(Policy):
     """Latest queries whose attention is looked at."""
     kernel: int = 7
     """Tokens that are pooled together; odd, 1 switches pooling off."""
+    causal: bool = False
+    """Pool a token with those before it, not around it. What the question looks at is where an answer begins; what
+    follows will be looked at while the answer is written. Ours, not the paper's."""
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "output"})
     annotations: ClassVar[frozenset[str]] = frozenset({"output_norms"})
     reading_slack: ClassVar[float] = 2.0
@@ -60,5 +63,5 @@ class LaProx(Policy):
             columns = attention.square_().sum(1).sqrt()  # (queries_per_kv, row_held); a norm over dim 1 is far slower
             worth = (columns * norms[row.pairs].T).mean(0)
             older = seen.positions[row.pairs] < first
-            scores[row.pairs] = pooled(worth * older, self.kernel)
+            scores[row.pairs] = pooled(worth * older, self.kernel, self.causal)
         return scores

@@ -26,6 +26,9 @@ class SnapKV(Policy):
     """Latest queries whose attention is averaged."""
     kernel: int = 5
     """Tokens that are pooled together; odd, 1 switches pooling off."""
+    causal: bool = False
+    """Pool a token with those before it, not around it. What the question looks at is where an answer begins; what
+    follows will be looked at while the answer is written. Ours, not the paper's."""
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
     scale: Scale = "mass"
 
@@ -40,5 +43,5 @@ class SnapKV(Policy):
             attention, first = observed_attention(seen, row, self.observed)
             older = seen.positions[row.pairs] < first
             mass = attention.mean((0, 1)) * older
-            scores[row.pairs] = pooled(mass, self.kernel)
+            scores[row.pairs] = pooled(mass, self.kernel, self.causal)
         return scores
