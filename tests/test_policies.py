@@ -303,7 +303,7 @@ def rows_of(seen: Observation) -> list[list[int]]:
     return [seen.positions[start:end].tolist() for start, end in pairwise(seen.cu_seqlens)]
 
 
-def naive_snapkv(seen: Observation, observed: int, kernel: int) -> list[float]:
+def naive_snapkv(seen: Observation, observed: int, kernel: int, causal: bool = False) -> list[float]:
     scores = []
     for row, held in enumerate(rows_of(seen)):
         b = row // seen.kv_heads
@@ -311,7 +311,8 @@ def naive_snapkv(seen: Observation, observed: int, kernel: int) -> list[float]:
         weights = [query for head in naive_attention(seen, row, observed) for query in head]
         mass = [sum(w.get(p, 0.0) for w in weights) / len(weights) if p < first else 0.0 for p in held]
         for slot in range(len(held)):
-            near = [mass[i] for i in range(slot - kernel // 2, slot + kernel // 2 + 1) if 0 <= i < len(held)]
+            begin = slot - (kernel - 1 if causal else kernel // 2)
+            near = [mass[i] for i in range(begin, begin + kernel) if 0 <= i < len(held)]
             scores.append(sum(near) / kernel)
     return scores
 
@@ -365,11 +366,12 @@ EXTRAS = {"plain": {}, "softcap": {"softcap": 1.5}, "sinks": {"sinks": True}, "b
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("observed", "kernel"), [(1, 1), (3, 1), (3, 5), (4, 3), (32, 7)])
-def test_snapkv_equals_the_naive_one(observed, kernel, extra):
+def test_snapkv_equals_the_naive_one(observed, kernel, causal, extra):
     seen = random_observation(1, **EXTRAS[extra])
-    scores = made("snapkv", observed=observed, kernel=kernel).score(seen)
-    torch.testing.assert_close(scores, torch.tensor(naive_snapkv(seen, observed, kernel)))
+    scores = made("snapkv", observed=observed, kernel=kernel, causal=causal).score(seen)
+    torch.testing.assert_close(scores, torch.tensor(naive_snapkv(seen, observed, kernel, causal)))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

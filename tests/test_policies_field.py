@@ -283,7 +283,7 @@ def test_adakv_with_one_kv_head_is_snapkv():
 
 def naive_criticalkv(seen: Observation, policy) -> list[float]:
     """Return the two stages by loops: places for the first are filled one by one, from the largest, latest pair."""
-    attention = naive_snapkv(seen, policy.observed, policy.kernel)
+    attention = naive_snapkv(seen, policy.observed, policy.kernel, policy.causal)
     norms = seen.annotations["absolute_output_norms"].tolist()
     product = [(a + policy.epsilon) * n for a, n in zip(attention, norms, strict=True)]
     rows = rows_of(seen)
@@ -311,11 +311,13 @@ def naive_criticalkv(seen: Observation, policy) -> list[float]:
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("share", ["head", "layer", "model"])
-@pytest.mark.parametrize("first_stage", [0.0, 0.6])
-def test_criticalkv_equals_the_naive_one(first_stage, share, extra):
+@pytest.mark.parametrize(("first_stage", "causal"), [(0.0, False), (0.6, False), (0.6, True)])
+def test_criticalkv_equals_the_naive_one(first_stage, causal, share, extra):
     seen = random_observation(8, kv_heads=3, **EXTRAS[extra])
     seen = Observation(**vars(seen) | {"room": (7, 9)})
-    policy = made("criticalkv", observed=3, kernel=3, first_stage=first_stage, share=share, sink=1, window=1)
+    policy = made(
+        "criticalkv", observed=3, kernel=3, first_stage=first_stage, causal=causal, share=share, sink=1, window=1
+    )
     torch.testing.assert_close(policy.score(seen), torch.tensor(naive_criticalkv(seen, policy)))
 
 

@@ -1,6 +1,7 @@
 """LaProx against the column-row sampling importance it stands for, through real models and settles."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_the_score_is_the_column_row_sampling_importance(extra):
     weight = torch.randn(6, 8, 20, generator=torch.Generator().manual_seed(0))
     scores = laprox(kernel=1).score(annotated(seen, OutputProjection(weight)))
     torch.testing.assert_close(scores, torch.tensor(column_row_importance(seen, weight, 4)), atol=1e-5, rtol=1e-4)
+
+
+def test_causal_pooling_gives_a_pair_what_those_before_it_are_worth():
+    seen = random_observation(3)
+    weight = torch.randn(4, 8, 20, generator=torch.Generator().manual_seed(0))
+    worth, expected = column_row_importance(seen, weight, 4), []
+    for start, end in pairwise(seen.cu_seqlens):
+        expected += [sum(worth[max(start, i - 2) : i + 1]) / 3 for i in range(start, end)]
+    scores = laprox(kernel=3, causal=True).score(annotated(seen, OutputProjection(weight)))
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_the_importance_is_the_norm_of_the_rank_one_term_that_a_pair_adds_to_the_output():
