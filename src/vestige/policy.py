@@ -88,6 +88,15 @@ class Policy(ABC):
         """Pairs of every row that are never evicted, pins aside."""
         return self.sink + self.window
 
+    def ends(self, room: int) -> tuple[int, int]:
+        """Return how many of a row's first and of its latest tokens are never evicted.
+
+        Args:
+            room: Average pairs that each row may hold.
+        """
+        first, recent = (Budget.share_of(room, share) for share in (self.first_share, self.recent_share))
+        return max(self.sink, first), max(self.window, recent)
+
     @property
     def evicts(self) -> bool:
         """Whether anything is ever evicted."""

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige import ragged
-from vestige.budget import Budget
 from vestige.errors import PolicyError
 from vestige.layers import RaggedLayer
 from vestige.observe import Observation, Phase
@@ -135,8 +134,7 @@ def _protected(
     policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], limits: Tensor, grid: Grid
 ) -> Bool[Tensor, " held"]:
     """Return which pairs no policy may evict: sink, window, pins."""
-    sinks = [max(policy.sink, Budget.share_of(n, policy.first_share)) for n in limits.tolist()]
-    windows = [max(policy.window, Budget.share_of(n, policy.recent_share)) for n in limits.tolist()]
+    sinks, windows = zip(*map(policy.ends, limits.tolist()), strict=True)
     begins = [end - window for end, window in zip(seen, windows, strict=True)]
     first, last = (torch.tensor(x, device=positions.device)[grid.batch][grid.row] for x in (sinks, begins))
     protected = (positions < first) | (positions >= last)

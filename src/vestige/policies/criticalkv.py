@@ -79,17 +79,20 @@ class CriticalKV(Policy):
         return torch.where(self._chosen(attention, guarded, grid, seen), 2 + first, second)
 
     def _guarded(self, seen: Observation) -> Bool[Tensor, " held"]:
-        """Return which pairs are sink or window."""
-        grid = _grid(seen)
-        ends = torch.tensor(seen.seen, device=seen.positions.device)[grid.batch][grid.row]
-        return (seen.positions < self.sink) | (seen.positions >= ends - self.window)
+        """Return which pairs are sink or window; pins are not known here."""
+        guarded = torch.zeros_like(seen.positions, dtype=torch.bool)
+        for row in seen.rows():
+            first, recent = self.ends(seen.room[row.batch])
+            at = seen.positions[row.pairs]
+            guarded[row.pairs] = (at < first) | (at >= seen.seen[row.batch] - recent)
+        return guarded
 
     def _chosen(
         self, attention: Float[Tensor, " held"], guarded: Bool[Tensor, " held"], grid: Grid, seen: Observation
     ) -> Bool[Tensor, " held"]:
         """Return the pairs of the first stage."""
         groups = grid.groups("head" if self.share == "head" else "layer")
-        free = [Budget.share_of(max(room - self.protected, 0), self.first_stage) for room in seen.room]
+        free = [Budget.share_of(max(room - sum(self.ends(room)), 0), self.first_stage) for room in seen.room]
         each = torch.tensor(free, device=groups.device)[grid.batch]
         counts = torch.zeros(int(groups.max()) + 1, dtype=torch.long, device=groups.device)
         counts.index_add_(0, groups, each)
