@@ -315,6 +315,27 @@ def test_a_policy_that_prepares_does_so_on_a_fork_too():
     assert prepared == [(60 * ROWS, (1, 60))] * 2
 
 
+def test_one_preparation_serves_every_budget_and_is_charged_to_each():
+    calls = []
+
+    class Plans(policies.KVzip):
+        def prepare(self, model, cache, ids):
+            calls.append(ids.shape)
+            super().prepare(model, cache, ids)
+
+    one, arms = job(turn(60)), [Plans(budget=Budget.tokens(n), request=(5,), **SMALL) for n in (15, 25)]
+    alone = [ours.run(MODEL, [one], arm)[0] for arm in arms]
+    assert len(calls) == 2
+    reading = ours.read(MODEL, [one], arms)
+    shared = [ours.run(MODEL, [one], arm, reading=reading)[0] for arm in arms]
+    assert len(calls) == 3
+    for single, common in zip(alone, shared, strict=True):
+        assert (single.replies, single.held, single.kept) == (common.replies, common.held, common.kept)
+        assert single.kv_bytes == common.kv_bytes and single.peak_kv_bytes <= common.peak_kv_bytes
+        ((_, seconds),) = reading.prepared.values()
+        assert common.prefill_s > reading.seconds + seconds
+
+
 # Dialogues.
 
 TALK = (turn(60, 5, new=7, seed=1), turn(20, 4, new=4, seed=2), turn(25, 6, new=5, seed=3))

@@ -35,8 +35,10 @@ def test_tasks_are_chosen_by_the_full_cache_alone_on_dev_from_candidates_that_ha
 def test_laprox_meets_the_field_with_equal_pooling_on_the_test_split():
     aware = laprox.parts()["aware"].config
     assert aware.split == "test" and aware.question_aware and aware.samples == 20 and aware.lengths == (2048,)
-    pooled = {arm.policy for arm in aware.arms if "kernel=21" in arm.policy}
-    assert pooled == {f"{name}(kernel=21)" for name in ("laprox", "snapkv", "adakv", "pyramidkv", "criticalkv")}
+    pooled = {arm.policy for arm in aware.arms if "causal" in arm.policy}
+    methods = ("laprox", "snapkv", "adakv", "pyramidkv", "criticalkv")
+    assert pooled == {f"{name}(kernel=41, causal=True)" for name in methods}
+    assert {"snapkv(kernel=7)", "laprox(kernel=7)"} <= {arm.policy for arm in aware.arms}
     assert {"full", "random", "streaming_llm"} <= {arm.policy for arm in aware.arms}
     assert {arm.budget for arm in aware.arms} == {"1.0", "0.25", "0.1", "0.05"}
 
@@ -57,19 +59,19 @@ def scored(policy: str, budget: str, *scores: float) -> list[dict]:
 
 
 def test_a_loss_is_against_the_full_cache_on_the_same_samples_and_as_a_share_of_snapkvs():
-    records = scored("full", "1.0", 1, 1, 1, 0) + scored("snapkv(kernel=21)", "0.1", 0, 0, 1, 0)
-    records += scored("laprox(kernel=21)", "0.1", 1, 0, 1)  # the last one is still to come
+    records = scored("full", "1.0", 1, 1, 1, 0) + scored(laprox.RIVAL, "0.1", 0, 0, 1, 0)
+    records += scored("laprox", "0.1", 1, 0, 1)  # the last one is still to come
     rows = {row["policy"]: row for row in laprox.losses(records)}
-    assert set(rows) == {"snapkv(kernel=21)", "laprox(kernel=21)"}
-    assert (rows["snapkv(kernel=21)"]["loss"], rows["snapkv(kernel=21)"]["of_snapkv"]) == (0.5, 1.0)
-    assert rows["laprox(kernel=21)"]["n"] == 3
-    assert rows["laprox(kernel=21)"]["loss"] == 1 / 3 and rows["laprox(kernel=21)"]["of_snapkv"] == 0.5
-    low, high = rows["laprox(kernel=21)"]["of_snapkv_ci95"]
+    assert set(rows) == {laprox.RIVAL, "laprox"}
+    assert (rows[laprox.RIVAL]["loss"], rows[laprox.RIVAL]["of_snapkv"]) == (0.5, 1.0)
+    assert rows["laprox"]["n"] == 3
+    assert rows["laprox"]["loss"] == 1 / 3 and rows["laprox"]["of_snapkv"] == 0.5
+    low, high = rows["laprox"]["of_snapkv_ci95"]
     assert 0 <= low < 0.5 <= high <= 1
 
 
 def test_nothing_is_said_of_a_share_of_no_loss():
-    records = scored("full", "1.0", 1, 1) + scored("snapkv(kernel=21)", "0.1", 1, 1)
+    records = scored("full", "1.0", 1, 1) + scored(laprox.RIVAL, "0.1", 1, 1)
     assert laprox.losses(records)[0]["of_snapkv"] is None
 
 

@@ -127,6 +127,8 @@ class Prepares(Protocol):
     def prepare(self, model: Any, cache: "KVCache", ids: Int[Tensor, "batch new"]) -> None:
         """Run them and leave the cache as it was, but for what they wrote into the policy's annotations.
 
+        What they write must not hang on the budget: one reading prepares for all of them.
+
         Args:
             model: An attached model.
             cache: Has read the ids; :func:`vestige.reading.replay` feeds it more and takes that back.

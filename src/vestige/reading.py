@@ -52,6 +52,7 @@ def prefill(
     _check_input(cache, input_ids, attention_mask, chunk)
     announce(cache, length, len(input_ids))
     schedule, total = cache.schedule, input_ids.shape[1]
+    cache.prepared = cache.prepared and not settle
     cache.reading_to = _ends(cache, input_ids, attention_mask)
     schedule.reading, schedule.chunk = True, chunk
     logits = torch.empty(0)
@@ -73,14 +74,14 @@ def prefill(
 
 def finish(model: PreTrainedModel, cache: KVCache, input_ids: Int[Tensor, "batch new"]) -> None:
     """Settle what was read, as the end of :func:`prefill` does: a fork of an unevicted reading can be finished by any
-    policy, so that one reading serves many.
+    policy, so that one reading serves many. A policy that prepares does so once: a fork that is prepared only settles.
 
     Args:
         model: An attached model.
         cache: Holds the ids; changed in place.
         input_ids: What was read last.
     """
-    if isinstance(cache.policy, Prepares):
+    if isinstance(cache.policy, Prepares) and not cache.prepared:
         cache.policy.prepare(model, cache, input_ids)
         cache.prepared = True
     cache.settle()

@@ -1,7 +1,7 @@
 """Running our own arms: one reading serves every policy that acts after it, on forks of its cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from vestige.bench.greedy import decode, now
 from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.policy import Policy, Watches
+from vestige.policy import Policy, Prepares, Watches
 from vestige.reading import announce, finish, forward, pad_left, prefill
 from vestige.remains import Memory
 from vestige.report import Report
@@ -29,6 +29,19 @@ class Reading:
     ids: Int[Tensor, "batch width"]
     logits: Float[Tensor, "batch vocab"]
     seconds: float
+    prepared: dict[Policy, tuple[KVCache, float]] = field(default_factory=dict)
+    """What policies that prepare left, whatever their budget, and the seconds it took."""
+
+    def ready_for(self, model: PreTrainedModel, policy: Policy) -> tuple[KVCache, float]:
+        """Return the cache that a policy forks, and the seconds of its own forwards, which run once for all budgets."""
+        if not isinstance(policy, Prepares):
+            return self.cache, 0.0
+        unlimited = replace(policy, budget=None, threshold=None)
+        if unlimited not in self.prepared:
+            cache, started = self.cache.fork(unlimited), now(model.device)
+            finish(model, cache, self.ids)
+            self.prepared[unlimited] = cache, now(model.device) - started
+        return self.prepared[unlimited]
 
 
 def can_share(policy: Policy) -> bool:
@@ -124,7 +137,11 @@ class _Talk:
     def _begin(self, reading: Reading | None) -> KVCache:
         if reading is None:
             return KVCache(self.model, self.policy, memory=self.memory)
-        return reading.cache.fork(self.policy, memory=self.memory)
+        ready, seconds = reading.ready_for(self.model, self.policy)
+        cache = ready.fork(self.policy, memory=self.memory)
+        cache.peak_kv_bytes = max(cache.peak_kv_bytes, ready.peak_kv_bytes if seconds else 0)
+        self.prefill_s += seconds
+        return cache
 
     def reply(self, questions: list[tuple[int, ...]], limits: list[int], stop: tuple[int, ...]) -> None:
         """Read a turn's questions, which stay whole, and decode until every batch row has stopped."""
