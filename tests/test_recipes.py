@@ -75,6 +75,13 @@ def test_nothing_is_said_of_a_share_of_no_loss():
     assert laprox.losses(records)[0]["of_snapkv"] is None
 
 
+def test_a_picture_for_each_budget_names_every_method_and_its_loss():
+    records = scored("full", "1.0", 1, 1, 1) + scored(laprox.RIVAL, "0.1", 0, 0, 1) + scored("laprox", "0.1", 1, 1, 0)
+    (picture,) = laprox.pictures(laprox.losses(records), "some model, aware").values()
+    for said in ("some model, aware, budget 0.1", "laprox", "snapkv", "loses +0.33", "loses +0.67"):
+        assert said in picture
+
+
 # Memories.
 
 

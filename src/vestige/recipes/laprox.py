@@ -87,9 +87,9 @@ def parts(essays: Path | None = None, longbench: Path | None = None, split: str 
 
 
 def losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what each method loses against the full cache on the same samples, for each budget, over all tasks.
+    """Return what each method scores, and loses against the full cache on the same samples, by budget, over all tasks.
 
-    ``of_snapkv`` is the loss as a share of SnapKV's; its interval, 95 %, is by resampling samples.
+    ``of_snapkv`` is the loss as a share of SnapKV's. Intervals, 95 %, are by resampling samples.
 
     Args:
         records: Of one part.
@@ -113,12 +113,43 @@ def losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "policy": policy,
                 "budget": budget,
                 "n": len(shared),
-                "loss": sum(own) / len(shared),
+                "score": _mean([cell[key] for key in shared]),
+                "score_ci95": _interval([cell[key] for key in shared], [1.0] * len(shared)),
+                "loss": _mean(own),
                 "of_snapkv": _ratio(own, snapkv),
                 "of_snapkv_ci95": _interval(own, snapkv),
             }
         )
     return rows
+
+
+def pictures(rows: Iterable[Mapping[str, Any]], title: str) -> dict[str, str]:
+    """Return an SVG for each budget: what each method scores, the full cache as a line. Common pooling goes unsaid.
+
+    Args:
+        rows: Of :func:`losses`.
+        title: Stands above; the budget follows it.
+    """
+    from vestige.bench.report.methods import Method, looks
+    from vestige.bench.report.plots import Line, Point, dot_chart
+
+    drawn: dict[str, dict[Method, Mapping[str, Any]]] = {}
+    for row in rows:
+        drawn.setdefault(row["budget"], {})[Method.of(row)] = row
+    made = {}
+    for budget, found in drawn.items():
+        best = sorted(found, key=lambda method: -found[method]["score"])
+        look = looks(best)
+        points = {m: Point(x=0, y=found[m]["score"], interval=tuple(found[m]["score_ci95"])) for m in best}
+        lines = [Line(label=m.label.replace(f"({POOLING})", ""), look=look[m], points=(points[m],)) for m in best]
+        notes = [f"loses {found[m]['loss']:+.2f}" for m in best]
+        full = Point(x=0, y=found[best[0]]["score"] + found[best[0]]["loss"])
+        made[budget] = dot_chart(f"{title}, budget {budget}", lines, notes, level=full)
+    return made
+
+
+def _mean(values: Sequence[float | int]) -> float:
+    return sum(values) / len(values)
 
 
 def _ratio(own: Sequence[float | int], other: Sequence[float | int]) -> float | None:
@@ -164,7 +195,10 @@ def main(
             )
         Console().print(show.bench_table(rows))
         records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
-        (folder / "losses.json").write_text(json.dumps(losses(records), indent=1) + "\n")
+        found = losses(records)
+        (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
+        for budget, picture in pictures(found, f"{run.model}, {name}").items():
+            (folder / f"scores-{budget}.svg").write_text(picture)
 
 
 if __name__ == "__main__":
