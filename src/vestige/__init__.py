@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vestige import erasers as erasers
     from vestige import memory as memory
     from vestige import policies as policies
     from vestige.attachment import Attachment as Attachment
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from vestige.budget import Budget as Budget
     from vestige.cache import KVCache as KVCache
     from vestige.download import load as load
+    from vestige.eraser import Erased as Erased
+    from vestige.eraser import Eraser as Eraser
+    from vestige.erasing import erase as erase
     from vestige.errors import BudgetError as BudgetError
     from vestige.errors import CacheError as CacheError
     from vestige.errors import CacheFileError as CacheFileError
@@ -43,6 +47,8 @@ _HOME = {
     "BudgetError": "errors",
     "CacheError": "errors",
     "CacheFileError": "errors",
+    "Erased": "eraser",
+    "Eraser": "eraser",
     "InputError": "errors",
     "KVCache": "cache",
     "ModelError": "errors",
@@ -56,6 +62,8 @@ _HOME = {
     "attach": "attachment",
     "check": "models",
     "detach": "attachment",
+    "erase": "erasing",
+    "erasers": "erasers",
     "load": "download",
     "memory": "memory",
     "policies": "policies",
@@ -69,7 +77,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'vestige' has no attribute {name!r}")
     module = importlib.import_module(f"vestige.{_HOME[name]}")
-    return module if name in ("memory", "policies") else getattr(module, name)
+    return module if name in ("erasers", "memory", "policies") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -15,8 +15,8 @@ from transformers.masking_utils import sdpa_mask
 from vestige.attend import NAME, vestige_attention
 from vestige.cache import KVCache
 from vestige.errors import CacheError
-from vestige.layers import RaggedLayer
 from vestige.models import Anatomy, check
+from vestige.rerun import Overlay
 
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
 
@@ -101,7 +101,7 @@ def require_cache(cache: object) -> KVCache:
 def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Open a forward on the cache before masks and positions are made from it."""
     cache = kwargs.get("past_key_values")
-    if cache is None or type(cache) is DynamicCache:
+    if cache is None or type(cache) is DynamicCache or isinstance(cache, Overlay):
         return
     if not isinstance(cache, KVCache):
         if isinstance(cache, Cache):
@@ -135,9 +135,9 @@ def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the layer what enters its attention, for policies that look at hidden states."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, KVCache) and "hidden" in cache.recording.needs:
-        layer = cache.layers[module.layer_idx]  # type: ignore[index]
-        assert isinstance(layer, RaggedLayer)
+    ours = cache.cache if isinstance(cache, Overlay) else cache
+    if isinstance(ours, KVCache) and "hidden" in ours.recording.needs:
+        layer: Any = cache.layers[module.layer_idx]  # type: ignore[union-attr]
         layer.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 

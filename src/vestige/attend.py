@@ -16,6 +16,7 @@ from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
 from vestige.kernels.partial import merge
 from vestige.layers import RaggedLayer, Step
+from vestige.rerun import OverlayLayer
 
 NAME = "vestige"
 """The name under which the attention function and its mask are registered."""
@@ -38,6 +39,8 @@ def vestige_attention(
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if not isinstance(key, Handle):
         return _dense(module, query, key, value, attention_mask, scale, position_bias, kwargs)
+    if isinstance(key.layer, OverlayLayer):
+        return key.layer.attend(query, scale).transpose(1, 2).contiguous(), None
     layer, step = key.layer, key.layer.cache.step
     assert step is not None, "update has refused a forward that was never begun"
     if getattr(module, "layer_idx", layer.layer_idx) == layer.layer_idx:  # not a consumer of shared pairs

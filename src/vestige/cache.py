@@ -80,6 +80,8 @@ class KVCache(Cache):
         self.reading_to: tuple[int, ...] | None = None
         """Where the prefill under way will end, per batch row: a fraction of what is not announced looks ahead."""
         self.pins: tuple[Span, ...] = ()
+        self.erased: tuple[Span, ...] = ()
+        """What was erased and kept its positions: every replay of the ids leaves it out."""
         self.step: Step | None = None
         self.seen: tuple[int, ...] = ()
         self.ring_floor: list[int] = []
@@ -239,6 +241,21 @@ class KVCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
         return self.fork()
 
+    def emptied(self) -> "KVCache":
+        """Return a cache like this one that has read nothing."""
+        twin = object.__new__(KVCache)
+        twin._start(self.anatomy, self.policy, [self.policy], self.memory)
+        twin.recording = self.recording
+        return twin
+
+    def adopt(self, other: "KVCache") -> None:
+        """Become another cache of the same model, which is not to be used any more."""
+        peak = max(self.peak_kv_bytes, self.nbytes + other.peak_kv_bytes)
+        vars(self).update(vars(other))
+        for layer in self.evictable:
+            layer.belong_to(self)
+        self.peak_kv_bytes = peak
+
     def save(self, path: str | Path) -> None:
         """Write the cache to a folder: safetensors and JSON, complete or not at all. See :mod:`vestige.persist`."""
         from vestige import persist
@@ -309,6 +326,7 @@ class KVCache(Cache):
             CacheError: Another batch size, positions that do not begin at seen, or a forward that died midway.
         """
         self._check_whole()
+        self.fed.check(ids)
         if self.seen and batch != len(self.seen):
             raise CacheError(
                 f"the cache holds {len(self.seen)} batch rows, but {batch} were fed; "
@@ -409,9 +427,8 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything that was read; policy, memory (emptied) and observers stay."""
-        recording = self.recording
-        self._start(self.anatomy, self.policy, [self.policy], self.memory)
-        self.recording = recording
+        self.adopt(self.emptied())
+        self.peak_kv_bytes = 0
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens). What was evicted is not restored.
@@ -434,6 +451,7 @@ class KVCache(Cache):
         gone = self.fed.crop(tokens_to_remove)
         self.ring_floor = [max(f, s - self.recording.longest) for f, s in zip(self.ring_floor, self.seen, strict=True)]
         self.seen = tuple(s - g for s, g in zip(self.seen, gone, strict=True))
+        self.erased = tuple(Span(s.start, min(s.end, max(self.seen))) for s in self.erased if s.start < max(self.seen))
         for evictable in self.evictable:
             evictable.crop(tokens_to_remove)
         self.schedule.taken_back(-tokens_to_remove)
@@ -475,5 +493,5 @@ class KVCache(Cache):
 _TURNING = frozenset({"rope", "query_moments"})
 """Needs for which the model's rotary positions must be understood."""
 
-_SHARED = ("lengths", "reading_to", "pins", "step", "seen", "prepared", "evict_s", "annotate_s")
+_SHARED = ("lengths", "reading_to", "pins", "erased", "step", "seen", "prepared", "evict_s", "annotate_s")
 """What a fork takes over as it is: values that are replaced, never changed in place."""

@@ -14,6 +14,8 @@ class Fed:
     """Ids and pads of all forwards, kept in pieces so that a decode step copies nothing."""
 
     _pieces: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stale: Int[Tensor, "batch removed"] | None = None
+    """After ids were taken out, as many of the last ones as went: what a prompt that still holds them would feed."""
 
     @property
     def ids(self) -> Int[Tensor, "batch padded_seen"]:
@@ -28,6 +30,25 @@ class Fed:
     def add(self, ids: Int[Tensor, "batch new"] | None, real: Bool[Tensor, "batch new"]) -> None:
         """Record one forward; ids are None where embeddings were fed."""
         self._pieces.append((torch.full(real.shape, -1) if ids is None else ids.detach().cpu().clone(), real.cpu()))
+
+    def check(self, ids: Int[Tensor, "batch new"] | None) -> None:
+        """Raise a CacheError if the first forward after ids were taken out is what the old prompt would feed."""
+        stale, self.stale = self.stale, None
+        if stale is None or ids is None or ids.shape[1] < stale.shape[1]:
+            return
+        if torch.equal(ids[:, : stale.shape[1]].detach().cpu(), stale):
+            self.stale = stale
+            raise CacheError(
+                f"this is the prompt from before {stale.shape[1]} of its tokens were erased; feed the ids that "
+                "vestige.erase returned (Erased.input_ids) and what follows them"
+            )
+
+    def select(self, kept: Bool[Tensor, "batch padded_seen"]) -> None:
+        """Forget the ids that are not marked: as many in each batch row, wherever they are."""
+        ids, real = self._whole()
+        batch, removed = len(ids), int((~kept[0]).sum())
+        self.stale = ids[:, ids.shape[1] - removed :] if removed else None
+        self._pieces = [(ids[kept].view(batch, -1), real[kept].view(batch, -1))]
 
     def crop(self, tokens_to_remove: int) -> list[int]:
         """Forget the last ``-tokens_to_remove`` tokens; return how many of each batch row were not pads."""
@@ -44,7 +65,7 @@ class Fed:
 
     def copy(self) -> "Fed":
         """Return an equal record; the pieces themselves are never changed, so they are shared."""
-        return Fed(list(self._pieces))
+        return Fed(list(self._pieces), self.stale)
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         if not self._pieces:

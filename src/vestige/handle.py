@@ -8,6 +8,7 @@ from vestige.errors import CacheError
 
 if TYPE_CHECKING:
     from vestige.layers import RaggedLayer
+    from vestige.rerun import OverlayLayer
 
 
 class Handle:
@@ -17,7 +18,9 @@ class Handle:
     raise at once.
     """
 
-    def __init__(self, layer: "RaggedLayer", shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layer: "RaggedLayer | OverlayLayer", shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.layer = layer
         self.shape = shape
         self.dtype = dtype

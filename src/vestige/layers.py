@@ -201,6 +201,10 @@ class RaggedLayer(CacheLayerMixin):
             raise CacheError("the cache of this layer is gone; keep a reference to it while the model runs")
         return cache
 
+    def belong_to(self, cache: "KVCache") -> None:
+        """Become a layer of another cache of the same model."""
+        self._cache = weakref.ref(cache)
+
     @property
     def rows(self) -> int:
         """Number of rows: batch x KV heads."""

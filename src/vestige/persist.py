@@ -37,7 +37,7 @@ from vestige.remains import Absorbed, Memory, Remains
 from vestige.schedule import Schedule
 from vestige.spans import Span
 
-FORMAT = 3
+FORMAT = 4
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"
 
 
@@ -62,6 +62,7 @@ def save(cache: KVCache, path: Path) -> None:
         "writers": [_policy_to_json(one) for one in cache.recording.writers if isinstance(one, Policy)],
         "lengths": cache.lengths,
         "pins": [[span.start, span.end] for span in cache.pins],
+        "erased": [[span.start, span.end] for span in cache.erased],
         "seen": list(cache.seen),
         "ring_floor": cache.ring_floor,
         "prepared": cache.prepared,
@@ -122,6 +123,8 @@ def load(path: Path, model: PreTrainedModel) -> KVCache:
 def _pack(cache: KVCache) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return all tensors by name, pairs without their slack, and each layer's plain values."""
     tensors = {"ids": cache.ids, "real": cache.real.to(torch.uint8)}
+    if cache.fed.stale is not None:
+        tensors["stale"] = cache.fed.stale
     if cache.step is not None:
         tensors["step.positions"] = cache.step.positions
     layers = []
@@ -171,12 +174,13 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
     recording = Recording.of([cache.policy, *map(_policy_from_json, books["writers"])])
     cache.recording = replace(recording, needs=frozenset(books["needs"]), ring_sizes=books["ring_sizes"])
     cache.lengths = books["lengths"] and tuple(books["lengths"])
-    cache.pins = tuple(Span(*pin) for pin in books["pins"])
+    cache.pins, cache.erased = (tuple(Span(*span) for span in books[name]) for name in ("pins", "erased"))
     cache.absorbed = Absorbed({int(b): tuple(Span(*x) for x in row) for b, row in books["absorbed"].items()})
     cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
     cache.schedule = Schedule(**books["schedule"])
     if books["seen"]:
         cache.fed.add(tensors["ids"].cpu(), tensors["real"].bool())
+        cache.fed.stale = tensors["stale"].cpu() if "stale" in tensors else None
     if "step.positions" in tensors:
         cache.step = Step(1, tensors["step.positions"], cache.seen, padded=False, even=False)
     for i, plain in enumerate(books["layers"]):

@@ -1,6 +1,11 @@
-"""Half-open ranges of positions of the original sequence."""
+"""Half-open ranges of positions of the original sequence, and how positions change when ranges leave it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from vestige.errors import InputError
 
@@ -22,3 +27,47 @@ class Span:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+
+def within(positions: Int[Tensor, "*shape"], spans: Sequence[Span]) -> Bool[Tensor, "*shape"]:
+    """Return which positions lie in any of the spans; pads (-1) lie in none."""
+    found = torch.zeros_like(positions, dtype=torch.bool)
+    for span in spans:
+        found |= (positions >= span.start) & (positions < span.end)
+    return found
+
+
+@dataclass(frozen=True)
+class Closing:
+    """Spans leave a sequence and what follows moves up: positions before become positions after.
+
+    Args:
+        spans: What leaves, ascending and disjoint.
+    """
+
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def removed(self) -> int:
+        """Tokens that leave."""
+        return sum(map(len, self.spans))
+
+    def at(self, position: int) -> int:
+        """Return where a position goes; one that leaves goes where what follows it goes."""
+        return position - sum(min(max(position - span.start, 0), len(span)) for span in self.spans)
+
+    def moved(self, positions: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return where positions go; pads (-1) stay pads."""
+        shift = torch.zeros_like(positions)
+        for span in self.spans:
+            shift += (positions - span.start).clamp(0, len(span))
+        return positions - shift
+
+    def __call__(self, span: Span) -> Span | None:
+        """Return where what is left of a span goes, or None if nothing is left of it."""
+        start, end = self.at(span.start), self.at(span.end)
+        return Span(start, end) if start < end else None
+
+    def over(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+        """Return where what is left of several spans goes."""
+        return tuple(moved for span in spans if (moved := self(span)) is not None)

@@ -3,13 +3,13 @@
 Not ``generate``: a step can then be timed, a batch can stop at different places, and every arm does the same work.
 """
 
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from vestige.clock import now
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,6 @@ def decode(
             return Decoded(tuple(map(tuple, replies)), now(logits.device) - started, steps)
         logits = feed(token)
         steps += 1
-
-
-def now(device: torch.device) -> float:
-    """Return a clock in seconds that waits for what the device was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _ended(reply: list[int], limit: int, stop: Collection[int]) -> bool:

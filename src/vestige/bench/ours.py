@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige import policies
-from vestige.bench.greedy import decode, now
+from vestige.bench.greedy import decode
 from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
 from vestige.cache import KVCache
+from vestige.clock import now
 from vestige.policy import Policy, Prepares, Watches
 from vestige.reading import announce, finish, forward, pad_left, prefill
 from vestige.remains import Memory

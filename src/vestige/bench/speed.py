@@ -21,10 +21,10 @@ from vestige import policies
 from vestige.attachment import attach
 from vestige.bench import peers
 from vestige.bench.facts import provenance
-from vestige.bench.greedy import now
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.budget import Budget
 from vestige.cache import KVCache
+from vestige.clock import now
 from vestige.errors import InputError, VestigeError
 from vestige.policy import Policy
 from vestige.reading import prefill

@@ -112,12 +112,22 @@ def _rows(
         block = query[:, :, start : start + QUERY_BLOCK]
         end = held - new + start + block.shape[2]
         mask = lower_right(block.shape[2], end, query.device)
-        blocks.append(
-            scaled_dot_product_attention(
-                block, keys[:, :, :end], values[:, :, :end], mask, scale=scale.scaling, enable_gqa=heads != kv_heads
-            )
-        )
+        blocks.append(attend_masked(block, keys[:, :, :end], values[:, :, :end], mask, scale))
     return torch.cat(blocks, 2)
+
+
+def attend_masked(
+    query: Float[Tensor, "batch heads new head_dim"],
+    keys: Float[Tensor, "batch kv_heads held head_dim"],
+    values: Float[Tensor, "batch kv_heads held value_dim"],
+    visible: Bool[Tensor, "new held"],
+    scale: AttentionScale,
+) -> Float[Tensor, "batch heads new value_dim"]:
+    """Attend under a mask: for queries that stand among the pairs, not behind them."""
+    if scale.softcap is not None or scale.sinks is not None:
+        return written_out(query, keys, values, visible, scale)
+    gqa = query.shape[1] != keys.shape[1]
+    return scaled_dot_product_attention(query, keys, values, visible, scale=scale.scaling, enable_gqa=gqa)
 
 
 def _weighed_rows(

@@ -7,11 +7,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
-from vestige.bench.greedy import decode, now
+from vestige.bench.greedy import decode
 from vestige.bench.job import Job, Outcome
 from vestige.bench.peers.base import Peer, PeerError
 from vestige.bench.peers.names import BACKENDS, PeerName
 from vestige.bench.weigh import Scales
+from vestige.clock import now
 from vestige.errors import InputError, VestigeError
 from vestige.models import check
 

@@ -1,0 +1,117 @@
+"""Taking spans out of a cache that is alive: dropping their pairs, closing the gap, leaving one.
+
+Each function checks what it needs before it changes anything. What erasers are made of; none of it reads a token.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vestige import ragged
+from vestige.cache import KVCache
+from vestige.errors import CacheError
+from vestige.layers import RaggedLayer
+from vestige.records import Ring
+from vestige.rope import Rope
+from vestige.spans import Closing, Span, within
+
+
+def drop(cache: KVCache, spans: Sequence[Span]) -> None:
+    """Free the pairs of spans. Everything else stays where it is, so positions have a gap."""
+    for layer in cache.evictable:
+        slots, lengths = layer.live_slots()
+        stays = ~within(layer.columns["positions"][slots], spans)
+        layer.keep(slots[stays], ragged.counts_per_row(stays, lengths))
+
+
+def close(cache: KVCache, spans: Sequence[Span]) -> Closing:
+    """Take spans out of the sequence: free their pairs, move what follows up, turn its keys to where they then are.
+
+    Values are untouched, so what follows still carries what it read of the spans. Records of queries are turned and
+    moved likewise; moments of queries and sums that policies keep beside pairs still count the spans.
+
+    Args:
+        cache: Changed in place.
+        spans: Ascending and disjoint.
+
+    Returns:
+        How positions changed.
+
+    Raises:
+        ModelError: How the model turns keys is not understood. Nothing was changed.
+        CacheError: A memory absorbed pairs at or behind the spans, which it cannot move. Nothing was changed.
+    """
+    rope, closing = cache.anatomy.rope(), Closing(tuple(spans))
+    if cache.absorbed.overlaps(Span(spans[0].start, max(*cache.seen, spans[-1].end))):
+        raise CacheError(
+            "the cache's memory took in pairs at or behind the span, and what it holds cannot be moved; "
+            "use an eraser that keeps positions (drop, learned), or recompute"
+        )
+    for layer in cache.evictable:
+        _turn_rings(cache, layer, closing, rope)
+        _close_layer(layer, closing, rope)
+    _close_books(cache, closing)
+    return closing
+
+
+def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
+    """Go on behind tokens that are not read: their ids are booked, no pairs are stored, and positions have a gap."""
+    new = ids.shape[1]
+    cache.fed.add(ids, real)
+    cache.seen = tuple(s + int(n) for s, n in zip(cache.seen or (0,) * len(ids), real.sum(1), strict=True))
+    cache.ring_floor = list(cache.seen)
+    for layer in cache.evictable:
+        layer.padded_seen += new
+        if layer.is_initialized:
+            layer.keep(*layer.live_slots())
+        layer.ragged = True
+
+
+def _close_layer(layer: RaggedLayer, closing: Closing, rope: Rope) -> None:
+    """Drop a layer's pairs of the spans and renumber the others; a layer of which nothing was evicted stays dense."""
+    dense = not layer.ragged
+    slots = ragged.packed_slots(layer.starts, layer.lengths, layer.device)
+    stays = ~within(layer.columns["positions"][slots], closing.spans)
+    layer.keep(slots[stays], ragged.counts_per_row(stays, layer.lengths))
+    layer.ragged = not dense
+    layer.padded_seen -= closing.removed
+    before = layer.columns["positions"]
+    after = closing.moved(before)
+    moved = (before != after).nonzero()[:, 0]
+    if len(moved):
+        keys = layer.columns["keys"]
+        still = rope.unrotate(keys[moved].float(), before[moved], layer.layer_idx)
+        turned = rope.rotate(still, after[moved], layer.layer_idx)
+        layer.columns["keys"] = keys.index_copy(0, moved, turned.to(keys.dtype))
+        layer.columns["positions"] = after
+
+
+def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: Closing, rope: Rope) -> None:
+    """Move a layer's latest queries and hidden states to their new positions; those of the spans are forgotten."""
+    for name, ring in layer.rings.items():
+        if not isinstance(ring, Ring):
+            continue
+        fresh = torch.zeros_like(ring.data)
+        for b, rows in enumerate(ring.latest(cache.seen, cache.ring_floor)):
+            before = torch.arange(cache.seen[b] - rows.shape[1], cache.seen[b], device=rows.device)
+            stays = ~within(before, closing.spans)
+            rows, before = rows[:, stays], before[stays]
+            after = closing.moved(before)
+            if name == "queries":
+                still = rope.unrotate(rows.float(), before, layer.layer_idx)
+                rows = rope.rotate(still, after, layer.layer_idx).to(ring.data.dtype)
+            fresh[b][:, after % ring.size] = rows
+        layer.rings[name] = Ring(fresh)
+
+
+def _close_books(cache: KVCache, closing: Closing) -> None:
+    longest = cache.recording.longest
+    floors = [max(f, s - longest) for f, s in zip(cache.ring_floor, cache.seen, strict=True)]
+    cache.ring_floor = [closing.at(floor) for floor in floors]
+    places = torch.where(cache.real, cache.real.cumsum(1) - 1, -1)
+    cache.fed.select(~within(places, closing.spans))
+    cache.seen = tuple(map(closing.at, cache.seen))
+    cache.lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
+    cache.pins, cache.erased = closing.over(cache.pins), closing.over(cache.erased)

@@ -1,0 +1,106 @@
+"""Read what is left anew: exact, and as slow as reading."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vestige import editing
+from vestige.cache import KVCache
+from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.errors import CacheError
+from vestige.reading import pad_left, prefill
+from vestige.remains import Forgotten
+from vestige.spans import Closing, Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute(Eraser):
+    """Read the ids without the span: from the span on where nothing was evicted or counted yet, else from the first.
+
+    The cache then equals one that read the remaining ids afresh, under the same policy and budget, with what was
+    generated taken as read. Ids that an earlier erase marked stay out, and their positions stay a gap.
+    """
+
+    fate: ClassVar[Fate] = Fate.DROPPED
+    closes: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
+    chunk: int = 1024
+    """Tokens per forward."""
+
+    def edit(self, scene: Scene) -> Edit:
+        """Read into a second cache, which takes the place of the first once it is whole."""
+        cache, closing = scene.cache, Closing(scene.spans)
+        rows = [row[real] for row, real in zip(cache.ids, cache.real, strict=True)]
+        if any(bool((row < 0).any()) for row in rows):
+            raise CacheError("the model was fed embeddings, of which the cache has no ids to read again")
+        begin = scene.spans[0].start if _can_go_on(cache, scene.spans) else 0
+        twin = cache.fork() if begin else cache.emptied()
+        if begin:
+            twin.crop(begin - cache.seen[0])
+        twin.pins, twin.erased = closing.over(cache.pins), closing.over(cache.erased)
+        left = [_without(row, scene.spans) for row in rows]
+        lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
+        self._read(scene, twin, left, begin, lengths)
+        rebuilt = scene.memory is not Forgotten.EXACT
+        cache.adopt(twin)
+        cache.fed.stale = _last(rows, closing.removed)
+        skipped = sum(max(span.end - max(span.start, begin), 0) for span in cache.erased)
+        read = max(map(len, left)) - begin - skipped
+        behind = min(read, max(map(len, left)) - scene.spans[0].start)
+        return Edit(
+            recomputed=read,
+            suffix_recomputed=behind,
+            memory=Forgotten.REBUILT if rebuilt else Forgotten.EXACT,
+        )
+
+    def _read(
+        self, scene: Scene, twin: KVCache, left: list[Tensor], begin: int, lengths: tuple[int, ...] | None
+    ) -> None:
+        """Read the rows from ``begin`` on into a cache that has read what comes before, gaps left out."""
+        end = max(map(len, left))
+        gaps = [Span(max(gap.start, begin), gap.end) for gap in twin.erased if gap.end > begin]
+        at = begin
+        for gap in [*gaps, None]:
+            stop = end if gap is None else gap.start
+            if stop > at:
+                ids, mask = pad_left([row[at:stop].tolist() for row in left], scene.model.device)
+                length = lengths or tuple(map(len, left))
+                prefill(
+                    scene.model, ids, twin, chunk=self.chunk, length=length, attention_mask=mask, settle=stop == end
+                )
+            if gap is not None:
+                pieces = [row[gap.start : gap.end].tolist() for row in left]
+                ids, mask = pad_left(pieces, torch.device("cpu"))
+                editing.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+                twin.settle(reading=True)
+                at = gap.end
+        if lengths is None:
+            twin.lengths = None
+
+
+def _can_go_on(cache: KVCache, spans: tuple[Span, ...]) -> bool:
+    """Return whether what stands before the spans is as a fresh reading would have left it.
+
+    Not if pairs were evicted, if pads make rows begin at several columns, if a policy counts queries, which cannot be
+    taken back, or if what is read again is shorter than what policies look back at.
+    """
+    recording = cache.recording
+    even = len(set(cache.seen)) == 1 and not cache.padded and len(cache.evictable) == len(cache.layers)
+    counts = bool(recording.watchers) or "query_moments" in recording.ring_sizes
+    behind = min(cache.seen) - spans[0].start - sum(map(len, spans))
+    before = not any(gap.start < spans[0].start for gap in cache.erased)
+    return even and before and not cache.ragged and not counts and behind >= recording.longest
+
+
+def _without(row: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    kept = torch.ones(len(row), dtype=torch.bool)
+    for span in spans:
+        kept[span.start : span.end] = False
+    return row[kept]
+
+
+def _last(rows: list[Tensor], removed: int) -> Tensor | None:
+    """Return the last ids of each row, as many as went."""
+    return torch.stack([row[-removed:] for row in rows]) if min(map(len, rows)) >= removed else None

@@ -1,0 +1,24 @@
+"""Free the pairs of the span and move what follows up, turning its keys to where they then are."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vestige import editing
+from vestige.eraser import Edit, Eraser, Fate, Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift(Eraser):
+    """Take the span out of the sequence without running the model: exact in the first layer, not in those above.
+
+    Keys of what follows are turned by RoPE to their new positions, in float32; values are untouched, and carry what
+    they read of the span. What llama.cpp's cache reuse does.
+    """
+
+    fate: ClassVar[Fate] = Fate.DROPPED
+    closes: ClassVar[bool] = True
+
+    def edit(self, scene: Scene) -> Edit:
+        """Close the cache over the spans."""
+        editing.close(scene.cache, scene.spans)
+        return Edit()

@@ -1,0 +1,117 @@
+"""``vestige.erase``: take spans out of a live cache by an eraser, and say what became of every slot."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vestige.attachment import attach, require_cache
+from vestige.cache import KVCache
+from vestige.clock import now
+from vestige.eraser import Erased, Eraser, EraseReport, Fate, Scene, SpanReport
+from vestige.erasers import name_of
+from vestige.errors import CacheError, InputError
+from vestige.spans import Closing, Span, within
+
+
+def erase(
+    cache: KVCache,
+    spans: Span | Sequence[Span],
+    eraser: Eraser,
+    *,
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch length"],
+) -> Erased:
+    """Take spans out of a cache, in place, for every query that comes.
+
+    The same positions go in every batch row. On any error the cache is as it was; fork it first to keep the old one.
+
+    Args:
+        cache: What the model has read.
+        spans: Positions, in any order; they must not overlap.
+        eraser: How: see ``vestige erasers``.
+        model: Whose cache it is; attached for the time of the call.
+        input_ids: What was fed, pads included, and what is still to be fed behind it.
+
+    Returns:
+        The ids to go on from, the report, and where later spans went.
+
+    Raises:
+        InputError: No span, overlapping ones, one that not every batch row has seen, the first token, or other ids.
+        CacheError: This eraser cannot serve this cache; the message names one that can.
+    """
+    cache = require_cache(cache)
+    chosen = _checked(cache, (spans,) if isinstance(spans, Span) else tuple(spans), eraser, input_ids)
+    before = [_pairs_of(cache, span) for span in chosen]
+    behind = max(cache.seen) - chosen[0].end - sum(map(len, chosen[1:]))
+    pending = input_ids[:, cache.ids.shape[1] :]
+    with attach(model), torch.no_grad():
+        started = now(model.device)
+        edit = eraser.edit(Scene(model=model, cache=cache, spans=chosen))
+        seconds = now(model.device) - started
+    if not eraser.closes and eraser.fate is not Fate.LEFT:
+        cache.erased = _merged((*cache.erased, *chosen))
+    report = EraseReport(
+        method=name_of(eraser),
+        exact=eraser.replays and not cache.erased,
+        spans=tuple(
+            SpanReport(span=span, **{eraser.fate.value: pairs}) for span, pairs in zip(chosen, before, strict=True)
+        ),
+        suffix_left=behind - edit.suffix_recomputed,
+        tokens_recomputed=edit.recomputed,
+        memory=edit.memory,
+        edit_s=seconds,
+    )
+    ids = torch.cat([cache.ids.to(input_ids.device), pending], 1)
+    return Erased(input_ids=ids, report=report, remap=Closing(chosen if eraser.closes else ()))
+
+
+def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids: Tensor) -> tuple[Span, ...]:
+    """Return the spans in order, or raise what is wrong with them, the ids, or the cache for this eraser."""
+    if not spans:
+        raise InputError("no span to erase")
+    ordered = tuple(sorted(spans))
+    for one, other in pairwise(ordered):
+        if other.start < one.end:
+            raise InputError(f"the spans [{one.start}, {one.end}) and [{other.start}, {other.end}) overlap")
+    shortest = min(cache.seen, default=0)
+    if ordered[-1].end > shortest:
+        raise InputError(
+            f"the span [{ordered[-1].start}, {ordered[-1].end}) is not in the cache, which has seen {shortest} tokens "
+            f"{'of its shortest batch row' if len(cache.seen) > 1 else ''}".rstrip()
+        )
+    fed = cache.ids
+    if input_ids.shape[0] != fed.shape[0] or not torch.equal(input_ids[:, : fed.shape[1]].cpu(), fed):
+        raise InputError(
+            f"input_ids {tuple(input_ids.shape)} do not begin with the {fed.shape[1]} ids that the cache was fed; "
+            "after an erase go on from Erased.input_ids"
+        )
+    if eraser.replays:
+        return ordered
+    name = name_of(eraser)
+    if ordered[0].start == 0 and eraser.fate is not Fate.LEFT:
+        raise InputError(f"{name} cannot erase the first token: all later ones lean on it; use recompute")
+    if len(cache.evictable) != len(cache.layers):
+        raise CacheError(f"{name} cannot edit sliding or linear layers; use recompute, which reads the ids anew")
+    return ordered
+
+
+def _pairs_of(cache: KVCache, span: Span) -> int:
+    """Return the pairs that a cache holds of a span, over layers and rows."""
+    return sum(
+        int(within(layer.columns["positions"][layer.live_slots()[0]], [span]).sum()) for layer in cache.evictable
+    )
+
+
+def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return spans in order, those that touch or overlap as one."""
+    merged: list[Span] = []
+    for span in sorted(spans):
+        if merged and span.start <= merged[-1].end:
+            merged[-1] = Span(merged[-1].start, max(merged[-1].end, span.end))
+        else:
+            merged.append(span)
+    return tuple(merged)

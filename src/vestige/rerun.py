@@ -1,0 +1,181 @@
+"""Running tokens of a text through the model once more, where they stand, to give their pairs new keys and values.
+
+The tokens read what the cache holds before them, as views, and each other; their own old pairs are not seen. What comes
+out is handed back, and written into the slots that the cache still holds: nothing else of it is touched.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from vestige.cache import KVCache
+from vestige.handle import Handle
+from vestige.kernels import AttentionScale, loop
+from vestige.layers import RaggedLayer
+from vestige.policy import Prepares, Watches, Written
+
+_BLOCK = loop.QUERY_BLOCK
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """New keys and values of some tokens, ``batch kv_heads tokens ...``, and side arrays of the same first axes."""
+
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"]
+    values: Float[Tensor, "batch kv_heads tokens value_dim"]
+    annotations: Mapping[str, Tensor]
+
+
+class Enough(Exception):
+    """Raised out of a forward once the layer that was asked for has its pairs."""
+
+
+class Overlay(Cache):
+    """What a forward is given in place of a cache: it reads that cache, and keeps what the forward stores.
+
+    Memories are not read: what they absorbed may come after the tokens.
+
+    Args:
+        cache: Read, never changed.
+        at: Positions of the tokens, ascending, the same in every batch row.
+        until: Layer after whose pairs the forward is left, by :class:`Enough`; None runs it to the end.
+    """
+
+    def __init__(self, cache: KVCache, at: Int[Tensor, " tokens"], until: int | None = None) -> None:
+        self.cache, self.at, self.until = cache, at, until
+        super().__init__(layers=[OverlayLayer(self, layer) for layer in cache.evictable])
+
+
+class OverlayLayer(CacheLayerMixin):
+    """One layer of an overlay."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, overlay: Overlay, layer: RaggedLayer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.overlay, self.layer = overlay, layer
+        self.hidden: Tensor | None = None
+        self.pairs: Pairs | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Need nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Keep the new pairs; return handles that lead the attention function to this layer."""
+        self.pairs = Pairs(key_states, value_states, self._annotated(key_states, value_states))
+        if self.overlay.until == self.layer.layer_idx:
+            raise Enough
+        shape = torch.Size((*key_states.shape[:2], len(self.overlay.at), key_states.shape[3]))
+        handle = Handle(self, shape, key_states.dtype, key_states.device)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        """Return where the first token stands."""
+        return int(self.overlay.at[0])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return sizes of a mask that is not used: what may be seen goes by position."""
+        return query_length, int(self.overlay.at[0])
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def attend(
+        self, query: Float[Tensor, "batch heads tokens head_dim"], scale: AttentionScale
+    ) -> Float[Tensor, "batch heads tokens value_dim"]:
+        """Attend over what the cache holds before each token, and over the tokens' own new pairs."""
+        assert self.pairs is not None, "update comes first"
+        kv_heads = self.layer.kv_heads
+        out = query.new_empty(*query.shape[:3], self.pairs.values.shape[3])
+        for row in range(self.layer.rows):
+            b, head = divmod(row, kv_heads)
+            heads = slice(head * query.shape[1] // kv_heads, (head + 1) * query.shape[1] // kv_heads)
+            out[b, heads] = self._row(query[b : b + 1, heads], row, scale.of_group(head, kv_heads))[0]
+        return out
+
+    def _row(self, query: Tensor, row: int, scale: AttentionScale) -> Tensor:
+        """Attend over one row; its keys and values are put together for this row alone."""
+        assert self.pairs is not None
+        b, head = divmod(row, self.layer.kv_heads)
+        at, held = self.overlay.at, self.layer.positions(row)
+        begin = self.layer.starts[row] + int((held < 0).sum())
+        before = int((held <= at[-1]).sum()) - int((held < 0).sum())
+        places = self.layer.columns["positions"][begin : begin + before]
+        others = ~torch.isin(places, at)
+        columns = [self.layer.columns[name][begin : begin + before] for name in ("keys", "values")]
+        if not bool(others.all()):
+            places, columns = places[others], [column[others] for column in columns]
+        new = (self.pairs.keys[b, head], self.pairs.values[b, head])
+        keys, values = (torch.cat([old, own.to(old.dtype)])[None, None] for old, own in zip(columns, new, strict=True))
+        everywhere = torch.cat([places.long(), at])
+        blocks = []
+        for start in range(0, len(at), _BLOCK):
+            visible = everywhere <= at[start : start + _BLOCK, None]
+            blocks.append(loop.attend_masked(query[:, :, start : start + _BLOCK], keys, values, visible, scale))
+        return torch.cat(blocks, 2)
+
+    def _annotated(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Return new side arrays, of policies that make them from a pair alone; the sums of others stay."""
+        cache, hidden = self.overlay.cache, self.hidden
+        output = cache.anatomy.output(self.layer.layer_idx) if "output" in cache.recording.needs else None
+        written = Written(layer_idx=self.layer.layer_idx, hidden=hidden, keys=keys, values=values, output=output)
+        found: dict[str, Tensor] = {}
+        for policy in cache.recording.writers:
+            if not isinstance(policy, Watches | Prepares):
+                found |= policy.annotate(written)
+        return found
+
+
+def rerun(
+    model: PreTrainedModel, cache: KVCache, at: Int[Tensor, " tokens"], *, until: int | None = None
+) -> dict[int, Pairs]:
+    """Return the new pairs of tokens by layer index, up to layer ``until``. The cache is not changed.
+
+    Args:
+        model: An attached model, with whatever is applied to it at the moment.
+        cache: Has seen the tokens.
+        at: Their positions, ascending, the same in every batch row.
+        until: Last layer that is wanted.
+    """
+    at = at.to(cache.anatomy.device)
+    overlay = Overlay(cache, at, until)
+    ids = torch.stack([row[real][at.cpu()] for row, real in zip(cache.ids, cache.real, strict=True)])
+    positions = at.expand(len(ids), -1)
+    with contextlib.suppress(Enough):
+        cache.anatomy.decoder(input_ids=ids.to(at.device), position_ids=positions, past_key_values=overlay)
+    layers: list[Any] = overlay.layers
+    return {one.layer.layer_idx: one.pairs for one in layers if one.pairs is not None}
+
+
+def write(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) -> None:
+    """Put new pairs into the slots that the cache still holds of their tokens, in place."""
+    for layer in cache.evictable:
+        pairs = new[layer.layer_idx]
+        columns = {"keys": pairs.keys, "values": pairs.values, **pairs.annotations}
+        slots, source = slots_of(layer, at.to(layer.device))
+        for name, column in columns.items():
+            flat = column.detach().reshape(-1, *column.shape[3:])
+            layer.columns[name].index_copy_(0, slots, flat[source].to(layer.columns[name].dtype))
+
+
+def slots_of(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:
+    """Return the slots in which a layer holds pairs of these positions, and for each ``row * tokens + token``."""
+    slots, sources = [], []
+    for row in range(layer.rows):
+        held = layer.positions(row)
+        found = torch.searchsorted(held, at.to(held.dtype)).clamp_max(max(len(held) - 1, 0))
+        there = (held[found] == at).nonzero()[:, 0] if len(held) else at[:0]
+        slots.append(layer.starts[row] + found[there])
+        sources.append(row * len(at) + there)
+    return torch.cat(slots), torch.cat(sources)
