@@ -90,12 +90,12 @@ $(VENV)/.stamp-setup: pyproject.toml
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-setup
-	$(BIN)/python -m pip install -q -e ".[gguf,bench,test]"
+	$(BIN)/python -m pip install -q -e ".[gguf,bench,train,test]"
 	@touch $@
 
 .venv-%/.stamp-matrix: pyproject.toml
 	$(call make_venv,.venv-$*)
-	.venv-$*/bin/python -m pip install -q "transformers==$*" -e ".[gguf,bench,test]"
+	.venv-$*/bin/python -m pip install -q "transformers==$*" -e ".[gguf,bench,train,test]"
 	@touch $@
 
 .venv-peers/.stamp-peers: Makefile

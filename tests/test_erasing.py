@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vestige import Budget, CacheError, InputError, KVCache, Span, attach, erase, erasers, memory, policies, prefill
+from vestige.adapter import Adapter
 from vestige.erasers import ERASERS
 from vestige.remains import Forgotten
 from vestige.rerun import rerun, write
@@ -18,7 +19,16 @@ WHOLE = [name for name in TINY if len(full_layers(tiny(name))) == tiny(name).con
 SMALL = {"sink": 2, "window": 3, "every": 4}
 
 
+def trained(model, seed: int = 0) -> Adapter:
+    """Return an adapter that does something."""
+    adapter, draw = Adapter.fresh(model, rank=4), torch.Generator().manual_seed(seed)
+    for weight in (*adapter.down, *adapter.up):
+        weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
+    return adapter
+
+
 def made(name: str, **options):
+    options = ({"adapter": trained(tiny("llama"))} if name == "learned" else {}) | options
     return erasers.resolve(name)(**CORRECTION.get(name, {}) | options)
 
 
@@ -303,6 +313,10 @@ def test_every_slot_of_a_span_is_dropped_replaced_or_listed_as_left(name, policy
         ]
         assert name in ("noop", "erratum") and pairs_in(cache, spans) == report.slots_left
         assert name == "erratum" or all(torch.equal(was["values"], now) for was, now in zip(before, again, strict=True))
+    elif name == "learned":
+        after = [values_outside(columns, spans) for columns in columns_of(cache)]
+        assert all(map(torch.equal, values, after)) and pairs_in(cache, spans) == report.slots_replaced
+        assert not any(map(torch.equal, (c["values"] for c in before), (c["values"] for c in columns_of(cache))))
     elif name == "drop":
         assert pairs_in(cache, spans) == 0 and cache.erased == tuple(sorted(spans))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from vestige import ragged
 from vestige.cache import KVCache
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
@@ -26,11 +27,22 @@ _BLOCK = loop.QUERY_BLOCK
 
 @dataclass(frozen=True)
 class Pairs:
-    """New keys and values of some tokens, ``batch kv_heads tokens ...``, and side arrays of the same first axes."""
+    """New keys and values of some tokens, ``batch kv_heads tokens ...``, and side arrays of the same first axes.
+
+    Args:
+        keys: After RoPE.
+        values: As they are stored.
+        annotations: What policies keep beside each pair; for one that sums up while queries pass, what it begins with.
+    """
 
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
     annotations: Mapping[str, Tensor]
+
+    def flat(self) -> dict[str, Tensor]:
+        """Return all columns as a layer stores them: ``batch * kv_heads * tokens ...``."""
+        columns = {"keys": self.keys, "values": self.values, **self.annotations}
+        return {name: column.detach().reshape(-1, *column.shape[3:]) for name, column in columns.items()}
 
 
 class Enough(Exception):
@@ -109,11 +121,11 @@ class OverlayLayer(CacheLayerMixin):
         assert self.pairs is not None
         b, head = divmod(row, self.layer.kv_heads)
         at, held = self.overlay.at, self.layer.positions(row)
-        begin = self.layer.starts[row] + int((held < 0).sum())
-        before = int((held <= at[-1]).sum()) - int((held < 0).sum())
-        places = self.layer.columns["positions"][begin : begin + before]
+        pads, before = torch.searchsorted(held, torch.stack([at[0] * 0, at[-1] + 1]).to(held.dtype)).tolist()
+        visible = slice(self.layer.starts[row] + pads, self.layer.starts[row] + before)
+        places = self.layer.columns["positions"][visible]
         others = ~torch.isin(places, at)
-        columns = [self.layer.columns[name][begin : begin + before] for name in ("keys", "values")]
+        columns = [self.layer.columns[name][visible] for name in ("keys", "values")]
         if not bool(others.all()):
             places, columns = places[others], [column[others] for column in columns]
         new = (self.pairs.keys[b, head], self.pairs.values[b, head])
@@ -121,20 +133,16 @@ class OverlayLayer(CacheLayerMixin):
         everywhere = torch.cat([places.long(), at])
         blocks = []
         for start in range(0, len(at), _BLOCK):
-            visible = everywhere <= at[start : start + _BLOCK, None]
-            blocks.append(loop.attend_masked(query[:, :, start : start + _BLOCK], keys, values, visible, scale))
+            seen = everywhere <= at[start : start + _BLOCK, None]
+            blocks.append(loop.attend_masked(query[:, :, start : start + _BLOCK], keys, values, seen, scale))
         return torch.cat(blocks, 2)
 
     def _annotated(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Return new side arrays, of policies that make them from a pair alone; the sums of others stay."""
-        cache, hidden = self.overlay.cache, self.hidden
+        """Return new side arrays for the new pairs."""
+        cache = self.overlay.cache
         output = cache.anatomy.output(self.layer.layer_idx) if "output" in cache.recording.needs else None
-        written = Written(layer_idx=self.layer.layer_idx, hidden=hidden, keys=keys, values=values, output=output)
-        found: dict[str, Tensor] = {}
-        for policy in cache.recording.writers:
-            if not isinstance(policy, Watches | Prepares):
-                found |= policy.annotate(written)
-        return found
+        written = Written(layer_idx=self.layer.layer_idx, hidden=self.hidden, keys=keys, values=values, output=output)
+        return {name: x for policy in cache.recording.writers for name, x in policy.annotate(written).items()}
 
 
 def rerun(
@@ -159,14 +167,39 @@ def rerun(
 
 
 def write(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) -> None:
-    """Put new pairs into the slots that the cache still holds of their tokens, in place."""
+    """Put new pairs into the slots that the cache still holds of their tokens, in place.
+
+    Side arrays that a policy sums up while queries pass stay as they are.
+    """
+    sums = {name for policy in cache.recording.writers if _sums_up(policy) for name in policy.annotations}
     for layer in cache.evictable:
-        pairs = new[layer.layer_idx]
-        columns = {"keys": pairs.keys, "values": pairs.values, **pairs.annotations}
         slots, source = slots_of(layer, at.to(layer.device))
-        for name, column in columns.items():
-            flat = column.detach().reshape(-1, *column.shape[3:])
-            layer.columns[name].index_copy_(0, slots, flat[source].to(layer.columns[name].dtype))
+        for name, column in new[layer.layer_idx].flat().items():
+            if name not in sums:
+                layer.columns[name].index_copy_(0, slots, column[source].to(layer.columns[name].dtype))
+
+
+def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) -> None:
+    """Put new pairs of all these tokens into the cache, those that were evicted included, until the next settle."""
+    for layer in cache.evictable:
+        fresh = new[layer.layer_idx].flat()
+        fresh["positions"] = at.to(layer.device, torch.int32).repeat(layer.rows)
+        stored = len(layer.columns["positions"])
+        slots, lengths = layer.live_slots()
+        held = layer.columns["positions"][slots]
+        row = ragged.row_ids(lengths, layer.device)
+        stays = ~torch.isin(held, fresh["positions"])
+        all_rows = torch.cat([row[stays], torch.arange(layer.rows, device=row.device).repeat_interleave(len(at))])
+        places = torch.cat([held[stays], fresh["positions"]]).long()
+        sources = torch.cat([slots[stays], stored + torch.arange(len(fresh["positions"]), device=slots.device)])
+        order = torch.argsort(all_rows * (int(places.max()) + 1) + places)
+        for name, column in layer.columns.items():
+            layer.columns[name] = torch.cat([column, fresh[name].to(column.dtype)])
+        layer.keep(sources[order], torch.bincount(all_rows, minlength=layer.rows).tolist())
+
+
+def _sums_up(policy: object) -> bool:
+    return isinstance(policy, Watches | Prepares)
 
 
 def slots_of(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:

@@ -14,6 +14,7 @@ ERASERS: dict[str, str] = {
     "blend": "vestige.erasers.blend:Blend",
     "drop": "vestige.erasers.drop:Drop",
     "erratum": "vestige.erasers.erratum:Erratum",
+    "learned": "vestige.erasers.learned:Learned",
     "noop": "vestige.erasers.noop:Noop",
     "recompute": "vestige.erasers.recompute:Recompute",
     "repair": "vestige.erasers.repair:Repair",

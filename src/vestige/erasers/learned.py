@@ -1,0 +1,73 @@
+"""Replace the span's pairs by those that a trained adapter writes, which steer later queries past it."""
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from vestige.adapter import Adapter
+from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.errors import ModelError
+from vestige.models import check
+from vestige.rerun import rerun, write, write_whole
+
+SHIPPED = Path(__file__).parent.parent / "learn" / "weights"
+"""Adapters of erasers by the fingerprint of the model they were trained for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(Eraser):
+    """Run the span's tokens through the model with an adapter on, behind what stands before them; keep what they write.
+
+    Positions, and every other pair, stay bit for bit; what follows still carries what it read of the span, and the new
+    pairs steer later queries past it. It costs as much as reading the span. Several spans are run in one forward, each
+    reading what the ones before it wrote.
+
+    This steers the model. It is no deletion: traces of the span stay in what follows (``recompute`` leaves none).
+
+    Source: KVEraser, arXiv 2606.17034, its LoRA version. Completed by us: after an eviction the pairs that are still
+    held are replaced, or with ``whole`` all are written; memories are not read while the span is run.
+    """
+
+    fate: ClassVar[Fate] = Fate.REPLACED
+    adapter: str | Adapter | None = None
+    """A folder with an adapter in peft's format, or one at hand; None takes the one that is shipped for the model."""
+    whole: bool = False
+    """Write all pairs of the span, also those that were evicted; the next settle makes room for them."""
+
+    def edit(self, scene: Scene) -> Edit:
+        """Run the spans, then write: nothing is changed before all pairs are there."""
+        at = torch.cat([torch.arange(span.start, span.end) for span in scene.spans])
+        with self.made_for(scene.model).applied(scene.model):
+            new = rerun(scene.model, scene.cache, at)
+        (write_whole if self.whole else write)(scene.cache, at, new)
+        return Edit(recomputed=len(at), memory=scene.memory)
+
+    def made_for(self, model: PreTrainedModel) -> Adapter:
+        """Return the adapter for a model; read once.
+
+        Raises:
+            ModelError: There is none, or it does not fit.
+        """
+        if isinstance(self.adapter, Adapter):
+            return self.adapter
+        known = _loaded.setdefault(model, {})
+        if self.adapter not in known:
+            known[self.adapter] = Adapter.load(_shipped(model) if self.adapter is None else Path(self.adapter), model)
+        return known[self.adapter]
+
+
+_loaded: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, Adapter]]" = weakref.WeakKeyDictionary()
+
+
+def _shipped(model: PreTrainedModel) -> Path:
+    home = SHIPPED / f"eraser-{check(model).fingerprint()}"
+    if not home.is_dir():
+        raise ModelError(
+            f"no learned eraser is shipped for {model.config.name_or_path or type(model).__name__}; train one with "
+            "`vestige train eraser` and name it: learned(adapter=FOLDER)"
+        )
+    return home
