@@ -4,13 +4,16 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from vestige.errors import VestigeError
+
+if TYPE_CHECKING:
+    from vestige.run import RunResult
 
 app = typer.Typer(
     help="Keep the KV cache of long-context language models small and truthful.",
@@ -102,13 +105,57 @@ def run(
     row = result.as_dict(model, chunk)
     if as_json:
         return _print_json(row)
-    for asked, reply in zip(config.questions, result.answers, strict=True):
-        out.print(f"[dim]{_plain(asked)}[/dim]\n[bold]{_plain(reply.text)}[/bold]\n")
+    _print_answers(config.questions, result)
     out.print(
         show.report_table(result.report, prefill_s=result.prefill_s, tokens_per_s=result.decode_tokens_per_s),
         show.layers_picture(result.report),
         sep="\n\n",
     )
+
+
+@app.command()
+def erase(
+    model: Model = "smollm2-135m",
+    context: Annotated[Path | None, typer.Option(help="A text file to read.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text to read, in place of a file.")] = None,
+    span_text: Annotated[str | None, typer.Option(help="The passage to erase; it must occur once.")] = None,
+    span: Annotated[str | None, typer.Option(help="A:B in place of the passage: tokens of the text.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="Asked afterwards; may be given many times.")] = None,
+    method: Annotated[
+        str, typer.Option(help="learned, recompute, repair(share=0.3), ...; see `vestige erasers`.")
+    ] = "learned",
+    policy: PolicyName = "full",
+    budget: BudgetText = None,
+    share: ShareName = None,
+    memory: MemoryName = "none",
+    chunk: Chunk = 1024,
+    max_new_tokens: NewTokens = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Read a text, take a passage out of what was read, and ask about what is left."""
+    from vestige import show
+    from vestige.download import load
+    from vestige.erase_text import EraseConfig, erase_text
+    from vestige.run import RunConfig
+
+    reading = RunConfig(
+        questions=tuple(question or ()), context=context, prompt=prompt, policy=policy, budget=budget, share=share,
+        memory=memory, chunk=chunk, max_new_tokens=max_new_tokens, seed=seed,
+    )  # fmt: skip
+    config = EraseConfig(run=reading, span_text=span_text, span=span, method=method)
+    reading.text()  # a missing file should not cost a download
+    network, tokenizer = load(model, device=device, dtype=dtype)
+    with show.reading_bar(err) as advance:
+        result = erase_text(config, network, tokenizer, advance)
+    row = result.as_dict(model, chunk)
+    if as_json:
+        return _print_json(row)
+    out.print(f"[dim]erased:[/dim] {_plain(result.passage.strip())}\n")
+    _print_answers(reading.questions, result.run)
+    out.print(show.erase_table(result.report))
 
 
 @app.command()
@@ -137,6 +184,14 @@ def policies(seed: Seed = 0, as_json: Json = False) -> None:
     from vestige.policies import POLICIES, resolve
 
     _print_listing({name: (resolve(name).__doc__ or "").strip().splitlines()[0] for name in POLICIES}, as_json)
+
+
+@app.command()
+def erasers(seed: Seed = 0, as_json: Json = False) -> None:
+    """List the ways to take a span out of a cache."""
+    from vestige.erasers import ERASERS, resolve
+
+    _print_listing({name: (resolve(name).__doc__ or "").strip().splitlines()[0] for name in ERASERS}, as_json)
 
 
 @app.command()
@@ -345,6 +400,11 @@ def main() -> NoReturn:
 def _complain(message: str, status: int = 2) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _print_answers(questions: tuple[str, ...], result: "RunResult") -> None:
+    for asked, reply in zip(questions, result.answers, strict=True):
+        out.print(f"[dim]{_plain(asked)}[/dim]\n[bold]{_plain(reply.text)}[/bold]\n")
 
 
 def _print_json(row: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The main job: read a long text within a budget, answer questions about it, keep the compressed reading."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,16 +151,37 @@ def run(
             cache = KVCache.load(_given(config.cache), model)
             _check_positions(cache, max(cache.seen, default=0), questions)
         else:
-            cache = _read(config, model, frame.context(text), questions, progress)
+            cache = read(config, model, frame.context(text), questions, progress)
         prefill_s = 0.0 if text is None else time.perf_counter() - started
-        report = cache.report()
         if config.save is not None:
             cache.save(config.save)
-        answers, peak = [], report.peak_kv_bytes
-        for i, question in enumerate(questions):
-            asked = cache if i == len(questions) - 1 else cache.fork()
-            answers.append(answer(model, tokenizer, asked, question, max_new_tokens=config.max_new_tokens))
-            peak = max(peak, asked.report().peak_kv_bytes)
+        return ask(config, model, tokenizer, cache, questions, prefill_s)
+
+
+def ask(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: KVCache,
+    questions: Sequence[Int[Tensor, "1 _question"]],
+    prefill_s: float,
+) -> RunResult:
+    """Answer each question from the cache as it is; the last answer changes it.
+
+    Args:
+        config: How long answers may be.
+        model: An attached model.
+        tokenizer: The model's.
+        cache: Has read the text.
+        questions: Ids behind the text.
+        prefill_s: Seconds that reading took, for the result.
+    """
+    report = cache.report()
+    answers, peak = [], report.peak_kv_bytes
+    for i, question in enumerate(questions):
+        asked = cache if i == len(questions) - 1 else cache.fork()
+        answers.append(answer(model, tokenizer, asked, question, max_new_tokens=config.max_new_tokens))
+        peak = max(peak, asked.report().peak_kv_bytes)
     return RunResult(
         tuple(answers),
         replace(report, peak_kv_bytes=peak),
@@ -171,13 +192,22 @@ def run(
     )
 
 
-def _read(
+def read(
     config: RunConfig,
     model: PreTrainedModel,
     ids: Int[Tensor, "1 context"],
     questions: list[Tensor],
     progress: Callable[[int, int], None] | None,
 ) -> KVCache:
+    """Read the ids of a text into a new cache, within the config's budget.
+
+    Args:
+        config: Policy, budget, memory and chunk.
+        model: An attached model.
+        ids: Of the text.
+        questions: What will be asked; the longest counts into the length.
+        progress: Called with (tokens read, tokens in all).
+    """
     cache = KVCache(model, config.make_policy(), memory=memories.make(config.memory))
     length = _check_positions(cache, ids.shape[1], questions)
 

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from vestige.eraser import EraseReport
 from vestige.report import LayerReport, Report
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -34,6 +35,31 @@ def report_table(report: Report, *, prefill_s: float, tokens_per_s: float) -> Ta
     ]
     if report.other_kv_bytes:
         rows.insert(4, ("other layers", megabytes(report.other_kv_bytes)))
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), value)
+    return table
+
+
+def erase_table(report: EraseReport) -> Table:
+    """Return what an erase did as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    slots = [
+        f"{count:,} {word}"
+        for word, count in (
+            ("dropped", report.slots_dropped),
+            ("replaced", report.slots_replaced),
+            ("left", report.slots_left),
+        )
+        if count
+    ]
+    behind = f"{report.suffix_left:,} tokens still carry what they read of it" if report.suffix_left else "clean"
+    rows = [
+        ("method", f"{report.method}, {'exact' if report.exact else 'approximate: this steers, it does not delete'}"),
+        ("span", ", ".join(f"tokens {one.span.start} to {one.span.end}" for one in report.spans)),
+        ("its pairs", ", ".join(slots) or "none were held"),
+        ("edit", f"{report.edit_s:.3f} s, {report.tokens_recomputed:,} tokens run"),
+        ("behind it", behind),
+    ]
     for name, value in rows:
         table.add_row(Text(name, style="dim"), value)
     return table

@@ -31,6 +31,20 @@ class Frame:
         before, _, _ = self._parts()
         return self._ids(before + text)
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return which characters of a context each of its ids stands for; before 0 is what the chat text brings.
+
+        Raises:
+            InputError: The tokenizer does not say (only fast ones do).
+        """
+        if not self.tokenizer.is_fast:
+            raise InputError(f"{type(self.tokenizer).__name__} does not say where its tokens come from; use a fast one")
+        before, _, _ = self._parts()
+        encoded: Any = self.tokenizer(
+            before + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [(start - len(before), end - len(before)) for start, end in encoded["offset_mapping"]]
+
     def question(self, text: str, answer_prefix: str = "") -> Int[Tensor, "1 question"]:
         """Return the ids of everything behind the context: the question, and what opens the reply."""
         _, between, after = self._parts()
