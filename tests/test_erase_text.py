@@ -3,12 +3,15 @@
 import re
 
 import pytest
+import torch
 
 from vestige import InputError
 from vestige.erase_text import EraseConfig, erase_text
 from vestige.run import RunConfig, run
+from vestige.text import Frame
 
 QUESTION = "Who keeps lamp 16?"
+SHORT = ("--max-new-tokens", "4")
 
 
 @pytest.fixture
@@ -85,24 +88,14 @@ FIELDS = {
 
 
 def test_erase_json_has_the_fields_of_run_and_its_own(vestige, folders, place):
-    common = (
-        "--model",
-        folders.chat,
-        "--context",
-        "story.txt",
-        "--question",
-        QUESTION,
-        "--max-new-tokens",
-        "4",
-        "--json",
-    )
+    common = ("--model", folders.chat, "--context", "story.txt", "--question", QUESTION, *SHORT, "--json")
     row = vestige("erase", *common, "--span", "30:40", "--method", "shift").row
     assert set(row) == set(vestige("run", *common).row) | FIELDS
     assert row["method"] == "shift" and row["slots_dropped"] == 60 and row["span"][1] - row["span"][0] == 10
 
 
 def test_erase_shows_what_went_and_that_it_steers(vestige, folders, place):
-    common = ("--model", folders.chat, "--context", "story.txt", "--question", QUESTION, "--max-new-tokens", "4")
+    common = ("--model", folders.chat, "--context", "story.txt", "--question", QUESTION, *SHORT)
     said = vestige("erase", *common, "--span", "30:40", "--method", "drop").out
     assert "erased:" in said and "60 dropped" in said and "this steers, it does not delete" in said
 
