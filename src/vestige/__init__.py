@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vestige.policy import Policy as Policy
     from vestige.reading import prefill as prefill
     from vestige.report import Report as Report
+    from vestige.session import Session as Session
     from vestige.spans import Span as Span
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _HOME = {
     "Policy": "policy",
     "PolicyError": "errors",
     "Report": "report",
+    "Session": "session",
     "Span": "spans",
     "VestigeError": "errors",
     "attach": "attachment",

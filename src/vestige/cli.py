@@ -159,6 +159,44 @@ def erase(
 
 
 @app.command()
+def chat(
+    model: Model = "smollm2-135m",
+    policy: PolicyName = "full",
+    budget: BudgetText = None,
+    share: ShareName = None,
+    memory: MemoryName = "none",
+    method: Annotated[str, typer.Option(help="What /erase does; see `vestige erasers`.")] = "recompute",
+    system: Annotated[str | None, typer.Option(help="The system message; default: the chat template's.")] = None,
+    load_from: Annotated[Path | None, typer.Option("--load", help="Go on with a conversation kept by /save.")] = None,
+    chunk: Chunk = 1024,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+) -> None:
+    """Talk in the terminal; /erase takes a message or a passage out, /help lists the commands."""
+    from vestige import erasers, policies
+    from vestige import memory as memories
+    from vestige.budget import Budget
+    from vestige.chat import chat as talk
+    from vestige.download import load
+    from vestige.session import Session
+
+    eraser, kept = erasers.make(method), memories.make(memory)
+    chosen = policies.make(policy, None if budget is None else Budget.parse(budget), share=share, seed=seed)
+    network, tokenizer = load(model, device=device, dtype=dtype)
+    if load_from is not None:
+        session = Session.load(load_from, network, tokenizer, eraser)
+    else:
+        session = Session(network, tokenizer, chosen, kept, eraser, system=system, chunk=chunk)
+    asking = sys.stdin.isatty()
+    talk(
+        session, sys.stdin, out, max_new_tokens=max_new_tokens,
+        prompt=lambda: out.print("[bold]>[/bold] ", end="") if asking else None,
+    )  # fmt: skip
+
+
+@app.command()
 def demo(device: Device = None, dtype: Dtype = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Show the main job on the default model and a shipped document, in about a minute."""
     from vestige import demo as shown

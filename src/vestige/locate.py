@@ -41,8 +41,14 @@ def find(text: str, part: str, offsets: Sequence[tuple[int, int]]) -> Span:
 
 
 def tokens_at(text: str, start: int, end: int, offsets: Sequence[tuple[int, int]]) -> Span:
-    """Return the tokens that share a character of ``text[start:end]`` that is no white space."""
+    """Return the tokens that share a character of ``text[start:end]`` that is no white space.
+
+    Raises:
+        InputError: There are none: they were taken out.
+    """
     found = [i for i, (a, b) in enumerate(offsets) if text[max(a, start) : max(min(b, end), 0)].strip()]
+    if not found:
+        raise InputError(f"the passage {_short(text[start:end])!r} was taken out already")
     return Span(found[0], found[-1] + 1)
 
 
