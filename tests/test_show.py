@@ -109,6 +109,17 @@ def test_the_reading_bar_goes_away_when_reading_fails():
     assert console.file.getvalue() == ""
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_training_bar_tells_parts_of_the_loss_and_the_latest_validation(terminal):
+    console = Console(file=io.StringIO(), width=160, force_terminal=terminal)
+    with show.training_bar(console) as tell:
+        tell(41, 100, {"step": 41, "loss": 0.5, "kl": 0.25, "lr": 1e-3, "seconds": 1.5, "validation": {"exact": 0.75}})
+        tell(42, 100, {"step": 42, "loss": None, "kl": 0.125, "lr": 1e-3, "seconds": 1.5})
+    said = console.file.getvalue()
+    assert ("42/100" in said) == terminal and terminal == ("loss - kl 0.125 lr 0.001 | exact 0.75" in said)
+    assert terminal or said == ""
+
+
 def test_without_json_the_output_is_for_people_and_has_the_numbers(vestige, folders, place):
     base = ("run", "--model", folders.chat, "--context", "story.txt", "--question", QUESTION, *EVICT)
     row, result = vestige(*base, "--json").row, vestige(*base)

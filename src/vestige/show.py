@@ -1,11 +1,20 @@
 """How results look to people: tables, a picture of what each layer kept, progress. Nothing here computes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -124,3 +133,35 @@ def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total, what=label: progress.update(task, completed=done, total=total, description=what)
+
+
+@contextmanager
+def training_bar(console: Console) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
+    """Show a progress bar on a console and yield the ``tell`` of :func:`vestige.learn.train`.
+
+    Beside the bar are the parts of the loss, the latest validation and the time left.
+    """
+    columns = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        shown: list[TaskID] = []
+        latest: dict[str, Any] = {}
+
+        def tell(done: int, total: int, record: Mapping[str, Any]) -> None:
+            latest.update(record.get("validation", {}))
+            text = training_line(record, latest)
+            if not shown:  # where a resumed run begins: what was done before says nothing about the time left
+                shown.append(progress.add_task(text, total=total, completed=done - 1))
+            progress.update(shown[0], completed=done, description=text)
+
+        yield tell
+
+
+def training_line(record: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
+    """Return the figures of a step and of the latest validation in one line; what is not finite is a dash."""
+    told = {name: x for name, x in record.items() if name not in ("step", "seconds", "tokens", "validation")}
+    own, held = (" ".join(f"{name} {_figure(x)}" for name, x in y.items()) for y in (told, validation))
+    return escape(f"{own} | {held}" if held else own)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else format(value, ".3g")
