@@ -1,15 +1,30 @@
 """The command line: thin, and quick to print its help (heavy imports are inside the commands)."""
 
-import json
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
 
+from vestige.cli_bench import bench
+from vestige.cli_options import (
+    BudgetText,
+    Chunk,
+    Device,
+    Dtype,
+    Json,
+    MemoryName,
+    Model,
+    NewTokens,
+    PolicyName,
+    Seed,
+    ShareName,
+    err,
+    out,
+    plain,
+    print_json,
+)
+from vestige.cli_train import train
 from vestige.errors import VestigeError
 
 if TYPE_CHECKING:
@@ -24,41 +39,8 @@ app = typer.Typer(
 )
 
 
-class TasksOrCommand(TyperGroup):
-    """``vestige bench TASK...`` is the command ``tasks``, unless the first word is another command."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands:
-            args = ["tasks", *args]
-        return super().parse_args(ctx, args)
-
-
-bench = typer.Typer(
-    cls=TasksOrCommand,
-    help="Measure accuracy, bytes and time (`vestige bench TASK...`, see `vestige bench --help`), or speed alone.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(bench, name="bench")
-
-out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False)
-
-Model = Annotated[str, typer.Option(help="A named model (see `vestige models`), a folder, or a hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, and nothing for people.")]
-Seed = Annotated[int, typer.Option(help="For everything that is drawn.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32, or auto: the checkpoint's.")]
-PolicyName = Annotated[str, typer.Option(help="What to keep: snapkv, or snapkv(kernel=7); see `vestige policies`.")]
-BudgetText = Annotated[
-    str | None,
-    typer.Option(help="Pairs to keep: 512 is tokens, 0.1 (with a point) a fraction of the length, 64MB bytes."),
-]
-ShareName = Annotated[
-    str | None, typer.Option(help="Who competes for room: head, layer or model; default: the method's own choice.")
-]
-MemoryName = Annotated[str, typer.Option(help="What remains of the evicted: moments(mass=1); see `vestige memories`.")]
-Chunk = Annotated[int, typer.Option(help="Tokens per forward while reading.", min=1)]
-NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+app.add_typer(train, name="train")
 
 
 @app.callback(invoke_without_command=True)
@@ -104,7 +86,7 @@ def run(
         result = job(config, network, tokenizer, advance)
     row = result.as_dict(model, chunk)
     if as_json:
-        return _print_json(row)
+        return print_json(row)
     _print_answers(config.questions, result)
     out.print(
         show.report_table(result.report, prefill_s=result.prefill_s, tokens_per_s=result.decode_tokens_per_s),
@@ -152,8 +134,8 @@ def erase(
         result = erase_text(config, network, tokenizer, advance)
     row = result.as_dict(model, chunk)
     if as_json:
-        return _print_json(row)
-    out.print(f"[dim]erased:[/dim] {_plain(result.passage.strip())}\n")
+        return print_json(row)
+    out.print(f"[dim]erased:[/dim] {plain(result.passage.strip())}\n")
     _print_answers(reading.questions, result.run)
     out.print(show.erase_table(result.report))
 
@@ -204,7 +186,7 @@ def demo(device: Device = None, dtype: Dtype = None, seed: Seed = 0, as_json: Js
     with err.status("getting the model and reading ..."):
         result = shown.demo(device=device, dtype=dtype, seed=seed)
     if as_json:
-        return _print_json(result.as_dict())
+        return print_json(result.as_dict())
     shown.show(result, out)
 
 
@@ -241,102 +223,6 @@ def memories(seed: Seed = 0, as_json: Json = False) -> None:
     _print_listing({name: line.strip().splitlines()[0] for name, line in lines.items()}, as_json)
 
 
-@bench.command()
-def tasks(
-    task: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TASK...",
-            help="ruler, niah, dialogue, longbench, longbench-e, longbench-v2, or: cases FILE.jsonl. A part of a task: "
-            "ruler/niah_single_1, longbench/multi_news. `vestige bench speed` times alone.",
-        ),
-    ],
-    folder: Annotated[
-        Path | None,
-        typer.Option("--out", help="Required: a new folder for the results; with --resume one to go on in."),
-    ] = None,
-    model: Model = "smollm2-135m",
-    policy: Annotated[
-        str, typer.Option(help="Policies; several: full,snapkv,keydiff. Controls: full, random.")
-    ] = "full",
-    budget: Annotated[
-        str | None, typer.Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.25,0.1.")
-    ] = None,
-    length: Annotated[
-        str | None, typer.Option(help="Tokens of prompt, question and answer; several: 1024,2048.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each (task, length); default: the task's own.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="dev (to choose by) or test (to report, once).")] = "dev",
-    share: Annotated[
-        str | None, typer.Option(help="Who competes for room: head, layer, model; several: head,model.")
-    ] = None,
-    memory: Annotated[
-        str, typer.Option(help="What remains of the evicted; see `vestige memories`; several: none,moments.")
-    ] = "none",
-    peer: Annotated[
-        str | None,
-        typer.Option(help="kvpress:SnapKVPress (any press), transformers:dynamic, transformers:quantized; several."),
-    ] = None,
-    chunk: Annotated[int | None, typer.Option(help="Tokens per forward while reading; default: one piece.")] = None,
-    batch: Annotated[
-        int, typer.Option(help="Samples read and answered together, where lengths allow; times are then the batch's.")
-    ] = 1,
-    question_aware: Annotated[
-        bool, typer.Option("--question-aware", help="Read the question before compressing; default: after.")
-    ] = False,
-    answer_room: Annotated[
-        int | None,
-        typer.Option(help="End replies so many tokens beyond the longest answer; default: the task's."),
-    ] = None,
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files for haystacks; default: online.")] = None,
-    qa: Annotated[Path | None, typer.Option(help="Questions in SQuAD's or HotpotQA's format; default: online.")] = None,
-    longbench: Annotated[Path | None, typer.Option(help="LongBench data: JSONL, or a folder of them.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A JSON file of prompts in place of LongBench's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Put every sample of the tasks through every method and peer: accuracy, bytes and milliseconds side by side."""
-    from vestige import show
-    from vestige.bench.arms import cross
-    from vestige.bench.config import BenchConfig
-    from vestige.bench.run import bench as job
-    from vestige.bench.store import check_folder
-    from vestige.download import load
-
-    names, cases = _tasks_and_cases(task)
-    arms = cross(
-        _words(policy), _words(budget or ""), shares=_words(share or ""), memories=_words(memory),
-        peers=_words(peer or ""),
-    )  # fmt: skip
-    config = BenchConfig(
-        tasks=names, arms=arms, lengths=_numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
-        question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa, cases=cases,
-        longbench=longbench, prompts=prompts, seed=seed,
-    )  # fmt: skip
-    if folder is None:
-        raise typer.BadParameter("name a new folder for the results with --out DIR")
-    check_folder(folder, resume=resume)
-    network, tokenizer = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err, "bench") as advance:
-        rows = job(
-            config, network, tokenizer, name=model, out=folder, resume=resume, command=_typed(), progress=advance
-        )
-    if as_json:
-        return _print_json({"rows": rows})
-    out.print(show.bench_table(rows))
-    for row in rows:
-        if row["score"] is None:
-            what = f"failed: {row['task']} {row['policy']}@{row['budget']}: {row['error']}"
-            err.print(_plain(what), style="red", soft_wrap=True)
-    where = _plain(str(folder))
-    out.print(f"\nresults: {where}; pictures: vestige report {where}", style="dim", soft_wrap=True)
-
-
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Result folders, or folders of them.")],
@@ -354,65 +240,8 @@ def report(
     with err.status("drawing ..."):
         written = made(folders, out=output, title=title or TITLE)
     if as_json:
-        return _print_json({"html": str(written.html), "markdown": str(written.markdown), "rows": written.rows})
-    out.print(f"{written.rows} rows: {_plain(str(written.html))} and {_plain(str(written.markdown))}", soft_wrap=True)
-
-
-@bench.command()
-def speed(
-    model: Model = "smollm2-135m",
-    length: Annotated[str, typer.Option(help="Tokens read; several: 2000,8000.")] = "8000",
-    budget: Annotated[str, typer.Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.1,0.05.")] = (
-        "0.05"
-    ),
-    policy: Annotated[str, typer.Option(help="Policies; several: snapkv,keydiff.")] = "snapkv",
-    batch: Annotated[str, typer.Option(help="Batch sizes; several: 1,4.")] = "1",
-    peer: Annotated[
-        str | None, typer.Option(help="Peers beside them: kvpress:SnapKVPress, transformers:quantized; several.")
-    ] = None,
-    share: ShareName = None,
-    chunk: Chunk = 1024,
-    blocks: Annotated[int, typer.Option(help="Decode blocks timed per arm.", min=1)] = 5,
-    prefills: Annotated[
-        int | None, typer.Option(help="Readings per arm, the first a warm-up; default: 3, or 1 beyond 16K.", min=1)
-    ] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Keep the rows in this folder, for `vestige report`.")
-    ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
-    from vestige import show
-    from vestige.bench.speed import SpeedConfig
-    from vestige.bench.speed import speed as timed
-    from vestige.bench.store import check_folder, keep_speed
-    from vestige.download import load
-
-    config = SpeedConfig(
-        lengths=_numbers("--length", length), batches=_numbers("--batch", batch), policies=_words(policy),
-        budgets=_words(budget), peers=_words(peer or ""), share=share, chunk=chunk, blocks=blocks,
-        prefills=prefills, seed=seed,
-    )  # fmt: skip
-    if folder is not None:
-        check_folder(folder, resume=False)
-    network, _ = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err, "timing") as advance:
-        rows = timed(config, network, advance, name=model)
-    if folder is not None:
-        keep_speed(folder, rows)
-    if any(row["random_weights"] for row in rows):
-        err.print("beyond the model's positions: timed its architecture with random weights and stretched positions")
-    if as_json:
-        return _print_json({"rows": rows})
-    columns = {
-        "length": "d", "batch": "d", "policy": "s", "budget": "s", "decode_ms": ".1f",
-        "decode_over_floor": ".2f", "decode_speedup": ".2f", "prefill_s": ".2f",
-        "prefill_overhead": ".2f", "evict_s": ".2f",
-    }  # fmt: skip
-    out.print(show.rows_table(rows, columns))
+        return print_json({"html": str(written.html), "markdown": str(written.markdown), "rows": written.rows})
+    out.print(f"{written.rows} rows: {plain(str(written.html))} and {plain(str(written.markdown))}", soft_wrap=True)
 
 
 def main() -> NoReturn:
@@ -442,50 +271,12 @@ def _complain(message: str, status: int = 2) -> int:
 
 def _print_answers(questions: tuple[str, ...], result: "RunResult") -> None:
     for asked, reply in zip(questions, result.answers, strict=True):
-        out.print(f"[dim]{_plain(asked)}[/dim]\n[bold]{_plain(reply.text)}[/bold]\n")
-
-
-def _print_json(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+        out.print(f"[dim]{plain(asked)}[/dim]\n[bold]{plain(reply.text)}[/bold]\n")
 
 
 def _print_listing(entries: dict[str, str], as_json: bool) -> None:
     if as_json:
-        return _print_json(entries)
+        return print_json(entries)
     width = max(map(len, entries))
     for name, line in entries.items():
         print(f"{name:<{width}}  {line}")
-
-
-def _words(text: str) -> tuple[str, ...]:
-    from vestige.called import split
-
-    return tuple(split(text))
-
-
-def _typed() -> str:
-    """Return this command as it was typed."""
-    return shlex.join(["vestige", *sys.argv[1:]])
-
-
-def _tasks_and_cases(words: list[str]) -> tuple[tuple[str, ...], Path | None]:
-    """Return the names of the tasks, and the file that follows the word ``cases``."""
-    at = next((i for i, word in enumerate(words) if word.partition("/")[0] == "cases"), None)
-    if at is None:
-        return tuple(words), None
-    if at + 1 == len(words):
-        raise typer.BadParameter("cases needs a file: vestige bench cases FILE.jsonl")
-    return (*words[: at + 1], *words[at + 2 :]), Path(words[at + 1])
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _words(text))
-    except ValueError:
-        raise typer.BadParameter(f"{option} takes whole numbers separated by commas, got {text!r}") from None
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,0 +1,202 @@
+"""``vestige bench``: the commands that measure."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vestige.cli_options import (
+    Chunk,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    ShareName,
+    err,
+    numbers,
+    out,
+    plain,
+    print_json,
+    typed,
+    words,
+)
+
+
+class TasksOrCommand(TyperGroup):
+    """``vestige bench TASK...`` is the command ``tasks``, unless the first word is another command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands:
+            args = ["tasks", *args]
+        return super().parse_args(ctx, args)
+
+
+bench = typer.Typer(
+    cls=TasksOrCommand,
+    help="Measure accuracy, bytes and time (`vestige bench TASK...`, see `vestige bench --help`), or speed alone.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@bench.command()
+def tasks(
+    task: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK...",
+            help="ruler, niah, dialogue, longbench, longbench-e, longbench-v2, or: cases FILE.jsonl. A part of a task: "
+            "ruler/niah_single_1, longbench/multi_news. `vestige bench speed` times alone.",
+        ),
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Required: a new folder for the results; with --resume one to go on in."),
+    ] = None,
+    model: Model = "smollm2-135m",
+    policy: Annotated[
+        str, typer.Option(help="Policies; several: full,snapkv,keydiff. Controls: full, random.")
+    ] = "full",
+    budget: Annotated[
+        str | None, typer.Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.25,0.1.")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Tokens of prompt, question and answer; several: 1024,2048.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each (task, length); default: the task's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="dev (to choose by) or test (to report, once).")] = "dev",
+    share: Annotated[
+        str | None, typer.Option(help="Who competes for room: head, layer, model; several: head,model.")
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(help="What remains of the evicted; see `vestige memories`; several: none,moments.")
+    ] = "none",
+    peer: Annotated[
+        str | None,
+        typer.Option(help="kvpress:SnapKVPress (any press), transformers:dynamic, transformers:quantized; several."),
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens per forward while reading; default: one piece.")] = None,
+    batch: Annotated[
+        int, typer.Option(help="Samples read and answered together, where lengths allow; times are then the batch's.")
+    ] = 1,
+    question_aware: Annotated[
+        bool, typer.Option("--question-aware", help="Read the question before compressing; default: after.")
+    ] = False,
+    answer_room: Annotated[
+        int | None,
+        typer.Option(help="End replies so many tokens beyond the longest answer; default: the task's."),
+    ] = None,
+    essays: Annotated[Path | None, typer.Option(help="A folder of text files for haystacks; default: online.")] = None,
+    qa: Annotated[Path | None, typer.Option(help="Questions in SQuAD's or HotpotQA's format; default: online.")] = None,
+    longbench: Annotated[Path | None, typer.Option(help="LongBench data: JSONL, or a folder of them.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A JSON file of prompts in place of LongBench's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Put every sample of the tasks through every method and peer: accuracy, bytes and milliseconds side by side."""
+    from vestige import show
+    from vestige.bench.arms import cross
+    from vestige.bench.config import BenchConfig
+    from vestige.bench.run import bench as job
+    from vestige.bench.store import check_folder
+    from vestige.download import load
+
+    names, cases = _tasks_and_cases(task)
+    arms = cross(
+        words(policy), words(budget or ""), shares=words(share or ""), memories=words(memory),
+        peers=words(peer or ""),
+    )  # fmt: skip
+    config = BenchConfig(
+        tasks=names, arms=arms, lengths=numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
+        question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa, cases=cases,
+        longbench=longbench, prompts=prompts, seed=seed,
+    )  # fmt: skip
+    if folder is None:
+        raise typer.BadParameter("name a new folder for the results with --out DIR")
+    check_folder(folder, resume=resume)
+    network, tokenizer = load(model, device=device, dtype=dtype)
+    with show.reading_bar(err, "bench") as advance:
+        rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
+    if as_json:
+        return print_json({"rows": rows})
+    out.print(show.bench_table(rows))
+    for row in rows:
+        if row["score"] is None:
+            what = f"failed: {row['task']} {row['policy']}@{row['budget']}: {row['error']}"
+            err.print(plain(what), style="red", soft_wrap=True)
+    where = plain(str(folder))
+    out.print(f"\nresults: {where}; pictures: vestige report {where}", style="dim", soft_wrap=True)
+
+
+@bench.command()
+def speed(
+    model: Model = "smollm2-135m",
+    length: Annotated[str, typer.Option(help="Tokens read; several: 2000,8000.")] = "8000",
+    budget: Annotated[str, typer.Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.1,0.05.")] = (
+        "0.05"
+    ),
+    policy: Annotated[str, typer.Option(help="Policies; several: snapkv,keydiff.")] = "snapkv",
+    batch: Annotated[str, typer.Option(help="Batch sizes; several: 1,4.")] = "1",
+    peer: Annotated[
+        str | None, typer.Option(help="Peers beside them: kvpress:SnapKVPress, transformers:quantized; several.")
+    ] = None,
+    share: ShareName = None,
+    chunk: Chunk = 1024,
+    blocks: Annotated[int, typer.Option(help="Decode blocks timed per arm.", min=1)] = 5,
+    prefills: Annotated[
+        int | None, typer.Option(help="Readings per arm, the first a warm-up; default: 3, or 1 beyond 16K.", min=1)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Keep the rows in this folder, for `vestige report`.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
+    from vestige import show
+    from vestige.bench.speed import SpeedConfig
+    from vestige.bench.speed import speed as timed
+    from vestige.bench.store import check_folder, keep_speed
+    from vestige.download import load
+
+    config = SpeedConfig(
+        lengths=numbers("--length", length), batches=numbers("--batch", batch), policies=words(policy),
+        budgets=words(budget), peers=words(peer or ""), share=share, chunk=chunk, blocks=blocks,
+        prefills=prefills, seed=seed,
+    )  # fmt: skip
+    if folder is not None:
+        check_folder(folder, resume=False)
+    network, _ = load(model, device=device, dtype=dtype)
+    with show.reading_bar(err, "timing") as advance:
+        rows = timed(config, network, advance, name=model)
+    if folder is not None:
+        keep_speed(folder, rows)
+    if any(row["random_weights"] for row in rows):
+        err.print("beyond the model's positions: timed its architecture with random weights and stretched positions")
+    if as_json:
+        return print_json({"rows": rows})
+    columns = {
+        "length": "d", "batch": "d", "policy": "s", "budget": "s", "decode_ms": ".1f",
+        "decode_over_floor": ".2f", "decode_speedup": ".2f", "prefill_s": ".2f",
+        "prefill_overhead": ".2f", "evict_s": ".2f",
+    }  # fmt: skip
+    out.print(show.rows_table(rows, columns))
+
+
+def _tasks_and_cases(words: list[str]) -> tuple[tuple[str, ...], Path | None]:
+    """Return the names of the tasks, and the file that follows the word ``cases``."""
+    at = next((i for i, word in enumerate(words) if word.partition("/")[0] == "cases"), None)
+    if at is None:
+        return tuple(words), None
+    if at + 1 == len(words):
+        raise typer.BadParameter("cases needs a file: vestige bench cases FILE.jsonl")
+    return (*words[: at + 1], *words[at + 2 :]), Path(words[at + 1])

@@ -1,0 +1,118 @@
+"""The surrogate cache with gradients: plain tensors, one model for reading, erasing and answering.
+
+What :mod:`vestige.rerun` does on a live cache, done on keys and values that nothing was evicted from, fast enough to
+train through. Attention is eager where gradients flow: fused kernels are slow in their backward pass on CPUs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from vestige.adapter import Adapter
+from vestige.spans import Span
+
+Layer = tuple[Float[Tensor, "1 kv_heads seen head_dim"], Float[Tensor, "1 kv_heads seen value_dim"]]
+"""Keys and values of one layer."""
+
+
+def read(model: PreTrainedModel, ids: Int[Tensor, "1 seen"]) -> tuple[list[Layer], Float[Tensor, " vocab"]]:
+    """Return the keys and values of all layers after reading ids, and the logits behind them. No gradients."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    return _layers(cache), logits
+
+
+def steer(
+    model: PreTrainedModel, adapter: Adapter, ids: Int[Tensor, "1 seen"], layers: Sequence[Layer], spans: Sequence[Span]
+) -> list[Layer]:
+    """Return the layers with the spans' pairs replaced by what the adapter writes. Gradients reach the adapter.
+
+    Args:
+        model: Frozen.
+        adapter: Switched on while the spans are run.
+        ids: What was read.
+        layers: From :func:`read`.
+        spans: Ascending and disjoint; each reads what the ones before it wrote.
+    """
+    current = list(layers)
+    for span in spans:
+        cache = _cache(model, [(keys[:, :, : span.start], values[:, :, : span.start]) for keys, values in current])
+        with attention(model, "eager"), adapter.applied(model):
+            model.base_model(input_ids=ids[:, span.start : span.end], past_key_values=cache)
+        current = [
+            (
+                torch.cat([new[0], old[0][:, :, span.end :]], 2),
+                torch.cat([new[1], old[1][:, :, span.end :]], 2),
+            )
+            for new, old in zip(_layers(cache), current, strict=True)
+        ]
+    return current
+
+
+def logits_over(
+    model: PreTrainedModel, layers: Sequence[Layer], ids: Int[Tensor, "1 new"], last: int
+) -> Float[Tensor, "last vocab"]:
+    """Return the logits of the last of some ids that are fed behind what the layers hold, with gradients.
+
+    Args:
+        model: Without an adapter.
+        layers: Left as they are.
+        ids: A question and all of a reply but its last token.
+        last: Logits wanted.
+    """
+    with attention(model, "eager"):
+        out = model(input_ids=ids, past_key_values=_cache(model, layers), logits_to_keep=last)
+    logits: Tensor = out.logits[0]
+    return logits.float()
+
+
+def reply(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    question: Int[Tensor, "1 question"],
+    limit: int,
+    stop: Sequence[int],
+) -> list[int]:
+    """Return the greedy reply to a question, up to a limit or the first of ``stop``, which is left out."""
+    cache, fed = _cache(model, layers), question
+    said: list[int] = []
+    with torch.no_grad():
+        while len(said) < limit:
+            token = int(model(input_ids=fed, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+            if token in stop:
+                break
+            said.append(token)
+            fed = question.new_tensor([[token]])
+    return said
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Use another attention of transformers for a while."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _layers(cache: DynamicCache) -> list[Layer]:
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def _cache(model: PreTrainedModel, layers: Sequence[Layer]) -> DynamicCache:
+    """Return a cache that holds these tensors; it concatenates what is fed and changes none of them."""
+    cache = DynamicCache(config=model.config)
+    for i, (keys, values) in enumerate(layers):
+        cache.update(keys, values, i)
+    return cache

@@ -1,0 +1,109 @@
+"""``vestige train eraser``: from texts to an adapter with its card, in a folder that ``learned(adapter=...)`` takes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige.adapter import Adapter
+from vestige.errors import InputError
+from vestige.learn import documents, metrics
+from vestige.learn.config import LoopConfig
+from vestige.learn.eraser import EraserOptions, EraserTask
+from vestige.learn.loop import Tell, Trained, train
+from vestige.learn.parallel import Processes
+
+ADAPTER, CARD = "adapter", "card.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EraserTraining:
+    """What is trained, on what, for how long.
+
+    Args:
+        data: Files, folders or sets, as :func:`vestige.learn.read` takes them.
+        field: Of JSONL lines.
+        loop: Steps, batch, learning rate, ...
+        options: Of samples and loss.
+        rank: Of the adapter.
+        validation: Samples to validate on.
+
+    Raises:
+        InputError: No data, or a number out of range.
+    """
+
+    data: tuple[str, ...]
+    field: str = "text"
+    loop: LoopConfig
+    options: EraserOptions
+    rank: int = 16
+    validation: int = 24
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError("name data to train on: --data FILE, may be repeated")
+        if self.rank < 1 or self.validation < 1:
+            raise InputError("rank and validation must be at least 1")
+
+
+def train_eraser(
+    training: EraserTraining,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    name: str,
+    command: str,
+    resume: bool = False,
+    among: Processes | None = None,
+    tell: Tell | None = None,
+) -> Trained:
+    """Train, and write the adapter with its card once all steps are done.
+
+    Args:
+        training: What to do.
+        model: Frozen by this.
+        tokenizer: The model's.
+        out: Checkpoints, ``metrics.jsonl``, and in the end ``adapter/``.
+        name: Of the model, for the card.
+        command: That does the same again, for the card.
+        resume: Go on with what is in ``out``.
+        among: This process among several.
+        tell: Hears of every step.
+
+    Raises:
+        InputError: The data or the folder cannot be used.
+        VestigeError: The loss is not finite; the last checkpoint is kept.
+    """
+    texts, held = documents.split(documents.read(training.data, field=training.field), share=0.1)
+    torch.manual_seed(training.loop.seed)
+    adapter = Adapter.fresh(model, rank=training.rank, alpha=2.0 * training.rank)
+    task = EraserTask(model, tokenizer, adapter, texts, held, training.options, validation=training.validation)
+    done = train(task, training.loop, out, resume=resume, among=among, tell=tell)
+    if done.finished and (among is None or among.main):
+        adapter.save(out / ADAPTER)
+        card = _card(training, out, name, command, [one.name for one in (*texts, *held)])
+        (out / ADAPTER / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    return done
+
+
+def _card(training: EraserTraining, out: Path, name: str, command: str, names: Sequence[str]) -> dict[str, Any]:
+    records = metrics.read(out)
+    validated: dict[str, Any] = next((one["validation"] for one in reversed(records) if "validation" in one), {})
+    return {
+        "model": name,
+        "what": "KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
+        "data": [Path(one).name for one in names],
+        "steps": training.loop.steps,
+        "minutes": round(sum(one["seconds"] for one in records) / 60, 1),
+        "seed": training.loop.seed,
+        "command": command,
+        "loop": training.loop.books(),
+        "options": asdict(training.options),
+        "rank": training.rank,
+        "validation": validated,
+    }
