@@ -44,7 +44,7 @@ def test_options_in_a_name_make_the_policy():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("snapkv(kernels=7)", "policy 'snapkv' has no option 'kernels'; available: every, first_share"),
+        ("snapkv(kernels=7)", "policy 'snapkv' has no option 'kernels'; available: causal, every, first_share"),
         ("snapkv(budget=7)", "has no option 'budget'"),
         ("snapkv(kernel=7.0)", "policy 'snapkv': kernel is of the kind of 5, got 7.0"),
         ("snapkv(kernel=True)", "kernel is of the kind of 5, got True"),

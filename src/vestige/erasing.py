@@ -14,7 +14,7 @@ from vestige.clock import now
 from vestige.eraser import Erased, Eraser, EraseReport, Fate, Scene, SpanReport
 from vestige.erasers import name_of
 from vestige.errors import CacheError, InputError
-from vestige.spans import Closing, Span, within
+from vestige.spans import Closing, Span
 
 
 def erase(
@@ -101,9 +101,11 @@ def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids:
 
 def _pairs_of(cache: KVCache, span: Span) -> int:
     """Return the pairs that a cache holds of a span, over layers and rows."""
-    return sum(
-        int(within(layer.columns["positions"][layer.live_slots()[0]], [span]).sum()) for layer in cache.evictable
-    )
+    ends = torch.tensor([span.start, span.end], dtype=torch.int32, device=cache.anatomy.device)
+    counts = [
+        torch.searchsorted(layer.positions(row), ends).diff() for layer in cache.evictable for row in range(layer.rows)
+    ]
+    return int(torch.cat(counts).sum())
 
 
 def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
