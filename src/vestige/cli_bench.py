@@ -7,11 +7,13 @@ import typer
 from typer.core import TyperGroup
 
 from vestige.cli_options import (
+    BudgetText,
     Chunk,
     Device,
     Dtype,
     Json,
     Model,
+    PolicyName,
     Seed,
     ShareName,
     err,
@@ -190,6 +192,67 @@ def speed(
         "prefill_overhead": ".2f", "evict_s": ".2f",
     }  # fmt: skip
     out.print(show.rows_table(rows, columns))
+
+
+@bench.command()
+def erase(
+    task: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK...]",
+            help="needles_early, needles_late, tool_result, injection, preference, derived_0, derived_250, "
+            "derived_1500, several_spans, harmless, repeat, distractor_qa (with --qa); default: all that fit.",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Required: a new folder for the results; with --resume one to go on in."),
+    ] = None,
+    model: Model = "smollm2-135m",
+    length: Annotated[str, typer.Option(help="Tokens of prompt, question and answer; several: 1024,2048.")] = "2048",
+    samples: Annotated[int, typer.Option(help="Samples of each (task, length).", min=1)] = 20,
+    method: Annotated[
+        str, typer.Option(help="Erasers; several: learned,shift,repair(share=0.3). noop and recompute always run.")
+    ] = "learned",
+    policy: PolicyName = "full",
+    budget: BudgetText = None,
+    kept_only: Annotated[
+        bool,
+        typer.Option("--kept-only", help="Run methods only where the clean reply is right and the untouched wrong."),
+    ] = False,
+    split: Annotated[str, typer.Option(help="dev (to choose by) or test (to report, once).")] = "dev",
+    essays: Annotated[Path | None, typer.Option(help="A folder of text files for haystacks; default: online.")] = None,
+    qa: Annotated[Path | None, typer.Option(help="Questions in SQuAD's format, for distractor_qa.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Take passages out of caches by every method and ask: is the answer that of a text which never had them?"""
+    from vestige import show
+    from vestige.bench.erase.config import EraseBenchConfig
+    from vestige.bench.erase.run import bench_erase as job
+    from vestige.bench.store import check_folder
+    from vestige.download import load
+
+    config = EraseBenchConfig(
+        tasks=tuple(task or ()), lengths=numbers("--length", length), samples=samples, methods=words(method),
+        policy=policy, budget=budget, kept_only=kept_only, split=split, essays=essays, qa=qa, seed=seed,
+    )  # fmt: skip
+    if folder is None:
+        raise typer.BadParameter("name a new folder for the results with --out DIR")
+    check_folder(folder, resume=resume)
+    network, tokenizer = load(model, device=device, dtype=dtype)
+    with show.reading_bar(err, "bench erase") as advance:
+        rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
+    if as_json:
+        return print_json({"rows": rows})
+    out.print(show.erase_bench_table(rows))
+    for row in rows:
+        if row["error"] is not None:
+            err.print(plain(f"failed: {row['task']} {row['method']}: {row['error']}"), style="red", soft_wrap=True)
+    out.print(f"\nresults: {plain(str(folder))}", style="dim", soft_wrap=True)
 
 
 def _tasks_and_cases(words: list[str]) -> tuple[tuple[str, ...], Path | None]:

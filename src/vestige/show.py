@@ -126,6 +126,29 @@ def bench_table(rows: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
+def erase_bench_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Return the rows of the benchmark of erasers as a table; ``n*`` and ``exact*`` are those that pass the filter."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("task", "length", "method", "budget"):
+        table.add_column(name, justify="right" if name in ("length", "budget") else "left", overflow="fold")
+    for name in ("n", "exact", "n*", "exact*", "kept facts", "leak", "edit ms"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        head = [row["task"], str(row["length"]), row["method"], row["budget"]]
+        if row["error"] is not None:
+            table.add_row(*map(Text, head), Text("failed", style="red"))
+            continue
+        shares = {name: _share(row[name]) for name in ("exact", "exact_kept", "retained_exact", "leak_rate")}
+        figures = [str(row["n"]), shares["exact"], str(row["n_kept"]), shares["exact_kept"]]
+        figures += [shares["retained_exact"], shares["leak_rate"], f"{1e3 * row['edit_s']:.0f}"]
+        table.add_row(*map(Text, [*head, *figures]))
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 @contextmanager
 def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
     """Show a progress bar on a console and yield ``advance(done, total, what=label)``."""

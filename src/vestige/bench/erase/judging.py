@@ -1,0 +1,45 @@
+"""How one reply is judged: against the clean reply, the right answers, and what must not be said."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vestige.bench import overlap
+from vestige.bench.erase.sample import Question
+from vestige.bench.rows import Record
+
+
+def judged(question: Question, said: str, clean: str) -> dict[str, Any]:
+    """Return what was asked and said, and how it is judged.
+
+    ``exact`` and ``f1`` compare with the clean reply as SQuAD compares; ``correct`` and ``clean_correct`` say whether
+    a right answer occurs, ``leak`` and ``clean_leak`` whether something forbidden does; each is None where there is
+    nothing to compare with.
+    """
+    exact = overlap.normalized(said) == overlap.normalized(clean)
+    return {
+        "kind": question.kind,
+        "question": question.text,
+        "answer_prefix": question.answer_prefix,
+        "answers": list(question.answers),
+        "forbidden": list(question.forbidden),
+        "prediction": said,
+        "clean": clean,
+        "exact": exact,
+        "f1": 1.0 if exact else overlap.token_f1(said, clean),
+        "correct": question.correct(said),
+        "clean_correct": question.correct(clean),
+        "leak": question.leaks(said),
+        "clean_leak": question.leaks(clean),
+    }
+
+
+def passes(replies: Sequence[Record]) -> bool:
+    """Return whether a sample passes the filter, from what the untouched cache says.
+
+    It does if the clean replies to the target questions are right and one of the untouched cache's is wrong; where
+    nothing is asked that should change, if the clean replies to the retained questions are right.
+    """
+    targets = [reply for reply in replies if reply["kind"] == "target"]
+    if targets:
+        return all(reply["clean_correct"] for reply in targets) and not all(reply["correct"] for reply in targets)
+    return all(reply["clean_correct"] for reply in replies if reply["kind"] == "retained")

@@ -1,0 +1,230 @@
+"""Every sample through every eraser, on forks of one reading: one resumable run."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige import erasers
+from vestige.attachment import attach
+from vestige.bench.erase.asking import Asked, Clean, clean, compare, read
+from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
+from vestige.bench.erase.items import Item, collect
+from vestige.bench.erase.judging import judged, passes
+from vestige.bench.erase.rows import aggregate
+from vestige.bench.facts import provenance
+from vestige.bench.render import Renderer
+from vestige.bench.rows import Record, Row
+from vestige.bench.store import Store
+from vestige.cache import KVCache
+from vestige.eraser import Erased
+from vestige.erasing import erase
+from vestige.errors import InputError, VestigeError
+from vestige.models import check
+from vestige.policies import Full
+from vestige.spans import Span
+
+ROWS_EVERY_S = 60.0
+"""Rows are written as often as this, so that one can look at a run under way."""
+_TRIAL, _TRIAL_SPAN = 48, Span(16, 24)
+
+Progress = Callable[[int, int, str], None]
+
+
+def bench_erase(
+    config: EraseBenchConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    out: Path,
+    resume: bool = False,
+    command: str | None = None,
+    progress: Progress = lambda done, of, what: None,
+) -> list[Row]:
+    """Put every sample through every method and return the rows; they are in ``out/rows.json`` too.
+
+    Args:
+        config: What to measure.
+        model: Attached for as long as this runs.
+        tokenizer: The model's.
+        name: What rows call the model.
+        out: Where records and rows go; a finished record is on disk before the next begins.
+        resume: Go on with what is there. Methods, tasks, lengths, samples and policies may have been added since.
+        command: What remakes these results.
+        progress: Called with (samples x methods done, in all, what is next).
+
+    Raises:
+        VestigeError: Bad input, a method that cannot work with this model, or results that cannot be written. A method
+            that fails on a sample is a row with ``error``.
+    """
+    origin, renderer = provenance(model), Renderer(tokenizer, model)
+    items = collect(config, renderer)
+    facts = {"model": name, **config.books()}
+    with torch.no_grad(), attach(model):
+        try_out(config, model, items[0])
+        books = facts | {"weights": check(model).fingerprint(), "dtype": origin["dtype"]}
+        store = Store(out, books, resume=resume)
+        runner = Runner(config, renderer, store, origin, progress, len(items) * len(config.all_methods))
+        try:
+            _run(runner, items, lambda: store.finish(aggregate(runner.records(), facts | origin), command))
+        finally:
+            store.close()
+    return aggregate(runner.records(), facts | origin)
+
+
+def _run(runner: "Runner", items: list[Item], write: Callable[[], None]) -> None:
+    """Run all items and write rows now and then, and at the end, however it comes."""
+    written = time.monotonic()
+    try:
+        for item in items:
+            runner.run(item)
+            if time.monotonic() - written > ROWS_EVERY_S:
+                write()
+                written = time.monotonic()
+    except BaseException:
+        with suppress(InputError):  # the disk may be full; what went wrong first is what counts
+            write()
+        raise
+    write()
+
+
+def try_out(config: EraseBenchConfig, model: PreTrainedModel, item: Item) -> None:
+    """Erase a few tokens by every method, so that one without an adapter, say, is known before hours of work.
+
+    Raises:
+        VestigeError: What the method says.
+    """
+    ids = item.context[:, :_TRIAL].to(model.device)
+    cache = read(model, ids, KVCache(model, Full()))
+    for method in config.all_methods:
+        erase(cache.fork(), _TRIAL_SPAN, erasers.make(method), model=model, input_ids=ids)
+
+
+class Runner:
+    """Runs samples through all methods and writes records; knows what failed.
+
+    Args:
+        config: What to measure.
+        renderer: Has the model, which is attached, and the tokenizer.
+        store: Where records go.
+        origin: Written into every record.
+        progress: Told before every method.
+        total: Samples x methods.
+    """
+
+    def __init__(
+        self,
+        config: EraseBenchConfig,
+        renderer: Renderer,
+        store: Store,
+        origin: dict[str, Any],
+        progress: Progress,
+        total: int,
+    ) -> None:
+        self.config, self.renderer, self.store, self.origin = config, renderer, store, origin
+        self.model = renderer.model
+        self.progress, self.done, self.total = progress, 0, total
+        self.failures: dict[tuple[str, int, str], Record] = {}
+
+    def records(self) -> list[Record]:
+        """Return all records there are, and what failed."""
+        return [*self.store.records.values(), *self.failures.values()]
+
+    def run(self, item: Item) -> None:
+        """Run a sample through every method that still lacks it; the bounds come first."""
+        known = {method: self._known(item, method) for method in self.config.all_methods}
+        lacking = [method for method, record in known.items() if record is None and not self._failed(item, method)]
+        kept = None if known["noop"] is None else bool(known["noop"]["kept"])
+        ready: tuple[KVCache, list[Clean]] | None = None
+        for method in self.config.all_methods:
+            self.progress(self.done, self.total, f"{item.sample.task} {method}")
+            skipped = self.config.kept_only and kept is False and method not in BOUNDS
+            if method in lacking and not skipped:
+                ready = ready or self._read(item)
+                record = self._record(item, method, *ready, kept)
+                if record is not None:
+                    self.store.append(record)
+                    kept = bool(record["kept"])
+            self.done += 1
+        self.progress(self.done, self.total, item.sample.task)
+
+    def _read(self, item: Item) -> tuple[KVCache, list[Clean]]:
+        """Return the reading that all methods share, evicted with nothing asked, and the clean replies."""
+        cache = read(self.model, item.context, KVCache(self.model, self.config.make_policy()))
+        return cache, clean(self.model, item, self.renderer.stop())
+
+    def _record(self, item: Item, method: str, cache: KVCache, wanted: list[Clean], kept: bool | None) -> Record | None:
+        """Return what a method did with a sample, or None if it failed, which is booked."""
+        fork, ids = cache.fork(), item.context.to(self.model.device)
+        sample, arm = item.sample, self.config.arm(method)
+        head = {"task": sample.task, "length": sample.length, "index": sample.index, "arm": arm, "method": method}
+        try:
+            done = erase(fork, item.spans, erasers.make(method), model=self.model, input_ids=ids)
+            replies = [self._asked(item, i, fork, one) for i, one in enumerate(wanted)]
+        except VestigeError as error:
+            self.failures[sample.task, sample.length, method] = head | {"error": str(error)}
+            return None
+        return {
+            **head,
+            "tags": dict(sample.tags),
+            "kept": passes(replies) if method == BOUNDS[0] else bool(kept),
+            "kept_only": self.config.kept_only and method not in BOUNDS,
+            "questions": replies,
+            **_edited(done),
+            "held": fork.held,
+            "context_tokens": item.context.shape[1],
+            "span_tokens": [len(span) for span in item.spans],
+            "digest": item.digest,
+            **self.origin,
+        }
+
+    def _asked(self, item: Item, which: int, cache: KVCache, wanted: Clean) -> Record:
+        """Return what an edited cache says to one question, beside the clean reply."""
+        question = item.sample.questions[which]
+        asked = Asked(self.model, cache, item.questions[which])
+        reply = asked.reply(question.max_new_tokens, self.renderer.stop())
+        said, clean_said = (self.renderer.text(ids) for ids in (reply.ids, wanted.reply.ids))
+        return {
+            **judged(question, said, clean_said),
+            **asdict(compare(wanted.logits, asked.forced(wanted.reply.ids))),
+            "first_token_s": reply.first_token_s,
+            "decode_s": reply.decode_s,
+            "tokens": len(reply.ids),
+        }
+
+    def _failed(self, item: Item, method: str) -> bool:
+        return (item.sample.task, item.sample.length, method) in self.failures
+
+    def _known(self, item: Item, method: str) -> Record | None:
+        """Return the record that is there.
+
+        Raises:
+            InputError: It was made from other data.
+        """
+        sample = item.sample
+        record = self.store.has(sample.task, sample.length, sample.index, self.config.arm(method))
+        if record is not None and record["digest"] != item.digest:
+            raise InputError(
+                f"sample {sample.index} of {sample.task} in {self.store.folder} was made from another text "
+                "or other answers; the data have changed: name a new --out"
+            )
+        return record
+
+
+def _edited(done: Erased) -> dict[str, Any]:
+    """Return what an edit did, as records and rows have it."""
+    report = done.report
+    return {
+        "edit_s": report.edit_s,
+        "slots_dropped": report.slots_dropped,
+        "slots_replaced": report.slots_replaced,
+        "slots_left": report.slots_left,
+        "suffix_left": report.suffix_left,
+        "tokens_recomputed": report.tokens_recomputed,
+    }
