@@ -7,7 +7,7 @@ import pytest
 PROSE = " ".join(f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(20))
 TRAIN = (
     "--steps", "3", "--batch", "2", "--rank", "2", "--least", "100", "--most", "150", "--validate-every", "2",
-    "--save-every", "2",
+    "--save-every", "2", "--validation", "2",
 )  # fmt: skip
 
 

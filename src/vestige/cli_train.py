@@ -27,10 +27,15 @@ def train_eraser(
     rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 16,
     neighbours: Annotated[int | None, typer.Option(help="Samples of stage 1; default: a quarter of all.")] = None,
     least: Annotated[int, typer.Option(help="Shortest text, in tokens, about.")] = 300,
-    most: Annotated[int, typer.Option(help="Longest text, in tokens, about.")] = 1400,
+    most: Annotated[int, typer.Option(help="Longest text, in tokens, about.")] = 2000,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the clean text's logits.")] = 0.0,
     field: Annotated[str, typer.Option(help="The text field of JSONL lines.")] = "text",
+    qa: Annotated[
+        list[str] | None,
+        typer.Option(help="Questions to distract from: JSONL (question, context, answers), or hub:owner/name."),
+    ] = None,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 50,
+    validation: Annotated[int, typer.Option(help="Samples to validate on.", min=1)] = 24,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 25,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     device: Device = None,
@@ -42,10 +47,10 @@ def train_eraser(
     from vestige import show
     from vestige.download import load
     from vestige.learn.config import LoopConfig
-    from vestige.learn.eraser import EraserOptions
+    from vestige.learn.erasing.samples import EraserOptions
+    from vestige.learn.erasing.training import ADAPTER, EraserTraining
+    from vestige.learn.erasing.training import train_eraser as job
     from vestige.learn.parallel import processes
-    from vestige.learn.train_eraser import ADAPTER, EraserTraining
-    from vestige.learn.train_eraser import train_eraser as job
 
     loop = LoopConfig(
         steps=steps, batch=batch, lr=lr, warmup=max(steps // 20, 1) if warmup is None else warmup, seed=seed,
@@ -53,7 +58,9 @@ def train_eraser(
     )  # fmt: skip
     first = steps * batch // 4 if neighbours is None else neighbours
     options = EraserOptions(neighbours=first, least=least, most=most, kl=kl, seed=seed)
-    training = EraserTraining(data=tuple(data), field=field, loop=loop, options=options, rank=rank)
+    training = EraserTraining(
+        data=tuple(data), field=field, qa=tuple(qa or ()), loop=loop, options=options, rank=rank, validation=validation
+    )
     among = processes()
     network, tokenizer = load(model, device=device if among.device is None else str(among.device), dtype=dtype)
     with show.training_bar(err) as tell:

@@ -52,12 +52,38 @@ def read(sources: Sequence[str | Path], *, field: str = "text", notice: Notice |
     """
     documents = []
     for source in sources:
-        documents += _of_hub(source, field, notice) if _on_hub(source) else _of_path(Path(source), field, notice)
+        if _in_entries(source):
+            documents += _of_entries(entries(source, notice=notice), field)
+        else:
+            documents += _of_path(Path(source), notice)
     if not documents:
         named = ", ".join(map(str, sources))
         hint = f"there is nothing to train on in {named}: no text, or only what is for benchmarks"
         raise InputError(hint if named else "name data to train on")
     return documents
+
+
+def entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
+    """Return the lines of a ``*.jsonl`` file or the rows of a set on the hub, without those for benchmarks only.
+
+    Args:
+        source: As :func:`read` takes it.
+        notice: Hears what was left out; by default it is said on stderr.
+
+    Raises:
+        InputError: As :func:`read`; or it is another kind of source.
+    """
+    if isinstance(source, str) and source.startswith(HUB_PREFIX):
+        return _of_hub(source, notice)
+    path = Path(source)
+    require_path(path)
+    held_out.refuse(path)
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise InputError(f"{path} is neither a .jsonl file nor a set on the hub")
+    found = jsonl.read(path)
+    kept = held_out.allowed_entries(found, path.stem)
+    _report(path, len(found), len(kept), notice)
+    return kept
 
 
 def lines_of(document: Document) -> list[Document]:
@@ -117,18 +143,16 @@ def windows(
     return ids[starts[:, None] + torch.arange(size)]  # (count, size)
 
 
-def _on_hub(source: str | Path) -> bool:
-    return isinstance(source, str) and source.startswith(HUB_PREFIX)
+def _in_entries(source: str | Path) -> bool:
+    """Tell whether a source is a set on the hub or a JSONL file."""
+    if isinstance(source, str) and source.startswith(HUB_PREFIX):
+        return True
+    return Path(source).suffix == ".jsonl" and not Path(source).is_dir()
 
 
-def _of_path(path: Path, field: str, notice: Notice | None) -> list[Document]:
+def _of_path(path: Path, notice: Notice | None) -> list[Document]:
     require_path(path)
     held_out.refuse(path)
-    if path.suffix == ".jsonl" and not path.is_dir():
-        entries = jsonl.read(path)
-        kept = held_out.allowed_entries(entries, path.stem)
-        _report(path, len(entries), len(kept), notice)
-        return _of_entries(kept, field)
     files = sorted(p for p in path.iterdir() if p.suffix in TEXTS) if path.is_dir() else [path]
     if any(file.suffix not in TEXTS for file in files):
         raise InputError(f"{path} is not a kind of file to train on: .txt, .md, .jsonl, or a folder of .txt and .md")
@@ -137,21 +161,21 @@ def _of_path(path: Path, field: str, notice: Notice | None) -> list[Document]:
     return [Document(str(file), read_text(file)) for file in allowed]
 
 
-def _of_hub(source: str | Path, field: str, notice: Notice | None) -> list[Document]:
-    name, _, rest = str(source).removeprefix(HUB_PREFIX).partition(":")
+def _of_hub(source: str, notice: Notice | None) -> list[Entry]:
+    name, _, rest = source.removeprefix(HUB_PREFIX).partition(":")
     config, _, part = rest.partition(":")
     part = part or "train"
     held_out.allowed_rows((), name, part)  # what is refused should not be downloaded
     rows = hub.fetch(name, config or None, part, "files or folders of texts")
     allowed = held_out.allowed_rows(rows, name, part)
-    entries = [jsonl.entry(dict(row), f"{name}, row {i}") for i, row in enumerate(allowed)]
-    kept = held_out.allowed_entries(entries, config or name)
+    found = [jsonl.entry(dict(row), f"{name}, row {i}") for i, row in enumerate(allowed)]
+    kept = held_out.allowed_entries(found, config or name)
     _report(source, len(rows), len(kept), notice)
-    return _of_entries(kept, field)
+    return kept
 
 
-def _of_entries(entries: Sequence[Entry], field: str) -> list[Document]:
-    documents = [Document(entry.where, entry.text(field)) for entry in entries]
+def _of_entries(found: Sequence[Entry], field: str) -> list[Document]:
+    documents = [Document(entry.where, entry.text(field)) for entry in found]
     return [document for document in documents if document.text.strip()]
 
 

@@ -13,11 +13,15 @@ from vestige.adapter import Adapter
 from vestige.errors import InputError
 from vestige.learn import documents, metrics
 from vestige.learn.config import LoopConfig
-from vestige.learn.eraser import EraserOptions, EraserTask
+from vestige.learn.erasing import questions
+from vestige.learn.erasing.samples import EraserOptions, Texts, prose_of
+from vestige.learn.erasing.task import EraserTask
 from vestige.learn.loop import Tell, Trained, train
 from vestige.learn.parallel import Processes
 
 ADAPTER, CARD = "adapter", "card.json"
+_HELD = 0.1
+"""Share of the texts to validate on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class EraserTraining:
     Args:
         data: Files, folders or sets, as :func:`vestige.learn.read` takes them.
         field: Of JSONL lines.
+        qa: JSONL files and sets of questions with their paragraphs, as :func:`vestige.learn.erasing.questions.read`
+            takes them; none is fine.
         loop: Steps, batch, learning rate, ...
         options: Of samples and loss.
         rank: Of the adapter.
@@ -38,6 +44,7 @@ class EraserTraining:
 
     data: tuple[str, ...]
     field: str = "text"
+    qa: tuple[str, ...] = ()
     loop: LoopConfig
     options: EraserOptions
     rank: int = 16
@@ -79,14 +86,16 @@ def train_eraser(
         InputError: The data or the folder cannot be used.
         VestigeError: The loss is not finite; the last checkpoint is kept.
     """
-    texts, held = documents.split(documents.read(training.data, field=training.field), share=0.1)
+    sides = documents.split(documents.read(training.data, field=training.field), share=_HELD)
+    asked = questions.split(questions.read(training.qa), share=_HELD)
+    texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))
     torch.manual_seed(training.loop.seed)
     adapter = Adapter.fresh(model, rank=training.rank, alpha=2.0 * training.rank)
     task = EraserTask(model, tokenizer, adapter, texts, held, training.options, validation=training.validation)
     done = train(task, training.loop, out, resume=resume, among=among, tell=tell)
     if done.finished and (among is None or among.main):
         adapter.save(out / ADAPTER)
-        card = _card(training, out, name, command, [one.name for one in (*texts, *held)])
+        card = _card(training, out, name, command, [one.name for side in sides for one in side])
         (out / ADAPTER / CARD).write_text(json.dumps(card, indent=1) + "\n")
     return done
 
@@ -98,6 +107,7 @@ def _card(training: EraserTraining, out: Path, name: str, command: str, names: S
         "model": name,
         "what": "KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
         "data": [Path(one).name for one in names],
+        "qa": [Path(one).name for one in training.qa],
         "steps": training.loop.steps,
         "minutes": round(sum(one["seconds"] for one in records) / 60, 1),
         "seed": training.loop.seed,

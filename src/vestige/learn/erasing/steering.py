@@ -17,13 +17,21 @@ from transformers.cache_utils import DynamicCache
 from vestige.adapter import Adapter
 from vestige.spans import Span
 
-Layer = tuple[Float[Tensor, "1 kv_heads seen head_dim"], Float[Tensor, "1 kv_heads seen value_dim"]]
+Layer = tuple[Float[Tensor, "1 kv_heads _seen head_dim"], Float[Tensor, "1 kv_heads _seen value_dim"]]
 """Keys and values of one layer."""
 
 
-def read(model: PreTrainedModel, ids: Int[Tensor, "1 seen"]) -> tuple[list[Layer], Float[Tensor, " vocab"]]:
-    """Return the keys and values of all layers after reading ids, and the logits behind them. No gradients."""
-    cache = DynamicCache(config=model.config)
+def read(
+    model: PreTrainedModel, ids: Int[Tensor, "1 seen"], before: Sequence[Layer] = ()
+) -> tuple[list[Layer], Float[Tensor, " vocab"]]:
+    """Return the keys and values of all layers after reading ids, and the logits behind them. No gradients.
+
+    Args:
+        model: Without an adapter.
+        ids: At least one.
+        before: What was read before them, if anything.
+    """
+    cache = _cache(model, before)
     with torch.no_grad():
         logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
     return _layers(cache), logits

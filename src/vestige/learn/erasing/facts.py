@@ -1,0 +1,123 @@
+"""Drafts of statements about made-up people and things, put among the sentences of some prose.
+
+The erased statement contradicts another, gives orders about it, stands alone, or has nothing to do with the question.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vestige.learn.erasing.drafts import Draft, Passage, Query
+from vestige.learn.erasing.vocabulary import (
+    ASK,
+    ASK_ALL,
+    ORDERS,
+    RELATIONS,
+    REMARKS,
+    REPLY,
+    REPLY_ALL,
+    STATED,
+    Relation,
+    subject,
+)
+
+KINDS = {"conflict": 0.36, "remark": 0.16, "order": 0.12, "several": 0.12, "retained": 0.1, "alone": 0.14}
+"""How often each comes. A remark is a conflict whose erased statement has a consequence behind it, which stays."""
+JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
+
+
+@dataclass(frozen=True)
+class _Topic:
+    """Who has what, and how it is said in one text."""
+
+    who: str
+    relation: Relation
+    phrase: str | None
+    """How it is stated, if always alike."""
+
+    def says(self, rng: random.Random, value: str, forms: Sequence[str] = STATED) -> str:
+        form = self.phrase if self.phrase and forms is STATED else rng.choice(forms)
+        return form.format(what=self.relation.what, s=self.who, v=value)
+
+    def asked(self, rng: random.Random, kind: str, answer: str, *, misled: bool = False) -> Query:
+        forms = (ASK_ALL, REPLY_ALL) if kind == "all" else (ASK, REPLY)
+        question, prefix = (rng.choice(some).format(what=self.relation.what, s=self.who) for some in forms)
+        return Query(kind=kind, question=question, prefix=prefix, answer=answer, misled=misled)
+
+
+def facts(rng: random.Random, prose: Sequence[str]) -> Draft:
+    """Return a text with statements, some of which are erased.
+
+    Args:
+        rng: Says which and where.
+        prose: Sentences to put them among, in order, at least eight.
+    """
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    topic, side = _topic(rng, ()), _topic(rng, ())
+    while side.who == topic.who:
+        side = _topic(rng, ())
+    right, *wrong = topic.relation.values(rng, 4)
+    beside = side.relation.value(rng)
+    placed = [Passage(text=_distraction(rng, (topic.who, side.who))) for _ in range(rng.randint(0, 2))]
+    placed.append(Passage(text=side.says(rng, beside)))
+    if kind != "alone":
+        placed.append(Passage(text=topic.says(rng, right), states=right))
+    passages = _among(rng, prose, placed, _gone(rng, kind, topic, right, wrong))
+    main = topic.asked(rng, kind, "" if kind == "alone" else right, misled=kind != "retained")
+    taken_along = [side.asked(rng, "retained", beside)]
+    if kind in ("conflict", "several"):
+        taken_along.append(topic.asked(rng, "all", right))
+    joint = rng.choices(list(JOINTS), list(JOINTS.values()))[0]
+    return Draft(passages=passages, queries=(main, *taken_along), joint=joint)
+
+
+def _gone(rng: random.Random, kind: str, topic: _Topic, right: str, wrong: Sequence[str]) -> list[list[Passage]]:
+    """Return what is erased, and what stands right behind each."""
+    stated = [Passage(text=topic.says(rng, value), states=value, gone=True) for value in wrong]
+    if kind == "remark":
+        return [[stated[0], Passage(text=topic.says(rng, "", REMARKS))]]
+    if kind == "several":
+        return [[one] for one in stated[: rng.randint(2, 3)]]
+    if kind == "order":
+        return [[Passage(text=topic.says(rng, wrong[0], ORDERS), gone=True)]]
+    if kind == "retained":
+        return [[Passage(text=_distraction(rng, (topic.who,)), gone=True)]]
+    if kind == "alone":
+        return [[Passage(text=topic.says(rng, right), states=right, gone=True)]]
+    return [[stated[0]]]
+
+
+def _among(
+    rng: random.Random, prose: Sequence[str], placed: Sequence[Passage], gone: Sequence[Sequence[Passage]]
+) -> tuple[Passage, ...]:
+    """Put statements among sentences at random places; what is erased may take sentences behind it along."""
+    groups = [[Passage(text=one)] for one in prose]
+    for one in placed:
+        groups.insert(rng.randrange(1, len(groups)), [one])
+    for some in gone:
+        at = rng.choice([i for i in range(1, len(groups)) if not groups[i][0].gone])
+        if len(some) == 1:
+            _take_along(groups, at, rng.choice((0, 0, 0, 1, 2)))
+        groups.insert(at, list(some))
+    return tuple(passage for group in groups for passage in group)
+
+
+def _take_along(groups: list[list[Passage]], at: int, count: int) -> None:
+    for i in range(at, min(at + count, len(groups))):
+        if len(groups[i]) == 1 and not groups[i][0].states:
+            groups[i] = [replace(groups[i][0], gone=True)]
+
+
+def _topic(rng: random.Random, taken: Sequence[str]) -> _Topic:
+    """Return somebody with something, stated in one phrasing throughout, or in several."""
+    who = subject(rng)
+    while who in taken:
+        who = subject(rng)
+    phrase = rng.choice((STATED[0], rng.choice(STATED))) if rng.random() < 0.6 else None
+    return _Topic(who, rng.choice(RELATIONS), phrase)
+
+
+def _distraction(rng: random.Random, taken: Sequence[str]) -> str:
+    """Return a statement about somebody else."""
+    topic = _topic(rng, taken)
+    return topic.says(rng, topic.relation.value(rng))

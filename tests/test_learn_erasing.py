@@ -1,0 +1,186 @@
+"""The eraser's trainer: samples worth training on, a loss that reaches the adapter alone and falls."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vestige import InputError, KVCache, Span, attach, policies, prefill
+from vestige.adapter import Adapter
+from vestige.erasers.learned import Learned
+from vestige.erasing import erase
+from vestige.learn import Document, LoopConfig, train
+from vestige.learn.erasing import steering
+from vestige.learn.erasing.facts import facts
+from vestige.learn.erasing.samples import EraserOptions, SampleMaker, Texts, prose_of
+from vestige.learn.erasing.task import EraserTask
+from vestige.testing import random_ids, tiny
+
+PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
+TEXTS = Texts(prose=[PROSE, PROSE[::-1]])
+SMALL = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2)
+
+
+# Steering with gradients.
+
+
+def test_steering_writes_what_the_eraser_writes_into_a_live_cache():
+    model = tiny("llama")
+    adapter, draw = Adapter.fresh(model, rank=4), torch.Generator().manual_seed(0)
+    for weight in (*adapter.down, *adapter.up):
+        weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
+    ids, spans = random_ids(model, 1, 40), [Span(8, 12), Span(20, 27)]
+    layers, _ = steering.read(model, ids)
+    with torch.no_grad():
+        steered = steering.steer(model, adapter, ids, layers, spans)
+    cache = KVCache(model, policies.Full())
+    with torch.no_grad(), attach(model):
+        prefill(model, ids, cache)
+    erase(cache, spans, Learned(adapter=adapter), model=model, input_ids=ids)
+    for layer, (keys, values) in zip(cache.evictable, steered, strict=True):
+        torch.testing.assert_close(layer.view("keys"), keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(layer.view("values"), values, atol=1e-5, rtol=1e-4)
+
+
+def test_the_reply_is_that_of_generate(chatter):
+    model, tokenizer = chatter
+    ids, question = random_ids(model, 1, 30), random_ids(model, 1, 5, seed=1)
+    layers, _ = steering.read(model, ids)
+    whole = torch.cat([ids, question], 1)
+    out = model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False)
+    expected = out[0, 35:].tolist()
+    said = steering.reply(model, layers, question, 6, (tokenizer.eos_token_id,))
+    assert said == [token for token in expected if token != tokenizer.eos_token_id]
+
+
+# The task.
+
+
+@pytest.fixture
+def task(chatter):
+    model, tokenizer = chatter
+    torch.manual_seed(0)
+    adapter = Adapter.fresh(model, rank=4)
+    return EraserTask(model, tokenizer, adapter, TEXTS, TEXTS, SMALL, validation=3)
+
+
+def test_a_sample_is_a_function_of_its_index(task):
+    one, again, other = (task.maker.sample(("train", i), task.texts, neighbours=False) for i in (3, 3, 4))
+    assert torch.equal(one.ids, again.ids) and one.spans == again.spans
+    assert torch.equal(one.asked[0].target, again.asked[0].target)
+    assert one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids)
+
+
+def test_an_untrained_adapter_is_as_wrong_as_the_text_with_the_passage(task):
+    sample = task.maker.sample(("train", 0), task.texts, neighbours=True)
+    dirty, _ = steering.read(task.model, sample.ids)
+    with torch.no_grad():
+        for one, logits in task._answered(sample):
+            expected = steering.logits_over(task.model, dirty, one.fed, len(one.target))
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_reaches_the_adapter_and_nothing_else(task):
+    for weight in task.adapter.up:
+        weight.data.normal_(std=0.02)
+    task.loss(5)["loss"].backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in task.adapter.parameters())
+    assert all(weight.grad is None for weight in task.model.parameters())
+
+
+def test_twenty_steps_on_few_samples_lower_the_loss(task, tmp_path, monkeypatch):
+    samples = [task.maker.sample(("train", i), task.texts, neighbours=False) for i in range(2)]
+    monkeypatch.setattr(task.maker, "sample", lambda name, texts, *, neighbours: samples[name[1] % 2])
+    losses = []
+    config = LoopConfig(steps=20, batch=2, lr=5e-3, save_every=100)
+    train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_divergence_from_the_clean_text_can_be_added(chatter, task):
+    model, tokenizer = chatter
+    options = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2, kl=0.5)
+    other = EraserTask(model, tokenizer, task.adapter, TEXTS, TEXTS, options)
+    with torch.no_grad():
+        plain, parts = task.loss(3), other.loss(3)
+    assert float(parts["kl"]) > 0
+    torch.testing.assert_close(parts["loss"], plain["loss"] + 0.5 * parts["kl"])
+
+
+def test_validation_tells_exact_match_by_kind(task):
+    with torch.no_grad():
+        figures = task.validate()
+    assert 0 <= figures["exact"] <= 1 and any(name.startswith("exact_") for name in figures) and figures["loss"] > 0
+
+
+def test_texts_without_sentences_are_refused():
+    assert prose_of([Document("a", " ".join(PROSE)), Document("b", "no end")]) == [PROSE]
+    with pytest.raises(InputError, match="12 sentences or more"):
+        prose_of([Document("a", "no end")])
+
+
+@pytest.mark.parametrize("wrong", [{"least": 10}, {"least": 500, "most": 400}, {"reply": 0}, {"kl": -1.0}])
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError):
+        EraserOptions(**wrong)
+
+
+def test_a_model_that_says_nothing_is_told(chatter, monkeypatch):
+    model, tokenizer = chatter
+    monkeypatch.setattr(steering, "reply", lambda *args: [])
+    with pytest.raises(InputError, match="says nothing"):
+        SampleMaker(model, tokenizer, SMALL).sample(("x", 0), TEXTS, neighbours=False)
+
+
+# What the model says.
+
+
+def test_reading_on_behind_what_was_read_is_reading_it_all():
+    model = tiny("llama")
+    ids = random_ids(model, 1, 40)
+    whole, logits = steering.read(model, ids)
+    half, _ = steering.read(model, ids[:, :25])
+    rest, again = steering.read(model, ids[:, 25:], half)
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rest, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reply_that_is_guessed_right_is_the_greedy_one(task):
+    maker, draft = task.maker, facts(random.Random(0), PROSE)
+    layers, _ = steering.read(maker.model, maker._ids(draft))
+    main = draft.queries[0]
+    with torch.no_grad():
+        greedy = steering.reply(maker.model, layers, maker._question(main), 4, maker.stop)
+        answer = maker.tokenizer.decode(greedy[:3]).removeprefix(" ")
+        for guess in (answer, "nothing of the kind", ""):
+            said, logits = maker._said(replace(main, answer=guess), layers)
+            assert said == greedy[: len(said)] == logits.argmax(-1).tolist() and said
+
+
+def test_the_clean_reply_is_that_of_a_text_that_never_had_the_passage(task):
+    sample = task.maker.sample(("train", 1), task.texts, neighbours=False)
+    kept = torch.ones(sample.ids.shape[1], dtype=torch.bool)
+    for span in sample.spans:
+        kept[span.start : span.end] = False
+    clean, _ = steering.read(task.model, sample.ids[:, kept])
+    for one in sample.asked:
+        with torch.no_grad():
+            logits = steering.logits_over(task.model, clean, one.fed, len(one.target))
+        torch.testing.assert_close(one.clean, logits, atol=1e-4, rtol=1e-4)
+        assert torch.equal(logits.argmax(-1), one.target)
+
+
+def test_only_a_right_reply_that_the_passage_spoils_is_worth_training_on(task, monkeypatch):
+    draft = next(one for one in (facts(random.Random(i), PROSE) for i in range(40)) if one.queries[0].kind == "order")
+    rights = iter([True])  # the dirty text gives the right answer: nothing to learn
+    monkeypatch.setattr(task.maker, "_right", lambda query, said: next(rights))
+    assert task.maker._worth(draft) is None
+
+
+def test_a_sample_kept_for_long_lets_its_pairs_go(task):
+    sample = task.maker.sample(("train", 0), task.texts, neighbours=True)
+    assert sample.layers is not None and sample.light().layers is None
+    with torch.no_grad():
+        for (_, one), (_, other) in zip(task._answered(sample), task._answered(sample.light()), strict=True):
+            torch.testing.assert_close(one, other)
