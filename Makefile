@@ -16,10 +16,11 @@ SUITE := -n $(WORKERS) $(PYTEST_ARGS)
 MATRIX_SUITE := -m "not slow and not peers and not gpu" $(SUITE)
 
 LAPROX_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(LONGBENCH),--longbench "$(LONGBENCH)") $(if $(PART),--part $(PART))
+ERASE_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(QA),--qa "$(QA)") $(if $(PART),--part $(PART))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-laprox results-laprox-dev results-memory results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-memory results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -72,6 +73,17 @@ results-laprox-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose 
 results-memory: $(VENV)/.stamp-test ## what a memory of the evicted is worth at 4K and 8K (hours; goes on after an interrupt): ESSAYS=DIR
 	$(BIN)/python -m vestige.recipes.memory --out results/memory $(if $(ESSAYS),--essays "$(ESSAYS)")
 	$(BIN)/vestige report results/memory/* --out results/memory
+
+results-erase: $(VENV)/.stamp-test ## erasers side by side (hours; goes on after an interrupt): ESSAYS=DIR QA=FILE PART=name
+	$(BIN)/python -m vestige.recipes.erase --out results/erase $(ERASE_ARGS)
+
+results-erase-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
+	$(BIN)/python -m vestige.recipes.erase --dev --out out/erase-dev $(ERASE_ARGS)
+
+results-erase-speed: $(VENV)/.stamp-test ## what an edit takes by length, on an idle machine (minutes)
+	rm -f results/erase/speed.json
+	$(BIN)/vestige bench erase-speed --method learned,shift,drop,repair,blend,erratum --rounds 11 --out results/erase
+	$(BIN)/python -m vestige.recipes.erase --report --out results/erase
 
 peers: .venv-peers/.stamp-peers ## make .venv-peers with kvpress in it, for `vestige bench --peer kvpress:...`
 	@echo "Ready: vestige bench ... --peer kvpress:SnapKVPress"

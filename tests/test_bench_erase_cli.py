@@ -60,3 +60,19 @@ def test_people_see_a_table_and_a_run_goes_on(erase):
 )
 def test_bad_input_is_one_line(erase, words, said):
     assert said in erase(*words).complaint()
+
+
+def test_edits_are_timed_and_kept_once(vestige, model, place):
+    command = ("bench", "erase-speed", "--model", model, "--length", "240,400", "--method", "shift", "--before", "50")
+    rows = vestige(*command, "--out", "out", "--json").row["rows"]
+    assert [(row["length"], row["method"]) for row in rows] == [
+        (length, name) for length in (240, 400) for name in ("noop", "recompute", "shift")
+    ]
+    assert json.loads(Path("out", "speed.json").read_text())["rows"] == rows
+    assert "speed.json exists" in vestige(*command, "--out", "out").complaint()
+    assert "shift" in vestige(*command).out
+
+
+def test_a_span_that_does_not_fit_is_told(vestige, model):
+    said = vestige("bench", "erase-speed", "--model", model, "--length", "150", "--method", "shift").complaint()
+    assert "more than 200 tokens" in said

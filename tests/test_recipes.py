@@ -1,9 +1,14 @@
 """Published runs say what they promise, and take only what was chosen on dev."""
 
+import json
+
 import torch
 
 from vestige import Budget, KVCache, attach, policies, prefill
-from vestige.recipes import bench, evidence, laprox, memory
+from vestige.bench.erase.rows import aggregate
+from vestige.bench.erase.tasks import TASKS
+from vestige.erasers import ERASERS
+from vestige.recipes import bench, erase, evidence, laprox, memory
 from vestige.testing import random_ids, tiny
 
 
@@ -133,3 +138,63 @@ def test_memories_are_tried_with_and_without_the_question_on_long_contexts():
         memory.comparison(8192, aware=True).question_aware and not memory.comparison(8192, aware=False).question_aware
     )
     assert memory.comparison(4096, aware=False).split == "test"
+
+
+# Erasing.
+
+
+def test_every_eraser_meets_every_task_on_the_test_split(tmp_path):
+    (tmp_path / "qa.json").write_text("{}")
+    parts = erase.parts(qa=tmp_path / "qa.json")
+    assert {config.split for config in parts.values()} == {"test"}
+    assert {task for config in parts.values() for task in config.tasks} == set(TASKS)
+    lengths = {length for name in ("needles", "needles-long") for length in parts[name].lengths}
+    assert lengths == {1024, 2048, 4096, 8192} and parts["needles"].samples == 25  # of each of two kinds
+    assert parts["tasks"].samples == 50 and parts["questions"].samples == 400 and parts["questions"].kept_only
+    assert {name for name in ERASERS if name not in ("noop", "recompute")} <= {*parts["tasks"].methods}
+    for name in ("needles-evicted", "questions-evicted"):
+        assert (parts[name].policy, parts[name].budget, parts[name].lengths) == ("kvzip", "0.25", (2048,))
+    assert not any("questions" in name for name in erase.parts())
+
+
+def edited(method: str, index: int, *, exact: bool, task: str = "needles_early") -> dict:
+    reply = {"kind": "target", "exact": exact, "f1": 1.0, "correct": exact, "clean_correct": True, "leak": not exact}
+    reply |= {"kl": 0.1, "top1": 1.0, "first_token_s": 0.1, "decode_s": 0.1, "tokens": 2}
+    counts = dict.fromkeys(("slots_dropped", "slots_replaced", "slots_left", "suffix_left", "tokens_recomputed"), 1)
+    arm = {"policy": "full", "budget": "1.0", "peer": method}
+    record = {"task": task, "length": 1024, "index": index, "arm": arm, "method": method, "kept": True}
+    record |= {"kept_only": False, "questions": [reply], "edit_s": 0.1, "held": 9, "context_tokens": 9}
+    return record | {"span_tokens": [3], **counts}
+
+
+def test_the_verdict_pools_needles_of_all_lengths_beside_recompute():
+    records = [edited("recompute", i, exact=True) for i in range(4)]
+    records += [edited("learned", i, exact=i > 0) for i in range(4)]
+    records += [edited("learned", 9, exact=False, task="repeat")]
+    rows = {row["method"]: row for row in erase.verdict(records)}
+    assert rows["learned"]["n"] == 4 and rows["learned"]["exact"] == 0.75
+    assert rows["learned"]["exact_over_recompute"] == -0.25
+    low, high = rows["learned"]["exact_over_recompute_ci95"]
+    assert low <= -0.25 <= high
+
+
+def test_the_report_has_tables_and_pictures_of_what_is_there(tmp_path):
+    records = [edited(method, i, exact=True) for method in ("noop", "recompute", "learned") for i in range(3)]
+    part = tmp_path / "needles"
+    part.mkdir()
+    rows = aggregate(records, {"model": "m"})
+    (part / "rows.json").write_text(json.dumps({"rows": rows}))
+    (part / "samples.jsonl").write_text("\n".join(map(json.dumps, records)))
+    timed = [
+        {"length": n, "method": name, "edit_s": n / 1e4, "before": 100, "span": 100}
+        for n in (1024, 2048)
+        for name in ("noop", "recompute", "learned")
+    ]
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": timed}))
+    erase.summary(tmp_path)
+    said = (tmp_path / "report.md").read_text()
+    assert "| learned | 1.00 (0.44 to 1.00) |" in said and "needles, all lengths together" in said
+    assert "svg" in (part / "exact.svg").read_text() and "milliseconds" in (tmp_path / "edit.svg").read_text()
+    assert {row["method"] for row in json.loads((tmp_path / "needles.json").read_text())} == {
+        "noop", "recompute", "learned",
+    }  # fmt: skip

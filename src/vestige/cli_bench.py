@@ -255,6 +255,44 @@ def erase(
     out.print(f"\nresults: {plain(str(folder))}", style="dim", soft_wrap=True)
 
 
+@bench.command()
+def erase_speed(
+    model: Model = "smollm2-135m",
+    length: Annotated[str, typer.Option(help="Tokens read before; several: 1024,8192.")] = "1024,2048,4096,8192",
+    method: Annotated[
+        str, typer.Option(help="Erasers; several: learned,shift. noop and recompute are always timed.")
+    ] = "learned",
+    before: Annotated[int, typer.Option(help="Tokens before the span.")] = 100,
+    span: Annotated[int, typer.Option(help="Tokens erased.")] = 100,
+    rounds: Annotated[int, typer.Option(help="How often each is timed, after a warm-up.")] = 5,
+    folder: Annotated[Path | None, typer.Option("--out", help="Keep the rows in this folder.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time edits by length, all methods alternating: the edit, the first token behind it and decoding, apart."""
+    from vestige import show
+    from vestige.bench.erase.latency import LatencyConfig, latency
+    from vestige.bench.store import check_speed_folder, keep_speed
+    from vestige.download import load
+
+    config = LatencyConfig(
+        lengths=numbers("--length", length), methods=words(method), before=before, span=span, rounds=rounds, seed=seed
+    )
+    if folder is not None:
+        check_speed_folder(folder)
+    network, _ = load(model, device=device, dtype=dtype)
+    with show.reading_bar(err, "timing") as advance:
+        rows = latency(config, network, name=model, progress=advance)
+    if folder is not None:
+        keep_speed(folder, rows)
+    if as_json:
+        return print_json({"rows": rows})
+    columns = {"length": "d", "method": "s", "edit_s": ".3f", "first_token_s": ".3f", "decode_ms": ".1f"}
+    out.print(show.rows_table(rows, columns))
+
+
 def _tasks_and_cases(words: list[str]) -> tuple[tuple[str, ...], Path | None]:
     """Return the names of the tasks, and the file that follows the word ``cases``."""
     at = next((i for i, word in enumerate(words) if word.partition("/")[0] == "cases"), None)

@@ -125,6 +125,14 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise InputError(f"{folder} has no results to go on with: no {BOOKS}")
 
 
+def check_speed_folder(folder: Path) -> None:
+    """Raise an InputError if a folder has the rows of a speed run already, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    if (folder / SPEED).exists():
+        raise InputError(f"{folder / SPEED} exists; name another --out, or remove it")
+
+
 def keep_speed(folder: Path, rows: list[Row]) -> None:
     """Write the rows of a speed run to a folder, which is made if it is not there.
 

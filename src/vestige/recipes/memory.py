@@ -19,8 +19,10 @@ MODEL = "smollm2-135m"
 TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1")
 LENGTHS = (4096, 8192)
 FRACTIONS = (0.1, 0.05)
-POLICIES = {True: ("snapkv(kernel=21)",), False: ("keydiff(share=model)", "streaming_llm")}
-"""By whether the question is read before eviction: what is strong there, and for the latter a control."""
+AWARE = ("snapkv(kernel=21)",)
+"""With the question read before eviction."""
+AGNOSTIC = {4096: ("keydiff(share=model)", "streaming_llm", "kvzip(share=model)"), 8192: ("kvzip(share=model)",)}
+"""Without it. At 4,096 tokens KeyDiff and the control answer next to nothing, so that no memory can lower it."""
 MEMORIES = ("moments", "moments(mass=1)", "centroids", "centroids(centroids=64)")
 HEAD_DIM, PAIR_BYTES = 64, 2 * 64 * 2 + 4
 """Of the model: keys and values in bfloat16, and a position."""
@@ -32,7 +34,7 @@ def comparison(length: int, *, aware: bool, essays: Path | None = None, split: s
     """Return the run at one length, with the question read before eviction or after."""
     return BenchConfig(
         tasks=TASKS,
-        arms=(*cross(("full",), ()), *_arms(length, POLICIES[aware])),
+        arms=(*cross(("full",), ()), *_arms(length, AWARE if aware else AGNOSTIC[length])),
         lengths=(length,),
         samples=SAMPLES,
         split=split,
@@ -73,7 +75,7 @@ def main(
     from vestige.download import load
 
     model, tokenizer = load(MODEL)
-    for aware in POLICIES:
+    for aware in (True, False):
         for length in LENGTHS:
             config = comparison(length, aware=aware, essays=essays, split="dev" if dev else "test")
             folder = out / ("aware" if aware else "agnostic") / str(length)

@@ -42,7 +42,7 @@ _STYLE: Any = {
 }
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _MAP = "cividis"  # readable with any colour vision, and in grey
-_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_TICKS = tuple(float(f"{digit}e{power}") for power in range(-3, 6) for digit in (1, 2, 5))
 _SPREAD = 2.0
 """Typographic points by which neighbouring lines are moved sideways, so that intervals can be told apart."""
 
