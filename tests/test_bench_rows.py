@@ -150,3 +150,12 @@ def test_a_failure_after_some_samples_is_a_failed_row_still():
     failure = {"task": "lamps", "length": 100, "arm": ARM, "error": "no room", "revision": "abc"}
     (made,) = aggregate([record()], [failure], FACTS)
     assert made["score"] is None and made["error"] == "no room"
+
+
+def test_samples_that_were_left_out_are_a_note_beside_the_score_of_the_rest():
+    left = {"task": "lamps", "length": 100, "arm": ARM, "error": "too short", "revision": "abc", "left_out": 3}
+    (made,) = aggregate([record(note="seen")], [left], FACTS)
+    assert made["n"] == 1 and made["score"] is not None and "error" not in made
+    assert made["note"] == "seen; 3 of 4 samples left out: too short"
+    (none,) = aggregate([], [left], FACTS)
+    assert none["score"] is None and none["error"] == "too short"

@@ -274,6 +274,16 @@ def test_an_arm_that_fails_is_a_row_and_the_others_finish(measure, out, ran):
     assert len(records(out)) == 4
 
 
+def test_a_sample_too_short_for_a_budget_is_left_out_and_the_others_go_on(measure, out):
+    brief = case(2, context="Line 1.", question="Who?")
+    tight = Arm(policy="snapkv", budget="0.4")
+    rows = measure([CASES[0], brief, CASES[1]], tight, FULL)
+    (row,) = (row for row in rows if row["policy"] == "snapkv")
+    assert row["n"] == 2 and row["score"] is not None
+    assert row["note"].startswith("1 of 3 samples left out: budget 0.4 gives")
+    assert len(records(out)) == 5
+
+
 @pytest.mark.parametrize("error", [PeerError("it hung"), InputError("kvpress is not installed")])
 def test_a_peer_that_fails_is_a_row_and_the_others_finish(measure, monkeypatch, error):
     fake = FakePeer(lambda call: error)

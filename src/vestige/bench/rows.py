@@ -30,7 +30,8 @@ def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapp
 
     Args:
         records: Finished samples.
-        failures: Arms that could not run: ``task, length, arm, error``, and where.
+        failures: Arms that could not run: ``task, length, arm, error``, and where. With ``left_out``, a count, it is so
+            many samples that could not: the rest make a row, whose note says so.
         facts: What all rows share: model, split, seed, versions, ...
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
@@ -39,6 +40,11 @@ def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapp
     rows = {key: dict(facts) | _row(key, group) for key, group in groups.items()}
     for failure in failures:
         key = _key(failure)
+        if "left_out" in failure and key in rows:
+            left, made = failure["left_out"], rows[key]["n"]
+            said = f"{left} of {left + made} samples left out: {failure['error']}"
+            rows[key]["note"] = "; ".join(filter(None, (rows[key]["note"], said)))
+            continue
         rows[key] = (
             dict(facts)
             | _head(key)

@@ -22,7 +22,7 @@ from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, aggregate
 from vestige.bench.store import Store
-from vestige.errors import InputError, VestigeError
+from vestige.errors import BudgetError, InputError, VestigeError
 from vestige.models import check
 
 ROWS_EVERY_S = 60.0
@@ -53,7 +53,8 @@ def bench(
         progress: Called with (samples x arms done, in all, the arm that is next).
 
     Raises:
-        VestigeError: Bad input, or results that cannot be written. An arm that fails is a row with ``error``.
+        VestigeError: Bad input, or results that cannot be written. An arm that fails is a row with ``error``; a sample
+            that is too short for an arm's budget is left out, and the row's ``note`` says so.
     """
     origin = provenance(model)
     renderer = Renderer(tokenizer, model, question_aware=config.question_aware)
@@ -65,7 +66,8 @@ def bench(
     written = time.monotonic()
 
     def write() -> list[Row]:
-        rows = aggregate(store.records.values(), runner.failures.values(), facts | origin)
+        failures = [*runner.failures.values(), *runner.left_out.values()]
+        rows = aggregate(store.records.values(), failures, facts | origin)
         store.finish(rows, command)
         return rows
 
@@ -103,6 +105,7 @@ class _Runner:
         self.config, self.renderer, self.store, self.origin = config, renderer, store, origin
         self.progress, self.done, self.total = progress, 0, total
         self.failures: dict[tuple[str, int, Arm], Record] = {}
+        self.left_out: dict[tuple[str, int, Arm], Record] = {}
         self.peer = peers.OpenPeers(renderer.model)
 
     def run(self, group: list[Item]) -> None:
@@ -122,16 +125,28 @@ class _Runner:
 
     def _run_arm(self, arm: Arm, items: list[Item], reading: ours.Reading | None) -> None:
         outcomes = self._outcomes(arm, items, reading)
-        for item in items:
+        for i, item in enumerate(items):
             try:
                 outcome = next(outcomes)
+            except BudgetError as error:
+                alone = arm.peer is not None
+                self._leave_out(arm, [item] if alone else items, error)
+                return self._run_arm(arm, items[i + 1 :] if alone else [], None)
             except VestigeError as error:
-                first = item.sample
-                failure = {"task": first.task, "length": first.length, "arm": arm.key, "error": str(error)}
-                self.failures[first.task, first.length, arm] = failure | self.origin
+                self.failures[_cell(arm, item)] = self._failure(arm, item, error)
                 return
             if self._known(arm, item) is None:
                 self.store.append(self._record(arm, item, outcome, len(items)))
+
+    def _leave_out(self, arm: Arm, items: list[Item], error: BudgetError) -> None:
+        """Book samples that are too short for a budget: longer ones are none the worse for it."""
+        before = self.left_out.get(_cell(arm, items[0]), {}).get("left_out", 0)
+        booked = self._failure(arm, items[0], error) | {"left_out": before + len(items)}
+        self.left_out[_cell(arm, items[0])] = booked
+
+    def _failure(self, arm: Arm, item: Item, error: VestigeError) -> Record:
+        sample = item.sample
+        return {"task": sample.task, "length": sample.length, "arm": arm.key, "error": str(error)} | self.origin
 
     def _outcomes(self, arm: Arm, items: list[Item], reading: ours.Reading | None) -> Iterator[Outcome]:
         """Yield what each sample took; a peer runs them one by one, so none is lost if it is interrupted."""
@@ -160,8 +175,7 @@ class _Runner:
 
     def _lacking(self, arm: Arm, group: list[Item]) -> list[Item]:
         """Return the samples that an arm must run, none if it failed: of ours whole batches, so that bits repeat."""
-        first = group[0].sample
-        if (first.task, first.length, arm) in self.failures:
+        if _cell(arm, group[0]) in self.failures:
             return []
         items = [item for item in group if arm.samples is None or item.rank < arm.samples]
         missing = [item for item in items if self._known(arm, item) is None]
@@ -208,6 +222,10 @@ class _Runner:
             "digest": item.digest,
             **self.origin,
         }
+
+
+def _cell(arm: Arm, item: Item) -> tuple[str, int, Arm]:
+    return item.sample.task, item.sample.length, arm
 
 
 _TURN = ("question", "answer_prefix", "answers", "metric", "max_new_tokens")
