@@ -8,7 +8,7 @@ import torch
 from vestige.bench import peers
 from vestige.bench import speed as speeds
 from vestige.bench.speed import SpeedConfig, speed
-from vestige.errors import InputError
+from vestige.errors import InputError, PolicyError
 from vestige.testing import tiny
 
 SHORT = {"policies": ("streaming_llm",), "budgets": ("40",), "blocks": 1, "prefills": 1, "chunk": 32}
@@ -36,6 +36,18 @@ def test_a_peer_is_timed_beside_ours_at_every_batch():
         assert other["held"] == batch * rows_held * 60 and other["kv_bytes"] == other["held"] * pair_bytes
         assert other["kept_fraction"] == 1.0 and other["budget"] == "1.0"
     assert {row["device"] for row in rows} == {rows[0]["device"]} and rows[0]["versions"]["torch"] == torch.__version__
+
+
+def test_a_memory_is_timed_beside_none_and_its_bytes_count():
+    model = tiny("llama", max_position_embeddings=512)
+    config = SpeedConfig(lengths=(60,), **SHORT | {"policies": ("full", "streaming_llm")}, memories=("none", "moments"))
+    rows = speed(config, model)
+    named = [(row["policy"], row["memory"]) for row in rows]
+    assert named == [("full", "none"), ("streaming_llm", "none"), ("streaming_llm", "moments")]
+    assert rows[1]["memory_bytes"] == 0 < rows[2]["memory_bytes"]
+    assert rows[2]["kv_bytes"] == rows[1]["kv_bytes"] + rows[2]["memory_bytes"]
+    with pytest.raises(PolicyError, match="momens"):
+        SpeedConfig(memories=("momens",))
 
 
 class Broken(peers.Peer):

@@ -145,6 +145,7 @@ def speed(
         "0.05"
     ),
     policy: Annotated[str, typer.Option(help="Policies; several: snapkv,keydiff.")] = "snapkv",
+    memory: Annotated[str, typer.Option(help="What remains of the evicted; several: none,moments.")] = "none",
     batch: Annotated[str, typer.Option(help="Batch sizes; several: 1,4.")] = "1",
     peer: Annotated[
         str | None, typer.Option(help="Peers beside them: kvpress:SnapKVPress, transformers:quantized; several.")
@@ -172,7 +173,7 @@ def speed(
 
     config = SpeedConfig(
         lengths=numbers("--length", length), batches=numbers("--batch", batch), policies=words(policy),
-        budgets=words(budget), peers=words(peer or ""), share=share, chunk=chunk, blocks=blocks,
+        budgets=words(budget), memories=words(memory), peers=words(peer or ""), share=share, chunk=chunk, blocks=blocks,
         prefills=prefills, seed=seed,
     )  # fmt: skip
     if folder is not None:
@@ -187,7 +188,7 @@ def speed(
     if as_json:
         return print_json({"rows": rows})
     columns = {
-        "length": "d", "batch": "d", "policy": "s", "budget": "s", "decode_ms": ".1f",
+        "length": "d", "batch": "d", "policy": "s", "budget": "s", "memory": "s", "decode_ms": ".1f",
         "decode_over_floor": ".2f", "decode_speedup": ".2f", "prefill_s": ".2f",
         "prefill_overhead": ".2f", "evict_s": ".2f",
     }  # fmt: skip

@@ -9,6 +9,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from vestige import policies
+from vestige import memory, policies
 from vestige.attachment import attach
 from vestige.bench import peers
 from vestige.bench.facts import provenance
@@ -46,6 +47,7 @@ class SpeedConfig:
     batches: tuple[int, ...] = (1,)
     policies: tuple[str, ...] = ("snapkv",)
     budgets: tuple[str, ...] = ("0.05",)
+    memories: tuple[str, ...] = ("none",)
     peers: tuple[str, ...] = ()
     share: str | None = None
     chunk: int = 1024
@@ -58,7 +60,8 @@ class SpeedConfig:
         for option, numbers in (("--length", self.lengths), ("--batch", self.batches)):
             if not numbers or min(numbers) < 1:
                 raise InputError(f"{option} must be positive whole numbers, got {numbers}")
-        for option, words in (("--policy", self.policies), ("--budget", self.budgets)):
+        named = (("--policy", self.policies), ("--budget", self.budgets), ("--memory", self.memories))
+        for option, words in named:
             if not words:
                 raise InputError(f"{option} is empty")
         if min(self.chunk, self.blocks, 1 if self.prefills is None else self.prefills) < 1:
@@ -77,12 +80,14 @@ class SpeedConfig:
         for peer in self.peers:
             yield from ((peer, budget) for budget in (self.budgets if peers.takes_budget(peer) else ("1.0",)))
 
-    def arms(self) -> Iterator[tuple[str, str | None, Policy]]:
-        """Yield (policy name, budget text, policy) for each arm; raises as the command line would."""
+    def arms(self) -> Iterator[tuple[str, str | None, str, Policy]]:
+        """Yield (policy name, budget text, memory, policy) for each arm; raises as the command line would."""
         for name in self.policies:
-            for budget in (None,) if name == "full" else self.budgets:
+            kept = name == "full"
+            for budget, kind in product((None,) if kept else self.budgets, ("none",) if kept else self.memories):
+                memory.make(kind)
                 parsed = None if budget is None else Budget.parse(budget)
-                yield name, budget, policies.make(name, parsed, share=self.share, seed=self.seed)
+                yield name, budget, kind, policies.make(name, parsed, share=self.share, seed=self.seed)
 
 
 @dataclass
@@ -147,7 +152,7 @@ def speed(
         if progress is not None:
             progress(done, timed)
 
-    every = max(policy.every for _, _, policy in config.arms())
+    every = max(policy.every for *_, policy in config.arms())
     for length, batch in cells:
         fitting, stretched = stretch(model, length + 2 * every)
         with torch.no_grad(), attach(fitting), _Peers(model, stretched) as peer:
@@ -189,10 +194,10 @@ def _cell(
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, length), generator=generator)
     ids = ids.to(model.device).expand(batch, -1)
     listed = list(config.arms())
-    every = max(policy.every for _, _, policy in listed)
+    every = max(policy.every for *_, policy in listed)
     floor = Arm(lambda _: DynamicCache(config=model.config), every)
     full = Arm(lambda x: _read_plain(model, x, config.chunk), every)
-    arms = [Arm(_reader(model, policy, config.chunk), policy.every) for _, _, policy in listed]
+    arms = [Arm(_reader(model, policy, kind, config.chunk), policy.every) for _, _, kind, policy in listed]
     foreign = [
         PeerArm(name, budget, _peer_job(model, ids, name, budget, 2 * every)) for name, budget in config.peer_arms()
     ]
@@ -200,15 +205,17 @@ def _cell(
     _time_prefills(everyone, foreign, ids, config.rounds(length), peer, advance)
     _time_decodes(everyone, model, ids[:, -1:], config.blocks, advance)
     shared = {"length": length, "batch": batch, "chunk": config.chunk, "blocks": config.blocks}
-    for (name, budget, policy), arm in zip(listed, arms, strict=True):
+    for (name, budget, kind, policy), arm in zip(listed, arms, strict=True):
         assert isinstance(arm.cache, KVCache)
         report = arm.cache.report()
         head = {**shared, "policy": name, "budget": budget or "1.0", "share": policy.share, "peer": None}
+        head["memory"] = kind
         own = {
             "evict_s": report.evict_s,
             "annotate_s": report.annotate_s,
             "held": report.held,
             "kept_fraction": report.kept_fraction,
+            "memory_bytes": report.memory_bytes,
             "kv_bytes": report.kv_bytes,
             "peak_kv_bytes": report.peak_kv_bytes,
             "full_kv_bytes": report.full_kv_bytes,
@@ -246,9 +253,9 @@ def _peer_job(model: PreTrainedModel, ids: Int[Tensor, "batch length"], name: st
     return Job(turns=(turn,), stop=(), keep=keep, copies=len(ids))
 
 
-def _reader(model: PreTrainedModel, policy: Policy, chunk: int) -> Callable[[Tensor], Cache]:
+def _reader(model: PreTrainedModel, policy: Policy, kind: str, chunk: int) -> Callable[[Tensor], Cache]:
     def read(ids: Tensor) -> Cache:
-        cache = KVCache(model, policy)
+        cache = KVCache(model, policy, memory=memory.make(kind))
         prefill(model, ids, cache, chunk=chunk, length=ids.shape[1])
         return cache
 
