@@ -8,8 +8,9 @@ import torch
 
 from vestige.bench.erase.asking import compare
 from vestige.bench.erase.judging import judged, passes
-from vestige.bench.erase.rows import aggregate, resampled
+from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.sample import Question
+from vestige.bench.rows import resampled
 
 TARGET = Question(kind="target", text="Who?", answers=("Ann",), forbidden=("Bo",))
 

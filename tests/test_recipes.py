@@ -133,11 +133,31 @@ def test_a_memory_is_compared_at_equal_pairs_and_at_equal_bytes():
 
 
 def test_memories_are_tried_with_and_without_the_question_on_long_contexts():
-    assert memory.LENGTHS == (4096, 8192)
-    assert (
-        memory.comparison(8192, aware=True).question_aware and not memory.comparison(8192, aware=False).question_aware
-    )
+    assert memory.LENGTHS == (4096, 7168, 8192)
+    assert memory.comparison(8192, aware=True).question_aware
+    assert not memory.comparison(7168, aware=False).question_aware
     assert memory.comparison(4096, aware=False).split == "test"
+
+
+def remembered(policy: str, name: str, budget: int, *scores: float) -> list[dict]:
+    arm = {"policy": policy, "memory": name, "budget": str(budget)}
+    return [{"task": "t", "length": 4096, "index": i, "score": score, "arm": arm} for i, score in enumerate(scores)]
+
+
+def test_a_gain_is_beside_the_same_policy_at_equal_pairs_and_at_equal_bytes(tmp_path):
+    (policy,) = memory.AWARE[4096]
+    records = remembered(policy, "none", 409, 0, 1, 0) + remembered(policy, "moments", 409, 1, 1, 0)
+    records += remembered(policy, "moments", 409 - 34, 0, 0, 0) + remembered("full", "none", 4096, 1, 1, 1)
+    rows = {(row["equal"], row["policy"]): row for row in memory.gains(records)}
+    assert set(rows) == {(equal, whose) for equal in ("pairs", "bytes") for whose in (policy, "all")}
+    assert rows["pairs", policy]["gain"] == rows["pairs", "all"]["gain"] == 1 / 3
+    assert rows["bytes", policy]["gain"] == -1 / 3 and rows["bytes", policy]["n"] == 3
+    part = tmp_path / "aware" / "4096"
+    part.mkdir(parents=True)
+    (part / "samples.jsonl").write_text("\n".join(map(json.dumps, records)))
+    memory.summary(tmp_path)
+    assert "| all | 0.1 | bytes | 3 | 0.33 | -0.33 (-1.00 to +0.00) |" in (tmp_path / "gains.md").read_text()
+    assert len(json.loads((tmp_path / "gains.json").read_text())) == 4
 
 
 # Erasing.

@@ -5,10 +5,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 Record = dict[str, Any]
 Row = dict[str, Any]
 MEANS = ("seen", "held", "full", "kv_bytes", "peak_kv_bytes", "full_kv_bytes", "memory_bytes")
 MEDIANS = ("prefill_s", "evict_s", "decode_ms")
+RESAMPLES = 2000
+"""Of the samples, for the interval of a difference."""
+_SPREAD = (0.025, 0.975)
 _Z = 1.959963984540054  # 95 % of a normal distribution
 
 
@@ -23,6 +28,19 @@ def interval(scores: Sequence[float]) -> list[float]:
     centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
     return [max(centre - half, 0.0), min(centre + half, 1.0)]
+
+
+def resampled(values: Sequence[float]) -> list[float] | None:
+    """Return the 95 % interval of a mean, by drawing the values anew with repeats; None if there are none.
+
+    The draws are the same every time.
+    """
+    if not values:
+        return None
+    known = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = known[drawn].mean(1).quantile(torch.tensor(_SPREAD, dtype=torch.float64)).tolist()
+    return [low, high]
 
 
 def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapping[str, Any]) -> list[Row]:

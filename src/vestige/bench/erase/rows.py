@@ -4,17 +4,12 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from vestige.bench.erase.sample import Kind
-from vestige.bench.rows import Record, Row, interval
+from vestige.bench.rows import Record, Row, interval, resampled
 
-RESAMPLES = 2000
-"""Of the samples, for the interval of a difference."""
 MEANS = (
     "slots_dropped", "slots_replaced", "slots_left", "suffix_left", "tokens_recomputed", "held", "context_tokens",
 )  # fmt: skip
-SPREAD = (0.025, 0.975)  # what lies between is 95 %
 
 Figure = Callable[[Record], float | None]
 """From a record to its sample's figure, the mean over its questions of a kind; None if it has no such question."""
@@ -85,19 +80,6 @@ def _scored(records: list[Record], bound: Mapping[tuple[Any, ...], Record], end:
         row[f"{name}_over_recompute{end}"] = _mean(differences)
         row[f"{name}_over_recompute{end}_ci95"] = resampled(differences)
     return row
-
-
-def resampled(values: Sequence[float]) -> list[float] | None:
-    """Return the 95 % interval of a mean, by drawing the values anew with repeats; None if there are none.
-
-    The draws are the same every time.
-    """
-    if not values:
-        return None
-    known = torch.tensor(values, dtype=torch.float64)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = known[drawn].mean(1).quantile(torch.tensor(SPREAD, dtype=torch.float64)).tolist()
-    return [low, high]
 
 
 def _over(kind: Kind, name: str) -> Figure:

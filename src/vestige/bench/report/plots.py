@@ -263,7 +263,7 @@ def _scale(axes: Any, lines: Sequence[Line], x: Axis, y: Axis) -> None:
     axes.set_ylim(*(y.limits or _room(ys, log=y.log)))
 
 
-def _room(values: Sequence[float], *, log: bool) -> tuple[float, float]:
+def _room(values: Sequence[float | int], *, log: bool) -> tuple[float, float]:
     """Return limits that leave some room around all values."""
     least, most = min(values), max(values)
     if log:
