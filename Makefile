@@ -72,7 +72,7 @@ results-laprox-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose 
 
 results-memory: $(VENV)/.stamp-test ## what a memory of the evicted is worth at 4K and 8K (hours; goes on after an interrupt): ESSAYS=DIR
 	$(BIN)/python -m vestige.recipes.memory --out results/memory $(if $(ESSAYS),--essays "$(ESSAYS)")
-	$(BIN)/vestige report results/memory/* --out results/memory
+	$(BIN)/vestige report results/memory results/memory/*/* --out results/memory
 
 results-erase: $(VENV)/.stamp-test ## erasers side by side (hours; goes on after an interrupt): ESSAYS=DIR QA=FILE PART=name
 	$(BIN)/python -m vestige.recipes.erase --out results/erase $(ERASE_ARGS)
