@@ -82,7 +82,7 @@ def _head(key: tuple[Any, ...]) -> Row:
 
 def _row(key: tuple[Any, ...], group: list[Record]) -> Row:
     means = {name: statistics.fmean(record[name] for record in group) for name in MEANS}
-    medians = {name: _median(record[name] for record in group) for name in MEDIANS}
+    medians = {name: median(record[name] for record in group) for name in MEDIANS}
     tags = [record["tags"] for record in group]
     same = {name: value for name, value in tags[0].items() if all(t.get(name) == value for t in tags)}
     return {
@@ -119,7 +119,7 @@ def _score(scores: Sequence[float]) -> Row:
     return {"score": statistics.fmean(scores), "score_ci95": interval(scores), "n": len(scores)}
 
 
-def _median(values: Iterable[float | None]) -> float | None:
+def median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 

@@ -1,8 +1,6 @@
 """How accurate, how small, how fast: every sample through every arm, ours and peers', in one resumable run."""
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,9 @@ from vestige.bench.kvpress_names import export
 from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, aggregate
-from vestige.bench.store import Store
-from vestige.errors import BudgetError, InputError, VestigeError
+from vestige.bench.store import Store, run_all
+from vestige.errors import BudgetError, VestigeError
 from vestige.models import check
-
-ROWS_EVERY_S = 60.0
-"""Rows are written as often as this, so that a report can be made of a run under way."""
 
 
 def bench(
@@ -63,7 +58,6 @@ def bench(
     books = facts | {"weights": check(model).fingerprint(), "dtype": origin["dtype"]}
     store = Store(out, books, resume=resume)
     runner = _Runner(config, renderer, store, origin, progress, sum(map(len, groups)) * len(config.arms))
-    written = time.monotonic()
 
     def write() -> list[Row]:
         failures = [*runner.failures.values(), *runner.left_out.values()]
@@ -73,16 +67,7 @@ def bench(
 
     try:
         with torch.no_grad(), attach(model):
-            for group in groups:
-                runner.run(group)
-                if time.monotonic() - written > ROWS_EVERY_S:
-                    write()
-                    written = time.monotonic()
-        rows = write()
-    except BaseException:
-        with suppress(InputError):  # the disk may be full; what went wrong first is what counts
-            write()
-        raise
+            rows = run_all(groups, runner.run, write)
     finally:
         runner.peer.close()
         store.close()
@@ -129,9 +114,10 @@ class _Runner:
             try:
                 outcome = next(outcomes)
             except BudgetError as error:
-                alone = arm.peer is not None
-                self._leave_out(arm, [item] if alone else items, error)
-                return self._run_arm(arm, items[i + 1 :] if alone else [], None)
+                self._leave_out(arm, items if arm.peer is None else [item], error)
+                if arm.peer is not None:  # which ran them one by one, until the error ended the generator
+                    self._run_arm(arm, items[i + 1 :], None)
+                return
             except VestigeError as error:
                 self.failures[_cell(arm, item)] = self._failure(arm, item, error)
                 return
@@ -188,13 +174,7 @@ class _Runner:
             InputError: It was made from other data.
         """
         sample = item.sample
-        record = self.store.has(sample.task, sample.length, sample.index, arm.key)
-        if record is not None and record["digest"] != item.digest:
-            raise InputError(
-                f"sample {sample.index} of {sample.task} in {self.store.folder} was made from another text "
-                "or other answers; the data have changed: name a new --out"
-            )
-        return record
+        return self.store.known(sample.task, sample.length, sample.index, arm.key, item.digest)
 
     def _record(self, arm: Arm, item: Item, outcome: Outcome, batch: int) -> Record:
         turns = [

@@ -8,14 +8,19 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vestige.bench.rows import Record, Row
 from vestige.errors import InputError
 
 BOOKS, SAMPLES, ROWS, SPEED = "bench.json", "samples.jsonl", "rows.json", "speed.json"
+ROWS_EVERY_S = 60.0
+"""Rows are written as often as this, so that one can look at a run under way."""
+
+T = TypeVar("T")
 
 
 class Store:
@@ -48,6 +53,20 @@ class Store:
     def has(self, task: str, length: int, index: int, arm: Mapping[str, Any]) -> Record | None:
         """Return the record of a sample and arm, or None if it is still to do."""
         return self.records.get(_key(task, length, index, arm))
+
+    def known(self, task: str, length: int, index: int, arm: Mapping[str, Any], digest: str) -> Record | None:
+        """Return the record of a sample and arm, or None if it is still to do.
+
+        Raises:
+            InputError: It was made from other data than those of this digest.
+        """
+        record = self.has(task, length, index, arm)
+        if record is not None and record["digest"] != digest:
+            raise InputError(
+                f"sample {index} of {task} in {self.folder} was made from another text "
+                "or other answers; the data have changed: name a new --out"
+            )
+        return record
 
     def append(self, record: Record) -> None:
         """Write a record; it is there completely or not at all.
@@ -109,6 +128,22 @@ class Store:
                 self.records[_key_of(record)] = record
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{path} is damaged: line {number} is not a record") from None
+
+
+def run_all(items: Iterable[T], run: Callable[[T], None], write: Callable[[], list[Row]]) -> list[Row]:
+    """Run all items and return the rows; they are written now and then, and at the end, however it comes."""
+    written = time.monotonic()
+    try:
+        for item in items:
+            run(item)
+            if time.monotonic() - written > ROWS_EVERY_S:
+                write()
+                written = time.monotonic()
+    except BaseException:
+        with contextlib.suppress(InputError):  # the disk may be full; what went wrong first is what counts
+            write()
+        raise
+    return write()
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Int
@@ -52,7 +52,7 @@ def read(sources: Sequence[str | Path], *, field: str = "text", notice: Notice |
     """
     documents = []
     for source in sources:
-        if _in_entries(source):
+        if _on_hub(source) or _is_jsonl(Path(source)):
             documents += _of_entries(entries(source, notice=notice), field)
         else:
             documents += _of_path(Path(source), notice)
@@ -73,12 +73,12 @@ def entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
     Raises:
         InputError: As :func:`read`; or it is another kind of source.
     """
-    if isinstance(source, str) and source.startswith(HUB_PREFIX):
+    if _on_hub(source):
         return _of_hub(source, notice)
     path = Path(source)
     require_path(path)
     held_out.refuse(path)
-    if path.suffix != ".jsonl" or path.is_dir():
+    if not _is_jsonl(path):
         raise InputError(f"{path} is neither a .jsonl file nor a set on the hub")
     found = jsonl.read(path)
     kept = held_out.allowed_entries(found, path.stem)
@@ -143,11 +143,12 @@ def windows(
     return ids[starts[:, None] + torch.arange(size)]  # (count, size)
 
 
-def _in_entries(source: str | Path) -> bool:
-    """Tell whether a source is a set on the hub or a JSONL file."""
-    if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        return True
-    return Path(source).suffix == ".jsonl" and not Path(source).is_dir()
+def _on_hub(source: str | Path) -> TypeGuard[str]:
+    return isinstance(source, str) and source.startswith(HUB_PREFIX)
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.suffix == ".jsonl" and not path.is_dir()
 
 
 def _of_path(path: Path, notice: Notice | None) -> list[Document]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vestige.bench.erase.sample import Kind
-from vestige.bench.rows import Record, Row, interval, resampled
+from vestige.bench.rows import Record, Row, interval, median, resampled
 
 MEANS = (
     "slots_dropped", "slots_replaced", "slots_left", "suffix_left", "tokens_recomputed", "held", "context_tokens",
@@ -56,9 +56,9 @@ def _times(records: list[Record]) -> Row:
     replies = [reply for record in records for reply in record["questions"]]
     steps = [1e3 * reply["decode_s"] / (reply["tokens"] - 1) for reply in replies if reply["tokens"] > 1]
     return {
-        "edit_s": _median([record["edit_s"] for record in records]),
-        "first_token_s": _median([reply["first_token_s"] for reply in replies]),
-        "decode_ms": _median(steps),
+        "edit_s": median([record["edit_s"] for record in records]),
+        "first_token_s": median([reply["first_token_s"] for reply in replies]),
+        "decode_ms": median(steps),
     }
 
 
@@ -127,7 +127,3 @@ def _sample(record: Record) -> tuple[Any, ...]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None

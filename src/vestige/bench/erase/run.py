@@ -1,8 +1,6 @@
 """Every sample through every eraser, on forks of one reading: one resumable run."""
 
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,15 @@ from vestige.bench.erase.rows import aggregate
 from vestige.bench.facts import provenance
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row
-from vestige.bench.store import Store
+from vestige.bench.store import Store, run_all
 from vestige.cache import KVCache
 from vestige.eraser import Erased
 from vestige.erasing import erase
-from vestige.errors import InputError, VestigeError
+from vestige.errors import VestigeError
 from vestige.models import check
 from vestige.policies import Full
 from vestige.spans import Span
 
-ROWS_EVERY_S = 60.0
-"""Rows are written as often as this, so that one can look at a run under way."""
 _TRIAL, _TRIAL_SPAN = 48, Span(16, 24)
 
 Progress = Callable[[int, int, str], None]
@@ -71,27 +67,16 @@ def bench_erase(
         books = facts | {"weights": check(model).fingerprint(), "dtype": origin["dtype"]}
         store = Store(out, books, resume=resume)
         runner = Runner(config, renderer, store, origin, progress, len(items) * len(config.all_methods))
+
+        def write() -> list[Row]:
+            rows = aggregate(runner.records(), facts | origin)
+            store.finish(rows, command)
+            return rows
+
         try:
-            _run(runner, items, lambda: store.finish(aggregate(runner.records(), facts | origin), command))
+            return run_all(items, runner.run, write)
         finally:
             store.close()
-    return aggregate(runner.records(), facts | origin)
-
-
-def _run(runner: "Runner", items: list[Item], write: Callable[[], None]) -> None:
-    """Run all items and write rows now and then, and at the end, however it comes."""
-    written = time.monotonic()
-    try:
-        for item in items:
-            runner.run(item)
-            if time.monotonic() - written > ROWS_EVERY_S:
-                write()
-                written = time.monotonic()
-    except BaseException:
-        with suppress(InputError):  # the disk may be full; what went wrong first is what counts
-            write()
-        raise
-    write()
 
 
 def try_out(config: EraseBenchConfig, model: PreTrainedModel, item: Item) -> None:
@@ -208,13 +193,7 @@ class Runner:
             InputError: It was made from other data.
         """
         sample = item.sample
-        record = self.store.has(sample.task, sample.length, sample.index, self.config.arm(method))
-        if record is not None and record["digest"] != item.digest:
-            raise InputError(
-                f"sample {sample.index} of {sample.task} in {self.store.folder} was made from another text "
-                "or other answers; the data have changed: name a new --out"
-            )
-        return record
+        return self.store.known(sample.task, sample.length, sample.index, self.config.arm(method), item.digest)
 
 
 def _edited(done: Erased) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from vestige.learn.erasing.drafts import Draft, Passage, Query
+from vestige.learn.erasing.vocabulary import of_syllables
 
 ANCHOR = 24
 """Words of a quotation that is to be gone on with: a small model loses the thread of shorter ones."""
@@ -103,4 +104,4 @@ def _another(rng: random.Random, value: str, texts: Sequence[Sequence[str]], sen
         return rng.choice(free)
     if value[0].isdigit():
         return str(int(re.sub(r"\D", "", value)) + rng.randint(1, 40))
-    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)).title()
+    return of_syllables(rng, 3)

@@ -210,15 +210,16 @@ class SampleMaker:
 
     def _reply(self, query: Query, clean: Sequence[steering.Layer], dirty: Sequence[steering.Layer]) -> Asked | None:
         """Return a query with the reply to the clean text, whatever it is; None if there is none."""
-        said, logits = self._said(query, clean)
-        if not query.answer or not self._right(query, said):
-            question = self._question(query)
-            said = steering.reply(self.model, clean, question, self.options.reply, self.stop)
-            if not said:
-                return None
-            fed = torch.cat([question, question.new_tensor([said[:-1]])], 1)
-            logits = steering.logits_over(self.model, clean, fed, len(said))
-        return self._compared(query, said, logits, dirty)
+        if query.answer:
+            said, logits = self._said(query, clean)
+            if self._right(query, said):
+                return self._compared(query, said, logits, dirty)
+        question = self._question(query)
+        said = steering.reply(self.model, clean, question, self.options.reply, self.stop)
+        if not said:
+            return None
+        fed = torch.cat([question, question.new_tensor([said[:-1]])], 1)
+        return self._compared(query, said, steering.logits_over(self.model, clean, fed, len(said)), dirty)
 
     def _said(self, query: Query, layers: Sequence[steering.Layer]) -> tuple[list[int], Float[Tensor, "said vocab"]]:
         """Return how far the greedy reply follows the answer, and its next token, with their logits, by one forward."""

@@ -27,7 +27,12 @@ class Relation:
 
 def made_up(rng: random.Random) -> str:
     """Return a name that no text has."""
-    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4))).title()
+    return of_syllables(rng, rng.randint(2, 4))
+
+
+def of_syllables(rng: random.Random, count: int) -> str:
+    """Return a made-up name of so many syllables."""
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(count)).title()
 
 
 def subject(rng: random.Random) -> str:
