@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from vestige import Budget, ModelError, Policy, cli, policies
+from vestige import Budget, ModelError, Policy, cli, policies, weights
+from vestige.gates import Gates
+from vestige.models import check
+from vestige.policies import retention
 from vestige.testing import tiny
 
 CHAT = (
@@ -35,6 +39,36 @@ def byte_level_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def random_gates(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> Gates:
+    """Return gates that tell pairs far apart, though nobody trained them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        gates = Gates.fresh(model, **{"width": 8, "bias": 3.0} | shape)
+        with torch.no_grad():
+            for linear in gates.modules():
+                if isinstance(linear, torch.nn.Linear):
+                    linear.weight.normal_()
+    return gates
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shipped_gates(tmp_path_factory: pytest.TempPathFactory):
+    """Have random gates where a model without any would be refused, so that all policies run on tiny models."""
+    root = tmp_path_factory.mktemp("gates")
+
+    def folder_of(kind: str, name: str | None, model: PreTrainedModel) -> Path:
+        if name is not None:
+            return weights.folder_of(kind, name, model)
+        folder = root / check(model).fingerprint()
+        if not folder.exists():
+            random_gates(model).save(folder)
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retention, "folder_of", folder_of)
+        yield
 
 
 @dataclass(frozen=True)

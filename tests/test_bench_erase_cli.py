@@ -53,7 +53,7 @@ def test_people_see_a_table_and_a_run_goes_on(erase):
         (("needles",), "unknown task 'needles'"),
         (("repeat",), "--out DIR"),
         (("distractor_qa", "--out", "out"), "distractor_qa needs --qa FILE"),
-        (("repeat", "--out", "out", "--method", "learned"), "no learned eraser is shipped"),
+        (("repeat", "--out", "out", "--method", "learned"), "no eraser weights are shipped"),
         (("repeat", "--out", "out", "--method", "drop", "--budget", "0.5"), "takes no budget"),
         (("repeat", "--out", "essays", "--method", "drop"), "not empty"),
     ],

@@ -261,7 +261,7 @@ def test_only_samples_that_pass_the_filter_are_run_if_so_wanted(measure, out, mo
 
 
 def test_a_method_that_cannot_work_is_known_before_the_first_sample(measure, out):
-    with pytest.raises(ModelError, match="no learned eraser is shipped"):
+    with pytest.raises(ModelError, match="no eraser weights are shipped"):
         measure(methods=("learned",))
     with pytest.raises(InputError, match="no tokenizer lies beside this model"):
         measure(methods=("erratum",))

@@ -105,7 +105,7 @@ def test_erase_shows_what_went_and_that_it_steers(vestige, folders, place):
     [
         (("--span-text", "no such words"), "does not occur"),
         (("--span", "9:3"), "no span of it"),
-        (("--span", "3:9", "--method", "learned"), "no learned eraser is shipped"),
+        (("--span", "3:9", "--method", "learned"), "no eraser weights are shipped"),
         (("--span", "3:9", "--method", "drop", "--context", "gone.txt"), "no such file"),
     ],
 )

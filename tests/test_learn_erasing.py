@@ -13,8 +13,9 @@ from vestige.erasing import erase
 from vestige.learn import Document, LoopConfig, train
 from vestige.learn.erasing import steering
 from vestige.learn.erasing.facts import facts
-from vestige.learn.erasing.samples import EraserOptions, SampleMaker, Texts, prose_of
+from vestige.learn.erasing.samples import EraserOptions, SampleMaker, Texts
 from vestige.learn.erasing.task import EraserTask
+from vestige.learn.prose import prose_of
 from vestige.testing import random_ids, tiny
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
@@ -51,7 +52,8 @@ def test_the_reply_is_that_of_generate(chatter):
     out = model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False)
     expected = out[0, 35:].tolist()
     said = steering.reply(model, layers, question, 6, (tokenizer.eos_token_id,))
-    assert said == [token for token in expected if token != tokenizer.eos_token_id]
+    end = expected.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in expected else 6
+    assert said == expected[:end]
 
 
 # The task.
@@ -127,10 +129,19 @@ def test_options_out_of_range_are_refused(wrong):
 
 
 def test_a_model_that_says_nothing_is_told(chatter, monkeypatch):
-    model, tokenizer = chatter
-    monkeypatch.setattr(steering, "reply", lambda *args: [])
+    maker = SampleMaker(*chatter, SMALL)
+    maker.stop = (7,)
+    monkeypatch.setattr(steering, "reply", lambda *args: [7])
     with pytest.raises(InputError, match="says nothing"):
-        SampleMaker(model, tokenizer, SMALL).sample(("x", 0), TEXTS, neighbours=False)
+        maker.sample(("x", 0), TEXTS, neighbours=False)
+
+
+def test_when_to_stop_is_part_of_what_is_learned(chatter):
+    maker = SampleMaker(*chatter, SMALL)
+    usual = maker.sample(("x", 0), TEXTS, neighbours=False).asked[0].target.tolist()
+    assert len(usual) == SMALL.reply
+    maker.stop = (usual[1],)
+    assert maker.sample(("x", 0), TEXTS, neighbours=False).asked[0].target.tolist() == usual[:2]
 
 
 # What the model says.
@@ -154,8 +165,8 @@ def test_a_reply_that_is_guessed_right_is_the_greedy_one(task):
         greedy = steering.reply(maker.model, layers, maker._question(main), 4, maker.stop)
         answer = maker.tokenizer.decode(greedy[:3]).removeprefix(" ")
         for guess in (answer, "nothing of the kind", ""):
-            said, logits = maker._said(replace(main, answer=guess), layers)
-            assert said == greedy[: len(said)] == logits.argmax(-1).tolist() and said
+            said = maker._said(replace(main, answer=guess), layers)
+            assert said == greedy[: len(said)] and said
 
 
 def test_the_clean_reply_is_that_of_a_text_that_never_had_the_passage(task):

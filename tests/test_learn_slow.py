@@ -8,9 +8,9 @@ import torch
 from vestige.adapter import Adapter
 from vestige.download import fetch, load
 from vestige.learn import LoopConfig, train
-from vestige.learn.erasing.quotations import sentences
 from vestige.learn.erasing.samples import EraserOptions, Texts
 from vestige.learn.erasing.task import EraserTask
+from vestige.learn.prose import sentences
 
 
 @pytest.mark.slow

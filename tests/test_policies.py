@@ -23,6 +23,7 @@ ANNOTATIONS: dict[str, Callable[[torch.Generator, int, int], torch.Tensor]] = {
     "absolute_output_norms": lambda generator, held, group: torch.rand(held, generator=generator),
     "output_norms": lambda generator, held, group: torch.rand(held, group, generator=generator).half(),
     "chunk_attention": lambda generator, held, group: torch.rand(held, generator=generator).half(),
+    "log_beta": lambda generator, held, group: -torch.rand(held, generator=generator),
     "received": lambda generator, held, group: torch.rand(held, generator=generator),
 }
 """Random side arrays by name, of so many pairs and queries per KV head."""
@@ -154,6 +155,14 @@ GOLDEN = {
         lambda: dataclasses.replace(by_keys(), annotations={"asked": torch.tensor([-1.0, 0.25, 0.0, 1.0, 0.5])}),
         {},
         [0, 0.25, 0, 1, 0.5],
+    ),
+    # The next query is 6, 5 and 2 tokens from the pairs of the first head, 6 and 4 from those of the second.
+    "retention": (
+        lambda: dataclasses.replace(
+            by_keys(), annotations={"log_beta": torch.tensor([-0.5, -1.0, -0.25, -0.125, -2.0])}
+        ),
+        {},
+        [-3, -5, -0.5, -0.75, -8],
     ),
     # Tokens 0, 1 and 4 are 0, 1/2 and 1/2 off, by the first and the last 2; in the second head token 2 is 3/2 off.
     "duo_attention": (by_keys, {"first": 2, "recent": 2, "retrieval": ((1.0, 0.0),)}, [2, 4 / 3, 4 / 3, 1, 2 / 5]),

@@ -114,6 +114,7 @@ class Adapter(nn.Module):
                 tensors[f"{_PREFIX}{name}.{side}.weight"] = weight.detach().to("cpu", dtype).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={_BASE: self.config.base})
+        (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
         written = {
             "peft_type": "LORA",
             "task_type": None,
@@ -140,14 +141,14 @@ class Adapter(nn.Module):
             tensors = load_file(folder / WEIGHTS, device=str(model.device))
             with safe_open(folder / WEIGHTS, "pt") as file:
                 base = (file.metadata() or {}).get(_BASE, "")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"the adapter in {folder} is damaged: {error}") from None
+            rank, alpha = int(written["r"]), float(written["lora_alpha"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ModelError(f"the adapter in {folder} is damaged: {error!r}") from None
         names = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})
         if base and base != check(model).fingerprint():
             raise ModelError(f"the adapter in {folder} was made for another model or other weights")
         modules = dict(model.named_modules())
         pairs = [_fitting(modules.get(name), tensors, name, folder) for name in names]
-        rank, alpha = int(written["r"]), float(written["lora_alpha"])
         config = AdapterConfig(rank=rank, alpha=alpha, modules=tuple(names), base=base)
         adapter = Adapter(config, [(up.shape[0], down.shape[1]) for down, up in pairs])
         for (down, up), own_down, own_up in zip(pairs, adapter.down, adapter.up, strict=True):

@@ -22,7 +22,7 @@ from vestige.foreign import copy_layer, tensors_of
 from vestige.layers import RaggedLayer, Step
 from vestige.models import Anatomy, check
 from vestige.observe import Glance, Phase
-from vestige.policy import Policy, Prepares, Written
+from vestige.policy import Binds, Policy, Prepares, Written
 from vestige.recording import Recording
 from vestige.remains import Absorbed, Forgotten, Memory
 from vestige.report import LayerReport, Report
@@ -68,6 +68,9 @@ class KVCache(Cache):
             layers[idx] = RaggedLayer(self, idx)
         super().__init__(layers=layers)
         self.policy, self.memory, self.absorbed = policy, memory, Absorbed()
+        for observer in observers:
+            if isinstance(observer, Binds):
+                observer.bind(anatomy.model)
         self.recording = Recording.of(observers)
         if "output" in self.recording.needs:
             for idx in anatomy.evictable:  # refuse a model without one before anything is read
@@ -370,13 +373,19 @@ class KVCache(Cache):
             )
         return self.step
 
-    def annotate(self, layer: RaggedLayer, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    def annotate(self, layer_idx: int, hidden: Tensor | None, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Return the side arrays that policies store beside new pairs."""
         if not self.recording.writers:
             return {}
         started = time.perf_counter()
-        output = self.anatomy.output(layer.layer_idx) if "output" in self.recording.needs else None
-        written = Written(layer_idx=layer.layer_idx, hidden=layer.hidden, keys=keys, values=values, output=output)
+        written = Written(
+            model=self.anatomy.model,
+            layer_idx=layer_idx,
+            hidden=hidden,
+            keys=keys,
+            values=values,
+            output=self.anatomy.output(layer_idx) if "output" in self.recording.needs else None,
+        )
         found: dict[str, Tensor] = {}
         for policy in self.recording.writers:
             new = policy.annotate(written)

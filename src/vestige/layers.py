@@ -123,7 +123,7 @@ class RaggedLayer(CacheLayerMixin):
         if key_states.shape[0] * self.kv_heads != len(self.lengths):
             raise CacheError(f"the cache holds {self.batch_size} batch rows, but {key_states.shape[0]} were fed")
         new = {"keys": key_states, "values": value_states}
-        new |= self.cache.annotate(self, key_states, value_states)
+        new |= self.cache.annotate(self.layer_idx, self.hidden, key_states, value_states)
         if self.hidden is not None:
             self.record("hidden", self.hidden[:, None], step)
         new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)

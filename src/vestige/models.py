@@ -79,6 +79,10 @@ class Anatomy:
         heads = config.num_attention_heads // getattr(attention, "num_key_value_groups", 1)
         return heads, getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+    def kv_heads(self, layer_idx: int) -> int:
+        """Return the KV heads of an evictable layer."""
+        return self._row_sizes(self.attentions[layer_idx])[0]
+
     def output(self, layer_idx: int) -> OutputProjection:
         """Return a layer's output projection by query head; made once per model, and anew if its weights change.
 

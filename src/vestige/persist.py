@@ -233,6 +233,11 @@ def _policy_to_json(policy: Policy) -> dict[str, Any]:
         raise CacheFileError(f"a cache of policy {name} cannot be saved: it is not one of {', '.join(POLICIES)}")
     options = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     budget = options.pop("budget")
+    for option, value in options.items():
+        if not isinstance(value, str | bool | int | float | tuple | None):
+            raise CacheFileError(
+                f"a cache of policy {name} cannot be saved with {option} at hand: save them and name their folder"
+            )
     return {"name": name, "budget": None if budget is None else [budget.kind, budget.amount], "options": options}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
@@ -121,6 +122,18 @@ class Policy(ABC):
 
 
 @runtime_checkable
+class Binds(Protocol):
+    """A policy that brings something made for one model (trained gates): it is asked before anything is read."""
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Make ready for a model.
+
+        Raises:
+            ModelError: It cannot work with this one.
+        """
+
+
+@runtime_checkable
 class Prepares(Protocol):
     """A policy that needs forwards of its own (a replay of the text, say) after reading and before the settle."""
 
@@ -146,6 +159,7 @@ class Written:
         keys: New keys, after RoPE.
         values: New values.
         output: The layer's output projection, if the policy needs ``"output"``.
+        model: The whole model, for policies that bring something made for it.
     """
 
     layer_idx: int
@@ -153,6 +167,7 @@ class Written:
     keys: Float[Tensor, "batch kv_heads new head_dim"]
     values: Float[Tensor, "batch kv_heads new value_dim"]
     output: OutputProjection | None = None
+    model: PreTrainedModel | None = None
 
 
 @runtime_checkable
@@ -160,6 +175,7 @@ class Annotates(Protocol):
     """A policy that stores side arrays beside each pair when it is written (a gate's retention, a value's norm)."""
 
     annotations: ClassVar[frozenset[str]]
+    annotated_with: ClassVar[tuple[str, ...]]
 
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return a ``batch kv_heads new ...`` tensor for each of ``annotations``; they travel with the pairs."""

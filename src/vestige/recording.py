@@ -69,9 +69,15 @@ class Recording:
                 f"this cache recorded {_told(self.needs | self.annotations, self.ring_sizes)}; "
                 "name the policy in KVCache(..., observers=[...]) before reading"
             )
+        if isinstance(policy, Annotates) and _hand(policy) not in map(_hand, self.writers):
+            options = ", ".join(policy.annotated_with) or "options"
+            raise PolicyError(
+                f"what this cache keeps beside its pairs ({', '.join(sorted(policy.annotations))}) was written with "
+                f"other {options} than those of {policy}"
+            )
 
 
-def _hand(policy: Policy) -> tuple[object, ...]:
+def _hand(policy: Policy | Annotates) -> tuple[object, ...]:
     """Return what bears on what a policy writes: its class and the options that it names."""
     return (type(policy), *(getattr(policy, name) for name in policy.annotated_with))
 

@@ -20,7 +20,7 @@ from vestige.cache import KVCache
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
 from vestige.layers import RaggedLayer
-from vestige.policy import Prepares, Watches, Written
+from vestige.policy import Prepares, Watches
 
 _BLOCK = loop.QUERY_BLOCK
 
@@ -82,7 +82,8 @@ class OverlayLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Keep the new pairs; return handles that lead the attention function to this layer."""
-        self.pairs = Pairs(key_states, value_states, self._annotated(key_states, value_states))
+        annotations = self.overlay.cache.annotate(self.layer.layer_idx, self.hidden, key_states, value_states)
+        self.pairs = Pairs(key_states, value_states, annotations)
         if self.overlay.until == self.layer.layer_idx:
             raise Enough
         shape = torch.Size((*key_states.shape[:2], len(self.overlay.at), key_states.shape[3]))
@@ -136,13 +137,6 @@ class OverlayLayer(CacheLayerMixin):
             seen = everywhere <= at[start : start + _BLOCK, None]
             blocks.append(loop.attend_masked(query[:, :, start : start + _BLOCK], keys, values, seen, scale))
         return torch.cat(blocks, 2)
-
-    def _annotated(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Return new side arrays for the new pairs."""
-        cache = self.overlay.cache
-        output = cache.anatomy.output(self.layer.layer_idx) if "output" in cache.recording.needs else None
-        written = Written(layer_idx=self.layer.layer_idx, hidden=self.hidden, keys=keys, values=values, output=output)
-        return {name: x for policy in cache.recording.writers for name, x in policy.annotate(written).items()}
 
 
 def rerun(

@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -10,12 +9,8 @@ from transformers import PreTrainedModel
 
 from vestige.adapter import Adapter
 from vestige.eraser import Edit, Eraser, Fate, Scene
-from vestige.errors import ModelError
-from vestige.models import check
 from vestige.rerun import rerun, write, write_whole
-
-SHIPPED = Path(__file__).parent.parent / "learn" / "weights"
-"""Adapters of erasers by the fingerprint of the model they were trained for."""
+from vestige.weights import folder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +29,7 @@ class Learned(Eraser):
 
     fate: ClassVar[Fate] = Fate.REPLACED
     adapter: str | Adapter | None = None
-    """A folder with an adapter in peft's format, or one at hand; None takes the one that is shipped for the model."""
+    """A folder or hub id with an adapter in peft's format, or one at hand; None takes what is shipped for the model."""
     whole: bool = False
     """Write all pairs of the span, also those that were evicted; the next settle makes room for them."""
 
@@ -56,18 +51,8 @@ class Learned(Eraser):
             return self.adapter
         known = _loaded.setdefault(model, {})
         if self.adapter not in known:
-            known[self.adapter] = Adapter.load(_shipped(model) if self.adapter is None else Path(self.adapter), model)
+            known[self.adapter] = Adapter.load(folder_of("eraser", self.adapter, model), model)
         return known[self.adapter]
 
 
 _loaded: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, Adapter]]" = weakref.WeakKeyDictionary()
-
-
-def _shipped(model: PreTrainedModel) -> Path:
-    home = SHIPPED / f"eraser-{check(model).fingerprint()}"
-    if not home.is_dir():
-        raise ModelError(
-            f"no learned eraser is shipped for {model.config.name_or_path or type(model).__name__}; train one with "
-            "`vestige train eraser` and name it: learned(adapter=FOLDER)"
-        )
-    return home

@@ -29,6 +29,7 @@ POLICIES: dict[str, str] = {
     "pyramidkv": "vestige.policies.pyramidkv:PyramidKV",
     "r_kv": "vestige.policies.r_kv:RKV",
     "random": "vestige.policies.random:Random",
+    "retention": "vestige.policies.retention:Retention",
     "snapkv": "vestige.policies.snapkv:SnapKV",
     "streaming_llm": "vestige.policies.streaming_llm:StreamingLLM",
     "tova": "vestige.policies.tova:TOVA",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vestige.learn.erasing.drafts import Draft, Passage, Query
-from vestige.learn.erasing.vocabulary import (
+from vestige.learn.vocabulary import (
     ASK,
     ASK_ALL,
     ORDERS,

@@ -10,8 +10,9 @@ from vestige.bench.tasks.jsonl import Entry
 from vestige.errors import InputError
 from vestige.learn import documents
 from vestige.learn.erasing.drafts import Draft, Passage, Query
-from vestige.learn.erasing.quotations import FEWEST, sentences
+from vestige.learn.erasing.quotations import FEWEST
 from vestige.learn.order import seed_of
+from vestige.learn.prose import sentences
 
 PREFIX = "The answer is"
 _TRIES = 20

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from vestige.learn.erasing.drafts import Draft, Passage, Query
-from vestige.learn.erasing.vocabulary import of_syllables
+from vestige.learn.vocabulary import of_syllables
 
 ANCHOR = 24
 """Words of a quotation that is to be gone on with: a small model loses the thread of shorter ones."""
@@ -17,16 +17,9 @@ QUOTE = (
     "Repeat word for word what the text says after these words.",
     "Continue the quotation exactly as it stands in the text.",
 )
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _NUMBER = re.compile(r"\b\d(?:[\d,.]*\d)?\b")
 _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}(?: [A-Z][a-z]+)*\b")
 _ANSWER_WORDS = 9
-
-
-def sentences(text: str) -> list[str]:
-    """Return the sentences of a text, white space made single, without very short and very long ones."""
-    found = _SENTENCE.split(" ".join(text.split()))
-    return [one for one in found if 20 <= len(one) <= 400]
 
 
 def neighbour(rng: random.Random, prose: Sequence[str], other: Sequence[str]) -> Draft:

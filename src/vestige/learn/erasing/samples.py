@@ -18,18 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import locate
 from vestige.errors import InputError
-from vestige.learn.documents import Document
 from vestige.learn.erasing import steering
 from vestige.learn.erasing.drafts import Draft, Query
 from vestige.learn.erasing.facts import facts
 from vestige.learn.erasing.questions import Question, distracted
-from vestige.learn.erasing.quotations import FEWEST, altered, neighbour, sentences
+from vestige.learn.erasing.quotations import FEWEST, altered, neighbour
 from vestige.learn.order import seed_of
 from vestige.spans import Span, within
 from vestige.text import Frame
 
-SHORTEST = 12
-"""Sentences that a text must have."""
 _QUOTED_WORDS = 4
 """Words that a quotation must get right."""
 _MIX = {"facts": 0.6, "altered": 0.25, "neighbour": 0.15, "question": 0.4}
@@ -51,7 +48,7 @@ class EraserOptions:
     most: int = 2000
     """Longest text, in tokens, about; lengths between are drawn evenly by their logarithm."""
     reply: int = 12
-    """Longest reply, in tokens; a right one is known, and cut, when the answer is told."""
+    """Longest reply, in tokens; longer ones are cut."""
     kl: float = 0.0
     """Weight of the divergence from the clean text's logits."""
     tries: int = 8
@@ -72,7 +69,7 @@ class Asked:
     Args:
         kind: Of the query.
         question: Behind the text.
-        target: The reply.
+        target: The reply, with what ends it unless it is cut: when to stop is part of it.
         clean: The logits of the target's tokens over the clean text.
         fooled: Whether the whole text gives another reply, as far as the query looks at that.
         right: Whether the reply is what the query wants.
@@ -143,17 +140,25 @@ class SampleMaker:
         draw = random.Random(seed_of(self.options.seed, *name))
         mix = {form: weight for form, weight in _MIX.items() if form != "question" or texts.questions}
         form = "neighbour" if neighbours else draw.choices(list(mix), list(mix.values()))[0]
-        first: Draft | None = None
+        drafts: list[Draft] = []
         for attempt in range(self.options.tries):
-            draft = self._draft(random.Random(seed_of(self.options.seed, *name, attempt)), texts, form)
-            first = first or draft
-            if made := self._worth(draft):
+            drafts.append(self._draft(random.Random(seed_of(self.options.seed, *name, attempt)), texts, form))
+            if made := self._worth(drafts[-1]):
                 return made
-        assert first is not None
-        layers, _ = steering.read(self.model, ids := self._ids(first))
-        if made := self._asked(first, ids, layers):
-            return made
-        raise InputError(f"the model says nothing to {first.queries[0].question!r}: is it a model that answers?")
+        return self._whatever(drafts)
+
+    def _whatever(self, drafts: Sequence[Draft]) -> Sample:
+        """Return the first draft to which the model says anything, as a sample.
+
+        Raises:
+            InputError: It says nothing to any of them.
+        """
+        for draft in drafts:
+            layers, _ = steering.read(self.model, ids := self._ids(draft))
+            if made := self._asked(draft, ids, layers):
+                return made
+        question = drafts[0].queries[0].question
+        raise InputError(f"the model says nothing to {question!r} and the like: is it a model that answers?")
 
     def _draft(self, rng: random.Random, texts: Texts, form: str) -> Draft:
         length = round(self.options.least * (self.options.most / self.options.least) ** rng.random())
@@ -181,7 +186,7 @@ class SampleMaker:
         layers, _ = steering.read(self.model, ids := self._ids(draft))
         for one in filter(None, (draft, draft.flipped())):
             main = one.queries[0]
-            if main.misled and main.answer and self._right(main, self._said(main, layers)[0]):
+            if main.misled and main.answer and self._right(main, self._said(main, layers)):
                 continue  # known without reading the clean text
             made = self._asked(one, ids, layers)
             if made and made.asked[0].right and (made.asked[0].fooled or not main.misled):
@@ -205,55 +210,58 @@ class SampleMaker:
         self, query: Query, clean: Sequence[steering.Layer], dirty: Sequence[steering.Layer]
     ) -> Asked | None:
         """Return a query that the model answers right without being asked for more than one forward."""
-        said, logits = self._said(query, clean)
-        return self._compared(query, said, logits, dirty) if self._right(query, said) else None
+        said = self._said(query, clean)
+        return self._compared(query, said, clean, dirty) if self._right(query, said) else None
 
     def _reply(self, query: Query, clean: Sequence[steering.Layer], dirty: Sequence[steering.Layer]) -> Asked | None:
         """Return a query with the reply to the clean text, whatever it is; None if there is none."""
-        if query.answer:
-            said, logits = self._said(query, clean)
-            if self._right(query, said):
-                return self._compared(query, said, logits, dirty)
-        question = self._question(query)
-        said = steering.reply(self.model, clean, question, self.options.reply, self.stop)
-        if not said:
-            return None
-        fed = torch.cat([question, question.new_tensor([said[:-1]])], 1)
-        return self._compared(query, said, steering.logits_over(self.model, clean, fed, len(said)), dirty)
+        said = self._said(query, clean) if query.answer else []
+        if not self._right(query, said):
+            said = []
+        return self._compared(query, said, clean, dirty)
 
-    def _said(self, query: Query, layers: Sequence[steering.Layer]) -> tuple[list[int], Float[Tensor, "said vocab"]]:
-        """Return how far the greedy reply follows the answer, and its next token, with their logits, by one forward."""
+    def _said(self, query: Query, layers: Sequence[steering.Layer]) -> list[int]:
+        """Return how far the greedy reply follows the answer, and its next token, by one forward."""
         wanted: Any = self.tokenizer(f" {query.answer}".rstrip(), add_special_tokens=False)
         guess = wanted["input_ids"][: self.options.reply - 1]
         fed = torch.cat([question := self._question(query), question.new_tensor([guess])], 1)
         logits = steering.logits_over(self.model, layers, fed, len(guess) + 1)
-        said: list[int] = []
+        said = list[int]()
         for token, expected in zip(logits.argmax(-1).tolist(), [*guess, None], strict=True):
             if token in self.stop:
                 break
             said.append(token)
             if token != expected:
                 break
-        return said, logits[: len(said)]
+        return said
 
     def _compared(
-        self, query: Query, said: list[int], logits: Float[Tensor, "said vocab"], dirty: Sequence[steering.Layer]
-    ) -> Asked:
-        """Return a query with a reply to the clean text, compared with what the whole text gives."""
+        self, query: Query, said: list[int], clean: Sequence[steering.Layer], dirty: Sequence[steering.Layer]
+    ) -> Asked | None:
+        """Return a query with the whole reply to the clean text, compared with what the dirty one gives.
+
+        Args:
+            query: What is asked.
+            said: How the reply begins, as far as that is known.
+            clean: Without the passages.
+            dirty: With them.
+
+        Returns:
+            None if there is no reply.
+        """
         question = self._question(query)
+        begun = torch.cat([question, question.new_tensor([said])], 1) if said else question
+        said = [*said, *steering.reply(self.model, clean, begun, self.options.reply - len(said), self.stop)]
+        if said[0] in self.stop:
+            return None
         target = torch.tensor(said, device=question.device)
-        asked = Asked(
-            kind=query.kind,
-            question=question,
-            target=target,
-            clean=logits,
-            fooled=False,
-            right=self._right(query, said),
-        )
-        if not query.misled:
-            return asked
-        told = steering.logits_over(self.model, dirty, asked.fed, len(said)).argmax(-1)
-        return replace(asked, fooled=bool((told != target).any()))
+        fed = torch.cat([question, target[None, :-1]], 1)
+        logits = steering.logits_over(self.model, clean, fed, len(said))
+        right, fooled = self._right(query, said), False
+        if query.misled:
+            told = steering.logits_over(self.model, dirty, fed, len(said)).argmax(-1)
+            fooled = bool((told != target).any()) and not (right and query.answer and self._right(query, told.tolist()))
+        return Asked(kind=query.kind, question=question, target=target, clean=logits, fooled=fooled, right=right)
 
     def _ids(self, draft: Draft) -> Int[Tensor, "1 seen"]:
         return self.frame.context(draft.text).to(self.model.device)
@@ -263,20 +271,7 @@ class SampleMaker:
 
     def _right(self, query: Query, said: list[int]) -> bool:
         """Return whether a reply to the clean text has the answer, or begins with the quotation."""
-        text = str(self.tokenizer.decode(said))
+        text = str(self.tokenizer.decode(said, skip_special_tokens=True))
         if query.verbatim:
             return text.split()[:_QUOTED_WORDS] == query.answer.split()[:_QUOTED_WORDS]
         return query.answer.lower() in text.lower()
-
-
-def prose_of(documents: Sequence[Document]) -> list[list[str]]:
-    """Return the sentences of every document that has enough of them.
-
-    Raises:
-        InputError: None has.
-    """
-    found = [sentences(document.text) for document in documents]
-    long = [text for text in found if len(text) >= SHORTEST]
-    if not long:
-        raise InputError(f"no text to train or validate on has {SHORTEST} sentences or more")
-    return long

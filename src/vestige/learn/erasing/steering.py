@@ -88,15 +88,15 @@ def reply(
     limit: int,
     stop: Sequence[int],
 ) -> list[int]:
-    """Return the greedy reply to a question, up to a limit or the first of ``stop``, which is left out."""
+    """Return the greedy reply to a question, up to a limit or the first of ``stop``, which is part of it."""
     cache, fed = _cache(model, layers), question
     said: list[int] = []
     with torch.no_grad():
         while len(said) < limit:
             token = int(model(input_ids=fed, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+            said.append(token)
             if token in stop:
                 break
-            said.append(token)
             fed = question.new_tensor([[token]])
     return said
 

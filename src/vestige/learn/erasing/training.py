@@ -1,25 +1,24 @@
 """``vestige train eraser``: from texts to an adapter with its card, in a folder that ``learned(adapter=...)`` takes."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.adapter import Adapter
 from vestige.errors import InputError
-from vestige.learn import documents, metrics
+from vestige.learn import documents
+from vestige.learn.card import write_card
 from vestige.learn.config import LoopConfig
 from vestige.learn.erasing import questions
-from vestige.learn.erasing.samples import EraserOptions, Texts, prose_of
+from vestige.learn.erasing.samples import EraserOptions, Texts
 from vestige.learn.erasing.task import EraserTask
 from vestige.learn.loop import Tell, Trained, train
 from vestige.learn.parallel import Processes
+from vestige.learn.prose import prose_of
 
-ADAPTER, CARD = "adapter", "card.json"
+ADAPTER = "adapter"
 _HELD = 0.1
 """Share of the texts to validate on."""
 
@@ -95,25 +94,16 @@ def train_eraser(
     done = train(task, training.loop, out, resume=resume, among=among, tell=tell)
     if done.finished and (among is None or among.main):
         adapter.save(out / ADAPTER)
-        card = _card(training, out, name, command, [one.name for side in sides for one in side])
-        (out / ADAPTER / CARD).write_text(json.dumps(card, indent=1) + "\n")
+        write_card(
+            out / ADAPTER,
+            out,
+            what="KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
+            model=name,
+            documents=[one for side in sides for one in side],
+            loop=training.loop,
+            command=command,
+            qa=[Path(one).name for one in training.qa],
+            options=asdict(training.options),
+            rank=training.rank,
+        )
     return done
-
-
-def _card(training: EraserTraining, out: Path, name: str, command: str, names: Sequence[str]) -> dict[str, Any]:
-    records = metrics.read(out)
-    validated: dict[str, Any] = next((one["validation"] for one in reversed(records) if "validation" in one), {})
-    return {
-        "model": name,
-        "what": "KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
-        "data": [Path(one).name for one in names],
-        "qa": [Path(one).name for one in training.qa],
-        "steps": training.loop.steps,
-        "minutes": round(sum(one["seconds"] for one in records) / 60, 1),
-        "seed": training.loop.seed,
-        "command": command,
-        "loop": training.loop.books(),
-        "options": asdict(training.options),
-        "rank": training.rank,
-        "validation": validated,
-    }

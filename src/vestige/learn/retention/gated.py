@@ -1,0 +1,134 @@
+"""Attention that forgets as gates say, softly, so that they can be trained: ``softmax(q.k + (t - i) log beta_i)``.
+
+For training alone: afterwards attention is the ordinary one over the pairs that are kept. Several documents may lie
+behind each other in one sequence; none sees another.
+
+Source: TRIM-KV, arXiv 2512.03324: retention is added to the logits.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from vestige.attend import vestige_attention
+from vestige.gates import Gates
+from vestige.kernels import AttentionScale, loop
+from vestige.models import check
+
+NAME = "vestige_gated"
+BLOCK = 256
+"""Queries whose logits exist at a time."""
+
+
+@dataclass(eq=False)
+class Gating:
+    """What the attention modules of a model need to know of each other while gates are at work.
+
+    Args:
+        starts: Where the document of each token begins.
+        gates: None forgets nothing.
+        log_beta: Of the pairs of each evictable layer, filled as the model runs, ``1 kv_heads tokens``.
+    """
+
+    starts: Int[Tensor, " tokens"]
+    gates: Gates | None = None
+    log_beta: dict[int, Float[Tensor, "1 _kv_heads tokens"]] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> Int[Tensor, "1 tokens"]:
+        """The place of each token in its document: the model's ``position_ids``."""
+        return (torch.arange(len(self.starts), device=self.starts.device) - self.starts)[None]
+
+    def packed_log_beta(self) -> Float[Tensor, "rows tokens"]:
+        """Return log beta of every row of all layers."""
+        return torch.cat([self.log_beta[layer_idx][0] for layer_idx in sorted(self.log_beta)])
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: AttentionScale) -> Tensor:
+        """Attend causally within each document, in blocks of queries that are computed again for the backward pass."""
+        log_beta = self.log_beta.get(layer_idx)
+        blocks = [
+            checkpoint(self._block, query, keys, values, log_beta, start, scale, use_reentrant=False)
+            for start in range(0, query.shape[2], BLOCK)
+        ]
+        return torch.cat(blocks, 2)
+
+    def _block(
+        self, query: Tensor, keys: Tensor, values: Tensor, log_beta: Tensor | None, start: int, scale: AttentionScale
+    ) -> Tensor:
+        end = min(start + BLOCK, query.shape[2])
+        begin = int(self.starts[start])
+        at, pairs = (torch.arange(*ends, device=query.device) for ends in ((start, end), (begin, end)))
+        age = at[:, None] - pairs
+        seen = (age >= 0) & (pairs >= self.starts[start:end, None])
+        mask = torch.zeros(age.shape, device=query.device).masked_fill(~seen, torch.finfo(query.dtype).min)
+        if log_beta is not None:
+            faded = age.clamp_min(0) * log_beta[:, :, None, begin:end]  # (1, kv_heads, queries, pairs)
+            mask = mask + faded.repeat_interleave(query.shape[1] // keys.shape[1], 1)
+        visible = slice(begin, end)
+        return loop.written_out(query[:, :, start:end], keys[:, :, visible], values[:, :, visible], mask, scale)
+
+
+@contextmanager
+def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
+    """Have a model's full-attention layers attend as gates say, for as long as the block lasts.
+
+    Args:
+        model: Given ids of one row, ``position_ids=gating.positions``, and no cache.
+        gating: Its ``log_beta`` is filled.
+    """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    anatomy = check(model)
+    config: Any = anatomy.decoder.config
+    before = config._attn_implementation_internal
+    with ExitStack() as stack:
+        for layer_idx, module in anatomy.attentions.items():
+            _running[module] = gating
+            stack.callback(_running.pop, module, None)
+            if gating.gates is not None:
+                hook = module.register_forward_pre_hook(_gate(gating, gating.gates, layer_idx), with_kwargs=True)
+                stack.callback(hook.remove)
+        config._attn_implementation_internal = NAME
+        stack.callback(setattr, config, "_attn_implementation_internal", before)
+        yield
+
+
+_running: dict[nn.Module, Gating] = {}
+
+
+def _gate(gating: Gating, gates: Gates, layer_idx: int) -> Any:
+    def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        gating.log_beta[layer_idx] = gates(layer_idx, hidden)
+
+    return gate
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend, as transformers asks for it; layers that are never evicted attend as they always do."""
+    if (gating := _running.get(module)) is None:
+        return vestige_attention(
+            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
+        )
+    scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    layer_idx: Any = module.layer_idx
+    return gating.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None

@@ -1,0 +1,95 @@
+"""Gates as they are used: what answers are worth once pairs are really gone. For validation, without gradients."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from vestige.attachment import attach
+from vestige.budget import Budget
+from vestige.cache import KVCache
+from vestige.gates import Gates
+from vestige.learn.order import seed_of
+from vestige.learn.retention.sequences import SequenceMaker
+from vestige.learn.retention.tales import tale
+from vestige.policies import Full
+from vestige.policies.retention import Retention
+from vestige.policy import Policy
+from vestige.reading import prefill
+
+Question = tuple[Tensor, Tensor]
+"""Ids of a question, ``1 question``, and of its answer, `` answer``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A tale to validate on: its text, and questions with their answers, each asked behind the text alone."""
+
+    context: Int[Tensor, "1 context"]
+    asked: tuple[Question, ...]
+
+
+def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Sequence[str]], count: int) -> list[Held]:
+    """Return tales whose answers the full cache knows, all questions that it fails left out.
+
+    Args:
+        maker: Says how long they are.
+        model: Asked what it knows.
+        prose: Sentences by document, not trained on.
+        count: Tales wanted; fewer come if the model knows next to nothing.
+    """
+    found: list[Held] = []
+    for index in range(4 * count):
+        rng = random.Random(seed_of(maker.seed, "held", index))
+        made = _held(maker, rng, prose)
+        if known := _known(model, made):
+            found.append(Held(context=made.context, asked=known))
+        if len(found) == count:
+            break
+    return found
+
+
+def judged(model: PreTrainedModel, gates: Gates, held: Sequence[Held], budget: float) -> Mapping[str, float]:
+    """Return loss and share of right answers under a budget, of those that the full cache gets right."""
+    policy = Retention(gates=gates, budget=Budget.fraction(budget))
+    answered = [one for tale in held for one in _answered(model, policy, tale)]
+    if not answered:
+        return {"answers": 0.0}
+    losses, exact = zip(*answered, strict=True)
+    return {"loss": sum(losses) / len(losses), "exact": sum(exact) / len(exact), "answers": float(len(exact))}
+
+
+def _held(maker: SequenceMaker, rng: random.Random, prose: Sequence[Sequence[str]]) -> Held:
+    told = tale(rng, maker.cut(rng, rng.choice(prose), maker.length * 3 // 4))
+    asked = []
+    for one in told.asked:
+        question = maker.frame.question(one.question, one.prefix)
+        asked.append((question, torch.tensor(maker.answer(one))))
+    return Held(context=maker.frame.context(told.text), asked=tuple(asked))
+
+
+def _known(model: PreTrainedModel, told: Held) -> tuple[Question, ...]:
+    """Return the questions that the full cache answers right."""
+    answered = _answered(model, Full(), told)
+    return tuple(one for one, (_, exact) in zip(told.asked, answered, strict=True) if exact)
+
+
+@torch.no_grad()
+def _answered(model: PreTrainedModel, policy: Policy, told: Held) -> list[tuple[float, bool]]:
+    """Return for each question the loss of its answer, and whether every token of it is the most likely one."""
+    cache, device = KVCache(model, policy), model.device
+    found = []
+    with attach(model):
+        prefill(model, told.context.to(device), cache)
+        for question, answer in told.asked:
+            fed = torch.cat([question, answer[None, :-1]], 1).to(device)
+            out = model(input_ids=fed, past_key_values=cache.fork(), logits_to_keep=len(answer))
+            logits, target = out.logits[0].float(), answer.to(device)
+            exact = bool((logits.argmax(-1) == target).all())
+            found.append((float(cross_entropy(logits, target)), exact))
+    return found

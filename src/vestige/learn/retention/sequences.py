@@ -1,0 +1,170 @@
+"""Tales as token ids: documents with questions and answers, several behind each other in one sequence."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vestige.errors import InputError
+from vestige.learn.order import seed_of
+from vestige.learn.retention.tales import Asked, Tale, tale
+from vestige.text import Frame
+from vestige.turns import Turns
+
+_TRIES = 8
+_FEWEST = 4
+"""Sentences that a tale needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A tale in tokens.
+
+    Args:
+        ids: Text, questions and answers, turn by turn.
+        context: Tokens of the text: what is evicted before any question is seen.
+        answers: Places whose next token belongs to an answer, or ends one.
+    """
+
+    ids: tuple[int, ...]
+    context: int
+    answers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Documents behind each other.
+
+    Args:
+        ids: Of all.
+        starts: Where the document of each token begins.
+        sizes: Tokens of the document of each token.
+        answers: Places whose next token belongs to an answer.
+        others: Some places of the texts.
+    """
+
+    ids: Int[Tensor, "1 tokens"]
+    starts: Int[Tensor, " tokens"]
+    sizes: Int[Tensor, " tokens"]
+    answers: Int[Tensor, " answers"]
+    others: Int[Tensor, " others"]
+
+    def to(self, device: torch.device) -> "Packed":
+        """Return the same on a device."""
+        return Packed(**{name: x.to(device) for name, x in vars(self).items()})
+
+
+class SequenceMaker:
+    """Makes sequences of tales about prose, each a function of its name alone.
+
+    Args:
+        tokenizer: The model's.
+        length: Most tokens of a sequence.
+        least: Fewest tokens that a document is given.
+        others: Places of the texts to look at, beside the answers.
+        seed: Everything that is drawn follows from it and a name.
+
+    Raises:
+        InputError: The numbers do not go together.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, length: int, least: int, others: int, seed: int) -> None:
+        if not 96 <= least <= length or others < 0:
+            raise InputError(f"need 96 <= least <= length and others >= 0, got {least}, {length} and {others}")
+        self.tokenizer, self.frame, self.turns = tokenizer, Frame(tokenizer), Turns(tokenizer)
+        self.length, self.least, self.others, self.seed = length, least, others, seed
+
+    def sequence(self, name: tuple[str | int, ...], prose: Sequence[Sequence[str]]) -> Packed:
+        """Return a sequence.
+
+        Args:
+            name: What everything that is drawn follows from.
+            prose: Sentences by document.
+
+        Raises:
+            InputError: Not even one tale fits.
+        """
+        rng = random.Random(seed_of(self.seed, *name))
+        documents: list[Document] = []
+        room = self.length
+        while room >= self.least:
+            size = round(self.least * (self.length / self.least) ** rng.random())
+            made = self.document(rng, prose, min(size, room))
+            if made is None:
+                break
+            documents.append(made)
+            room -= len(made.ids)
+        if not documents:
+            raise InputError(f"no tale fits into {self.length} tokens: give --length more")
+        return self._packed(rng, documents)
+
+    def document(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Document | None:
+        """Return a tale of at most so many tokens, about as long; None if none of some tries is short enough."""
+        text = rng.choice(prose)
+        room = size
+        for _ in range(_TRIES):
+            told = tale(rng, self.cut(rng, text, room))
+            for count in range(len(told.asked), 0, -1):
+                made = self.tokens(replace(told, asked=told.asked[:count]))
+                if len(made.ids) <= size:
+                    return made
+            room -= size // 6
+        return None
+
+    def tokens(self, told: Tale) -> Document:
+        """Return a tale in tokens, every question a turn of its own."""
+        ids = self.frame.context(told.text)[0].tolist()
+        context, answers = len(ids), list[int]()
+        for number, asked in enumerate(told.asked):
+            ids += self.question(asked, first=number == 0)
+            reply = [*self.answer(asked), self.turns.next_opening()[0]]
+            answers += range(len(ids) - 1, len(ids) + len(reply) - 1)
+            ids += reply
+        return Document(ids=tuple(ids), context=context, answers=tuple(answers))
+
+    def question(self, asked: Asked, *, first: bool) -> list[int]:
+        """Return what stands between the text, or the answer before, and an answer."""
+        if first:
+            return list(self.frame.question(asked.question, asked.prefix)[0].tolist())
+        after_end = self.turns.next_opening()[1:]
+        return [*after_end, *self.turns.message(asked.question)[0], *self.turns.asking(), *self._ids(asked.prefix)]
+
+    def answer(self, asked: Asked) -> list[int]:
+        """Return an answer behind its prefix."""
+        return self._ids(f" {asked.answer}")
+
+    def cut(self, rng: random.Random, text: Sequence[str], room: int) -> list[str]:
+        """Return sentences from a random one on, going round, of so many tokens in all, about."""
+        at, count, cut = rng.randrange(len(text)), 0, list[str]()
+        while len(cut) < _FEWEST or count < room:
+            cut.append(text[at])
+            count += len(self._ids(text[at]))
+            at = (at + 1) % len(text)
+        return cut
+
+    def _packed(self, rng: random.Random, documents: Sequence[Document]) -> Packed:
+        starts, sizes, answers, texts = list[int](), list[int](), list[int](), list[int]()
+        for one in documents:
+            start = len(starts)
+            starts += [start] * len(one.ids)
+            sizes += [len(one.ids)] * len(one.ids)
+            answers += [start + at for at in one.answers]
+            texts += range(start, start + one.context)
+        others = sorted(rng.sample(texts, min(self.others, len(texts))))
+        ids = [token for one in documents for token in one.ids]
+        return Packed(
+            ids=torch.tensor([ids]),
+            starts=torch.tensor(starts),
+            sizes=torch.tensor(sizes),
+            answers=torch.tensor(answers),
+            others=torch.tensor(others, dtype=torch.long),
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoded["input_ids"])

@@ -1,0 +1,286 @@
+"""The gates' trainer: attention that forgets is the formula, capacity is the sum, the loss reaches the gates alone."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import random_gates
+from vestige import InputError
+from vestige.gates import Gates
+from vestige.learn import LoopConfig, train
+from vestige.learn.retention import flat
+from vestige.learn.retention.capacity import expected_kept, over_capacity
+from vestige.learn.retention.gated import Gating, gated
+from vestige.learn.retention.sequences import SequenceMaker
+from vestige.learn.retention.tales import KINDS, tale
+from vestige.learn.retention.task import RetentionOptions, RetentionTask
+from vestige.learn.retention.warm import lives, regression, replayed
+from vestige.testing import attention, random_ids, tiny
+
+PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
+SMALL = RetentionOptions(length=800, least=500, others=8, moments=16, capacity=0.2, budget=0.5)
+
+
+class Fixed(Gates):
+    """Gates that say the same in every layer."""
+
+    def __init__(self, model, log_beta: torch.Tensor) -> None:
+        super().__init__(random_gates(model).config)
+        self.log_beta = log_beta
+
+    def forward(self, layer_idx, hidden):
+        return self.log_beta
+
+
+def logits_of(model, gating: Gating, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), gated(model, gating):
+        return model(input_ids=ids, position_ids=gating.positions, use_cache=False).logits
+
+
+# Attention that forgets.
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_gated_attention_adds_age_times_log_beta_to_the_logits(name):
+    model = tiny(name, sliding_window=64) if name == "gemma2" else tiny(name)
+    config = model.config
+    ids, tokens = random_ids(model, 1, 24), 24
+    log_beta = -torch.rand(1, config.num_key_value_heads, tokens, generator=torch.Generator().manual_seed(3))
+    age = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    bias = (age * log_beta[:, :, None]).repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 1)
+    mask = bias.masked_fill(age < 0, torch.finfo(torch.float32).min)
+    if name == "gemma2":
+        plain = torch.zeros_like(mask).masked_fill(age < 0, torch.finfo(torch.float32).min)
+        mask = {"full_attention": mask, "sliding_attention": plain}
+    with torch.no_grad(), attention(model, "eager"):
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    gating = Gating(torch.zeros(tokens, dtype=torch.long), Fixed(model, log_beta))
+    torch.testing.assert_close(logits_of(model, gating, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_without_gates_each_document_is_read_as_if_alone(monkeypatch):
+    monkeypatch.setattr("vestige.learn.retention.gated.BLOCK", 7)
+    model = tiny("llama")
+    ids = random_ids(model, 1, 40)
+    starts = torch.tensor([0] * 13 + [13] * 20 + [33] * 7)
+    found = logits_of(model, Gating(starts), ids)
+    for start, end in ((0, 13), (13, 33), (33, 40)):
+        with torch.no_grad():
+            alone = model(input_ids=ids[:, start:end], use_cache=False).logits
+        torch.testing.assert_close(found[:, start:end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_log_beta_is_what_the_gates_say_and_the_model_is_left_as_it_was():
+    model = tiny("llama")
+    gates, ids = random_gates(model), random_ids(model, 1, 12)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    gating = Gating(torch.zeros(12, dtype=torch.long), gates)
+    logits_of(model, gating, ids)
+    entered = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+    torch.testing.assert_close(gating.log_beta[0], gates(0, entered))
+    assert gating.packed_log_beta().shape == (sum(gates.config.kv_heads), 12)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+# Capacity.
+
+
+def test_what_is_kept_is_the_naive_sum_and_so_is_its_gradient(monkeypatch):
+    monkeypatch.setattr("vestige.learn.retention.capacity.BLOCK", 5)
+    log_beta = -torch.rand(3, 20, generator=torch.Generator().manual_seed(0)).double()
+    starts, at = torch.tensor([0] * 8 + [8] * 12), torch.tensor([0, 3, 7, 8, 11, 12, 19])
+    ours, naive = log_beta.clone().requires_grad_(), log_beta.clone().requires_grad_()
+    found = expected_kept(ours, starts, at)
+    sums = [
+        sum(torch.exp((t - i) * naive[row, i]) for row in range(3) for i in range(int(starts[t]), t + 1))
+        for t in at.tolist()
+    ]
+    expected = torch.stack(sums)
+    torch.testing.assert_close(found, expected)
+    weights = torch.arange(7.0).double()
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, naive.grad)
+
+
+def test_the_price_is_the_mean_share_of_excess_where_there_is_any():
+    kept, seen = torch.tensor([2.0, 12.0, 30.0]), torch.tensor([1, 10, 20])
+    found = over_capacity(kept, seen, 2, torch.tensor([4.0, 4.0, 4.0]))
+    assert float(found) == pytest.approx(((12 - 8) / (20 - 8) + (30 - 8) / (40 - 8)) / 2)
+
+
+def test_with_room_for_everything_there_is_no_price():
+    seen = torch.tensor([1, 5, 9])
+    assert float(over_capacity(2.0 * seen, seen, 2, torch.full((3,), 9.0))) == 0
+
+
+# Tales and sequences.
+
+
+def test_every_kind_comes_and_its_answers_stand_in_the_text():
+    tales = [tale(random.Random(i), PROSE) for i in range(150)]
+    assert {one.kind for one in tales} == KINDS.keys()
+    for one in tales:
+        assert one.asked and all(asked.answer in one.text for asked in one.asked), one
+    assert tales[3] == tale(random.Random(3), PROSE)
+
+
+@pytest.fixture
+def maker(chatter):
+    return SequenceMaker(chatter[1], length=800, least=500, others=8, seed=0)
+
+
+def test_a_sequence_is_documents_behind_each_other_and_its_answers_are_marked(maker, chatter):
+    tokenizer = chatter[1]
+    for index in range(12):
+        packed = maker.sequence(("train", index), [PROSE])
+        total = packed.ids.shape[1]
+        assert total <= 800 and len(packed.starts) == len(packed.sizes) == total
+        begins = packed.starts.unique().tolist()
+        for start, end in zip(begins, [*begins[1:], total], strict=True):
+            assert (packed.sizes[start:end] == end - start).all()
+            assert packed.ids[0, start] == tokenizer.bos_token_id
+        said = tokenizer.decode(packed.ids[0, packed.answers + 1])
+        assert said.count(tokenizer.eos_token) >= len(begins)
+        assert not set(packed.others.tolist()) & set(packed.answers.tolist()) and len(packed.others) == 8
+
+
+def test_a_sequence_is_a_function_of_its_name(maker):
+    one, again, other = (maker.sequence(("train", i), [PROSE]) for i in (3, 3, 4))
+    assert torch.equal(one.ids, again.ids) and torch.equal(one.others, again.others)
+    assert one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids)
+
+
+def test_sequences_too_short_for_any_tale_are_refused(chatter):
+    with pytest.raises(InputError, match="96 <= least"):
+        SequenceMaker(chatter[1], length=90, least=90, others=4, seed=0)
+    with pytest.raises(InputError, match="no tale fits into 100 tokens"):
+        SequenceMaker(chatter[1], length=100, least=100, others=4, seed=0).sequence(("a",), [PROSE])
+
+
+# The warm start.
+
+
+def test_lives_are_in_the_order_of_worth_and_so_many_outlive_the_text():
+    worth = torch.rand(4, 50, generator=torch.Generator().manual_seed(0))
+    found = lives(worth, 0.1)
+    assert bool((found.flatten()[worth.flatten().argsort()].diff() >= 0).all())
+    assert int((found > torch.tensor(50.0).log()).sum()) == 20
+
+
+def test_a_replay_is_what_kvzip_looks_at_and_its_states_are_those_of_the_text():
+    model = tiny("llama")
+    ids = random_ids(model, 1, 20)
+    worth, entered = replayed(model, ids)
+    assert worth.shape == (sum(random_gates(model).config.kv_heads), 20) and bool((worth > 0).all())
+    torch.testing.assert_close(entered[0], model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)))
+    assert all(x.shape[1] == 20 for x in entered.values())
+
+
+def test_gates_learn_what_a_replay_says_without_gradients_through_the_model():
+    model = tiny("llama")
+    gates, ids = Gates.fresh(model, width=16), random_ids(model, 1, 20)
+    first = regression(model, gates, ids, 0.2)
+    first.backward()
+    assert all(weight.grad is None for weight in model.parameters())
+    step = torch.optim.Adam(gates.parameters(), lr=0.02)
+    for _ in range(30):
+        step.zero_grad()
+        last = regression(model, gates, ids, 0.2)
+        last.backward()
+        step.step()
+    assert float(last.detach()) < 0.5 * float(first.detach())
+
+
+# The task.
+
+
+@pytest.fixture
+def task(chatter):
+    tokenizer = chatter[1]
+    model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
+    torch.manual_seed(0)
+    gates = Gates.fresh(model, width=16, bias=2.0)
+    return RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], SMALL, validation=2)
+
+
+def test_the_loss_reaches_the_gates_and_nothing_else(task):
+    parts = task.loss(0)
+    parts["loss"].backward()
+    for name, parameter in task.gates.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert all(weight.grad is None for weight in task.model.parameters())
+    expected = parts["kl"] + parts["ce"] + 0.25 * parts["text"] + parts["capacity"]
+    torch.testing.assert_close(parts["loss"], expected)
+    assert 0 < float(parts["kept"]) < 1
+
+
+def test_gates_that_keep_everything_say_what_the_model_says(task):
+    with torch.no_grad():
+        task.gates.heads[0].bias.fill_(40.0)
+        parts = task.loss(1)
+    assert float(parts["kl"]) == pytest.approx(0, abs=1e-5) and float(parts["kept"]) == pytest.approx(1)
+
+
+def test_the_first_sequences_learn_from_replays(task):
+    warm = replace(SMALL, warm=2)
+    other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.prose, task.held, warm)
+    assert other.loss(1).keys() == {"loss", "tokens"} and "kl" in other.loss(2)
+    other.loss(0)["loss"].backward()
+    assert all(parameter.grad is not None for parameter in other.gates.parameters())
+
+
+def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
+    packed = task.maker.sequence(("train", 0), task.prose)
+    monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
+    losses = []
+    config = LoopConfig(steps=20, batch=1, lr=1e-2, save_every=100)
+    train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_sequences_longer_than_the_model_are_refused(chatter):
+    model, tokenizer = chatter
+    with pytest.raises(InputError, match="800 tokens.*512 positions"):
+        RetentionTask(model, tokenizer, Gates.fresh(model), [PROSE], [PROSE], SMALL)
+
+
+def test_validation_really_evicts(task, monkeypatch):
+    from vestige.learn.retention import hard
+
+    monkeypatch.setattr(hard, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
+    with torch.no_grad():
+        half = task.validate()
+        task._to_validate, held = [], task._to_validate
+        whole = hard.judged(task.model, task.gates, held, 1.0)
+    assert half["answers"] == whole["answers"] > 0 and half["loss"] != whole["loss"]
+
+
+def test_the_flat_trainer_comes_to_the_same_losses(chatter):
+    tokenizer = chatter[1]
+    options = replace(SMALL, moments=10_000)
+    losses = []
+    for kind in ("flat", "full"):
+        model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
+        torch.manual_seed(0)
+        gates = Gates.fresh(model, width=16, bias=2.0)
+        task = RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], options)
+        if kind == "flat":
+            model.set_attn_implementation("eager")
+            sequences = [task.maker.sequence(("train", i), task.prose) for i in range(3)]
+            losses.append(flat.train(model, gates, sequences, lr=1e-2, capacity=options.capacity))
+            continue
+        optimizer, found = torch.optim.AdamW(gates.parameters(), lr=1e-2, weight_decay=0.0), []
+        for i in range(3):
+            optimizer.zero_grad()
+            loss = task.loss(i)["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(gates.parameters(), 1.0)
+            optimizer.step()
+            found.append(loss.item())
+        losses.append(found)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
