@@ -22,7 +22,7 @@ from vestige.foreign import copy_layer, tensors_of
 from vestige.layers import RaggedLayer, Step
 from vestige.models import Anatomy, check
 from vestige.observe import Glance, Phase
-from vestige.policy import Binds, Policy, Prepares, Written
+from vestige.policy import Policy, Prepares, Written
 from vestige.recording import Recording
 from vestige.remains import Absorbed, Forgotten, Memory
 from vestige.report import LayerReport, Report
@@ -68,15 +68,8 @@ class KVCache(Cache):
             layers[idx] = RaggedLayer(self, idx)
         super().__init__(layers=layers)
         self.policy, self.memory, self.absorbed = policy, memory, Absorbed()
-        for observer in observers:
-            if isinstance(observer, Binds):
-                observer.bind(anatomy.model)
         self.recording = Recording.of(observers)
-        if "output" in self.recording.needs:
-            for idx in anatomy.evictable:  # refuse a model without one before anything is read
-                anatomy.output(idx)
-        if _TURNING & self.recording.needs:
-            anatomy.rope()
+        self.recording.require_of(anatomy)
         self.schedule = Schedule()
         self.lengths: tuple[int, ...] | None = None
         """The announced full length of each batch row, which a fraction budget is a fraction of."""
@@ -136,7 +129,7 @@ class KVCache(Cache):
     @property
     def rope(self) -> Rope | None:
         """How the layers turn keys and queries, if that is recorded or looked at."""
-        return self.anatomy.rope() if _TURNING & self.recording.needs else None
+        return self.anatomy.rope() if self.recording.turns else None
 
     def pin(self, span: Span) -> None:
         """Protect the pairs of a span, in every layer and batch row, from eviction.
@@ -498,9 +491,6 @@ class KVCache(Cache):
                 "the last forward on this cache died midway, so its layers disagree; go back to a fork or a new cache"
             )
 
-
-_TURNING = frozenset({"rope", "query_moments"})
-"""Needs for which the model's rotary positions must be understood."""
 
 _SHARED = ("lengths", "reading_to", "pins", "erased", "step", "seen", "prepared", "evict_s", "annotate_s")
 """What a fork takes over as it is: values that are replaced, never changed in place."""

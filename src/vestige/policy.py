@@ -123,7 +123,7 @@ class Policy(ABC):
 
 @runtime_checkable
 class Binds(Protocol):
-    """A policy that brings something made for one model (trained gates): it is asked before anything is read."""
+    """A policy that writes what something made for one model says (trained gates): asked before anything is read."""
 
     def bind(self, model: PreTrainedModel) -> None:
         """Make ready for a model.

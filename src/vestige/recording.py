@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vestige.errors import PolicyError
+from vestige.models import Anatomy
 from vestige.observe import Glance
-from vestige.policy import Annotates, Policy, Watches
+from vestige.policy import Annotates, Binds, Policy, Watches
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,27 @@ class Recording:
     def longest(self) -> int:
         """Most tokens that any ring looks back."""
         return max(self.ring_sizes.values(), default=0)
+
+    @property
+    def turns(self) -> bool:
+        """Whether keys or queries are turned back to what they were before RoPE."""
+        return not self.needs.isdisjoint({"rope", "query_moments"})
+
+    def require_of(self, anatomy: Anatomy) -> None:
+        """Refuse a model that lacks what is to be recorded, before anything is read.
+
+        Raises:
+            ModelError: It has no plain output projection, its rotation is unknown, or what a policy brings along was
+                made for another model.
+        """
+        for policy in self.writers:
+            if isinstance(policy, Binds):
+                policy.bind(anatomy.model)
+        if "output" in self.needs:
+            for layer_idx in anatomy.evictable:
+                anatomy.output(layer_idx)
+        if self.turns:
+            anatomy.rope()
 
     def check(self, policy: Policy) -> None:
         """Raise a PolicyError if a policy needs what is not recorded."""

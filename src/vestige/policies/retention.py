@@ -53,7 +53,9 @@ class Retention(Policy):
         Raises:
             ModelError: There are none, they are damaged, or they are another model's.
         """
-        self.made_for(model).require_fit(model)
+        made = self.made_for(model)
+        if made is self.gates:  # others were looked at when they were read
+            made.require_fit(model)
 
     def made_for(self, model: PreTrainedModel) -> Gates:
         """Return the gates for a model: those at hand as they are, others read once, to compute in its dtype.
