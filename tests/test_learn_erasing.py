@@ -100,6 +100,24 @@ def test_twenty_steps_on_few_samples_lower_the_loss(task, tmp_path, monkeypatch)
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_samples_of_a_pool_are_made_once_and_trained_on_in_several_passes(chatter, task, monkeypatch):
+    options = replace(SMALL, passes=3, pool=2)
+    assert [options.taken(i) for i in range(9)] == [0, 1, 0, 1, 0, 1, 2, 3, 2]
+    other, made = EraserTask(*chatter, task.adapter, TEXTS, TEXTS, options), []
+    make = other.maker.sample
+
+    def counted(name, texts, *, neighbours):
+        made.append((name[1], neighbours))
+        return make(name, texts, neighbours=neighbours)
+
+    monkeypatch.setattr(other.maker, "sample", counted)
+    with torch.no_grad():
+        losses = [float(other.loss(i)["loss"]) for i in range(7)]
+        once = [float(task.loss(i)["loss"]) for i in range(2)]
+    assert made == [(0, True), (1, True), (2, False)] and len(other._pool) == 1
+    assert losses[:2] == losses[2:4] == losses[4:6] == once
+
+
 def test_the_divergence_from_the_clean_text_can_be_added(chatter, task):
     model, tokenizer = chatter
     options = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2, kl=0.5)
@@ -122,7 +140,9 @@ def test_texts_without_sentences_are_refused():
         prose_of([Document("a", "no end")])
 
 
-@pytest.mark.parametrize("wrong", [{"least": 10}, {"least": 500, "most": 400}, {"reply": 0}, {"kl": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"least": 10}, {"least": 500, "most": 400}, {"reply": 0}, {"kl": -1.0}, {"passes": 0}]
+)
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(InputError):
         EraserOptions(**wrong)

@@ -53,6 +53,10 @@ class EraserOptions:
     """Weight of the divergence from the clean text's logits."""
     tries: int = 8
     """Drafts that are looked at for one sample; if none will do, the first is taken as it is."""
+    passes: int = 1
+    """How often each sample is trained on: making one costs several times as much."""
+    pool: int = 64
+    """Samples that are gone over in turn so often, then the next; their texts' keys and values are in memory."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +64,13 @@ class EraserOptions:
             raise InputError(f"least and most must be tokens, at least 100, got {self.least} and {self.most}")
         if self.reply < 1 or self.tries < 1 or self.neighbours < 0 or self.kl < 0:
             raise InputError("reply and tries must be at least 1, neighbours and kl not negative")
+        if self.passes < 1 or self.pool < 1:
+            raise InputError("passes and pool must be at least 1")
+
+    def taken(self, index: int) -> int:
+        """Return which sample of the stream is trained on at an index."""
+        block, place = divmod(index, self.pool * self.passes)
+        return block * self.pool + place % self.pool
 
 
 @dataclass(frozen=True, kw_only=True)

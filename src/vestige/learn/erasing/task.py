@@ -51,6 +51,7 @@ class EraserTask:
         self.maker = SampleMaker(model, tokenizer, options)
         self.texts, self.held = texts, held
         self.validation = validation
+        self._pool: dict[int, Sample] = {}
         self._to_validate: list[Sample] = []
 
     @property
@@ -65,8 +66,7 @@ class EraserTask:
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sample over the surrogate cache, the mean over its queries."""
-        neighbours = index < self.options.neighbours
-        sample = self.maker.sample(("train", index), self.texts, neighbours=neighbours)
+        sample = self._sample(self.options.taken(index))
         answered = self._answered(sample)
         nll = torch.stack([cross_entropy(logits, one.target) for one, logits in answered]).mean()
         exact = torch.stack([_exact(one, logits) for one, logits in answered]).mean()
@@ -103,6 +103,15 @@ class EraserTask:
             "documents": [seed_of(*text[:3]) for text in (*self.texts.prose, *self.held.prose)],
             "questions": [seed_of(one.text) for one in (*self.texts.questions, *self.held.questions)],
         }
+
+    def _sample(self, number: int) -> Sample:
+        """Return a sample to train on, from the pool if it is there."""
+        if number not in self._pool:
+            first = number - number % self.options.pool
+            self._pool = {one: sample for one, sample in self._pool.items() if one >= first}
+            neighbours = number < self.options.neighbours
+            self._pool[number] = self.maker.sample(("train", number), self.texts, neighbours=neighbours)
+        return self._pool[number]
 
     def _answered(self, sample: Sample) -> list[tuple[Asked, Logits]]:
         """Return what the edited cache says to each query, as logits of the target's tokens; one edit serves all."""

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,18 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige.adapter import Adapter
 from vestige.errors import InputError
 from vestige.learn import documents
-from vestige.learn.card import write_card
 from vestige.learn.config import LoopConfig
 from vestige.learn.erasing import questions
 from vestige.learn.erasing.samples import EraserOptions, Texts
 from vestige.learn.erasing.task import EraserTask
-from vestige.learn.loop import Tell, Trained, train
-from vestige.learn.parallel import Processes
+from vestige.learn.job import HELD_OUT, Job
+from vestige.learn.loop import Trained
 from vestige.learn.prose import prose_of
-
-ADAPTER = "adapter"
-_HELD = 0.1
-"""Share of the texts to validate on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +37,7 @@ class EraserTraining:
         InputError: No data, or a number out of range.
     """
 
+    weights: ClassVar[str] = "adapter"
     data: tuple[str, ...]
     field: str = "text"
     qa: tuple[str, ...] = ()
@@ -55,55 +52,27 @@ class EraserTraining:
         if self.rank < 1 or self.validation < 1:
             raise InputError("rank and validation must be at least 1")
 
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
+        """Train, and write the adapter with its card once all steps are done; the model is frozen by this.
 
-def train_eraser(
-    training: EraserTraining,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    *,
-    name: str,
-    command: str,
-    resume: bool = False,
-    among: Processes | None = None,
-    tell: Tell | None = None,
-) -> Trained:
-    """Train, and write the adapter with its card once all steps are done.
-
-    Args:
-        training: What to do.
-        model: Frozen by this.
-        tokenizer: The model's.
-        out: Checkpoints, ``metrics.jsonl``, and in the end ``adapter/``.
-        name: Of the model, for the card.
-        command: That does the same again, for the card.
-        resume: Go on with what is in ``out``.
-        among: This process among several.
-        tell: Hears of every step.
-
-    Raises:
-        InputError: The data or the folder cannot be used.
-        VestigeError: The loss is not finite; the last checkpoint is kept.
-    """
-    sides = documents.split(documents.read(training.data, field=training.field), share=_HELD)
-    asked = questions.split(questions.read(training.qa), share=_HELD)
-    texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))
-    torch.manual_seed(training.loop.seed)
-    adapter = Adapter.fresh(model, rank=training.rank, alpha=2.0 * training.rank)
-    task = EraserTask(model, tokenizer, adapter, texts, held, training.options, validation=training.validation)
-    done = train(task, training.loop, out, resume=resume, among=among, tell=tell)
-    if done.finished and (among is None or among.main):
-        adapter.save(out / ADAPTER)
-        write_card(
-            out / ADAPTER,
-            out,
+        Raises:
+            InputError: The data or the folder cannot be used.
+            VestigeError: The loss is not finite; the last checkpoint is kept.
+        """
+        sides = documents.split(documents.read(self.data, field=self.field), share=HELD_OUT)
+        asked = questions.split(questions.read(self.qa), share=HELD_OUT)
+        texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))
+        torch.manual_seed(self.loop.seed)
+        adapter = Adapter.fresh(model, rank=self.rank, alpha=2.0 * self.rank)
+        task = EraserTask(model, tokenizer, adapter, texts, held, self.options, validation=self.validation)
+        return job.carry_out(
+            task,
+            self.loop,
+            adapter,
+            self.weights,
             what="KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
-            model=name,
             documents=[one for side in sides for one in side],
-            loop=training.loop,
-            command=command,
-            qa=[Path(one).name for one in training.qa],
-            options=asdict(training.options),
-            rank=training.rank,
+            qa=[Path(one).name for one in self.qa],
+            options=asdict(self.options),
+            rank=self.rank,
         )
-    return done

@@ -1,7 +1,7 @@
 """``vestige train retention``: from texts to gates with their card, in a folder that ``retention(gates=...)`` takes."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,16 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige.errors import InputError
 from vestige.gates import Gates
 from vestige.learn import documents
-from vestige.learn.card import write_card
 from vestige.learn.config import LoopConfig
-from vestige.learn.loop import Tell, Trained, train
-from vestige.learn.parallel import Processes
+from vestige.learn.job import HELD_OUT, Job
+from vestige.learn.loop import Trained
 from vestige.learn.prose import prose_of
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
-
-GATES = "gates"
-_HELD = 0.1
-"""Share of the texts to validate on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +35,7 @@ class RetentionTraining:
         InputError: No data, or a number out of range.
     """
 
+    weights: ClassVar[str] = "gates"
     data: tuple[str, ...]
     field: str = "text"
     loop: LoopConfig
@@ -56,53 +52,25 @@ class RetentionTraining:
         if self.validation < 1:
             raise InputError("validation must be at least 1")
 
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
+        """Train, and write the gates with their card once all steps are done; the model is frozen by this.
 
-def train_retention(
-    training: RetentionTraining,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    *,
-    name: str,
-    command: str,
-    resume: bool = False,
-    among: Processes | None = None,
-    tell: Tell | None = None,
-) -> Trained:
-    """Train, and write the gates with their card once all steps are done.
-
-    Args:
-        training: What to do.
-        model: Frozen by this.
-        tokenizer: The model's.
-        out: Checkpoints, ``metrics.jsonl``, and in the end ``gates/``.
-        name: Of the model, for the card.
-        command: That does the same again, for the card.
-        resume: Go on with what is in ``out``.
-        among: This process among several.
-        tell: Hears of every step.
-
-    Raises:
-        InputError: The data or the folder cannot be used.
-        VestigeError: The loss is not finite; the last checkpoint is kept.
-    """
-    sides = documents.split(documents.read(training.data, field=training.field), share=_HELD)
-    prose, held = (prose_of(side) for side in sides)
-    torch.manual_seed(training.loop.seed)
-    gates = Gates.fresh(model, width=training.width, depth=training.depth, tied=training.tied, bias=training.bias)
-    task = RetentionTask(model, tokenizer, gates, prose, held, training.options, validation=training.validation)
-    done = train(task, training.loop, out, resume=resume, among=among, tell=tell)
-    if done.finished and (among is None or among.main):
-        gates.save(out / GATES)
-        write_card(
-            out / GATES,
-            out,
+        Raises:
+            InputError: The data or the folder cannot be used.
+            VestigeError: The loss is not finite; the last checkpoint is kept.
+        """
+        sides = documents.split(documents.read(self.data, field=self.field), share=HELD_OUT)
+        prose, held = (prose_of(side) for side in sides)
+        torch.manual_seed(self.loop.seed)
+        gates = Gates.fresh(model, width=self.width, depth=self.depth, tied=self.tied, bias=self.bias)
+        task = RetentionTask(model, tokenizer, gates, prose, held, self.options, validation=self.validation)
+        return job.carry_out(
+            task,
+            self.loop,
+            gates,
+            self.weights,
             what="retention gates after DBTrimKV (arXiv 2605.09649): what each pair is worth, from when it is written",
-            model=name,
             documents=[one for side in sides for one in side],
-            loop=training.loop,
-            command=command,
-            options=asdict(training.options),
-            gates={"width": training.width, "depth": training.depth, "tied": training.tied, "bias": training.bias},
+            options=asdict(self.options),
+            gates={"width": self.width, "depth": self.depth, "tied": self.tied, "bias": self.bias},
         )
-    return done

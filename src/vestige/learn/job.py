@@ -1,0 +1,104 @@
+"""What every training command does around the loop: it trains, and leaves the weights with their card."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige.learn.card import write_card
+from vestige.learn.config import LoopConfig
+from vestige.learn.documents import Document
+from vestige.learn.loop import Tell, Trained, train
+from vestige.learn.parallel import Processes
+from vestige.learn.task import Task
+
+HELD_OUT = 0.1
+"""Share of the documents to validate on."""
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """What is trained, and can be kept."""
+
+    def save(self, folder: Path) -> None:
+        """Write safetensors and JSON into a folder that may not exist yet."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Where a training writes, under which names, and who works on it.
+
+    Args:
+        out: A folder for checkpoints, ``metrics.jsonl``, and in the end a folder of weights.
+        name: Of the model, for the card.
+        command: That does the same again, for the card.
+        resume: Go on with what is in ``out``.
+        among: This process among several.
+        tell: Hears of every step.
+    """
+
+    out: Path
+    name: str
+    command: str
+    resume: bool = False
+    among: Processes | None = None
+    tell: Tell | None = None
+
+    def carry_out(
+        self,
+        task: Task,
+        loop: LoopConfig,
+        weights: Weights,
+        folder: str,
+        *,
+        what: str,
+        documents: Sequence[Document],
+        **more: Any,
+    ) -> Trained:
+        """Train, and once all steps are done write the weights and their card.
+
+        Args:
+            task: What to train on.
+            loop: For how long.
+            weights: Those that the task trains.
+            folder: Within ``out``, for the weights.
+            what: The weights do, and whose method that is.
+            documents: They are trained or validated on.
+            more: For the card, as JSON values.
+
+        Raises:
+            InputError: The data or the folder cannot be used.
+            VestigeError: The loss is not finite; the last checkpoint is kept.
+        """
+        done = train(task, loop, self.out, resume=self.resume, among=self.among, tell=self.tell)
+        if done.finished and (self.among is None or self.among.main):
+            weights.save(self.out / folder)
+            write_card(
+                self.out / folder,
+                self.out,
+                what=what,
+                model=self.name,
+                documents=documents,
+                loop=loop,
+                command=self.command,
+                **more,
+            )
+        return done
+
+
+@runtime_checkable
+class Training(Protocol):
+    """What is trained, on what, for how long: what a training command makes of its options."""
+
+    weights: ClassVar[str]
+    """What is made, as it is called; and the folder for it."""
+
+    @property
+    def loop(self) -> LoopConfig: ...
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
+        """Train; the model is frozen by this."""
+        ...
