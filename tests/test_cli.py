@@ -184,6 +184,7 @@ BAD_ANYWHERE = {
     "three sources": ((*RUN, "--context", "story.txt", "--cache", "folder"), "exactly one of"),
     "cache and policy": ((*ASK, "--cache", "folder", *EVICT), "brings its policy and budget along"),
     "cache and memory": ((*ASK, "--cache", "folder", "--memory", "moments"), "and its memory; leave .*--memory out"),
+    "explain a cache": ((*ASK, "--cache", "folder", "--explain", "x"), "--explain needs a text to read"),
     "save into a full folder": ((*RUN, "--save", "full"), "full exists and is not empty"),
     "save onto a file": ((*RUN, "--save", "story.txt"), "story.txt exists"),
     "unknown option": ((*RUN, "--polcy", "full"), "No such option: --polcy.*--policy"),
@@ -252,6 +253,7 @@ def with_model(vestige, folders, *words: object) -> Outcome:
         (("--context", "long.txt", *EVICT), r"context and question are \d+ tokens.* 512 positions"),
         (("--context", "story.txt", "--policy", "knorm", "--budget", "0.1"), r"gives \d+ pairs a row.* protect 36"),
         (("--context", "story.txt", "--policy", "knorm", "--budget", "9KB"), r"gives \d+ pairs a row.* protect 36"),
+        (("--context", "story.txt", "--explain", "lamp 17"), "passage 'lamp 17' does not occur in the text"),
         (("--cache", "gone"), "gone is not a saved cache"),
         (("--cache", "story.txt"), "story.txt is not a saved cache"),
         (("--cache", "."), "is not a saved cache: no cache.json"),
@@ -379,7 +381,7 @@ def test_every_command_has_the_options_of_the_contract(vestige, command):
 def test_run_help_has_every_option_of_the_contract(vestige):
     options = (
         "model context prompt cache question policy budget share memory chunk max-new-tokens save device dtype seed "
-        "json help"
+        "json help explain"
     )
     found = set(re.findall(r"^  --([a-z-]+)", vestige("run", "--help").out, re.MULTILINE))
     assert found == set(options.split())

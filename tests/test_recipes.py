@@ -2,14 +2,10 @@
 
 import json
 
-import torch
-
-from vestige import Budget, KVCache, attach, policies, prefill
 from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.tasks import TASKS
 from vestige.erasers import ERASERS
 from vestige.recipes import bench, erase, evidence, laprox, memory
-from vestige.testing import random_ids, tiny
 
 
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
@@ -99,27 +95,6 @@ def test_a_span_is_found_among_tokens_that_cut_words():
     assert evidence.span_of(words, "code") == range(1, 3)
     assert evidence.span_of(words, "731") == range(3, 5)
     assert evidence.span_of(words, "nothing") == range(0)
-
-
-def test_what_a_reply_pays_to_all_that_was_read_is_what_it_does_not_pay_to_itself():
-    model = tiny("llama")
-    model.set_attn_implementation("eager")
-    ids, reply = random_ids(model, 1, 12)[0].tolist(), [5]
-    with torch.no_grad():
-        weights = model(torch.tensor([ids + reply]), output_attentions=True).attentions
-        paid = evidence.attention_to(model, ids, reply, range(12), 2)
-    expected = torch.stack([layer[0, :, -1, :12].view(2, -1, 12).sum(1) for layer in weights])
-    torch.testing.assert_close(paid, expected)
-
-
-def test_the_kept_pairs_of_a_span_are_those_that_the_cache_holds():
-    model = tiny("llama")
-    cache = KVCache(model, policies.StreamingLLM(budget=Budget.tokens(6), sink=2, window=4))
-    with attach(model), torch.no_grad():
-        prefill(model, random_ids(model, 1, 12), cache)
-    kept = evidence.kept_of(cache, range(1, 10))
-    assert kept.shape == (len(cache.evictable), cache.evictable[0].kv_heads, 9)
-    assert (kept == torch.tensor([True] + [False] * 6 + [True] * 2)).all()
 
 
 # Memories.

@@ -19,10 +19,15 @@ class Answer:
     """A greedy reply and what it took."""
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     """Tokens generated, the end mark included."""
     decode_s: float
     """Seconds of decoding; reading the question is not in it."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated, the end mark included."""
+        return len(self.ids)
 
 
 def answer(
@@ -62,7 +67,7 @@ def answer(
     )
     new = out[0, ids.shape[1] :]
     text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-    return Answer(text, len(new), time.perf_counter() - started)
+    return Answer(text, tuple(new.tolist()), time.perf_counter() - started)
 
 
 def check_room(limit: int | None, length: int) -> None:

@@ -65,6 +65,10 @@ def run(
     chunk: Chunk = 1024,
     max_new_tokens: NewTokens = 64,
     save: Annotated[Path | None, typer.Option(help="Keep the compressed reading in this new folder.")] = None,
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(help="A passage that the answer rests on: what attention it gets before and after eviction."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -78,7 +82,8 @@ def run(
 
     config = RunConfig(
         questions=tuple(question or ()), context=context, prompt=prompt, cache=cache, policy=policy, budget=budget,
-        share=share, memory=memory, chunk=chunk, max_new_tokens=max_new_tokens, save=save, seed=seed,
+        share=share, memory=memory, chunk=chunk, max_new_tokens=max_new_tokens, save=save,
+        explain=tuple(explain or ()), seed=seed,
     )  # fmt: skip
     config.text()  # a missing file should not cost a download
     network, tokenizer = load(model, device=device, dtype=dtype)
@@ -91,6 +96,7 @@ def run(
     out.print(
         show.report_table(result.report, prefill_s=result.prefill_s, tokens_per_s=result.decode_tokens_per_s),
         show.layers_picture(result.report),
+        *(show.explained_table(one) for one in result.explained),
         sep="\n\n",
     )
 

@@ -24,7 +24,7 @@ def find(text: str, part: str, offsets: Sequence[tuple[int, int]]) -> Span:
     """
     part = part.strip()
     if not part:
-        raise InputError("the passage to erase is empty")
+        raise InputError("the passage is empty")
     places = [match.start() for match in re.finditer(re.escape(part), text)]
     if not places:
         raise InputError(f"the passage {_short(part)!r} does not occur in the text")

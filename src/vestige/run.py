@@ -11,16 +11,18 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vestige import locate, policies
 from vestige import memory as memories
-from vestige import policies
 from vestige.answer import Answer, answer, check_room
 from vestige.attachment import attach
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import InputError
+from vestige.explain import Explanation, explain
 from vestige.policy import Policy
 from vestige.reading import prefill
 from vestige.report import Report
+from vestige.spans import Span
 from vestige.text import Frame, read_text, require_text
 
 
@@ -45,6 +47,8 @@ class RunConfig:
     chunk: int = 1024
     max_new_tokens: int = 64
     save: Path | None = None
+    explain: tuple[str, ...] = ()
+    """Passages of the text that the answers rest on."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class RunConfig:
             raise InputError("give at least one --question, or --save to keep the reading")
         for question in self.questions:
             require_text(question, "--question")
+        if self.explain and (self.cache is not None or not self.questions):
+            raise InputError("--explain needs a text to read (--context or --prompt) and a --question")
         for name in ("chunk", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -80,6 +86,15 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class Explained:
+    """How a question's attention to its evidence changed with eviction."""
+
+    answer: str
+    """The reply with all pairs, which is also what was fed behind the question to look at attention."""
+    explanation: Explanation
+
+
+@dataclass(frozen=True)
 class RunResult:
     """Answers, and the cache as it was after the last settle before the first question."""
 
@@ -91,6 +106,8 @@ class RunResult:
     """Its name; a saved cache brings it along."""
     memory: str = "none"
     """Its name, as that of the policy."""
+    explained: tuple[Explained, ...] = ()
+    """Of each question, if passages were named that the answers rest on."""
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -122,7 +139,11 @@ class RunResult:
             "budget_total": report.budget_total,
             "chunk": chunk,
             "model": model,
-        }
+        } | ({"explain": [self._row(one) for one in self.explained]} if self.explained else {})
+
+    @staticmethod
+    def _row(one: Explained) -> dict[str, Any]:
+        return {"full_answer": one.answer} | one.explanation.as_dict()
 
 
 def run(
@@ -145,6 +166,7 @@ def run(
     frame = Frame(tokenizer)
     questions = [frame.question(question) for question in config.questions]
     text = config.text()
+    spans = [] if text is None else [locate.find(text, part, frame.offsets(text)) for part in config.explain]
     with torch.no_grad(), attach(model):
         started = time.perf_counter()
         if text is None:
@@ -155,7 +177,8 @@ def run(
         prefill_s = 0.0 if text is None else time.perf_counter() - started
         if config.save is not None:
             cache.save(config.save)
-        return ask(config, model, tokenizer, cache, questions, prefill_s)
+        explained = _explain(config, model, tokenizer, cache, questions, spans) if spans else ()
+        return replace(ask(config, model, tokenizer, cache, questions, prefill_s), explained=explained)
 
 
 def ask(
@@ -217,6 +240,25 @@ def read(
 
     prefill(model, ids.to(model.device), cache, chunk=config.chunk, length=length, progress=advanced)
     return cache
+
+
+def _explain(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: KVCache,
+    questions: list[Tensor],
+    spans: Sequence[Span],
+) -> tuple[Explained, ...]:
+    """Read the text again with all pairs, and compare what each question with its reply attends to."""
+    whole = replace(config, policy="full", budget=None, share=None, memory="none")
+    full = read(whole, model, cache.ids, questions, None)
+    explained = list[Explained]()
+    for question in questions:
+        reply = answer(model, tokenizer, full.fork(), question, max_new_tokens=config.max_new_tokens)
+        fed = torch.cat([question, torch.tensor([reply.ids[:-1]], dtype=question.dtype)], 1)
+        explained.append(Explained(reply.text, explain(model, full, cache, fed, spans)))
+    return tuple(explained)
 
 
 def _given(path: Path | None) -> Path:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from vestige.eraser import EraseReport
 from vestige.report import LayerReport, Report
+from vestige.run import Explained
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -93,6 +94,23 @@ def _layer_cells(layer: LayerReport, most: int, width: int) -> tuple[str, Text, 
     bar = Text("█" * filled, style="cyan").append("·" * (width - filled), style="dim")
     blocks = "".join(_BLOCKS[round(8 * n / most)] if most else " " for n in layer.rows[:64])
     return str(layer.layer_idx), bar, f"{mean:.0f}", blocks
+
+
+def explained_table(explained: Explained) -> Table:
+    """Return what eviction did to the attention that the evidence of an answer gets, in all and by layer."""
+    one = explained.explanation
+    title = Text(f"attention to the evidence, from the question and its reply: {explained.answer}")
+    table = Table(box=None, padding=(0, 1, 0, 0), title=title)
+    for name in ("layer", "with all pairs", "with those kept", "pairs kept"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("rows", no_wrap=True)
+    for i, (full, kept, held) in enumerate(zip(one.full, one.kept, one.held, strict=True)):
+        blocks = "".join(_BLOCKS[round(8 * share)] for share in held.float().mean(1).tolist())
+        shares = float(full.sum(1).mean()), float(kept.sum(1).mean()), float(held.float().mean())
+        table.add_row(str(i), *(f"{share:.1%}" for share in shares), blocks)
+    whole = 1 - one.dilution_full, 1 - one.dilution_kept, one.held_share
+    table.add_row("all", *(f"{share:.1%}" for share in whole))
+    return table
 
 
 def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Table:

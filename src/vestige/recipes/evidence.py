@@ -11,9 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
-from jaxtyping import Bool, Float
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import policies
 from vestige.attachment import attach
@@ -21,7 +19,7 @@ from vestige.bench import items, ours
 from vestige.bench.config import BenchConfig
 from vestige.bench.render import Renderer
 from vestige.budget import Budget
-from vestige.cache import KVCache
+from vestige.explain import attention_to, held_of, left_of
 from vestige.recipes import laprox
 
 TASKS = ("ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
@@ -30,7 +28,7 @@ METHODS = tuple(
     for pooling in ("kernel=7", "kernel=21", "kernel=31, causal=True", "kernel=41, causal=True")
     for name in ("snapkv", "laprox")
 )
-SAMPLES, PIECE = 5, 512
+SAMPLES = 5
 
 
 def span_of(words: Sequence[str], text: str) -> range:
@@ -43,58 +41,25 @@ def span_of(words: Sequence[str], text: str) -> range:
     return range(found[0], found[-1] + 1) if found else range(0)
 
 
-def attention_to(
-    model: PreTrainedModel, ids: Sequence[int], reply: Sequence[int], span: range, kv_heads: int
-) -> Float[Tensor, "layers kv_heads span"]:
-    """Return what the tokens of a reply pay to a span, summed over them and over query groups.
-
-    Args:
-        model: With eager attention, which alone returns weights.
-        ids: What was read.
-        reply: What was said after it.
-        span: Tokens of ``ids``.
-        kv_heads: KV heads of every layer.
-    """
-    cache, text = DynamicCache(config=model.config), torch.tensor([list(ids)])
-    for start in range(0, len(ids), PIECE):
-        model(text[:, start : start + PIECE], past_key_values=cache)
-    weights = model(torch.tensor([list(reply)]), past_key_values=cache, output_attentions=True).attentions
-    paid = torch.stack([layer[0, :, :, span.start : span.stop].float().sum(1) for layer in weights])
-    by_row: Tensor = paid.unflatten(1, (kv_heads, -1)).sum(2)
-    return by_row
-
-
-def kept_of(cache: KVCache, span: range) -> Bool[Tensor, "layers kv_heads span"]:
-    """Return which pairs of a span a cache of one batch row still holds."""
-    wanted = torch.arange(span.start, span.stop)
-    return torch.stack(
-        [
-            torch.stack([torch.isin(wanted, layer.positions(row)) for row in range(layer.rows)])
-            for layer in cache.evictable
-        ]
-    )
-
-
 def measure(
-    config: BenchConfig, load: tuple[PreTrainedModel, PreTrainedTokenizerBase], eager: PreTrainedModel
+    config: BenchConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[str, str, str, float]]:
     """Yield task, method, budget and the share of attention kept, for each sample that the full cache answers."""
-    model, tokenizer = load
     for item in items.collect(config, Renderer(tokenizer, model, question_aware=True)):
         ids, answer = item.job.turns[0].context, item.sample.turns[0].answers[0]
         made = {(name, b): policies.make(name, Budget.parse(b)) for name in METHODS for b in laprox.BUDGETS}
         with torch.no_grad(), attach(model):
             reading = ours.read(model, [item.job], list(made.values()))
             (full,) = ours.run(model, [item.job], policies.Full(), reading=reading)
-            span = span_of([str(tokenizer.decode([i])) for i in ids], answer)
-            if answer not in tokenizer.decode(list(full.replies[0])) or not span:
+            reply, span = list(full.replies[0]), span_of([str(tokenizer.decode([i])) for i in ids], answer)
+            if answer not in tokenizer.decode(reply) or not span:
                 continue
-            kv_heads = reading.cache.evictable[0].kv_heads
-            paid = attention_to(eager, ids, full.replies[0], span, kv_heads)
+            needle = torch.tensor(span)
+            paid = attention_to(model, reading.cache, torch.tensor([reply]), needle)
             for (name, budget), policy in made.items():
                 cache = reading.cache.fork(policy)
                 cache.settle()
-                yield item.sample.task, name, budget, float((paid * kept_of(cache, span)).sum() / paid.sum())
+                yield item.sample.task, name, budget, left_of(paid, held_of(cache, needle))
 
 
 def main(
@@ -108,10 +73,8 @@ def main(
     from vestige.download import load
 
     config = replace(laprox.parts(essays, split="dev")["aware"].config, tasks=TASKS, samples=samples)
-    pair, (eager, _) = load("smollm2-135m"), load("smollm2-135m")
-    eager.set_attn_implementation("eager")
     shares: dict[tuple[str, str, str], list[float]] = {}
-    for task, name, budget, share in measure(config, pair, eager):
+    for task, name, budget, share in measure(config, *load("smollm2-135m")):
         shares.setdefault((task, name, budget), []).append(share)
     table = Table("task", "method", *laprox.BUDGETS, "n")
     for task in TASKS:
