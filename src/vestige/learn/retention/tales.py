@@ -23,7 +23,7 @@ CODES = tuple(
     for what, value in (
         ("serial", lambda rng: f"{rng.getrandbits(32):08x}"),
         ("checksum", lambda rng: "".join(rng.choices("0123456789abcdef", k=rng.randint(12, 32)))),
-        ("badge", lambda rng: ":".join(f"{rng.getrandbits(16):04X}" for _ in range(rng.randint(2, 5)))),
+        ("permit", lambda rng: ":".join(f"{rng.getrandbits(16):04X}" for _ in range(rng.randint(2, 5)))),
         ("tracking digits", lambda rng: str(rng.randrange(10**6, 10 ** rng.randint(7, 12)))),
     )
 )
