@@ -1,8 +1,5 @@
 """Several processes: the same as one, or a clear error."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launching import launched
 from learn_worker import CONFIG, Points, run, trained
 from vestige import InputError
 from vestige.learn import Processes, processes, train
 from vestige.learn import parallel as parallels
 from vestige.learn.metrics import read
+
+WORKER = Path(__file__).parent / "learn_worker.py"
 
 
 @pytest.fixture(autouse=True)
@@ -23,32 +23,10 @@ def alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def launched(folder: Path, count: int) -> list[subprocess.CompletedProcess]:
-    """Run the worker in so many processes, with the environment that torchrun gives them."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).parent / "learn_worker.py"), str(folder)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = []
-    try:
-        for rank in map(str, range(count)):
-            env = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""}
-            running.append(subprocess.Popen(command, env=env, **pipes))
-        said = [one.communicate(timeout=120) for one in running]
-    finally:
-        for one in running:
-            one.kill()
-    return [
-        subprocess.CompletedProcess(command, one.returncode, *words) for one, words in zip(running, said, strict=True)
-    ]
-
-
 def test_two_processes_come_to_the_losses_and_weights_of_one(tmp_path):
     pytest.importorskip("accelerate")
     one = trained(tmp_path / "one")
-    for done in launched(tmp_path / "two", 2):
+    for done in launched([sys.executable, WORKER, tmp_path / "two"], 2):
         assert done.returncode == 0, done.stderr
     curves = [[(r["loss"], r["error"], r["grad_norm"]) for r in read(tmp_path / name)] for name in ("one", "two")]
     assert len(curves[0]) == len(curves[1]) == CONFIG.steps
