@@ -5,12 +5,12 @@ that the full cache answers best on the dev split (``make results-bench-dev``).
 """
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
+from vestige.recipes.running import Dev, Essays, Out, benched
 
 MODEL = "smollm2-135m"
 CANDIDATES = (
@@ -71,27 +71,11 @@ def arms(budgets: tuple[str, ...]) -> tuple[Arm, ...]:
     return own + wide + cross((), budgets, peers=peers) + slow
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")],
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")] = None,
-    dev: Annotated[bool, typer.Option("--dev", help="Run what the tasks are chosen by, on the dev split.")] = False,
-) -> None:
-    """Run the comparison, or go on with it, and write its report."""
-    from rich.console import Console
-
-    from vestige import show
-    from vestige.bench.run import bench
-    from vestige.download import load
-
-    model, tokenizer = load(MODEL)
+def main(out: Out, essays: Essays = None, dev: Dev = False) -> None:
+    """Run the comparison, or go on with it; on the dev split what the tasks are chosen by."""
     for length in BUDGETS:
         config = choosing(length, essays) if dev else comparison(length, essays)
-        with show.reading_bar(Console(stderr=True), "bench") as advance:
-            folder = out / str(length)
-            rows = bench(
-                config, model, tokenizer, name=MODEL, out=folder, resume=True, command=COMMAND, progress=advance
-            )
-        Console().print(show.bench_table(rows))
+        benched(config, out / str(length), model=MODEL, command=COMMAND, label="bench")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import typer
 from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erase.tasks import TASKS
 from vestige.bench.rows import Record, Row
+from vestige.recipes.running import Dev, Essays, Out, Parts, chosen, split_of
 
 MODEL = "smollm2-135m"
 APPROXIMATE = ("learned", "shift", "drop", "repair", "repair(where=end)", "blend", "erratum")
@@ -155,13 +156,13 @@ def summary(out: Path) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")],
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")] = None,
+    out: Out,
+    essays: Essays = None,
     qa: Annotated[
         Path | None, typer.Option(help="Questions in SQuAD's format; default: parts without questions.")
     ] = None,
-    part: Annotated[list[str] | None, typer.Option(help="Run only this part; may be repeated.")] = None,
-    dev: Annotated[bool, typer.Option("--dev", help="Run on the dev split.")] = False,
+    part: Parts = None,
+    dev: Dev = False,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; write the report of what is there.")] = False,
 ) -> None:
     """Run the comparison, or go on with it, part by part, and write the report."""
@@ -171,22 +172,12 @@ def main(
     from vestige.bench.erase.run import bench_erase
     from vestige.download import load
 
-    known = parts(essays, qa, "dev" if dev else "test")
-    if wrong := set(part or ()) - known.keys():
-        raise typer.BadParameter(f"unknown part {', '.join(sorted(wrong))}; available: {', '.join(known)}")
-    for name in () if report else part or known:
+    wanted = {} if report else chosen(parts(essays, qa, split_of(dev)), part)
+    for name, config in wanted.items():
         model, tokenizer = load(MODEL)
+        to: dict[str, Any] = {"out": out / name, "resume": True, "command": COMMAND}
         with show.reading_bar(Console(stderr=True), name) as advance:
-            rows = bench_erase(
-                known[name],
-                model,
-                tokenizer,
-                name=MODEL,
-                out=out / name,
-                resume=True,
-                command=COMMAND,
-                progress=advance,
-            )
+            rows = bench_erase(config, model, tokenizer, name=MODEL, progress=advance, **to)
         Console().print(show.erase_bench_table(rows))
     summary(out)
 

@@ -6,7 +6,6 @@ cache's right answers pay to the needle, summed over layers and heads, the share
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -21,6 +20,7 @@ from vestige.bench.render import Renderer
 from vestige.budget import Budget
 from vestige.explain import attention_to, held_of, left_of
 from vestige.recipes import laprox
+from vestige.recipes.running import Essays
 
 TASKS = ("ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
 METHODS = tuple(
@@ -63,7 +63,7 @@ def measure(
 
 
 def main(
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")] = None,
+    essays: Essays = None,
     samples: Annotated[int, typer.Option(help="Of each task.")] = SAMPLES,
 ) -> None:
     """Print the table."""

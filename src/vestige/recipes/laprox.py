@@ -17,6 +17,7 @@ import typer
 
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
+from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
 
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
 """The four RULER tasks that the full cache answers best on the dev split at 2,048 tokens, and needles by depth."""
@@ -169,31 +170,18 @@ def _interval(own: Sequence[float | int], other: Sequence[float | int]) -> tuple
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")],
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")] = None,
+    out: Out,
+    essays: Essays = None,
     longbench: Annotated[Path | None, typer.Option(help="A folder with multi_news.jsonl; default: online.")] = None,
-    part: Annotated[list[str] | None, typer.Option(help="Run only this part; may be repeated.")] = None,
-    dev: Annotated[bool, typer.Option("--dev", help="Run on the dev split.")] = False,
+    part: Parts = None,
+    dev: Dev = False,
 ) -> None:
     """Run the comparison, or go on with it, part by part."""
-    from rich.console import Console
-
-    from vestige import show
-    from vestige.bench.run import bench
     from vestige.bench.store import SAMPLES as RECORDS
-    from vestige.download import load
 
-    known = parts(essays, longbench, "dev" if dev else "test")
-    if wrong := set(part or ()) - known.keys():
-        raise typer.BadParameter(f"unknown part {', '.join(sorted(wrong))}; available: {', '.join(known)}")
-    for name in part or known:
-        run, folder = known[name], out / name
-        model, tokenizer = load(run.model)
-        with show.reading_bar(Console(stderr=True), name) as advance:
-            rows = bench(
-                run.config, model, tokenizer, name=run.model, out=folder, resume=True, command=COMMAND, progress=advance
-            )
-        Console().print(show.bench_table(rows))
+    for name, run in chosen(parts(essays, longbench, split_of(dev)), part).items():
+        folder = out / name
+        benched(run.config, folder, model=run.model, command=COMMAND, label=name)
         records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
         found = losses(records)
         (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -17,6 +17,7 @@ from vestige import memory
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
 from vestige.bench.rows import Record, Row, resampled
+from vestige.recipes.running import Dev, Essays, Out, benched, split_of
 
 MODEL = "smollm2-135m"
 TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1")
@@ -138,28 +139,13 @@ def summary(out: Path) -> None:
     write_atomically(out / "gains.md", f"# Memories of the evicted\n\nRemade by `{COMMAND}`. {said}\n\n{table(rows)}")
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")],
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")] = None,
-    dev: Annotated[bool, typer.Option("--dev", help="Run on the dev split.")] = False,
-) -> None:
+def main(out: Out, essays: Essays = None, dev: Dev = False) -> None:
     """Run the comparison, or go on with it."""
-    from rich.console import Console
-
-    from vestige import show
-    from vestige.bench.run import bench
-    from vestige.download import load
-
-    model, tokenizer = load(MODEL)
     for aware in (True, False):
         for length in AWARE if aware else AGNOSTIC:
-            config = comparison(length, aware=aware, essays=essays, split="dev" if dev else "test")
+            config = comparison(length, aware=aware, essays=essays, split=split_of(dev))
             folder = out / ("aware" if aware else "agnostic") / str(length)
-            with show.reading_bar(Console(stderr=True), folder.name) as advance:
-                rows = bench(
-                    config, model, tokenizer, name=MODEL, out=folder, resume=True, command=COMMAND, progress=advance
-                )
-            Console().print(show.bench_table(rows))
+            benched(config, folder, model=MODEL, command=COMMAND, label=folder.name)
     summary(out)
 
 

@@ -1,0 +1,56 @@
+"""What the recipes share: their options, a choice among their parts, and a run with a bar that goes on with itself."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from vestige.bench.config import BenchConfig
+from vestige.bench.rows import Row
+
+Out = Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")]
+Essays = Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")]
+Parts = Annotated[list[str] | None, typer.Option("--part", help="Run only this part; may be repeated.")]
+Dev = Annotated[bool, typer.Option("--dev", help="Run on the dev split, to choose by.")]
+
+_T = TypeVar("_T")
+
+
+def split_of(dev: bool) -> str:
+    """Return the split to run on."""
+    return "dev" if dev else "test"
+
+
+def chosen(known: Mapping[str, _T], names: Sequence[str] | None) -> dict[str, _T]:
+    """Return the parts that are wanted, all if none are named.
+
+    Raises:
+        typer.BadParameter: There is no such part.
+    """
+    if wrong := set(names or ()) - known.keys():
+        raise typer.BadParameter(f"unknown part {', '.join(sorted(wrong))}; available: {', '.join(known)}")
+    return {name: known[name] for name in names or known}
+
+
+def benched(config: BenchConfig, folder: Path, *, model: str, command: str, label: str) -> list[Row]:
+    """Run a benchmark, or go on with it, print its table, and return its rows.
+
+    Args:
+        config: What is measured.
+        folder: For the results.
+        model: By name.
+        command: That does it again.
+        label: Beside the bar.
+    """
+    from rich.console import Console
+
+    from vestige import show
+    from vestige.bench.run import bench
+    from vestige.download import load
+
+    network, tokenizer = load(model)
+    with show.reading_bar(Console(stderr=True), label) as advance:
+        rows = bench(config, network, tokenizer, name=model, out=folder, resume=True, command=command, progress=advance)
+    Console().print(show.bench_table(rows))
+    return rows
