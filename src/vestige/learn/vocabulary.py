@@ -91,8 +91,13 @@ RELATIONS = tuple(
         ("horse", made_up),
         ("pass phrase", lambda rng: f"{rng.choice(COLOURS)} {rng.choice(JOBS)}"),
         ("boat", lambda rng: f"{made_up(rng)} {made_up(rng)}"),
+        ("serial", lambda rng: f"{rng.getrandbits(32):08x}"),
+        ("checksum", lambda rng: "".join(rng.choices("0123456789abcdef", k=rng.randint(12, 32)))),
+        ("permit", lambda rng: ":".join(f"{rng.getrandbits(16):04X}" for _ in range(rng.randint(2, 5)))),
+        ("tracking digits", _digits(7, 12)),
     )
 )
+"""What people and things have; the last ones are codes that no tokenizer knows."""
 
 STATED = (
     "{s}'s {what} is {v}.",

@@ -21,8 +21,10 @@ from vestige.learn.vocabulary import (
     subject,
 )
 
-KINDS = {"conflict": 0.36, "remark": 0.16, "order": 0.12, "several": 0.12, "retained": 0.1, "alone": 0.14}
+KINDS = {"conflict": 0.42, "remark": 0.16, "order": 0.14, "several": 0.14, "retained": 0.08, "alone": 0.06}
 """How often each comes. A remark is a conflict whose erased statement has a consequence behind it, which stays."""
+ALIKE = 0.7
+"""How often others have the same, said in the same words: what is left must not be mistaken for theirs."""
 JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
 
 
@@ -53,13 +55,12 @@ def facts(rng: random.Random, prose: Sequence[str]) -> Draft:
         prose: Sentences to put them among, in order, at least eight.
     """
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    topic, side = _topic(rng, ()), _topic(rng, ())
-    while side.who == topic.who:
-        side = _topic(rng, ())
-    right, *wrong = topic.relation.values(rng, 4)
-    beside = side.relation.value(rng)
-    placed = [Passage(text=_distraction(rng, (topic.who, side.who))) for _ in range(rng.randint(0, 2))]
-    placed.append(Passage(text=side.says(rng, beside)))
+    topic = _topic(rng, ())
+    side, *others = _others(rng, topic)
+    right, *wrong, alike = topic.relation.values(rng, 5)
+    beside = alike if side.relation is topic.relation else side.relation.value(rng)
+    placed = [Passage(text=side.says(rng, beside))]
+    placed += [Passage(text=one.says(rng, one.relation.value(rng))) for one in others]
     if kind != "alone":
         placed.append(Passage(text=topic.says(rng, right), states=right))
     passages = _among(rng, prose, placed, _gone(rng, kind, topic, right, wrong))
@@ -81,7 +82,8 @@ def _gone(rng: random.Random, kind: str, topic: _Topic, right: str, wrong: Seque
     if kind == "order":
         return [[Passage(text=topic.says(rng, wrong[0], ORDERS), gone=True)]]
     if kind == "retained":
-        return [[Passage(text=_distraction(rng, (topic.who,)), gone=True)]]
+        other = _topic(rng, (topic.who,))
+        return [[Passage(text=other.says(rng, other.relation.value(rng)), gone=True)]]
     if kind == "alone":
         return [[Passage(text=topic.says(rng, right), states=right, gone=True)]]
     return [[stated[0]]]
@@ -117,7 +119,11 @@ def _topic(rng: random.Random, taken: Sequence[str]) -> _Topic:
     return _Topic(who, rng.choice(RELATIONS), phrase)
 
 
-def _distraction(rng: random.Random, taken: Sequence[str]) -> str:
-    """Return a statement about somebody else."""
-    topic = _topic(rng, taken)
-    return topic.says(rng, topic.relation.value(rng))
+def _others(rng: random.Random, topic: _Topic) -> list[_Topic]:
+    """Return one to four others, who often have the same, stated alike."""
+    found = [topic]
+    alike = rng.random() < ALIKE
+    for _ in range(rng.randint(1, 4)):
+        other = _topic(rng, [one.who for one in found])
+        found.append(replace(other, relation=topic.relation, phrase=topic.phrase) if alike else other)
+    return found[1:]

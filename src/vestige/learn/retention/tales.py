@@ -18,17 +18,6 @@ from vestige.learn.vocabulary import (
     subject,
 )
 
-CODES = tuple(
-    Relation(what=what, value=value)
-    for what, value in (
-        ("serial", lambda rng: f"{rng.getrandbits(32):08x}"),
-        ("checksum", lambda rng: "".join(rng.choices("0123456789abcdef", k=rng.randint(12, 32)))),
-        ("permit", lambda rng: ":".join(f"{rng.getrandbits(16):04X}" for _ in range(rng.randint(2, 5)))),
-        ("tracking digits", lambda rng: str(rng.randrange(10**6, 10 ** rng.randint(7, 12)))),
-    )
-)
-HELD = (*RELATIONS, *CODES)
-"""What people and things have, codes that no tokenizer knows included."""
 MOST_ASKED = 4
 """Questions about one text."""
 
@@ -88,7 +77,7 @@ def noise(rng: random.Random, prose: Sequence[str]) -> Made:
 def table(rng: random.Random, prose: Sequence[str]) -> Made:
     """Put a table between the sentences: a row for each name, a column for each relation."""
     names = _distinct(rng, subject, rng.randint(3, 10))
-    columns = rng.sample(HELD, rng.randint(1, 3))
+    columns = rng.sample(RELATIONS, rng.randint(1, 3))
     cells = {name: [column.value(rng) for column in columns] for name in names}
     bar = rng.choice((" | ", ", ", "\t", "; "))
     rows = [bar.join(["name", *(column.what for column in columns)])]
@@ -105,7 +94,7 @@ def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
     """Put lines of a settings file or a program among the sentences."""
     form = rng.choice(ASSIGNED)
     names = [name.lower() for name in _distinct(rng, made_up, rng.randint(2, 8))]
-    values = {name: rng.choice(HELD).value(rng) for name in names}
+    values = {name: rng.choice(RELATIONS).value(rng) for name in names}
     lines = list(prose)
     at = sorted((rng.randrange(len(lines) + 1) for _ in names), reverse=True)
     for place, (name, value) in zip(at, values.items(), strict=True):
@@ -133,7 +122,7 @@ def talk(rng: random.Random, prose: Sequence[str]) -> Made:
 def listing(rng: random.Random, prose: Sequence[str]) -> Made:
     """Put named entries between the sentences, each a few lines long."""
     names = _distinct(rng, made_up, rng.randint(2, 6))
-    columns = rng.sample(HELD, rng.randint(1, 3))
+    columns = rng.sample(RELATIONS, rng.randint(1, 3))
     blocks, asked = [], []
     for name in names:
         values = [(column, column.value(rng)) for column in columns]
@@ -181,7 +170,7 @@ _JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
 
 def _topics(rng: random.Random, count: int) -> list[tuple[str, Relation, str]]:
     """Return who has what: nobody twice."""
-    return [(who, one := rng.choice(HELD), one.value(rng)) for who in _distinct(rng, subject, count)]
+    return [(who, one := rng.choice(RELATIONS), one.value(rng)) for who in _distinct(rng, subject, count)]
 
 
 def _about(rng: random.Random, who: str, relation: Relation, value: str) -> Asked:
