@@ -16,7 +16,7 @@ from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.sequences import SequenceMaker
 from vestige.learn.retention.tales import KINDS, tale
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
-from vestige.learn.retention.warm import lives, regression, replayed
+from vestige.learn.retention.warm import asked, lives, regression, replayed
 from vestige.testing import attention, random_ids, tiny
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
@@ -144,6 +144,8 @@ def test_a_sequence_is_documents_behind_each_other_and_its_answers_are_marked(ma
         for start, end in zip(begins, [*begins[1:], total], strict=True):
             assert (packed.sizes[start:end] == end - start).all()
             assert packed.ids[0, start] == tokenizer.bos_token_id
+        assert len(packed.texts) == len(begins)
+        assert all(start + text <= packed.answers.max() for start, text in zip(begins, packed.texts, strict=True))
         said = tokenizer.decode(packed.ids[0, packed.answers + 1])
         assert said.count(tokenizer.eos_token) >= len(begins)
         assert not set(packed.others.tolist()) & set(packed.answers.tolist()) and len(packed.others) == 8
@@ -181,16 +183,30 @@ def test_a_replay_is_what_kvzip_looks_at_and_its_states_are_those_of_the_text():
     assert all(x.shape[1] == 20 for x in entered.values())
 
 
-def test_gates_learn_what_a_replay_says_without_gradients_through_the_model():
+def test_what_is_asked_about_is_what_the_tokens_behind_the_text_attend_to():
+    model = tiny("llama")
+    ids = random_ids(model, 1, 20)
+    worth, entered = asked(model, ids, 14)
+    assert all(x.shape[1] == 14 for x in entered.values())
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True).attentions
+    expected = torch.cat([layer[0, :, 14:, :14].unflatten(0, (2, -1)).amax((1, 2)) for layer in weights])
+    torch.testing.assert_close(worth, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["answers", "replay"])
+def test_gates_learn_what_later_tokens_look_at_without_gradients_through_the_model(kind):
     model = tiny("llama")
     gates, ids = Gates.fresh(model, width=16), random_ids(model, 1, 20)
-    first = regression(model, gates, ids, 0.2)
+    looked = replayed(model, ids) if kind == "replay" else asked(model, ids, 14)
+    first = regression(gates, looked, 0.2)
     first.backward()
     assert all(weight.grad is None for weight in model.parameters())
     step = torch.optim.Adam(gates.parameters(), lr=0.02)
     for _ in range(30):
         step.zero_grad()
-        last = regression(model, gates, ids, 0.2)
+        last = regression(gates, looked, 0.2)
         last.backward()
         step.step()
     assert float(last.detach()) < 0.5 * float(first.detach())
@@ -226,8 +242,9 @@ def test_gates_that_keep_everything_say_what_the_model_says(task):
     assert float(parts["kl"]) == pytest.approx(0, abs=1e-5) and float(parts["kept"]) == pytest.approx(1)
 
 
-def test_the_first_sequences_learn_from_replays(task):
-    warm = replace(SMALL, warm=2)
+@pytest.mark.parametrize("kind", ["answers", "replay"])
+def test_the_first_sequences_learn_what_later_tokens_look_at(task, kind):
+    warm = replace(SMALL, warm=2, warm_by=kind)
     other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.prose, task.held, warm)
     assert other.loss(1).keys() == {"loss", "tokens"} and "kl" in other.loss(2)
     other.loss(0)["loss"].backward()

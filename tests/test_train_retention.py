@@ -61,6 +61,7 @@ def test_a_finished_run_is_not_begun_again_and_other_options_are_refused(vestige
         (("--data", "gone"), "gone"),
         (("--data", "texts", "--length", "500", "--least", "10"), "96 <= least"),
         (("--data", "texts", "--length", "5000"), "5000 tokens do not fit the model's 512 positions"),
+        (("--data", "texts", "--warm-by", "magic"), "unknown warm-by 'magic'; available: answers, replay"),
         (("--data", "texts", "--capacity", "0"), "capacity must be above 0"),
         (("--data", "story.txt"), "12 sentences or more"),
     ],

@@ -44,6 +44,7 @@ class Packed:
         ids: Of all.
         starts: Where the document of each token begins.
         sizes: Tokens of the document of each token.
+        texts: Tokens of each document's text, which stands before its questions.
         answers: Places whose next token belongs to an answer.
         others: Some places of the texts.
     """
@@ -51,6 +52,7 @@ class Packed:
     ids: Int[Tensor, "1 tokens"]
     starts: Int[Tensor, " tokens"]
     sizes: Int[Tensor, " tokens"]
+    texts: Int[Tensor, " documents"]
     answers: Int[Tensor, " answers"]
     others: Int[Tensor, " others"]
 
@@ -161,6 +163,7 @@ class SequenceMaker:
             ids=torch.tensor([ids]),
             starts=torch.tensor(starts),
             sizes=torch.tensor(sizes),
+            texts=torch.tensor([one.context for one in documents]),
             answers=torch.tensor(answers),
             others=torch.tensor(others, dtype=torch.long),
         )

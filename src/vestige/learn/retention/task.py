@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vestige.errors import InputError
+from vestige.errors import InputError, unknown
 from vestige.gates import Gates
 from vestige.learn.order import seed_of
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.hard import Held, held_tales, judged
 from vestige.learn.retention.sequences import Packed, SequenceMaker
-from vestige.learn.retention.warm import regression
+from vestige.learn.retention.warm import asked, regression, replayed
 from vestige.models import check
+
+WARM = ("answers", "replay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,10 @@ class RetentionOptions:
     budget: float = 0.1
     """Share of the pairs that is kept when answers are validated."""
     warm: int = 0
-    """First sequences, of which the texts are replayed: gates learn from what that looks at, without gradients
-    through the model. A multiple of the batch."""
+    """First sequences, from which gates learn what later tokens look at, without gradients through the model. A
+    multiple of the batch."""
+    warm_by: str = "answers"
+    """Which later tokens: those of the questions and answers, or of a replay of the text, as in KVzip."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class RetentionOptions:
             raise InputError("weights must not be negative, and moments at least 1")
         if self.warm < 0:
             raise InputError(f"warm must not be negative, got {self.warm}")
+        if self.warm_by not in WARM:
+            raise InputError(unknown("warm-by", self.warm_by, WARM))
 
 
 class RetentionTask:
@@ -115,7 +121,7 @@ class RetentionTask:
         """Return the loss of a sequence in its parts, and the share of pairs that the gates would keep."""
         packed = self.maker.sequence(("train", index), self.prose).to(self.model.device)
         if index < self.options.warm:
-            return self._replayed(packed)
+            return self._looked_at(packed)
         at = torch.cat([packed.answers, packed.others])
         with torch.no_grad():
             wanted, _ = self._logits(packed, at, None)
@@ -145,16 +151,16 @@ class RetentionTask:
             "documents": [seed_of(*text[:3]) for text in (*self.prose, *self.held)],
         }
 
-    def _replayed(self, packed: Packed) -> Mapping[str, Tensor]:
-        """Return how far the gates are from what replays of the documents say."""
-        share, tokens = self.options.capacity, packed.ids.shape[1]
-        starts = packed.starts.unique_consecutive().tolist()
-        losses = []
-        for start, end in zip(starts, [*starts[1:], tokens], strict=True):
-            room = share if share < 1 else min(share / (end - start), 1.0)
-            losses.append(regression(self.model, self.gates, packed.ids[:, start:end], room) * (end - start) / tokens)
-        loss = torch.stack(losses).sum()
-        return {"loss": loss, "tokens": loss.new_tensor(float(tokens))}
+    def _looked_at(self, packed: Packed) -> Mapping[str, Tensor]:
+        """Return how far the gates are from what later tokens look at, the mean over the tokens of the texts."""
+        losses, share = [], self.options.capacity
+        for start, text in zip(packed.starts.unique_consecutive().tolist(), packed.texts.tolist(), strict=True):
+            ids = packed.ids[:, start : start + int(packed.sizes[start])]
+            by_replay = self.options.warm_by == "replay"
+            looked = replayed(self.model, ids[:, :text]) if by_replay else asked(self.model, ids, text)
+            losses.append(text * regression(self.gates, looked, share if share < 1 else min(share / text, 1.0)))
+        loss = torch.stack(losses).sum() / packed.texts.sum()
+        return {"loss": loss, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
 
     def _logits(
         self, packed: Packed, at: Int[Tensor, " some"], gates: Gates | None

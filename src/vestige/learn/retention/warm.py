@@ -1,7 +1,8 @@
-"""A warm start without a backward pass through the model: gates learn what a pair is worth when the text is replayed.
+"""A warm start without a backward pass through the model: gates learn what later tokens look at.
 
-Source: the idea of KVzap and FastKVzip: regress a cheap score on KVzip's (arXiv 2505.23416). How a score becomes a
-retention is our own.
+Source: the idea of KVzap and FastKVzip: regress a cheap score on KVzip's (arXiv 2505.23416), the attention of a replay
+of the text. Our own: the attention of questions about the text and their answers instead, which is all that reads
+pairs after an eviction; and how a score becomes a retention.
 """
 
 from collections.abc import Iterator
@@ -19,26 +20,29 @@ from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.gates import Gates
 from vestige.models import check
+from vestige.observe import Glance, attention_weights
+from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
-from vestige.reading import prefill
+from vestige.reading import prefill, replay
 
 STEEPNESS = 2.0
 """How fast a life grows with what a pair is worth, both logarithmic: above 1 worth counts for more than youth."""
 _LEAST_WORTH, _SHORTEST, _LONGEST = 1e-5, -2.0, 14.0
 
 
-def regression(
-    model: PreTrainedModel, gates: Gates, ids: Int[Tensor, "1 tokens"], capacity: float
-) -> Float[Tensor, ""]:
-    """Return how far the logarithms of lives, ``-log(-log beta)``, are from what a replay of the text says.
+Looked = tuple[Float[Tensor, "rows text"], dict[int, Float[Tensor, "1 text hidden"]]]
+"""What each pair of a text is worth, and what entered each layer when it was read."""
+
+
+def regression(gates: Gates, looked: Looked, capacity: float) -> Float[Tensor, ""]:
+    """Return how far the logarithms of lives, ``-log(-log beta)``, are from what pairs are worth.
 
     Args:
-        model: Frozen.
         gates: Get the gradients.
-        ids: A text.
+        looked: Of :func:`replayed` or :func:`asked`.
         capacity: Share of all pairs that shall outlive the text.
     """
-    worth, entered = replayed(model, ids)
+    worth, entered = looked
     wanted = lives(worth, capacity)
     said = torch.cat([gates(layer_idx, hidden)[0] for layer_idx, hidden in sorted(entered.items())])
     return smooth_l1_loss(-torch.log(-said.clamp_max(-1e-9)), wanted)
@@ -58,15 +62,35 @@ def lives(worth: Float[Tensor, "rows tokens"], capacity: float) -> Float[Tensor,
 
 
 @torch.no_grad()
-def replayed(
-    model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]
-) -> tuple[Float[Tensor, "rows tokens"], dict[int, Float[Tensor, "1 tokens hidden"]]]:
-    """Return the most attention that a replay of a text pays to each pair, and what entered each layer at first."""
+def replayed(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Looked:
+    """Return the most attention that a replay of a text pays to each pair."""
     cache = KVCache(model, KVzip(budget=Budget.fraction(1.0), sink=0, window=0))
     with attach(model), _entering(model) as entered:
         prefill(model, ids, cache, chunk=ids.shape[1])
     worth = torch.cat([layer.view("asked")[0] for layer in cache.evictable])
     return worth.float(), {layer_idx: x[:, : ids.shape[1]] for layer_idx, x in entered.items()}
+
+
+@torch.no_grad()
+def asked(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"], text: int) -> Looked:
+    """Return the most attention that what stands behind a text, its questions and answers, pays to each pair of it.
+
+    Args:
+        model: Frozen.
+        ids: The text and what stands behind.
+        text: Tokens of the text.
+    """
+    cache = KVCache(model, Full())
+    worth: dict[int, list[Tensor]] = {}
+
+    def watch(glance: Glance) -> None:
+        paid = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, glance.attention)
+        worth.setdefault(glance.layer_idx, []).append(paid.amax((0, 1))[:text])
+
+    with attach(model), _entering(model) as entered:
+        prefill(model, ids[:, :text], cache, chunk=text)
+        replay(model, ids[:, text:], cache, watch)
+    return torch.stack([row for layer_idx in sorted(worth) for row in worth[layer_idx]]), entered
 
 
 @contextmanager
