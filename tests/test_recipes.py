@@ -154,7 +154,7 @@ def test_every_eraser_meets_every_task_on_the_test_split(tmp_path):
 
 def edited(method: str, index: int, *, exact: bool, task: str = "needles_early") -> dict:
     reply = {"kind": "target", "exact": exact, "f1": 1.0, "correct": exact, "clean_correct": True, "leak": not exact}
-    reply |= {"kl": 0.1, "top1": 1.0, "first_token_s": 0.1, "decode_s": 0.1, "tokens": 2}
+    reply |= {"kl": 0.1, "top1": 1.0, "tokens": 2}
     counts = dict.fromkeys(("slots_dropped", "slots_replaced", "slots_left", "suffix_left", "tokens_recomputed"), 1)
     arm = {"policy": "full", "budget": "1.0", "peer": method}
     record = {"task": task, "length": 1024, "index": index, "arm": arm, "method": method, "kept": True}

@@ -1,10 +1,12 @@
 """What a cache was fed: token ids, which of them were pads, and whether the next ones fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vestige.errors import CacheError
 
@@ -42,6 +44,14 @@ class Fed:
                 f"this is the prompt from before {stale.shape[1]} of its tokens were erased; feed the ids that "
                 "vestige.erase returned (Erased.input_ids) and what follows them"
             )
+
+    @classmethod
+    def beside(cls, records: Sequence["Fed"]) -> "Fed":
+        """Return the batch rows of several records as those of one, the shorter ones padded at the left."""
+        longest = max(one.ids.shape[1] for one in records)
+        ids = torch.cat([pad(one.ids, (longest - one.ids.shape[1], 0)) for one in records])
+        real = torch.cat([pad(one.real, (longest - one.ids.shape[1], 0)) for one in records])
+        return cls([(ids, real)])
 
     def select(self, kept: Bool[Tensor, "batch padded_seen"]) -> None:
         """Forget the ids that are not marked: as many in each batch row, wherever they are."""

@@ -277,6 +277,11 @@ class RaggedLayer(CacheLayerMixin):
         real = self.columns["positions"][slots] >= 0
         return slots[real], ragged.counts_per_row(real, self.lengths)
 
+    def packed(self) -> tuple[dict[str, Tensor], list[int]]:
+        """Return keys, values and positions of all pairs that are not pads, and the length of each row."""
+        slots, lengths = self.live_slots()
+        return {name: ragged.gather(self.columns[name], slots) for name in _PAIR}, lengths
+
     def observe(
         self,
         phase: Phase,

@@ -172,15 +172,30 @@ def forward(
         cache: Changed in place; settles when one is due, as under ``generate``.
         mask: 0 for pads, which must be at the left.
     """
-    inputs: dict[str, Tensor | int] = {}
-    if mask is not None or cache.padded:
-        new = torch.ones_like(ids) if mask is None else mask
-        before = cache.real.to(new) if cache.seen else new[:, :0]
-        inputs["attention_mask"] = torch.cat([before, new], 1)  # as long as the sequence: seen counts as real
-        seen = torch.tensor(cache.seen or (0,) * len(ids), device=ids.device)[:, None]
-        inputs["position_ids"] = (seen + new.cumsum(1) - 1).clamp_min(0)
+    inputs: dict[str, Tensor | int] = {**padding(ids, cache, mask)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
     logits: Tensor = out.logits
     return logits[:, -1]
+
+
+def padding(
+    ids: Int[Tensor, "batch new"], cache: KVCache, mask: Int[Tensor, "batch new"] | None = None
+) -> dict[str, Tensor]:
+    """Return the positions and the mask that a forward needs where batch rows are padded; else nothing.
+
+    Args:
+        ids: What follows the tokens that the cache has seen.
+        cache: Will be fed.
+        mask: 0 for pads among the ids.
+    """
+    if mask is None and not cache.padded:
+        return {}
+    new = torch.ones_like(ids) if mask is None else mask
+    before = cache.real.to(new) if cache.seen else new[:, :0]
+    seen = torch.tensor(cache.seen or (0,) * len(ids), device=ids.device)[:, None]
+    return {
+        "attention_mask": torch.cat([before, new], 1),  # as long as the sequence: seen counts as real
+        "position_ids": (seen + new.cumsum(1) - 1).clamp_min(0),
+    }

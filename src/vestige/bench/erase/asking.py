@@ -1,6 +1,6 @@
 """Asking an edited cache, and comparing it with the clean one: what each says, and how likely the clean reply is."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,33 +9,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.bench.erase.items import Item
-from vestige.bench.greedy import decode
+from vestige.bench.greedy import Decoded, decode
 from vestige.cache import KVCache
 from vestige.clock import now
+from vestige.joining import join
 from vestige.policies import Full
-from vestige.reading import forward, prefill
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A greedy reply and what it took.
-
-    Args:
-        ids: The one that ended it included.
-        first_token_s: Seconds of reading the question, up to the logits of the reply's first token.
-        decode_s: Seconds of decoding the rest.
-    """
-
-    ids: tuple[int, ...]
-    first_token_s: float
-    decode_s: float
+from vestige.reading import forward, padding, prefill
 
 
 @dataclass(frozen=True)
 class Clean:
     """What the model says to one question when it never read what is erased: the reply, and its logits, in float32."""
 
-    reply: Reply
+    reply: tuple[int, ...]
+    """Ids, the one that ended it included."""
     logits: Float[Tensor, "reply vocab"]
 
 
@@ -63,40 +50,42 @@ def clean(model: PreTrainedModel, item: Item, stop: Collection[int]) -> list[Cle
     cache = read(model, item.clean, KVCache(model, Full()))
     found = []
     for ids, question in zip(item.questions, item.sample.questions, strict=True):
-        asked = Asked(model, cache, ids)
-        reply = asked.reply(question.max_new_tokens, stop)
-        found.append(Clean(reply, asked.forced(reply.ids)))
+        asked = Asked(model, [cache], ids)
+        (reply,) = asked.replies(question.max_new_tokens, stop).replies
+        found.append(Clean(reply, asked.forced(reply)[0]))
     return found
 
 
 class Asked:
-    """A cache that was asked one question.
+    """Caches that were asked one question, all in one forward; nothing that is asked or replied is evicted.
 
     Args:
         model: An attached model.
-        cache: Holds the context; left as it is.
-        question: Ids behind the context.
+        caches: Each holds a context; left as they are. Several must be joinable.
+        question: Ids behind the contexts.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, question: Int[Tensor, "1 question"]) -> None:
-        self.model, self.cache = model, cache.fork()
+    def __init__(self, model: PreTrainedModel, caches: Sequence[KVCache], question: Int[Tensor, "1 question"]) -> None:
+        self.model = model
+        self.cache = caches[0].fork(Full()) if len(caches) == 1 else join(caches)
+        fed = question.expand(len(caches), -1).to(model.device)
         started = now(model.device)
-        self.logits = prefill(model, question.to(model.device), self.cache, settle=False)
+        self.logits = prefill(model, fed, self.cache, settle=False)
         self.first_token_s = now(model.device) - started
 
-    def reply(self, limit: int, stop: Collection[int]) -> Reply:
-        """Return the greedy reply, of at most so many tokens."""
+    def replies(self, limit: int, stop: Collection[int]) -> Decoded:
+        """Return the greedy reply of each cache, of at most so many tokens."""
         fork = self.cache.fork()
-        said = decode(lambda token: forward(self.model, token, fork), self.logits, [limit], stop)
-        return Reply(said.replies[0], self.first_token_s, said.seconds)
+        return decode(lambda token: forward(self.model, token, fork), self.logits, [limit] * len(self.logits), stop)
 
-    def forced(self, reply: tuple[int, ...]) -> Float[Tensor, "reply vocab"]:
+    def forced(self, reply: tuple[int, ...]) -> Float[Tensor, "batch reply vocab"]:
         """Return the logits before each token of a reply that is put into the model's mouth, in float32."""
-        fed = torch.tensor([reply[:-1]], device=self.model.device)
+        fed = torch.tensor([reply[:-1]] * len(self.logits), device=self.model.device)
         if not fed.numel():
-            return self.logits.float()
-        later = self.model(input_ids=fed, past_key_values=self.cache.fork(), use_cache=True).logits
-        return torch.cat([self.logits, later[0]]).float()
+            return self.logits[:, None].float()
+        fork = self.cache.fork()
+        later = self.model(input_ids=fed, past_key_values=fork, use_cache=True, **padding(fed, fork)).logits
+        return torch.cat([self.logits[:, None], later], 1).float()
 
 
 def compare(clean_logits: Float[Tensor, "reply vocab"], logits: Float[Tensor, "reply vocab"]) -> Against:

@@ -144,10 +144,11 @@ def _once(
     """Return what one edit, one question and one reply take."""
     fork = cache.fork()
     report = erase(fork, config.place, erasers.make(method), model=model, input_ids=context).report
-    reply = Asked(model, fork, question).reply(config.reply, ())
+    asked = Asked(model, [fork], question)
+    said = asked.replies(config.reply, ())
     return {
         "edit_s": report.edit_s,
-        "first_token_s": reply.first_token_s,
-        "decode_ms": 1e3 * reply.decode_s / (config.reply - 1),
+        "first_token_s": asked.first_token_s,
+        "decode_ms": 1e3 * said.seconds / said.steps,
         "tokens_recomputed": float(report.tokens_recomputed),
     }

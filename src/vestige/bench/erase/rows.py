@@ -48,18 +48,7 @@ def _row(group: list[Record], bound: Mapping[tuple[Any, ...], Record]) -> Row:
         row |= _scored(some, bound, end)
     row |= {name: _mean([float(record[name]) for record in done]) for name in MEANS}
     row["span_tokens"] = _mean([float(sum(record["span_tokens"])) for record in done])
-    return row | _times(done)
-
-
-def _times(records: list[Record]) -> Row:
-    """Return medians of what edits, questions and decode steps took."""
-    replies = [reply for record in records for reply in record["questions"]]
-    steps = [1e3 * reply["decode_s"] / (reply["tokens"] - 1) for reply in replies if reply["tokens"] > 1]
-    return {
-        "edit_s": median([record["edit_s"] for record in records]),
-        "first_token_s": median([reply["first_token_s"] for reply in replies]),
-        "decode_ms": median(steps),
-    }
+    return row | {"edit_s": median([record["edit_s"] for record in done])}
 
 
 def _scored(records: list[Record], bound: Mapping[tuple[Any, ...], Record], end: str) -> Row:

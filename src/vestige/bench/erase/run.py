@@ -1,6 +1,6 @@
 """Every sample through every eraser, on forks of one reading: one resumable run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vestige.cache import KVCache
 from vestige.eraser import Erased
 from vestige.erasing import erase
 from vestige.errors import VestigeError
+from vestige.joining import joinable
 from vestige.models import check
 from vestige.policies import Full
 from vestige.spans import Span
@@ -122,21 +123,19 @@ class Runner:
         return [*self.store.records.values(), *self.failures.values()]
 
     def run(self, item: Item) -> None:
-        """Run a sample through every method that still lacks it; the bounds come first."""
-        known = {method: self._known(item, method) for method in self.config.all_methods}
-        lacking = [method for method, record in known.items() if record is None and not self._failed(item, method)]
-        kept = None if known["noop"] is None else bool(known["noop"]["kept"])
+        """Run a sample through every method that still lacks it; the bounds come first, the others together."""
+        others = tuple(method for method in self.config.all_methods if method not in BOUNDS)
         ready: tuple[KVCache, list[Clean]] | None = None
-        for method in self.config.all_methods:
-            self.progress(self.done, self.total, f"{item.sample.task} {method}")
-            skipped = self.config.kept_only and kept is False and method not in BOUNDS
-            if method in lacking and not skipped:
+        for methods in (BOUNDS, others):
+            self.progress(self.done, self.total, f"{item.sample.task} {' '.join(methods)}")
+            noop = self._known(item, BOUNDS[0])
+            skipped = methods is others and self.config.kept_only and noop is not None and not noop["kept"]
+            lacking = [] if skipped else [one for one in methods if self._lacks(item, one)]
+            if lacking:
                 ready = ready or self._read(item)
-                record = self._record(item, method, *ready, kept)
-                if record is not None:
+                for record in self._records(item, lacking, *ready):
                     self.store.append(record)
-                    kept = bool(record["kept"])
-            self.done += 1
+            self.done += len(methods)
         self.progress(self.done, self.total, item.sample.task)
 
     def _read(self, item: Item) -> tuple[KVCache, list[Clean]]:
@@ -144,47 +143,67 @@ class Runner:
         cache = read(self.model, item.context, KVCache(self.model, self.config.make_policy()))
         return cache, clean(self.model, item, self.renderer.stop())
 
-    def _record(self, item: Item, method: str, cache: KVCache, wanted: list[Clean], kept: bool | None) -> Record | None:
-        """Return what a method did with a sample, or None if it failed, which is booked."""
-        fork, ids = cache.fork(), item.context.to(self.model.device)
-        sample, arm = item.sample, self.config.arm(method)
-        head = {"task": sample.task, "length": sample.length, "index": sample.index, "arm": arm, "method": method}
-        try:
-            done = erase(fork, item.spans, erasers.make(method), model=self.model, input_ids=ids)
-            replies = [self._asked(item, i, fork, one) for i, one in enumerate(wanted)]
-        except VestigeError as error:
-            self.failures[sample.task, sample.length, method] = head | {"error": str(error)}
-            return None
-        return {
-            **head,
-            "tags": dict(sample.tags),
-            "kept": passes(replies) if method == BOUNDS[0] else bool(kept),
-            "kept_only": self.config.kept_only and method not in BOUNDS,
-            "questions": replies,
-            **_edited(done),
-            "held": fork.held,
-            "context_tokens": item.context.shape[1],
-            "span_tokens": [len(span) for span in item.spans],
-            "digest": item.digest,
-            **self.origin,
-        }
+    def _records(self, item: Item, methods: Sequence[str], cache: KVCache, wanted: list[Clean]) -> Iterator[Record]:
+        """Yield what methods did with a sample, but for those that failed, which is booked."""
+        edited: dict[str, tuple[KVCache, Erased]] = {}
+        for method in methods:
+            fork, ids = cache.fork(), item.context.to(self.model.device)
+            try:
+                edited[method] = fork, erase(fork, item.spans, erasers.make(method), model=self.model, input_ids=ids)
+            except VestigeError as error:
+                self.failures[self._cell(item, method)] = self._head(item, method) | {"error": str(error)}
+        caches = [fork for fork, _ in edited.values()]
+        replies = [self._asked(item, i, caches, one) for i, one in enumerate(wanted)]
+        for (method, (fork, done)), questions in zip(edited.items(), zip(*replies, strict=True), strict=False):
+            noop = self._known(item, BOUNDS[0])  # its record comes first
+            yield {
+                **self._head(item, method),
+                "tags": dict(item.sample.tags),
+                "kept": passes(list(questions)) if method == BOUNDS[0] else bool(noop and noop["kept"]),
+                "kept_only": self.config.kept_only and method not in BOUNDS,
+                "questions": list(questions),
+                **_edited(done),
+                "held": fork.held,
+                "context_tokens": item.context.shape[1],
+                "span_tokens": [len(span) for span in item.spans],
+                "digest": item.digest,
+                **self.origin,
+            }
 
-    def _asked(self, item: Item, which: int, cache: KVCache, wanted: Clean) -> Record:
-        """Return what an edited cache says to one question, beside the clean reply."""
+    def _asked(self, item: Item, which: int, caches: Sequence[KVCache], wanted: Clean) -> list[Record]:
+        """Return what edited caches say to one question, beside the clean reply: all at once where they can be."""
+        if len(caches) > 1 and not joinable(caches):
+            return [record for cache in caches for record in self._asked(item, which, [cache], wanted)]
+        if not caches:
+            return []
         question = item.sample.questions[which]
-        asked = Asked(self.model, cache, item.questions[which])
-        reply = asked.reply(question.max_new_tokens, self.renderer.stop())
-        said, clean_said = (self.renderer.text(ids) for ids in (reply.ids, wanted.reply.ids))
+        asked = Asked(self.model, caches, item.questions[which])
+        replies = asked.replies(question.max_new_tokens, self.renderer.stop()).replies
+        return [
+            {
+                **judged(question, self.renderer.text(reply), self.renderer.text(wanted.reply)),
+                **asdict(compare(wanted.logits, forced)),
+                "tokens": len(reply),
+            }
+            for reply, forced in zip(replies, asked.forced(wanted.reply), strict=True)
+        ]
+
+    def _head(self, item: Item, method: str) -> Record:
+        task, length, _ = self._cell(item, method)
         return {
-            **judged(question, said, clean_said),
-            **asdict(compare(wanted.logits, asked.forced(wanted.reply.ids))),
-            "first_token_s": reply.first_token_s,
-            "decode_s": reply.decode_s,
-            "tokens": len(reply.ids),
+            "task": task,
+            "length": length,
+            "index": item.sample.index,
+            "arm": self.config.arm(method),
+            "method": method,
         }
 
-    def _failed(self, item: Item, method: str) -> bool:
-        return (item.sample.task, item.sample.length, method) in self.failures
+    @staticmethod
+    def _cell(item: Item, method: str) -> tuple[str, int, str]:
+        return item.sample.task, item.sample.length, method
+
+    def _lacks(self, item: Item, method: str) -> bool:
+        return self._cell(item, method) not in self.failures and self._known(item, method) is None
 
     def _known(self, item: Item, method: str) -> Record | None:
         """Return the record that is there.

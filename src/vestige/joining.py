@@ -1,0 +1,57 @@
+"""Several caches as the rows of one: each goes on where it ends, and all are fed in one forward."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vestige.cache import KVCache
+from vestige.errors import CacheError
+from vestige.fed import Fed
+from vestige.layers import RaggedLayer, Step
+from vestige.policies import Full
+
+
+def joinable(caches: Sequence[KVCache]) -> bool:
+    """Return whether :func:`join` takes these caches."""
+    return _refusal(caches) is None
+
+
+def join(caches: Sequence[KVCache]) -> KVCache:
+    """Return a cache whose batch rows are those of several caches, in order; these stay as they are.
+
+    Whatever was evicted, replaced or moved stays so. From here on every pair is kept: the policies of the caches and
+    what they recorded are not taken along.
+
+    Args:
+        caches: Of one model, all of which have read something.
+
+    Raises:
+        CacheError: They belong to several models, or have layers or memories that cannot be laid side by side.
+    """
+    if refusal := _refusal(caches):
+        raise CacheError(refusal)
+    twin = KVCache(caches[0].anatomy.model, Full())
+    twin.seen = tuple(n for cache in caches for n in cache.seen)
+    twin.ring_floor = [0] * len(twin.seen)
+    twin.fed = Fed.beside([cache.fed for cache in caches])
+    nothing = torch.empty(len(twin.seen), 0, dtype=torch.int32, device=twin.anatomy.device)
+    twin.step = Step(1, nothing, twin.seen, padded=False, even=False)
+    for index, layer in enumerate(twin.evictable):
+        parts = [cache.evictable[index].packed() for cache in caches]
+        columns = {name: torch.cat([pairs[name] for pairs, _ in parts]) for name in parts[0][0]}
+        lengths = [length for _, lengths in parts for length in lengths]
+        kv_heads = caches[0].evictable[index].kv_heads
+        layer.restore(columns, lengths, kv_heads, twin.fed.ids.shape[1], ragged_rows=True)
+    return twin
+
+
+def _refusal(caches: Sequence[KVCache]) -> str | None:
+    if not caches or not all(cache.seen for cache in caches):
+        return "there is nothing to join: give caches that have read something"
+    if any(cache.anatomy.model is not caches[0].anatomy.model for cache in caches):
+        return "these caches belong to different models"
+    if any(cache.memory is not None for cache in caches):
+        return "caches with a memory cannot be joined"
+    if not all(isinstance(layer, RaggedLayer) for layer in caches[0].layers):
+        return "this model has layers of other kinds (sliding, linear), whose states cannot be laid side by side"
+    return None
