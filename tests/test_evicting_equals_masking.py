@@ -84,9 +84,10 @@ def test_policies_that_look_at_queries_equal_masking_with_softcap_and_sinks(name
     assert_equals_masking(model, policy, ids, mask)
 
 
-def test_a_vision_language_model_with_an_image_equals_masking():
+@pytest.mark.parametrize("name", ["random", "retention"])
+def test_a_vision_language_model_with_an_image_equals_masking(name):
     model, inputs = tiny_vl()
-    policy = policies.Random(budget=Budget.tokens(14), share="model", **SMALL)
+    policy = policies.resolve(name)(budget=Budget.tokens(14), share="model", **SMALL)
     cache = KVCache(model, policy)
     deaths = watch(cache)
     with torch.no_grad(), attach(model):
