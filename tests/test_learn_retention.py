@@ -42,16 +42,16 @@ def logits_of(model, gating: Gating, ids: torch.Tensor) -> torch.Tensor:
 # Attention that forgets.
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma4"])
 def test_gated_attention_adds_age_times_log_beta_to_the_logits(name):
-    model = tiny(name, sliding_window=64) if name == "gemma2" else tiny(name)
+    model = tiny(name, sliding_window=64) if "gemma" in name else tiny(name)
     config = model.config
     ids, tokens = random_ids(model, 1, 24), 24
     log_beta = -torch.rand(1, config.num_key_value_heads, tokens, generator=torch.Generator().manual_seed(3))
     age = torch.arange(tokens)[:, None] - torch.arange(tokens)
     bias = (age * log_beta[:, :, None]).repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 1)
     mask = bias.masked_fill(age < 0, torch.finfo(torch.float32).min)
-    if name == "gemma2":
+    if "gemma" in name:  # in gemma4 a later layer reads the pairs of an earlier one
         plain = torch.zeros_like(mask).masked_fill(age < 0, torch.finfo(torch.float32).min)
         mask = {"full_attention": mask, "sliding_attention": plain}
     with torch.no_grad(), attention(model, "eager"):

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from vestige.attend import vestige_attention
 from vestige.gates import Gates
 from vestige.kernels import AttentionScale, loop
-from vestige.models import check
+from vestige.models import Anatomy, check
 
 NAME = "vestige_gated"
 BLOCK = 256
@@ -90,10 +90,10 @@ def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
     config: Any = anatomy.decoder.config
     before = config._attn_implementation_internal
     with ExitStack() as stack:
-        for layer_idx, module in anatomy.attentions.items():
-            _running[module] = gating
+        for module, layer_idx in _readers(anatomy):
+            _running[module] = gating, layer_idx
             stack.callback(_running.pop, module, None)
-            if gating.gates is not None:
+            if gating.gates is not None and anatomy.attentions[layer_idx] is module:
                 hook = module.register_forward_pre_hook(_gate(gating, gating.gates, layer_idx), with_kwargs=True)
                 stack.callback(hook.remove)
         config._attn_implementation_internal = NAME
@@ -101,7 +101,19 @@ def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
         yield
 
 
-_running: dict[nn.Module, Gating] = {}
+_running: dict[nn.Module, tuple[Gating, int]] = {}
+"""By attention module: what is at work, and the layer whose pairs it reads."""
+
+
+def _readers(anatomy: Anatomy) -> Iterator[tuple[nn.Module, int]]:
+    """Yield the modules that read evictable pairs, with the layer that writes these: the last one if it is shared."""
+    yield from ((module, layer_idx) for layer_idx, module in anatomy.attentions.items())
+    config: Any = anatomy.decoder.config
+    for module in anatomy.decoder.modules():
+        if getattr(module, "is_kv_shared_layer", False):
+            layer_idx: Any = module.layer_idx
+            if config.layer_types[layer_idx] == "full_attention":
+                yield module, max(anatomy.evictable)
 
 
 def _gate(gating: Gating, gates: Gates, layer_idx: int) -> Any:
@@ -125,10 +137,10 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend, as transformers asks for it; layers that are never evicted attend as they always do."""
-    if (gating := _running.get(module)) is None:
+    if (found := _running.get(module)) is None:
         return vestige_attention(
             module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    layer_idx: Any = module.layer_idx
+    gating, layer_idx = found
     return gating.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None
