@@ -159,6 +159,25 @@ def place(tmp_path, monkeypatch, story) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def texts(place: Path) -> Path:
+    """Return a folder with three texts to train on."""
+    said = " ".join(f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(20))
+    (place / "texts").mkdir()
+    for n in range(3):
+        (place / "texts" / f"{n}.txt").write_text(f"Text {n} begins with these words. {said}")
+    return place / "texts"
+
+
+@pytest.fixture
+def roomy(folders: TinyFolders, place: Path) -> Path:
+    """Return the folder of the tiny model with a chat template and 1024 positions, which is room for a replay."""
+    shutil.copytree(folders.chat, place / "roomy")
+    config = json.loads((place / "roomy" / "config.json").read_text())
+    (place / "roomy" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return place / "roomy"
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Return every path below a folder with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}

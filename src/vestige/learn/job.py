@@ -1,5 +1,6 @@
 """What every training command does around the loop: it trains, and leaves the weights with their card."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vestige.errors import InputError
 from vestige.learn.card import write_card
 from vestige.learn.config import LoopConfig
-from vestige.learn.documents import Document
+from vestige.learn.documents import Document, read, split
 from vestige.learn.loop import Tell, Trained, train
 from vestige.learn.parallel import Processes
 from vestige.learn.task import Task
@@ -89,16 +91,46 @@ class Job:
         return done
 
 
-@runtime_checkable
-class Training(Protocol):
-    """What is trained, on what, for how long: what a training command makes of its options."""
+@dataclass(frozen=True, kw_only=True)
+class Training(ABC):
+    """What is trained, on what, for how long: what a training command makes of its options.
+
+    Args:
+        data: Files, folders or sets, as :func:`vestige.learn.read` takes them.
+        field: Of JSONL lines.
+        loop: Steps, batch, learning rate, ...
+        validation: Samples to validate on.
+
+    Raises:
+        InputError: No data, or a number out of range.
+    """
 
     weights: ClassVar[str]
     """What is made, as it is called; and the folder for it."""
+    data: tuple[str, ...]
+    field: str = "text"
+    loop: LoopConfig
+    validation: int
 
-    @property
-    def loop(self) -> LoopConfig: ...
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError("name data to train on: --data FILE, may be repeated")
+        if self.validation < 1:
+            raise InputError("validation must be at least 1")
 
+    def sides(self) -> tuple[list[Document], list[Document]]:
+        """Return the documents to train and to validate on.
+
+        Raises:
+            InputError: The data cannot be used.
+        """
+        return split(read(self.data, field=self.field), share=HELD_OUT)
+
+    @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
-        """Train; the model is frozen by this."""
-        ...
+        """Train, and write the weights with their card once all steps are done; the model is frozen by this.
+
+        Raises:
+            InputError: The data or the folder cannot be used.
+            VestigeError: The loss is not finite; the last checkpoint is kept.
+        """

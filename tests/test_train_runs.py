@@ -1,6 +1,5 @@
-"""Each training command, as two processes and after a kill: the same as one that went through."""
+"""Each training command: as two processes, after a kill, and once it is done."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 from launching import launched
 from vestige.learn.metrics import read
 
-PROSE = " ".join(f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(20))
 COMMANDS = {
     "eraser": (
         "--steps", "3", "--batch", "2", "--rank", "2", "--least", "100", "--most", "150", "--passes", "2",
@@ -27,21 +25,21 @@ WEIGHTS = {"eraser": "adapter/adapter_model.safetensors", "retention": "gates/ga
 
 
 @pytest.fixture
-def command(folders, place):
-    """Return what trains one kind into a folder, for this interpreter to run."""
-    shutil.copytree(folders.chat, place / "model")
-    config = json.loads((place / "model" / "config.json").read_text())
-    (place / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    (place / "texts").mkdir()
-    for n in range(3):
-        (place / "texts" / f"{n}.txt").write_text(f"Text {n} begins with these words. {PROSE}")
-    run = "from vestige.cli import main; main()"
+def command(roomy, texts):
+    """Return the words that train one kind into a folder."""
 
-    def words(kind: str, out: str, *more: str) -> list[str]:
-        data = ("--model", "model", "--dtype", "float32", "--data", "texts", "--out", out)
-        return [sys.executable, "-c", run, "train", kind, *data, *COMMANDS[kind], *more]
+    def words(kind: str, out: str, *more: str) -> list[object]:
+        data = ("--model", roomy, "--dtype", "float32", "--data", texts, "--out", out)
+        return ["train", kind, *data, *COMMANDS[kind], *more]
 
     return words
+
+
+@pytest.fixture
+def process(command):
+    """Return what trains in a process of its own."""
+    run = [sys.executable, "-c", "from vestige.cli import main; main()"]
+    return lambda *words: [*run, *map(str, command(*words))]
 
 
 def curve(folder: str) -> list[tuple[float, ...]]:
@@ -50,10 +48,10 @@ def curve(folder: str) -> list[tuple[float, ...]]:
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_two_processes_come_to_the_losses_of_one(command, place, kind):
+def test_two_processes_come_to_the_losses_of_one(process, place, kind):
     pytest.importorskip("accelerate")
     for count, out in ((1, "one"), (2, "two")):
-        for done in launched(command(kind, out), count):
+        for done in launched(process(kind, out), count):
             assert done.returncode == 0, done.stderr
     one, two = curve(place / "one"), curve(place / "two")
     assert len(one) == len(two) == 3
@@ -62,13 +60,25 @@ def test_two_processes_come_to_the_losses_of_one(command, place, kind):
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_a_run_that_was_gone_on_with_has_the_bits_of_one_that_went_through(command, place, kind):
+def test_a_run_that_was_gone_on_with_has_the_bits_of_one_that_went_through(process, place, kind):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command(kind, "through"), env=env, check=True, capture_output=True)
+    subprocess.run(process(kind, "through"), env=env, check=True, capture_output=True)
     shutil.copytree("through", "killed")
     shutil.rmtree("killed/step-00000003")  # as if killed in the last step
     shutil.rmtree(f"killed/{WEIGHTS[kind].split('/')[0]}")
-    subprocess.run(command(kind, "killed", "--resume"), env=env, check=True, capture_output=True)
+    subprocess.run(process(kind, "killed", "--resume"), env=env, check=True, capture_output=True)
     assert curve(place / "killed") == curve(place / "through")
     weights, others = (load_file(f"{name}/{WEIGHTS[kind]}") for name in ("through", "killed"))
     assert all(weights[name].equal(others[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("kind", "option", "value"), [("eraser", "lr", "0.5"), ("retention", "bias", "3")])
+def test_a_finished_run_is_not_begun_again_and_other_options_are_refused(vestige, command, place, kind, option, value):
+    assert vestige(*command(kind, "made")).code == 0
+    before = (place / "made" / WEIGHTS[kind]).read_bytes()
+    again = vestige(*command(kind, "made"))
+    assert again.code == 2 and "made" in again.err
+    assert vestige(*command(kind, "made", "--resume")).code == 0
+    assert (place / "made" / WEIGHTS[kind]).read_bytes() == before
+    other = vestige(*command(kind, "made", "--resume", f"--{option}", value))
+    assert other.code == 2 and option in other.err
