@@ -79,7 +79,7 @@ def test_an_untrained_adapter_is_as_wrong_as_the_text_with_the_passage(task):
     dirty, _ = steering.read(task.model, sample.ids)
     with torch.no_grad():
         for one, logits in task._answered(sample):
-            expected = steering.logits_over(task.model, dirty, one.fed, len(one.target))
+            expected = steering.logits_over(task.model, dirty, one.fed, one.fed.shape[1])
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -118,20 +118,31 @@ def test_samples_of_a_pool_are_made_once_and_trained_on_in_several_passes(chatte
     assert losses[:2] == losses[2:4] == losses[4:6] == once
 
 
-def test_the_divergence_from_the_clean_text_can_be_added(chatter, task):
-    model, tokenizer = chatter
-    options = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2, kl=0.5)
-    other = EraserTask(model, tokenizer, task.adapter, TEXTS, TEXTS, options)
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 0.25), (1.0, 0.0, 0.0), (2.0, 0.5, 3.0)])
+def test_the_loss_weighs_the_reply_and_the_divergence_from_the_clean_text(chatter, task, weights):
+    options = replace(SMALL, **dict(zip(("nll", "kl", "question_kl"), weights, strict=True)))
+    other = EraserTask(*chatter, task.adapter, TEXTS, TEXTS, options)
     with torch.no_grad():
-        plain, parts = task.loss(3), other.loss(3)
-    assert float(parts["kl"]) > 0
-    torch.testing.assert_close(parts["loss"], plain["loss"] + 0.5 * parts["kl"])
+        parts = other.loss(3)
+        figures = parts["nll"], parts["kl"], parts["question_kl"]
+        sample = other._sample(3)
+        own = [logits for _, logits in other._answered(sample)]
+    torch.testing.assert_close(parts["loss"], sum(w * x for w, x in zip(weights, figures, strict=True)))
+    replies, questions = [], []
+    for one, edited in zip(sample.asked, own, strict=True):
+        clean = one.clean.float().log_softmax(-1)
+        divergences = (clean.exp() * (clean - edited.log_softmax(-1))).sum(-1)
+        replies.append(divergences[-len(one.target) :].mean())
+        questions.append(divergences[: -len(one.target)].mean())
+    torch.testing.assert_close(parts["kl"], torch.stack(replies).mean())
+    torch.testing.assert_close(parts["question_kl"], torch.stack(questions).mean())
+    assert min(float(one) for one in figures) > 0
 
 
 def test_validation_tells_exact_match_by_kind(task):
     with torch.no_grad():
         figures = task.validate()
-    assert 0 <= figures["exact"] <= 1 and any(name.startswith("exact_") for name in figures) and figures["loss"] > 0
+    assert 0 <= figures["exact"] <= 1 and any(name.startswith("exact_") for name in figures) and figures["kl"] > 0
 
 
 def test_texts_without_sentences_are_refused():
@@ -141,7 +152,15 @@ def test_texts_without_sentences_are_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"least": 10}, {"least": 500, "most": 400}, {"reply": 0}, {"kl": -1.0}, {"passes": 0}]
+    "wrong",
+    [
+        {"least": 10},
+        {"least": 500, "most": 400},
+        {"reply": 0},
+        {"kl": -1.0},
+        {"passes": 0},
+        {"kl": 0.0, "question_kl": 0.0},
+    ],
 )
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(InputError):
@@ -198,7 +217,7 @@ def test_the_clean_reply_is_that_of_a_text_that_never_had_the_passage(task):
     for one in sample.asked:
         with torch.no_grad():
             logits = steering.logits_over(task.model, clean, one.fed, len(one.target))
-        torch.testing.assert_close(one.clean, logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one.clean[-len(one.target) :], logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(logits.argmax(-1), one.target)
 
 

@@ -27,4 +27,4 @@ def test_the_learned_eraser_gets_better_on_texts_it_has_not_seen(tmp_path):
     train(task, LoopConfig(steps=40, batch=2, lr=5e-4, warmup=4), tmp_path / "out")
     with torch.no_grad():
         after = task.validate()
-    assert after["loss"] < 0.7 * before["loss"] and after["exact"] > before["exact"] + 0.15, (before, after)
+    assert after["kl"] < 0.7 * before["kl"] and after["exact"] > before["exact"] + 0.15, (before, after)

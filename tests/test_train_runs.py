@@ -14,7 +14,7 @@ from vestige.learn.metrics import read
 COMMANDS = {
     "eraser": (
         "--steps", "3", "--batch", "2", "--rank", "2", "--least", "100", "--most", "150", "--passes", "2",
-        "--pool", "4", "--neighbours", "1", "--kl", "0.5", "--validation", "1", "--save-every", "1",
+        "--pool", "4", "--neighbours", "1", "--nll", "0.5", "--validation", "1", "--save-every", "1",
     ),
     "retention": (
         "--steps", "3", "--batch", "2", "--width", "8", "--length", "500", "--least", "450", "--warm", "1",

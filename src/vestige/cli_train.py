@@ -80,7 +80,9 @@ def train_eraser(
     neighbours: Annotated[int | None, typer.Option(help="Samples of stage 1; default: a quarter of all.")] = None,
     least: Annotated[int, typer.Option(help="Shortest text, in tokens, about.")] = 300,
     most: Annotated[int, typer.Option(help="Longest text, in tokens, about.")] = 2000,
-    kl: Annotated[float, typer.Option(help="Weight of the divergence from the clean text's logits.")] = 0.0,
+    nll: Annotated[float, typer.Option(help="Weight of the clean text's reply as the one right answer.")] = 0.0,
+    kl: Annotated[float, typer.Option(help="Weight of the divergence from the clean text's reply.")] = 1.0,
+    question_kl: Annotated[float, typer.Option(help="Weight of the divergence over the question.")] = 0.25,
     field: Field = "text",
     qa: Annotated[
         list[str] | None,
@@ -101,7 +103,17 @@ def train_eraser(
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     first = steps * batch // passes // 4 if neighbours is None else neighbours
-    options = EraserOptions(neighbours=first, least=least, most=most, kl=kl, passes=passes, pool=pool, seed=seed)
+    options = EraserOptions(
+        neighbours=first,
+        least=least,
+        most=most,
+        passes=passes,
+        pool=pool,
+        seed=seed,
+        nll=nll,
+        kl=kl,
+        question_kl=question_kl,
+    )
     training = EraserTraining(
         data=tuple(data), field=field, qa=tuple(qa or ()), loop=loop, options=options, rank=rank, validation=validation
     )

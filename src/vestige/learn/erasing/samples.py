@@ -49,8 +49,12 @@ class EraserOptions:
     """Longest text, in tokens, about; lengths between are drawn evenly by their logarithm."""
     reply: int = 12
     """Longest reply, in tokens; longer ones are cut."""
-    kl: float = 0.0
-    """Weight of the divergence from the clean text's logits."""
+    nll: float = 0.0
+    """Weight of the reply to the clean text as the one right answer: surer than the model itself is."""
+    kl: float = 1.0
+    """Weight of the divergence from the clean text's logits, over the reply."""
+    question_kl: float = 0.25
+    """Weight of the same over the question."""
     tries: int = 8
     """Drafts that are looked at for one sample; if none will do, the first is taken as it is."""
     passes: int = 1
@@ -62,8 +66,11 @@ class EraserOptions:
     def __post_init__(self) -> None:
         if not 100 <= self.least <= self.most:
             raise InputError(f"least and most must be tokens, at least 100, got {self.least} and {self.most}")
-        if self.reply < 1 or self.tries < 1 or self.neighbours < 0 or self.kl < 0:
-            raise InputError("reply and tries must be at least 1, neighbours and kl not negative")
+        if self.reply < 1 or self.tries < 1 or self.neighbours < 0:
+            raise InputError("reply and tries must be at least 1, neighbours not negative")
+        weights = self.nll, self.kl, self.question_kl
+        if min(weights) < 0 or not any(weights):
+            raise InputError(f"nll, kl and question_kl must not be negative, nor all 0, got {weights}")
         if self.passes < 1 or self.pool < 1:
             raise InputError("passes and pool must be at least 1")
 
@@ -81,7 +88,7 @@ class Asked:
         kind: Of the query.
         question: Behind the text.
         target: The reply, with what ends it unless it is cut: when to stop is part of it.
-        clean: The logits of the target's tokens over the clean text.
+        clean: The logits behind all that is fed, over the clean text, in the model's dtype.
         fooled: Whether the whole text gives another reply, as far as the query looks at that.
         right: Whether the reply is what the query wants.
     """
@@ -89,7 +96,7 @@ class Asked:
     kind: str
     question: Int[Tensor, "1 question"]
     target: Int[Tensor, " target"]
-    clean: Float[Tensor, "target vocab"]
+    clean: Float[Tensor, "fed vocab"]
     fooled: bool
     right: bool
 
@@ -267,7 +274,7 @@ class SampleMaker:
             return None
         target = torch.tensor(said, device=question.device)
         fed = torch.cat([question, target[None, :-1]], 1)
-        logits = steering.logits_over(self.model, clean, fed, len(said))
+        logits = steering.logits_over(self.model, clean, fed, fed.shape[1]).to(self.model.dtype)
         right, fooled = self._right(query, said), False
         if query.misled:
             told = steering.logits_over(self.model, dirty, fed, len(said)).argmax(-1)

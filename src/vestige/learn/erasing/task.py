@@ -1,10 +1,11 @@
 """The learned eraser as something to train: the reply to the clean text, taught through the passage's own pairs.
 
-Source: KVEraser, arXiv 2606.17034: the loss is the negative log-likelihood of the reply over the surrogate cache.
-Differs: several queries share an edit, as they will in use; a KL term is an option.
+Source: KVEraser, arXiv 2606.17034: the loss is the negative log-likelihood of the reply over the surrogate cache, which
+is an option here. Differs: the loss is the divergence from what the model says of the clean text, over question and
+reply, since the other makes it surer than it is (LOG.md); several queries share an edit, as they will in use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +21,7 @@ from vestige.learn.erasing.samples import Asked, EraserOptions, Sample, SampleMa
 from vestige.learn.order import seed_of
 from vestige.models import check
 
-Logits = Float[Tensor, "target vocab"]
+Logits = Float[Tensor, "fed vocab"]
 
 
 class EraserTask:
@@ -66,30 +67,27 @@ class EraserTask:
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sample over the surrogate cache, the mean over its queries."""
-        sample = self._sample(self.options.taken(index))
+        sample, options = self._sample(self.options.taken(index)), self.options
         answered = self._answered(sample)
-        nll = torch.stack([cross_entropy(logits, one.target) for one, logits in answered]).mean()
-        exact = torch.stack([_exact(one, logits) for one, logits in answered]).mean()
-        parts = {"loss": nll, "exact": exact, "tokens": nll.new_tensor(float(sample.ids.shape[1]))}
-        if self.options.kl:
-            parts["kl"] = torch.stack([_divergence(one, logits) for one, logits in answered]).mean()
-            parts["loss"] = nll + self.options.kl * parts["kl"]
-        return parts
+        found = [torch.stack(one) for one in zip(*(_compared(*one) for one in answered), strict=True)]
+        nll, kl, question_kl, exact = (one.mean() for one in found)
+        loss = options.nll * nll + options.kl * kl + options.question_kl * question_kl
+        tokens = loss.new_tensor(float(sample.ids.shape[1]))
+        return {"loss": loss, "nll": nll, "kl": kl, "question_kl": question_kl, "exact": exact, "tokens": tokens}
 
     def validate(self) -> Mapping[str, float]:
-        """Return loss and exact match on texts and statements that are not trained on, in all and by kind."""
+        """Return divergence and exact match on texts and statements that are not trained on, in all and by kind."""
         if not self._to_validate:
             self._to_validate = [
                 self.maker.sample(("held", i), self.held, neighbours=i % 4 == 0).light() for i in range(self.validation)
             ]
-        losses, exact = [], dict[str, list[float]]()
-        for sample in self._to_validate:
-            for one, logits in self._answered(sample):
-                losses.append(float(cross_entropy(logits, one.target)))
-                exact.setdefault(one.kind, []).append(float(_exact(one, logits)))
-        every = [one for kind in exact.values() for one in kind]
-        by_kind = {f"exact_{kind}": sum(found) / len(found) for kind, found in sorted(exact.items())}
-        return {"loss": sum(losses) / len(losses), "exact": sum(every) / len(every), **by_kind}
+        compared = [
+            (one.kind, _compared(one, logits)) for sample in self._to_validate for one, logits in self._answered(sample)
+        ]
+        kinds = sorted({kind for kind, _ in compared})
+        by_kind = {f"exact_{kind}": _mean(exact for of, (*_, exact) in compared if of == kind) for kind in kinds}
+        figures = [one for _, one in compared]
+        return {"kl": _mean(kl for _, kl, _, _ in figures), "exact": _mean(exact for *_, exact in figures), **by_kind}
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the adapter's shape, the options and the data."""
@@ -114,18 +112,26 @@ class EraserTask:
         return self._pool[number]
 
     def _answered(self, sample: Sample) -> list[tuple[Asked, Logits]]:
-        """Return what the edited cache says to each query, as logits of the target's tokens; one edit serves all."""
+        """Return what the edited cache says to each query, as logits behind all that is fed; one edit serves all."""
         layers = sample.layers
         if layers is None:
             layers, _ = steering.read(self.model, sample.ids)
         steered = steering.steer(self.model, self.adapter, sample.ids, layers, sample.spans)
-        return [(one, steering.logits_over(self.model, steered, one.fed, len(one.target))) for one in sample.asked]
+        return [(one, steering.logits_over(self.model, steered, one.fed, one.fed.shape[1])) for one in sample.asked]
 
 
-def _exact(asked: Asked, logits: Logits) -> Float[Tensor, ""]:
-    return (logits.argmax(-1) == asked.target).all().float()
+def _compared(asked: Asked, logits: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return, of the reply: its NLL and the divergence from the clean one; that of the question; exact match."""
+    count = len(asked.target)
+    reply, clean = logits[-count:], asked.clean.float()
+    nll, exact = cross_entropy(reply, asked.target), (reply.argmax(-1) == asked.target).all().float()
+    before = _divergence(logits[:-count], clean[:-count]) if len(logits) > count else nll.new_zeros(())
+    return nll, _divergence(reply, clean[-count:]), before, exact
 
 
-def _divergence(asked: Asked, logits: Logits) -> Float[Tensor, ""]:
-    own, clean = logits.log_softmax(-1), asked.clean.log_softmax(-1)
-    return kl_div(own, clean, log_target=True, reduction="batchmean")
+def _divergence(logits: Logits, clean: Logits) -> Float[Tensor, ""]:
+    return kl_div(logits.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def _mean(values: Iterable[Tensor]) -> float:
+    return float(torch.stack(list(values)).mean())
