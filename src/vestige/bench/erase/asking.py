@@ -8,22 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige.bench.erase.items import Item
 from vestige.bench.greedy import Decoded, decode
 from vestige.cache import KVCache
 from vestige.clock import now
 from vestige.joining import join
 from vestige.policies import Full
 from vestige.reading import forward, padding, prefill
-
-
-@dataclass(frozen=True)
-class Clean:
-    """What the model says to one question when it never read what is erased: the reply, and its logits, in float32."""
-
-    reply: tuple[int, ...]
-    """Ids, the one that ended it included."""
-    logits: Float[Tensor, "reply vocab"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +33,6 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "1 context"], cache: KVCache) 
     """Read a context with nothing asked, and return the cache."""
     prefill(model, ids.to(model.device), cache)
     return cache
-
-
-def clean(model: PreTrainedModel, item: Item, stop: Collection[int]) -> list[Clean]:
-    """Return the replies on a fresh reading of the remaining ids, of which nothing is evicted."""
-    cache = read(model, item.clean, KVCache(model, Full()))
-    found = []
-    for ids, question in zip(item.questions, item.sample.questions, strict=True):
-        asked = Asked(model, [cache], ids)
-        (reply,) = asked.replies(question.max_new_tokens, stop).replies
-        found.append(Clean(reply, asked.forced(reply)[0]))
-    return found
 
 
 class Asked:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import erasers
 from vestige.attachment import attach
-from vestige.bench.erase.asking import Asked, Clean, clean, compare, read
+from vestige.bench.erase.asking import Asked, compare, read
 from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erase.items import Item, collect
 from vestige.bench.erase.judging import judged, passes
@@ -123,13 +123,13 @@ class Runner:
         return [*self.store.records.values(), *self.failures.values()]
 
     def run(self, item: Item) -> None:
-        """Run a sample through every method that still lacks it; the bounds come first, the others together."""
+        """Run a sample through every method that still lacks it: all together, or the bounds first if they decide."""
         others = tuple(method for method in self.config.all_methods if method not in BOUNDS)
-        ready: tuple[KVCache, list[Clean]] | None = None
-        for methods in (BOUNDS, others):
+        ready: tuple[KVCache, KVCache] | None = None
+        for methods in (BOUNDS, others) if self.config.kept_only else ((*BOUNDS, *others),):
             self.progress(self.done, self.total, f"{item.sample.task} {' '.join(methods)}")
             noop = self._known(item, BOUNDS[0])
-            skipped = methods is others and self.config.kept_only and noop is not None and not noop["kept"]
+            skipped = methods is others and noop is not None and not noop["kept"]
             lacking = [] if skipped else [one for one in methods if self._lacks(item, one)]
             if lacking:
                 ready = ready or self._read(item)
@@ -138,12 +138,12 @@ class Runner:
             self.done += len(methods)
         self.progress(self.done, self.total, item.sample.task)
 
-    def _read(self, item: Item) -> tuple[KVCache, list[Clean]]:
-        """Return the reading that all methods share, evicted with nothing asked, and the clean replies."""
+    def _read(self, item: Item) -> tuple[KVCache, KVCache]:
+        """Return the reading that all methods share, evicted with nothing asked, and one of what shall remain."""
         cache = read(self.model, item.context, KVCache(self.model, self.config.make_policy()))
-        return cache, clean(self.model, item, self.renderer.stop())
+        return cache, read(self.model, item.clean, KVCache(self.model, Full()))
 
-    def _records(self, item: Item, methods: Sequence[str], cache: KVCache, wanted: list[Clean]) -> Iterator[Record]:
+    def _records(self, item: Item, methods: Sequence[str], cache: KVCache, clean: KVCache) -> Iterator[Record]:
         """Yield what methods did with a sample, but for those that failed, which is booked."""
         edited: dict[str, tuple[KVCache, Erased]] = {}
         for method in methods:
@@ -153,7 +153,7 @@ class Runner:
             except VestigeError as error:
                 self.failures[self._cell(item, method)] = self._head(item, method) | {"error": str(error)}
         caches = [fork for fork, _ in edited.values()]
-        replies = [self._asked(item, i, caches, one) for i, one in enumerate(wanted)]
+        replies = [self._asked(item, which, clean, caches) for which in range(len(item.questions)) if caches]
         for (method, (fork, done)), questions in zip(edited.items(), zip(*replies, strict=True), strict=False):
             noop = self._known(item, BOUNDS[0])  # its record comes first
             yield {
@@ -170,22 +170,21 @@ class Runner:
                 **self.origin,
             }
 
-    def _asked(self, item: Item, which: int, caches: Sequence[KVCache], wanted: Clean) -> list[Record]:
+    def _asked(self, item: Item, which: int, clean: KVCache, caches: Sequence[KVCache]) -> list[Record]:
         """Return what edited caches say to one question, beside the clean reply: all at once where they can be."""
-        if len(caches) > 1 and not joinable(caches):
-            return [record for cache in caches for record in self._asked(item, which, [cache], wanted)]
-        if not caches:
-            return []
-        question = item.sample.questions[which]
-        asked = Asked(self.model, caches, item.questions[which])
-        replies = asked.replies(question.max_new_tokens, self.renderer.stop()).replies
+        every = [clean, *caches]
+        question, groups = item.sample.questions[which], [every] if joinable(every) else [[one] for one in every]
+        asked = [Asked(self.model, group, item.questions[which]) for group in groups]
+        stop = self.renderer.stop()
+        wanted, *replies = (said for one in asked for said in one.replies(question.max_new_tokens, stop).replies)
+        unedited, *edited = (logits for one in asked for logits in one.forced(wanted))
         return [
             {
-                **judged(question, self.renderer.text(reply), self.renderer.text(wanted.reply)),
-                **asdict(compare(wanted.logits, forced)),
+                **judged(question, self.renderer.text(reply), self.renderer.text(wanted)),
+                **asdict(compare(unedited, logits)),
                 "tokens": len(reply),
             }
-            for reply, forced in zip(replies, asked.forced(wanted.reply), strict=True)
+            for reply, logits in zip(replies, edited, strict=True)
         ]
 
     def _head(self, item: Item, method: str) -> Record:
