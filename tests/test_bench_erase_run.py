@@ -167,17 +167,20 @@ def test_replies_and_likelihoods_are_those_of_plain_forwards(talker, texts):
     model, tokenizer = talker
     renderer = Renderer(tokenizer, model)
     (item,) = collect(config(texts, samples=1), renderer)
+    texts_read = item.clean, item.context
     with torch.no_grad():
         with attach(model):
-            caches = [read(model, ids, KVCache(model, policies.Full())) for ids in (item.clean, item.context)]
-            asked = Asked(model, caches, item.questions[0])
-            reply = asked.replies(item.sample.questions[0].max_new_tokens, renderer.stop()).replies[0]
-            forced = asked.forced(reply)
-        for ids, logits in zip((item.clean, item.context), forced, strict=True):
-            plain = model(torch.cat([ids, item.questions[0], torch.tensor([reply])], 1)).logits[0, -len(reply) - 1 : -1]
-            torch.testing.assert_close(logits, plain, atol=1e-4, rtol=1e-4)
-    assert forced[0].argmax(-1).tolist() == list(reply)
-    assert len(reply) <= item.sample.questions[0].max_new_tokens
+            caches = [read(model, ids, KVCache(model, policies.Full())) for ids in texts_read]
+            asked = [Asked(model, caches, question) for question in item.questions]
+            limits = [question.max_new_tokens for question in item.sample.questions]
+            replies = [one.replies(limit, renderer.stop()).replies[0] for one, limit in zip(asked, limits, strict=True)]
+            forced = [one.forced(reply) for one, reply in zip(asked, replies, strict=True)]
+        for question, limit, reply, both in zip(item.questions, limits, replies, forced, strict=True):
+            for ids, logits in zip(texts_read, both, strict=True):
+                fed = torch.cat([ids, question, torch.tensor([reply])], 1)
+                plain = model(fed).logits[0, -len(reply) - 1 : -1]
+                torch.testing.assert_close(logits, plain, atol=1e-4, rtol=1e-4)
+            assert both[0].argmax(-1).tolist() == list(reply) and len(reply) <= limit
 
 
 def test_what_is_evicted_first_is_evicted_for_all_methods_but_the_clean_prompt(measure, out):

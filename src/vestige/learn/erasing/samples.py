@@ -29,8 +29,8 @@ from vestige.text import Frame
 
 _QUOTED_WORDS = 4
 """Words that a quotation must get right."""
-_MIX = {"facts": 0.6, "altered": 0.25, "neighbour": 0.15, "question": 0.4}
-"""Of the second stage; questions only if there are any."""
+_MIX = {"facts": 0.65, "altered": 0.25, "neighbour": 0.1, "question": 0.4}
+"""Of the second stage; questions only if there are any. Where a text allows none of a kind, it gets facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class SampleMaker:
         """
         for draft in drafts:
             layers, _ = steering.read(self.model, ids := self._ids(draft))
-            if made := self._asked(draft, ids, layers):
+            if made := self._asked(draft, ids, layers, worth=False):
                 return made
         question = drafts[0].queries[0].question
         raise InputError(f"the model says nothing to {question!r} and the like: is it a model that answers?")
@@ -183,13 +183,13 @@ class SampleMaker:
         text, other = rng.choice(texts.prose), rng.choice(texts.prose)
         chosen = list(self._cut(rng, text, length))
         made: Draft | None = None
-        if form == "facts":
-            made = facts(rng, chosen)
+        if form == "neighbour":
+            made = neighbour(rng, chosen, other)
         elif form == "altered":
             made = altered(rng, chosen, other)
         elif form == "question":
             made = distracted(rng, texts.questions, sum(map(len, chosen)))
-        return made or neighbour(rng, chosen, other)
+        return made or facts(rng, chosen)
 
     def _cut(self, rng: random.Random, text: Sequence[str], length: int) -> Iterator[str]:
         """Yield sentences from a random one on, going round, of so many tokens in all, about."""
@@ -206,23 +206,36 @@ class SampleMaker:
             main = one.queries[0]
             if main.misled and main.answer and self._right(main, self._said(main, layers)):
                 continue  # known without reading the clean text
-            made = self._asked(one, ids, layers)
-            if made and made.asked[0].right and (made.asked[0].fooled or not main.misled):
+            if made := self._asked(one, ids, layers, worth=True):
                 return made
         return None
 
-    def _asked(self, draft: Draft, ids: Int[Tensor, "1 seen"], layers: Sequence[steering.Layer]) -> Sample | None:
-        """Return a draft with the model's replies to the clean text; None if it says nothing to the main query."""
+    def _asked(
+        self, draft: Draft, ids: Int[Tensor, "1 seen"], layers: Sequence[steering.Layer], *, worth: bool
+    ) -> Sample | None:
+        """Return a draft with the model's replies to the clean text.
+
+        Args:
+            draft: With one of its statements to go.
+            ids: Its text.
+            layers: What reading them gave.
+            worth: Whether it must be worth training on.
+
+        Returns:
+            None if the model says nothing to the main query, or it is not worth it.
+        """
         offsets = self.frame.offsets(draft.text)
         spans = tuple(locate.tokens_at(draft.text, start, end, offsets) for start, end in draft.spans)
         first = spans[0].start
         rest = ids[:, ~within(torch.arange(ids.shape[1], device=ids.device), spans)][:, first:]
         before = [(keys[:, :, :first], values[:, :, :first]) for keys, values in layers]
         clean = steering.read(self.model, rest, before)[0] if rest.shape[1] else before
-        main, *others = draft.queries
-        asked = [self._reply(main, clean, layers), *(self._taken_along(query, clean, layers) for query in others)]
-        found = tuple(one for one in asked if one is not None)
-        return Sample(ids=ids, spans=spans, asked=found, layers=layers) if asked[0] else None
+        query, *others = draft.queries
+        main = self._reply(query, clean, layers)
+        if main is None or (worth and not (main.right and (main.fooled or not query.misled))):
+            return None  # before anything else is asked
+        along = (self._taken_along(one, clean, layers) for one in others)
+        return Sample(ids=ids, spans=spans, asked=(main, *filter(None, along)), layers=layers)
 
     def _taken_along(
         self, query: Query, clean: Sequence[steering.Layer], dirty: Sequence[steering.Layer]

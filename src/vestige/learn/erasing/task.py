@@ -5,7 +5,7 @@ is an option here. Differs: the loss is the divergence from what the model says 
 reply, since the other makes it surer than it is (LOG.md); several queries share an edit, as they will in use.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,8 @@ from vestige.learn.order import seed_of
 from vestige.models import check
 
 Logits = Float[Tensor, "fed vocab"]
+Figures = dict[str, Float[Tensor, ""]]
+"""Of a query: the reply's NLL, its divergence from the clean one, that of the question, and exact match."""
 
 
 class EraserTask:
@@ -68,12 +70,10 @@ class EraserTask:
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sample over the surrogate cache, the mean over its queries."""
         sample, options = self._sample(self.options.taken(index)), self.options
-        answered = self._answered(sample)
-        found = [torch.stack(one) for one in zip(*(_compared(*one) for one in answered), strict=True)]
-        nll, kl, question_kl, exact = (one.mean() for one in found)
-        loss = options.nll * nll + options.kl * kl + options.question_kl * question_kl
-        tokens = loss.new_tensor(float(sample.ids.shape[1]))
-        return {"loss": loss, "nll": nll, "kl": kl, "question_kl": question_kl, "exact": exact, "tokens": tokens}
+        figures = _means([_compared(*one) for one in self._answered(sample)])
+        weights = {"nll": options.nll, "kl": options.kl, "question_kl": options.question_kl}
+        loss = torch.stack([weight * figures[name] for name, weight in weights.items()]).sum()
+        return {"loss": loss, **figures, "tokens": loss.new_tensor(float(sample.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
         """Return divergence and exact match on texts and statements that are not trained on, in all and by kind."""
@@ -81,13 +81,13 @@ class EraserTask:
             self._to_validate = [
                 self.maker.sample(("held", i), self.held, neighbours=i % 4 == 0).light() for i in range(self.validation)
             ]
-        compared = [
-            (one.kind, _compared(one, logits)) for sample in self._to_validate for one, logits in self._answered(sample)
-        ]
-        kinds = sorted({kind for kind, _ in compared})
-        by_kind = {f"exact_{kind}": _mean(exact for of, (*_, exact) in compared if of == kind) for kind in kinds}
-        figures = [one for _, one in compared]
-        return {"kl": _mean(kl for _, kl, _, _ in figures), "exact": _mean(exact for *_, exact in figures), **by_kind}
+        by_kind: dict[str, list[Figures]] = {}
+        for sample in self._to_validate:
+            for asked, logits in self._answered(sample):
+                by_kind.setdefault(asked.kind, []).append(_compared(asked, logits))
+        overall = _means([one for some in by_kind.values() for one in some])
+        exact = {f"exact_{kind}": float(_means(by_kind[kind])["exact"]) for kind in sorted(by_kind)}
+        return {"kl": float(overall["kl"]), "exact": float(overall["exact"]), **exact}
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the adapter's shape, the options and the data."""
@@ -120,18 +120,22 @@ class EraserTask:
         return [(one, steering.logits_over(self.model, steered, one.fed, one.fed.shape[1])) for one in sample.asked]
 
 
-def _compared(asked: Asked, logits: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return, of the reply: its NLL and the divergence from the clean one; that of the question; exact match."""
+def _compared(asked: Asked, logits: Logits) -> Figures:
+    """Return how logits compare with those over the clean text."""
     count = len(asked.target)
     reply, clean = logits[-count:], asked.clean.float()
-    nll, exact = cross_entropy(reply, asked.target), (reply.argmax(-1) == asked.target).all().float()
-    before = _divergence(logits[:-count], clean[:-count]) if len(logits) > count else nll.new_zeros(())
-    return nll, _divergence(reply, clean[-count:]), before, exact
+    nll = cross_entropy(reply, asked.target)
+    return {
+        "nll": nll,
+        "kl": _divergence(reply, clean[-count:]),
+        "question_kl": _divergence(logits[:-count], clean[:-count]) if len(logits) > count else nll.new_zeros(()),
+        "exact": (reply.argmax(-1) == asked.target).all().float(),
+    }
 
 
 def _divergence(logits: Logits, clean: Logits) -> Float[Tensor, ""]:
     return kl_div(logits.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
-def _mean(values: Iterable[Tensor]) -> float:
-    return float(torch.stack(list(values)).mean())
+def _means(all_figures: Sequence[Figures]) -> Figures:
+    return {name: torch.stack([one[name] for one in all_figures]).mean() for name in all_figures[0]}
