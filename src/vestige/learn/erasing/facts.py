@@ -23,7 +23,7 @@ from vestige.learn.vocabulary import (
 
 KINDS = {"conflict": 0.42, "remark": 0.16, "order": 0.14, "several": 0.14, "retained": 0.08, "alone": 0.06}
 """How often each comes. A remark is a conflict whose erased statement has a consequence behind it, which stays."""
-ALIKE = 0.7
+ALIKE = 0.4
 """How often others have the same, said in the same words: what is left must not be mistaken for theirs."""
 JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
 
@@ -120,10 +120,10 @@ def _topic(rng: random.Random, taken: Sequence[str]) -> _Topic:
 
 
 def _others(rng: random.Random, topic: _Topic) -> list[_Topic]:
-    """Return one to four others, who often have the same, stated alike."""
+    """Return one to three others, who often have the same, stated alike."""
     found = [topic]
     alike = rng.random() < ALIKE
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(1, 3)):
         other = _topic(rng, [one.who for one in found])
         found.append(replace(other, relation=topic.relation, phrase=topic.phrase) if alike else other)
     return found[1:]

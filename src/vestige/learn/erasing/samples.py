@@ -231,9 +231,13 @@ class SampleMaker:
         before = [(keys[:, :, :first], values[:, :, :first]) for keys, values in layers]
         clean = steering.read(self.model, rest, before)[0] if rest.shape[1] else before
         query, *others = draft.queries
-        main = self._reply(query, clean, layers)
-        if main is None or (worth and not (main.right and (main.fooled or not query.misled))):
+        said = self._said(query, clean) if query.answer else []
+        known = bool(query.answer) and self._right(query, said)
+        if worth and query.answer and not known:
             return None  # before anything else is asked
+        main = self._compared(query, said if known else [], clean, layers)
+        if main is None or (worth and not (main.right and (main.fooled or not query.misled))):
+            return None
         along = (self._taken_along(one, clean, layers) for one in others)
         return Sample(ids=ids, spans=spans, asked=(main, *filter(None, along)), layers=layers)
 
@@ -243,13 +247,6 @@ class SampleMaker:
         """Return a query that the model answers right without being asked for more than one forward."""
         said = self._said(query, clean)
         return self._compared(query, said, clean, dirty) if self._right(query, said) else None
-
-    def _reply(self, query: Query, clean: Sequence[steering.Layer], dirty: Sequence[steering.Layer]) -> Asked | None:
-        """Return a query with the reply to the clean text, whatever it is; None if there is none."""
-        said = self._said(query, clean) if query.answer else []
-        if not self._right(query, said):
-            said = []
-        return self._compared(query, said, clean, dirty)
 
     def _said(self, query: Query, layers: Sequence[steering.Layer]) -> list[int]:
         """Return how far the greedy reply follows the answer, and its next token, by one forward."""
