@@ -10,13 +10,13 @@ from conftest import random_gates
 from vestige import InputError
 from vestige.gates import Gates
 from vestige.learn import LoopConfig, train
-from vestige.learn.retention import flat
+from vestige.learn.retention import flat, warm
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.sequences import SequenceMaker
 from vestige.learn.retention.tales import KINDS, tale
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
-from vestige.learn.retention.warm import asked, lives, regression, replayed
+from vestige.learn.retention.warm import asked, lives, ranking, regression, replayed
 from vestige.testing import attention, random_ids, tiny
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
@@ -195,6 +195,32 @@ def test_what_is_asked_about_is_what_the_tokens_behind_the_text_attend_to():
     torch.testing.assert_close(worth, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_ranking_loses_the_worth_of_what_lives_shorter_for_its_age(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(warm, "SOFTNESS", 1e-3)
+    draw = torch.Generator().manual_seed(3)
+    gates = Fixed(model, -torch.rand(1, 2, 10, generator=draw))
+    rows = len(gates.config.layers) * 2
+    looked = torch.rand(rows, 10, generator=draw), dict.fromkeys(gates.config.layers, torch.zeros(1, 10, 1))
+    order = (torch.arange(10, 0, -1) * gates.log_beta[0]).repeat(len(gates.config.layers), 1).flatten()
+    counts = looked[0].flatten().sqrt()
+    kept = order > order.sort(descending=True).values[rows * 3]  # three of ten, and the one at the limit by half
+    lost = 1 - counts[kept].sum() / counts.sum()
+    assert abs(float(ranking(gates, looked, 0.3)) - float(lost)) < 0.05
+
+
+def test_to_let_everything_live_longer_gains_nothing():
+    model = tiny("llama")
+    log_beta = (-torch.rand(1, 2, 10, generator=torch.Generator().manual_seed(3))).requires_grad_()
+    gates = Fixed(model, log_beta)
+    entered = dict.fromkeys(gates.config.layers, torch.zeros(1, 10, 1))
+    worth = torch.rand(2 * len(entered), 10, generator=torch.Generator().manual_seed(4))
+    ranking(gates, (worth, entered), 0.3).backward()
+    assert log_beta.grad is not None and float(log_beta.grad.abs().max()) > 1e-3
+    together = (log_beta.grad * log_beta.detach()).sum()  # along equal steps of all logarithms
+    assert abs(float(together)) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["answers", "replay"])
 def test_gates_learn_what_later_tokens_look_at_without_gradients_through_the_model(kind):
     model = tiny("llama")
@@ -243,9 +269,10 @@ def test_gates_that_keep_everything_say_what_the_model_says(task):
 
 
 @pytest.mark.parametrize("kind", ["answers", "replay"])
-def test_the_first_sequences_learn_what_later_tokens_look_at(task, kind):
-    warm = replace(SMALL, warm=2, warm_by=kind)
-    other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.prose, task.held, warm)
+@pytest.mark.parametrize("loss", ["lives", "ranking"])
+def test_the_first_sequences_learn_what_later_tokens_look_at(task, kind, loss):
+    first = replace(SMALL, warm=2, warm_by=kind, warm_loss=loss, asked=8)
+    other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.prose, task.held, first)
     assert other.loss(1).keys() == {"loss", "tokens"} and "kl" in other.loss(2)
     other.loss(0)["loss"].backward()
     assert all(parameter.grad is not None for parameter in other.gates.parameters())

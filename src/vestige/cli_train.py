@@ -136,6 +136,8 @@ def train_retention(
     text_weight: Annotated[float, typer.Option(help="Of going on with the text itself, against answers.")] = 0.25,
     warm: Annotated[int, typer.Option(help="First steps that learn what later tokens look at.", min=0)] = 0,
     warm_by: Annotated[str, typer.Option(help="Which later tokens: answers (and questions) or replay.")] = "answers",
+    warm_loss: Annotated[str, typer.Option(help="How: lives (regression) or ranking (worth lost).")] = "lives",
+    asked: Annotated[int, typer.Option(help="Most questions about one text.", min=1)] = 4,
     width: Annotated[int, typer.Option(help="Of the gates' inner layers.", min=1)] = 128,
     depth: Annotated[int, typer.Option(help="Inner layers of the gates.", min=1)] = 2,
     tied: Annotated[bool, typer.Option(help="Share the last projection over all layers.")] = True,
@@ -158,7 +160,7 @@ def train_retention(
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     options = RetentionOptions(
         length=length, least=least, capacity=capacity, capacity_weight=capacity_weight, text_weight=text_weight,
-        warm=warm * batch, warm_by=warm_by, budget=budget, seed=seed,
+        warm=warm * batch, warm_by=warm_by, warm_loss=warm_loss, asked=asked, budget=budget, seed=seed,
     )  # fmt: skip
     training = RetentionTraining(
         data=tuple(data), field=field, loop=loop, options=options, width=width, depth=depth, tied=tied, bias=bias,

@@ -67,7 +67,7 @@ def judged(model: PreTrainedModel, gates: Gates, held: Sequence[Held], budget: f
 def _held(maker: SequenceMaker, rng: random.Random, prose: Sequence[Sequence[str]]) -> Held:
     told = tale(rng, maker.cut(rng, rng.choice(prose), maker.length * 3 // 4))
     asked = []
-    for one in told.asked:
+    for one in told.asked[: maker.asked]:
         question = maker.frame.question(one.question, one.prefix)
         asked.append((question, torch.tensor(maker.answer(one))))
     return Held(context=maker.frame.context(told.text), asked=tuple(asked))

@@ -69,17 +69,20 @@ class SequenceMaker:
         length: Most tokens of a sequence.
         least: Fewest tokens that a document is given.
         others: Places of the texts to look at, beside the answers.
+        asked: Most questions about one text.
         seed: Everything that is drawn follows from it and a name.
 
     Raises:
         InputError: The numbers do not go together.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, length: int, least: int, others: int, seed: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, length: int, least: int, others: int, asked: int = 4, seed: int
+    ) -> None:
         if not 96 <= least <= length or others < 0:
             raise InputError(f"need 96 <= least <= length and others >= 0, got {least}, {length} and {others}")
         self.tokenizer, self.frame, self.turns = tokenizer, Frame(tokenizer), Turns(tokenizer)
-        self.length, self.least, self.others, self.seed = length, least, others, seed
+        self.length, self.least, self.others, self.asked, self.seed = length, least, others, asked, seed
 
     def sequence(self, name: tuple[str | int, ...], prose: Sequence[Sequence[str]]) -> Packed:
         """Return a sequence.
@@ -111,7 +114,7 @@ class SequenceMaker:
         room = size
         for _ in range(_TRIES):
             told = tale(rng, self.cut(rng, text, room))
-            for count in range(len(told.asked), 0, -1):
+            for count in range(min(len(told.asked), self.asked), 0, -1):
                 made = self.tokens(replace(told, asked=told.asked[:count]))
                 if len(made.ids) <= size:
                     return made

@@ -18,9 +18,6 @@ from vestige.learn.vocabulary import (
     subject,
 )
 
-MOST_ASKED = 4
-"""Questions about one text."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -33,7 +30,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Tale:
-    """A text, and questions that its parts answer."""
+    """A text, and all questions that its parts answer, in random order."""
 
     kind: str
     text: str
@@ -51,7 +48,7 @@ def tale(rng: random.Random, prose: Sequence[str]) -> Tale:
     make, _ = KINDS[kind]
     text, asked = make(rng, prose)
     rng.shuffle(asked)
-    return Tale(kind=kind, text=text, asked=tuple(asked[:MOST_ASKED]))
+    return Tale(kind=kind, text=text, asked=tuple(asked))
 
 
 Made = tuple[str, list[Asked]]

@@ -22,10 +22,13 @@ from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.hard import Held, held_tales, judged
 from vestige.learn.retention.sequences import Packed, SequenceMaker
-from vestige.learn.retention.warm import asked, regression, replayed
+from vestige.learn.retention.warm import Looked, asked, ranking, regression, replayed
 from vestige.models import check
 
 WARM = ("answers", "replay")
+WARM_LOSSES = ("lives", "ranking")
+_SHARES = 0.02, 0.4
+"""Of the pairs that a ranking keeps: drawn for each text, evenly by their logarithm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,10 @@ class RetentionOptions:
     multiple of the batch."""
     warm_by: str = "answers"
     """Which later tokens: those of the questions and answers, or of a replay of the text, as in KVzip."""
+    warm_loss: str = "lives"
+    """How: by regression on lives that follow from what is looked at, or by what a ranking of all pairs loses."""
+    asked: int = 4
+    """Most questions about one text."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +75,10 @@ class RetentionOptions:
             raise InputError(f"warm must not be negative, got {self.warm}")
         if self.warm_by not in WARM:
             raise InputError(unknown("warm-by", self.warm_by, WARM))
+        if self.warm_loss not in WARM_LOSSES:
+            raise InputError(unknown("warm-loss", self.warm_loss, WARM_LOSSES))
+        if self.asked < 1:
+            raise InputError(f"asked must be at least 1, got {self.asked}")
 
 
 class RetentionTask:
@@ -102,7 +113,12 @@ class RetentionTask:
             raise InputError(f"sequences of {options.length} tokens do not fit the model's {limit} positions")
         self.model, self.gates, self.options = model.requires_grad_(False).eval(), gates, options
         self.maker = SequenceMaker(
-            tokenizer, length=options.length, least=options.least, others=options.others, seed=options.seed
+            tokenizer,
+            length=options.length,
+            least=options.least,
+            others=options.others,
+            asked=options.asked,
+            seed=options.seed,
         )
         self.prose, self.held, self.validation = prose, held, validation
         self._to_validate: list[Held] = []
@@ -153,14 +169,22 @@ class RetentionTask:
 
     def _looked_at(self, packed: Packed) -> Mapping[str, Tensor]:
         """Return how far the gates are from what later tokens look at, the mean over the tokens of the texts."""
-        losses, share = [], self.options.capacity
+        losses = []
         for start, text in zip(packed.starts.unique_consecutive().tolist(), packed.texts.tolist(), strict=True):
             ids = packed.ids[:, start : start + int(packed.sizes[start])]
             by_replay = self.options.warm_by == "replay"
             looked = replayed(self.model, ids[:, :text]) if by_replay else asked(self.model, ids, text)
-            losses.append(text * regression(self.gates, looked, share if share < 1 else min(share / text, 1.0)))
+            losses.append(text * self._unlike(looked, text))
         loss = torch.stack(losses).sum() / packed.texts.sum()
         return {"loss": loss, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
+
+    def _unlike(self, looked: Looked, text: int) -> Float[Tensor, ""]:
+        """Return how far the gates are from what was looked at in a text of so many tokens."""
+        if self.options.warm_loss == "ranking":
+            least, most = _SHARES
+            return ranking(self.gates, looked, least * (most / least) ** float(torch.rand(())))
+        share = self.options.capacity
+        return regression(self.gates, looked, share if share < 1 else min(share / text, 1.0))
 
     def _logits(
         self, packed: Packed, at: Int[Tensor, " some"], gates: Gates | None

@@ -27,6 +27,8 @@ from vestige.reading import prefill, replay
 
 STEEPNESS = 2.0
 """How fast a life grows with what a pair is worth, both logarithmic: above 1 worth counts for more than youth."""
+SOFTNESS = 0.5
+"""How far around the limit pairs are kept in part, in logarithms of lives."""
 _LEAST_WORTH, _SHORTEST, _LONGEST = 1e-5, -2.0, 14.0
 
 
@@ -59,6 +61,29 @@ def lives(worth: Float[Tensor, "rows tokens"], capacity: float) -> Float[Tensor,
     middle = logs.flatten().kthvalue(max(round((1 - capacity) * logs.numel()), 1)).values
     text = torch.tensor(float(worth.shape[1])).log()
     return (text + STEEPNESS * (logs - middle)).clamp(_SHORTEST, _LONGEST)
+
+
+def ranking(gates: Gates, looked: Looked, share: float) -> Float[Tensor, ""]:
+    """Return how much of all worth is lost if a share of the pairs is kept: those that live longest for their age.
+
+    Pairs near the limit are kept in part, and the limit moves along: to let everything live longer gains nothing.
+
+    Args:
+        gates: Get the gradients.
+        looked: Of :func:`replayed` or :func:`asked`.
+        share: Of the pairs that are kept, in (0, 1).
+    """
+    worth, entered = looked
+    said = torch.cat([gates(layer_idx, hidden)[0] for layer_idx, hidden in sorted(entered.items())])
+    age = torch.arange(worth.shape[1], 0, -1, device=worth.device)
+    left = (-torch.log(-said.clamp_max(-1e-9)) - age.log()).flatten()  # orders pairs as age * log beta does
+    limit = left.detach().kthvalue(max(round((1 - share) * left.numel()), 1)).values
+    near = torch.sigmoid((left.detach() - limit) / SOFTNESS)
+    near = near * (1 - near)
+    mean = (near * left).sum() / near.sum()
+    kept = torch.sigmoid((left - limit - (mean - mean.detach())) / SOFTNESS)
+    counts = worth.flatten().clamp_min(_LEAST_WORTH).sqrt()
+    return 1 - (kept * counts).sum() / counts.sum()
 
 
 @torch.no_grad()
