@@ -11,7 +11,7 @@ import torch
 from vestige import BudgetError, InputError, KVCache, ModelError, PolicyError, attach, erasers, policies
 from vestige.bench.erase import run as running
 from vestige.bench.erase import tasks
-from vestige.bench.erase.asking import Asked, read
+from vestige.bench.erase.asking import Listeners, read
 from vestige.bench.erase.config import EraseBenchConfig
 from vestige.bench.erase.items import as_item, collect
 from vestige.bench.erase.latency import LatencyConfig, latency
@@ -171,10 +171,12 @@ def test_replies_and_likelihoods_are_those_of_plain_forwards(talker, texts):
     with torch.no_grad():
         with attach(model):
             caches = [read(model, ids, KVCache(model, policies.Full())) for ids in texts_read]
-            asked = [Asked(model, caches, question) for question in item.questions]
-            limits = [question.max_new_tokens for question in item.sample.questions]
-            replies = [one.replies(limit, renderer.stop()).replies[0] for one, limit in zip(asked, limits, strict=True)]
-            forced = [one.forced(reply) for one, reply in zip(asked, replies, strict=True)]
+            listeners, limits = Listeners(model, caches), [one.max_new_tokens for one in item.sample.questions]
+            replies, forced = list[tuple[int, ...]](), list[torch.Tensor]()
+            for question, limit in zip(item.questions, limits, strict=True):
+                with listeners.asked(question) as asked:
+                    replies.append(asked.replies(limit, renderer.stop()).replies[0])
+                    forced.append(asked.forced(replies[-1]))
         for question, limit, reply, both in zip(item.questions, limits, replies, forced, strict=True):
             for ids, logits in zip(texts_read, both, strict=True):
                 fed = torch.cat([ids, question, torch.tensor([reply])], 1)

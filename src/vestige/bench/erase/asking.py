@@ -1,6 +1,7 @@
 """Asking an edited cache, and comparing it with the clean one: what each says, and how likely the clean reply is."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from vestige.bench.greedy import Decoded, decode
 from vestige.cache import KVCache
 from vestige.clock import now
-from vestige.joining import join
+from vestige.joining import join, joinable
 from vestige.policies import Full
 from vestige.reading import forward, padding, prefill
 
@@ -35,36 +36,71 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "1 context"], cache: KVCache) 
     return cache
 
 
-class Asked:
-    """Caches that were asked one question, all in one forward; nothing that is asked or replied is evicted.
+class Listeners:
+    """Caches that are asked in turn, all in one forward; nothing that is asked or replied is evicted, or stays.
 
     Args:
         model: An attached model.
         caches: Each holds a context; left as they are. Several must be joinable.
-        question: Ids behind the contexts.
     """
 
-    def __init__(self, model: PreTrainedModel, caches: Sequence[KVCache], question: Int[Tensor, "1 question"]) -> None:
+    def __init__(self, model: PreTrainedModel, caches: Sequence[KVCache]) -> None:
         self.model = model
         self.cache = caches[0].fork(Full()) if len(caches) == 1 else join(caches)
-        fed = question.expand(len(caches), -1).to(model.device)
-        started = now(model.device)
-        self.logits = prefill(model, fed, self.cache, settle=False)
-        self.first_token_s = now(model.device) - started
+        self.count = len(self.cache.seen)
+
+    @contextmanager
+    def asked(self, question: Int[Tensor, "1 question"]) -> Iterator["Asked"]:
+        """Feed a question behind the contexts, for as long as it takes to hear the replies."""
+        with aside(self.cache) as cache:
+            fed = question.expand(self.count, -1).to(self.model.device)
+            started = now(self.model.device)
+            logits = prefill(self.model, fed, cache, settle=False)
+            yield Asked(self.model, cache, logits, now(self.model.device) - started)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Caches with a question behind each.
+
+    Args:
+        model: An attached model.
+        cache: Has them as its rows.
+        logits: After the question.
+        first_token_s: What these took.
+    """
+
+    model: PreTrainedModel
+    cache: KVCache
+    logits: Float[Tensor, "batch vocab"]
+    first_token_s: float
 
     def replies(self, limit: int, stop: Collection[int]) -> Decoded:
         """Return the greedy reply of each cache, of at most so many tokens."""
-        fork = self.cache.fork()
-        return decode(lambda token: forward(self.model, token, fork), self.logits, [limit] * len(self.logits), stop)
+        with aside(self.cache) as cache:
+            return decode(
+                lambda token: forward(self.model, token, cache), self.logits, [limit] * len(self.logits), stop
+            )
 
     def forced(self, reply: tuple[int, ...]) -> Float[Tensor, "batch reply vocab"]:
         """Return the logits before each token of a reply that is put into the model's mouth, in float32."""
         fed = torch.tensor([reply[:-1]] * len(self.logits), device=self.model.device)
         if not fed.numel():
             return self.logits[:, None].float()
-        fork = self.cache.fork()
-        later = self.model(input_ids=fed, past_key_values=fork, use_cache=True, **padding(fed, fork)).logits
+        with aside(self.cache) as cache:
+            later = self.model(input_ids=fed, past_key_values=cache, use_cache=True, **padding(fed, cache)).logits
         return torch.cat([self.logits[:, None], later], 1).float()
+
+
+@contextmanager
+def aside(cache: KVCache) -> Iterator[KVCache]:
+    """Give a cache that evicts nothing to be fed, and take back what was; where that cannot be, give a fork."""
+    if not joinable((cache,)):  # a sliding window does not know any more what it had before
+        yield cache.fork()
+        return
+    before = cache.fed.ids.shape[1]
+    yield cache
+    cache.crop(before - cache.fed.ids.shape[1])
 
 
 def compare(clean_logits: Float[Tensor, "reply vocab"], logits: Float[Tensor, "reply vocab"]) -> Against:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from vestige import erasers
 from vestige.attachment import attach
-from vestige.bench.erase.asking import Asked, read
+from vestige.bench.erase.asking import Listeners, read
 from vestige.bench.erase.config import BOUNDS
 from vestige.bench.facts import provenance
 from vestige.bench.rows import Row
@@ -144,8 +144,8 @@ def _once(
     """Return what one edit, one question and one reply take."""
     fork = cache.fork()
     report = erase(fork, config.place, erasers.make(method), model=model, input_ids=context).report
-    asked = Asked(model, [fork], question)
-    said = asked.replies(config.reply, ())
+    with Listeners(model, [fork]).asked(question) as asked:
+        said = asked.replies(config.reply, ())
     return {
         "edit_s": report.edit_s,
         "first_token_s": asked.first_token_s,

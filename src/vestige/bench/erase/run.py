@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import erasers
 from vestige.attachment import attach
-from vestige.bench.erase.asking import Asked, compare, read
+from vestige.bench.erase.asking import Listeners, compare, read
 from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erase.items import Item, collect
 from vestige.bench.erase.judging import judged, passes
@@ -152,8 +153,9 @@ class Runner:
                 edited[method] = fork, erase(fork, item.spans, erasers.make(method), model=self.model, input_ids=ids)
             except VestigeError as error:
                 self.failures[self._cell(item, method)] = self._head(item, method) | {"error": str(error)}
-        caches = [fork for fork, _ in edited.values()]
-        replies = [self._asked(item, which, clean, caches) for which in range(len(item.questions)) if caches]
+        every = [clean, *(fork for fork, _ in edited.values())]
+        groups = [Listeners(self.model, some) for some in ([every] if joinable(every) else [[one] for one in every])]
+        replies = [self._asked(item, which, groups) for which in range(len(item.questions)) if edited]
         for (method, (fork, done)), questions in zip(edited.items(), zip(*replies, strict=True), strict=False):
             noop = self._known(item, BOUNDS[0])  # its record comes first
             yield {
@@ -170,21 +172,29 @@ class Runner:
                 **self.origin,
             }
 
-    def _asked(self, item: Item, which: int, clean: KVCache, caches: Sequence[KVCache]) -> list[Record]:
-        """Return what edited caches say to one question, beside the clean reply: all at once where they can be."""
-        every = [clean, *caches]
-        question, groups = item.sample.questions[which], [every] if joinable(every) else [[one] for one in every]
-        asked = [Asked(self.model, group, item.questions[which]) for group in groups]
-        stop = self.renderer.stop()
-        wanted, *replies = (said for one in asked for said in one.replies(question.max_new_tokens, stop).replies)
-        unedited, *edited = (logits for one in asked for logits in one.forced(wanted))
+    def _asked(self, item: Item, which: int, groups: Sequence[Listeners]) -> list[Record]:
+        """Return what edited caches say to one question, beside the clean reply.
+
+        Args:
+            item: The sample.
+            which: Of its questions.
+            groups: The clean cache and then the edited ones, together where they can be.
+        """
+        question, stop = item.sample.questions[which], self.renderer.stop()
+        replies: list[tuple[int, ...]] = []
+        logits: list[Tensor] = []
+        for group in groups:
+            with group.asked(item.questions[which]) as asked:
+                replies += asked.replies(question.max_new_tokens, stop).replies
+                logits += asked.forced(replies[0])  # the clean one
+        wanted, unedited = replies[0], logits[0]
         return [
             {
                 **judged(question, self.renderer.text(reply), self.renderer.text(wanted)),
-                **asdict(compare(unedited, logits)),
+                **asdict(compare(unedited, found)),
                 "tokens": len(reply),
             }
-            for reply, logits in zip(replies, edited, strict=True)
+            for reply, found in zip(replies[1:], logits[1:], strict=True)
         ]
 
     def _head(self, item: Item, method: str) -> Record:
