@@ -228,6 +228,33 @@ def test_only_a_right_reply_that_the_passage_spoils_is_worth_training_on(task, m
     assert task.maker._worth(draft) is None
 
 
+def test_a_wrong_reply_teaches_too_if_that_is_asked_for_as_long_as_the_passage_changes_it(chatter, task):
+    draft = facts(random.Random(0), PROSE)
+    sample, query = (
+        task.maker.sample(("train", 0), task.texts, neighbours=False),
+        replace(draft.queries[0], misled=True),
+    )
+    lenient = SampleMaker(*chatter, replace(SMALL, right=False))
+    for right, fooled, expected in (
+        (True, True, (True, True)),
+        (False, True, (False, True)),
+        (True, False, (False, False)),
+    ):
+        asked = replace(sample.asked[0], right=right, fooled=fooled)
+        assert tuple(maker._teaches(query, asked) for maker in (task.maker, lenient)) == expected
+
+
+def test_a_reply_that_nothing_opens_may_be_longer(chatter):
+    maker = SampleMaker(*chatter, replace(SMALL, free_reply=9, right=False))
+    maker.stop = ()
+    drafts = (facts(random.Random(i), PROSE) for i in range(40))
+    draft = next(one for one in drafts if any(query.kind == "free" for query in one.queries))
+    layers, _ = steering.read(maker.model, ids := maker._ids(draft))
+    made = maker._asked(draft, ids, layers, worth=False)
+    lengths = {one.kind: len(one.target) for one in made.asked}
+    assert lengths["free"] == 9 and lengths[draft.queries[0].kind] == SMALL.reply
+
+
 def test_a_sample_kept_for_long_lets_its_pairs_go(task):
     sample = task.maker.sample(("train", 0), task.texts, neighbours=True)
     assert sample.layers is not None and sample.light().layers is None

@@ -75,6 +75,13 @@ def test_what_somebody_else_has_is_asked_for_too_and_everything_about_a_conflict
         assert not any(query.misled for query in one.queries[1:])
 
 
+def test_often_it_is_asked_with_nothing_that_opens_the_reply_too():
+    drafts = [facts(random.Random(i), PROSE) for i in range(100)]
+    free = [one for draft in drafts for one in draft.queries[1:] if not one.prefix]
+    assert 30 < len(free) < 70 and {one.kind for one in free} == {"free"}
+    assert all(draft.queries[0].prefix for draft in drafts)
+
+
 def test_a_conflict_can_be_erased_either_way():
     one = next(draft for draft in drafts() if draft.queries[0].kind == "conflict")
     other = one.flipped()

@@ -156,12 +156,14 @@ def test_demo_shows_the_main_job_and_its_json(vestige, folders, monkeypatch, pla
 
     monkeypatch.setattr(demo, "load", tiny_load)
     monkeypatch.setattr(demo, "files", lambda package: Document())
+    monkeypatch.setattr(demo, "ERASER", "shift")  # no eraser is trained for the tiny model
     result = vestige("demo")
     assert result.code == 0 and asked == ["smollm2-135m"]
-    for words in (*demo.QUESTIONS, "every pair kept:", "tokens/s", "without eviction", "pairs held", "layer"):
+    shown = ("every pair kept:", "tokens/s", "without eviction", "pairs held", "layer", "stale line erased:")
+    for words in (*demo.QUESTIONS, *shown, demo.ASKED_OF_NOTE):
         assert words in result.out, words
     row = vestige("demo", "--json").row
-    assert {"answer", "held", "peak_kv_bytes"} <= set(row)
+    assert {"answer", "held", "peak_kv_bytes", "untouched_answer", "erased_answer", "edit_s"} <= set(row)
     assert (row["policy"], row["budget"]) == (demo.POLICY, demo.BUDGET)
     assert 0 < row["kept_fraction"] < 1 and len(row["full_answers"]) == len(row["answers"]) == len(demo.QUESTIONS)
 

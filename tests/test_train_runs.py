@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from launching import launched
@@ -82,3 +83,12 @@ def test_a_finished_run_is_not_begun_again_and_other_options_are_refused(vestige
     assert (place / "made" / WEIGHTS[kind]).read_bytes() == before
     other = vestige(*command(kind, "made", "--resume", f"--{option}", value))
     assert other.code == 2 and option in other.err
+
+
+def test_an_adapter_can_be_trained_on_from_where_another_one_ended(vestige, command, place):
+    assert vestige(*command("eraser", "first")).code == 0
+    assert vestige(*command("eraser", "second", "--begin", "first/adapter", "--steps", "1", "--lr", "1e-12")).code == 0
+    one, other = (load_file(f"{name}/{WEIGHTS['eraser']}") for name in ("first", "second"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    assert any(weight.any() for name, weight in one.items() if "lora_B" in name)
+    assert "nowhere is not an adapter" in vestige(*command("eraser", "third", "--begin", "nowhere")).complaint()

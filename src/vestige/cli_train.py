@@ -80,6 +80,10 @@ def train_eraser(
     neighbours: Annotated[int | None, typer.Option(help="Samples of stage 1; default: a quarter of all.")] = None,
     least: Annotated[int, typer.Option(help="Shortest text, in tokens, about.")] = 300,
     most: Annotated[int, typer.Option(help="Longest text, in tokens, about.")] = 2000,
+    right: Annotated[
+        bool, typer.Option(help="Train only where the clean text's reply is right, or wherever the passage changes it.")
+    ] = True,
+    begin: Annotated[Path | None, typer.Option(help="A folder with an adapter to go on from.")] = None,
     nll: Annotated[float, typer.Option(help="Weight of the clean text's reply as the one right answer.")] = 0.0,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the clean text's reply.")] = 1.0,
     question_kl: Annotated[float, typer.Option(help="Weight of the divergence over the question.")] = 0.25,
@@ -110,12 +114,20 @@ def train_eraser(
         passes=passes,
         pool=pool,
         seed=seed,
+        right=right,
         nll=nll,
         kl=kl,
         question_kl=question_kl,
     )
     training = EraserTraining(
-        data=tuple(data), field=field, qa=tuple(qa or ()), loop=loop, options=options, rank=rank, validation=validation
+        data=tuple(data),
+        field=field,
+        qa=tuple(qa or ()),
+        loop=loop,
+        options=options,
+        rank=rank,
+        begin=begin,
+        validation=validation,
     )
     _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from vestige import show as shows
 from vestige.download import load
+from vestige.erase_text import EraseConfig, EraseResult, erase_text
 from vestige.run import RunConfig, RunResult, run
 
 MODEL, POLICY, SHARE, BUDGET, CHUNK = "smollm2-135m", "keydiff", "model", "0.5", 1024
@@ -20,14 +21,24 @@ QUESTIONS = (
     "What is the name of the Marlowick lifeboat?",
 )
 NEW_TOKENS = 24
+ERASER = "learned"
+STALE = "The ferry to Orm leaves at 7:40 in the morning."
+NOTE = (
+    "Notes from the harbour office. The ferry to Orm leaves at 9:15 in the morning. Dogs travel free if they behave. "
+    "The crane on the east quay is being painted, so please mind the wet paint. The ferry to Tarn leaves at 6:20 in "
+    f"the evening. {STALE} Tickets are sold on board."
+)
+ASKED_OF_NOTE = "When does the ferry to Orm leave?"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The same questions, answered with every pair and within the budget."""
+    """The same questions, answered with every pair and within the budget; and a note with and without a stale line."""
 
     full: RunResult
     evicted: RunResult
+    untouched: EraseResult
+    erased: EraseResult
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row that ``--json`` prints: run's, with the unevicted answers and speed beside it."""
@@ -37,20 +48,29 @@ class DemoResult:
             "full_answers": [answer.text for answer in self.full.answers],
             "full_prefill_s": self.full.prefill_s,
             "full_decode_tokens_per_s": self.full.decode_tokens_per_s,
+            "untouched_answer": self.untouched.run.answers[0].text,
+            "erased_answer": self.erased.run.answers[0].text,
+            "edit_s": self.erased.report.edit_s,
         }
 
 
 def demo(*, device: str | None = None, dtype: str | None = None, seed: int = 0) -> DemoResult:
-    """Read the shipped document twice, without and with a budget, and ask the same questions."""
+    """Read the shipped document twice, without and with a budget, and ask the same questions; then erase a line."""
     model, tokenizer = load(MODEL, device=device, dtype=dtype)
     with as_file(files("vestige") / "data" / DOCUMENT) as path:
         full = RunConfig(questions=QUESTIONS, context=path, chunk=CHUNK, max_new_tokens=NEW_TOKENS, seed=seed)
         evicted = replace(full, policy=POLICY, share=SHARE, budget=BUDGET)
-        return DemoResult(full=run(full, model, tokenizer), evicted=run(evicted, model, tokenizer))
+        whole, kept = (run(config, model, tokenizer) for config in (full, evicted))
+    note = RunConfig(questions=(ASKED_OF_NOTE,), prompt=NOTE, max_new_tokens=NEW_TOKENS, seed=seed)
+    untouched, erased = (
+        erase_text(EraseConfig(run=note, span_text=STALE, method=method), model, tokenizer)
+        for method in ("noop", ERASER)
+    )
+    return DemoResult(full=whole, evicted=kept, untouched=untouched, erased=erased)
 
 
 def show(result: DemoResult, console: Console) -> None:
-    """Print the answers, the numbers and a picture of what each layer kept."""
+    """Print the answers, the numbers, a picture of what each layer kept, and a stale line being erased."""
     full, evicted = result.full, result.evicted
     for question, whole, kept in zip(QUESTIONS, full.answers, evicted.answers, strict=True):
         lines = Group(
@@ -66,3 +86,10 @@ def show(result: DemoResult, console: Console) -> None:
         f"{shows.megabytes(full.report.kv_bytes)}\n"
     )
     console.print(shows.layers_picture(evicted.report))
+    before, after = (one.run.answers[0].text for one in (result.untouched, result.erased))
+    lines = Group(
+        Text(f"as it was read:         {before}"),
+        Text(f"stale line erased:      {after}", style="bold"),
+        Text(f"in {1e3 * result.erased.report.edit_s:.0f} ms, by {ERASER}, without reading the rest again"),
+    )
+    console.print(Panel(lines, title=Text(ASKED_OF_NOTE), title_align="left"))

@@ -38,7 +38,8 @@ def of_syllables(rng: random.Random, count: int) -> str:
 def subject(rng: random.Random) -> str:
     """Return a person or a made-up thing."""
     person = f"{rng.choice(FIRST)} {rng.choice(SURNAMES)}"
-    return rng.choice((person, person, made_up(rng)))
+    compound = f"{rng.choice(COLOURS)}-{rng.choice(FOODS)}"
+    return rng.choice((person, person, made_up(rng), compound))
 
 
 def _words(text: str) -> tuple[str, ...]:

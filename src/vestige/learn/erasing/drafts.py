@@ -25,7 +25,7 @@ class Query:
     Args:
         kind: What it trains, for the metrics.
         question: Stands behind the text.
-        prefix: Opens the reply.
+        prefix: Opens the reply; empty leaves that to the model.
         answer: What a right reply to the clean text has; empty takes whatever the model says.
         misled: Whether the erased passages must change the reply, or it teaches nothing.
         verbatim: Whether the reply is a quotation: it must begin with the answer's first words.

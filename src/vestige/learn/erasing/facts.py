@@ -25,6 +25,8 @@ KINDS = {"conflict": 0.42, "remark": 0.16, "order": 0.14, "several": 0.14, "reta
 """How often each comes. A remark is a conflict whose erased statement has a consequence behind it, which stays."""
 ALIKE = 0.4
 """How often others have the same, said in the same words: what is left must not be mistaken for theirs."""
+FREE = 0.5
+"""How often it is asked, too, with nothing that opens the reply."""
 JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
 
 
@@ -68,6 +70,8 @@ def facts(rng: random.Random, prose: Sequence[str]) -> Draft:
     taken_along = [side.asked(rng, "retained", beside)]
     if kind in ("conflict", "several"):
         taken_along.append(topic.asked(rng, "all", right))
+    if kind != "retained" and rng.random() < FREE:
+        taken_along.append(replace(topic.asked(rng, "free", right), prefix=""))
     joint = rng.choices(list(JOINTS), list(JOINTS.values()))[0]
     return Draft(passages=passages, queries=(main, *taken_along), joint=joint)
 

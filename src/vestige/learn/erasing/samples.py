@@ -49,6 +49,11 @@ class EraserOptions:
     """Longest text, in tokens, about; lengths between are drawn evenly by their logarithm."""
     reply: int = 12
     """Longest reply, in tokens; longer ones are cut."""
+    free_reply: int = 24
+    """Longest reply that nothing opens, where the answer comes late."""
+    right: bool = True
+    """Whether the reply to the clean text must be right, as in the paper; else it is enough that the passage changes
+    it, and the reply is learned as it is."""
     nll: float = 0.0
     """Weight of the reply to the clean text as the one right answer: surer than the model itself is."""
     kl: float = 1.0
@@ -66,7 +71,7 @@ class EraserOptions:
     def __post_init__(self) -> None:
         if not 100 <= self.least <= self.most:
             raise InputError(f"least and most must be tokens, at least 100, got {self.least} and {self.most}")
-        if self.reply < 1 or self.tries < 1 or self.neighbours < 0:
+        if min(self.reply, self.free_reply) < 1 or self.tries < 1 or self.neighbours < 0:
             raise InputError("reply and tries must be at least 1, neighbours not negative")
         weights = self.nll, self.kl, self.question_kl
         if min(weights) < 0 or not any(weights):
@@ -233,18 +238,25 @@ class SampleMaker:
         query, *others = draft.queries
         said = self._said(query, clean) if query.answer else []
         known = bool(query.answer) and self._right(query, said)
-        if worth and query.answer and not known:
+        if worth and self.options.right and query.answer and not known:
             return None  # before anything else is asked
         main = self._compared(query, said if known else [], clean, layers)
-        if main is None or (worth and not (main.right and (main.fooled or not query.misled))):
+        if main is None or (worth and not self._teaches(query, main)):
             return None
         along = (self._taken_along(one, clean, layers) for one in others)
         return Sample(ids=ids, spans=spans, asked=(main, *filter(None, along)), layers=layers)
 
+    def _teaches(self, query: Query, asked: Asked) -> bool:
+        """Return whether what the model says to the main query makes the text worth training on."""
+        return (asked.right or not self.options.right) and (asked.fooled or not query.misled)
+
     def _taken_along(
         self, query: Query, clean: Sequence[steering.Layer], dirty: Sequence[steering.Layer]
     ) -> Asked | None:
-        """Return a query that the model answers right without being asked for more than one forward."""
+        """Return a query that the model answers right, without more than one forward if the reply is opened."""
+        if not query.prefix:
+            made = self._compared(query, [], clean, dirty)
+            return made if made and (made.right or not self.options.right) else None
         said = self._said(query, clean)
         return self._compared(query, said, clean, dirty) if self._right(query, said) else None
 
@@ -279,7 +291,8 @@ class SampleMaker:
         """
         question = self._question(query)
         begun = torch.cat([question, question.new_tensor([said])], 1) if said else question
-        said = [*said, *steering.reply(self.model, clean, begun, self.options.reply - len(said), self.stop)]
+        limit = self.options.reply if query.prefix else self.options.free_reply
+        said = [*said, *steering.reply(self.model, clean, begun, limit - len(said), self.stop)]
         if said[0] in self.stop:
             return None
         target = torch.tensor(said, device=question.device)

@@ -26,6 +26,7 @@ class EraserTraining(Training):
             takes them; none is fine.
         options: Of samples and loss.
         rank: Of the adapter.
+        begin: A folder with an adapter to go on from; None begins with one that changes nothing.
 
     Raises:
         InputError: Those of :class:`~vestige.learn.job.Training`, or a rank out of range.
@@ -35,6 +36,7 @@ class EraserTraining(Training):
     qa: tuple[str, ...] = ()
     options: EraserOptions
     rank: int = 16
+    begin: Path | None = None
     validation: int = 24
 
     def __post_init__(self) -> None:
@@ -47,7 +49,10 @@ class EraserTraining(Training):
         asked = questions.split(questions.read(self.qa), share=HELD_OUT)
         texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))
         torch.manual_seed(self.loop.seed)
-        adapter = Adapter.fresh(model, rank=self.rank, alpha=2.0 * self.rank)
+        if self.begin is None:
+            adapter = Adapter.fresh(model, rank=self.rank, alpha=2.0 * self.rank)
+        else:
+            adapter = Adapter.load(self.begin, model)
         task = EraserTask(model, tokenizer, adapter, texts, held, self.options, validation=self.validation)
         return job.carry_out(
             task,
@@ -58,5 +63,5 @@ class EraserTraining(Training):
             documents=[one for side in sides for one in side],
             qa=[Path(one).name for one in self.qa],
             options=asdict(self.options),
-            rank=self.rank,
+            rank=adapter.config.rank,
         )
