@@ -282,7 +282,7 @@ def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch
     packed = task.maker.sequence(("train", 0), task.prose)
     monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
     losses = []
-    config = LoopConfig(steps=20, batch=1, lr=1e-2, save_every=100)
+    config = LoopConfig(steps=20, batch=1, lr=3e-2, save_every=100)
     train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))
     assert losses[-1] < 0.9 * losses[0], losses
 
