@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from vestige import Budget, ModelError, Policy, cli, policies, weights
+from vestige.download import is_cached
 from vestige.gates import Gates
 from vestige.models import check
 from vestige.policies import retention
@@ -24,6 +25,11 @@ CHAT = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+
+
+on_the_default_model = pytest.mark.skipif(
+    not is_cached("smollm2-135m"), reason="the default model is not here yet: run `make demo` first"
+)
 
 
 def byte_level_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:

@@ -157,6 +157,7 @@ def test_texts_without_sentences_are_refused():
         {"least": 10},
         {"least": 500, "most": 400},
         {"reply": 0},
+        {"free_reply": 0},
         {"kl": -1.0},
         {"passes": 0},
         {"kl": 0.0, "question_kl": 0.0},
@@ -229,11 +230,8 @@ def test_only_a_right_reply_that_the_passage_spoils_is_worth_training_on(task, m
 
 
 def test_a_wrong_reply_teaches_too_if_that_is_asked_for_as_long_as_the_passage_changes_it(chatter, task):
-    draft = facts(random.Random(0), PROSE)
-    sample, query = (
-        task.maker.sample(("train", 0), task.texts, neighbours=False),
-        replace(draft.queries[0], misled=True),
-    )
+    query = replace(facts(random.Random(0), PROSE).queries[0], misled=True)
+    sample = task.maker.sample(("train", 0), task.texts, neighbours=False)
     lenient = SampleMaker(*chatter, replace(SMALL, right=False))
     for right, fooled, expected in (
         (True, True, (True, True)),

@@ -3,18 +3,17 @@
 from importlib.resources import files
 from pathlib import Path
 
-import pytest
 import torch
 
+from conftest import on_the_default_model
 from vestige import Budget, KVCache, attach, load, policies, prefill
 from vestige.answer import answer
-from vestige.download import is_cached
 from vestige.text import Frame
 
 QUESTION, ANSWER = "What is the pass phrase for the night gate?", "copper lantern"
 
 
-@pytest.mark.skipif(not is_cached("smollm2-135m"), reason="the default model is not here yet: run `make demo` first")
+@on_the_default_model
 def test_the_default_model_reads_within_its_budget_and_answers():
     model, tokenizer = load("smollm2-135m", progress=False)
     document = Path(str(files("vestige") / "data" / "harbour.txt")).read_text()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from vestige.download import is_cached, load
+from conftest import on_the_default_model
+from vestige.download import load
 from vestige.erase_text import EraseConfig, erase_text
 from vestige.learn.card import CARD
 from vestige.run import RunConfig
@@ -14,9 +15,6 @@ from vestige.weights import SHIPPED
 
 MOST_BYTES = {"eraser": 12_000_000, "retention": 8_000_000}
 FOLDERS = sorted(path for path in SHIPPED.iterdir() if path.is_dir())
-on_the_default_model = pytest.mark.skipif(
-    not is_cached("smollm2-135m"), reason="the default model is not here yet: run `make demo` first"
-)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

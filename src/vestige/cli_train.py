@@ -74,7 +74,7 @@ def train_eraser(
     batch: Batch = 4,
     lr: LearningRate = 3e-4,
     warmup: Warmup = None,
-    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 16,
+    rank: Annotated[int, typer.Option(help="Of the adapter; one to go on from keeps its own.", min=1)] = 16,
     passes: Annotated[int, typer.Option(help="How often each sample is trained on.", min=1)] = 4,
     pool: Annotated[int, typer.Option(help="Samples in memory that the passes go over.", min=1)] = 64,
     neighbours: Annotated[int | None, typer.Option(help="Samples of stage 1; default: a quarter of all.")] = None,

@@ -41,7 +41,7 @@ class DemoResult:
     erased: EraseResult
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the row that ``--json`` prints: run's, with the unevicted answers and speed beside it."""
+        """Return the row that ``--json`` prints: run's, with the unevicted answers, speed and what an erase changed."""
         row = self.evicted.as_dict(MODEL, CHUNK)
         return row | {
             "questions": list(QUESTIONS),

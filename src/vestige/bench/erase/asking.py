@@ -47,13 +47,12 @@ class Listeners:
     def __init__(self, model: PreTrainedModel, caches: Sequence[KVCache]) -> None:
         self.model = model
         self.cache = caches[0].fork(Full()) if len(caches) == 1 else join(caches)
-        self.count = len(self.cache.seen)
 
     @contextmanager
     def asked(self, question: Int[Tensor, "1 question"]) -> Iterator["Asked"]:
         """Feed a question behind the contexts, for as long as it takes to hear the replies."""
         with aside(self.cache) as cache:
-            fed = question.expand(self.count, -1).to(self.model.device)
+            fed = question.expand(len(self.cache.seen), -1).to(self.model.device)
             started = now(self.model.device)
             logits = prefill(self.model, fed, cache, settle=False)
             yield Asked(self.model, cache, logits, now(self.model.device) - started)

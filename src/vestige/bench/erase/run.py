@@ -153,9 +153,12 @@ class Runner:
                 edited[method] = fork, erase(fork, item.spans, erasers.make(method), model=self.model, input_ids=ids)
             except VestigeError as error:
                 self.failures[self._cell(item, method)] = self._head(item, method) | {"error": str(error)}
+        if not edited:
+            return
         every = [clean, *(fork for fork, _ in edited.values())]
-        groups = [Listeners(self.model, some) for some in ([every] if joinable(every) else [[one] for one in every])]
-        replies = [self._asked(item, which, groups) for which in range(len(item.questions)) if edited]
+        together = [every] if joinable(every) else [[one] for one in every]
+        groups = [Listeners(self.model, caches) for caches in together]
+        replies = [self._asked(item, which, groups) for which in range(len(item.questions))]
         for (method, (fork, done)), questions in zip(edited.items(), zip(*replies, strict=True), strict=False):
             noop = self._known(item, BOUNDS[0])  # its record comes first
             yield {

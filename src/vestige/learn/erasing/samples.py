@@ -3,7 +3,7 @@
 Source: KVEraser, arXiv 2606.17034: the target is the model's own reply to the clean text, and a sample is kept only if
 that is right and the reply to the whole text is not. Differs: samples are made as they are needed, each from its own
 seed, and drafts are tried until one is worth training on; several queries share a text, because reading it costs most;
-stage 1 quotes behind an anchor only.
+stage 1 quotes behind an anchor only; as an option the reply need not be right.
 """
 
 import random
@@ -72,7 +72,7 @@ class EraserOptions:
         if not 100 <= self.least <= self.most:
             raise InputError(f"least and most must be tokens, at least 100, got {self.least} and {self.most}")
         if min(self.reply, self.free_reply) < 1 or self.tries < 1 or self.neighbours < 0:
-            raise InputError("reply and tries must be at least 1, neighbours not negative")
+            raise InputError("reply, free_reply and tries must be at least 1, neighbours not negative")
         weights = self.nll, self.kl, self.question_kl
         if min(weights) < 0 or not any(weights):
             raise InputError(f"nll, kl and question_kl must not be negative, nor all 0, got {weights}")
@@ -237,10 +237,11 @@ class SampleMaker:
         clean = steering.read(self.model, rest, before)[0] if rest.shape[1] else before
         query, *others = draft.queries
         said = self._said(query, clean) if query.answer else []
-        known = bool(query.answer) and self._right(query, said)
-        if worth and self.options.right and query.answer and not known:
-            return None  # before anything else is asked
-        main = self._compared(query, said if known else [], clean, layers)
+        if query.answer and not self._right(query, said):
+            if worth and self.options.right:
+                return None  # before anything else is asked
+            said = []
+        main = self._compared(query, said, clean, layers)
         if main is None or (worth and not self._teaches(query, main)):
             return None
         along = (self._taken_along(one, clean, layers) for one in others)

@@ -16,7 +16,6 @@ from vestige.cache import KVCache
 from vestige.gates import Gates
 from vestige.learn.order import seed_of
 from vestige.learn.retention.sequences import SequenceMaker
-from vestige.learn.retention.tales import tale
 from vestige.policies import Full
 from vestige.policies.retention import Retention
 from vestige.policy import Policy
@@ -65,9 +64,9 @@ def judged(model: PreTrainedModel, gates: Gates, held: Sequence[Held], budget: f
 
 
 def _held(maker: SequenceMaker, rng: random.Random, prose: Sequence[Sequence[str]]) -> Held:
-    told = tale(rng, maker.cut(rng, rng.choice(prose), maker.length * 3 // 4))
+    told = maker.tale(rng, rng.choice(prose), maker.length * 3 // 4)
     asked = []
-    for one in told.asked[: maker.asked]:
+    for one in told.asked:
         question = maker.frame.question(one.question, one.prefix)
         asked.append((question, torch.tensor(maker.answer(one))))
     return Held(context=maker.frame.context(told.text), asked=tuple(asked))

@@ -113,13 +113,17 @@ class SequenceMaker:
         text = rng.choice(prose)
         room = size
         for _ in range(_TRIES):
-            told = tale(rng, self.cut(rng, text, room))
-            for count in range(min(len(told.asked), self.asked), 0, -1):
+            told = self.tale(rng, text, room)
+            for count in range(len(told.asked), 0, -1):
                 made = self.tokens(replace(told, asked=told.asked[:count]))
                 if len(made.ids) <= size:
                     return made
             room -= size // 6
         return None
+
+    def tale(self, rng: random.Random, text: Sequence[str], room: int) -> Tale:
+        """Return a tale about sentences of so many tokens in all, about."""
+        return tale(rng, self.cut(rng, text, room), self.asked)
 
     def tokens(self, told: Tale) -> Document:
         """Return a tale in tokens, every question a turn of its own."""

@@ -30,25 +30,26 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Tale:
-    """A text, and all questions that its parts answer, in random order."""
+    """A text, and questions that its parts answer, in random order."""
 
     kind: str
     text: str
     asked: tuple[Asked, ...]
 
 
-def tale(rng: random.Random, prose: Sequence[str]) -> Tale:
+def tale(rng: random.Random, prose: Sequence[str], most: int | None = None) -> Tale:
     """Return a tale of a random kind.
 
     Args:
         rng: Everything that is drawn follows from it.
         prose: Sentences to put things among, in order, at least four.
+        most: Questions that are asked, at most; None asks all.
     """
     kind = rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
     make, _ = KINDS[kind]
     text, asked = make(rng, prose)
     rng.shuffle(asked)
-    return Tale(kind=kind, text=text, asked=tuple(asked))
+    return Tale(kind=kind, text=text, asked=tuple(asked[:most]))
 
 
 Made = tuple[str, list[Asked]]

@@ -5,7 +5,7 @@ of the text. Our own: the attention of questions about the text and their answer
 pairs after an eviction; and how a score becomes a retention.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,7 @@ def regression(gates: Gates, looked: Looked, capacity: float) -> Float[Tensor, "
     """
     worth, entered = looked
     wanted = lives(worth, capacity)
-    said = torch.cat([gates(layer_idx, hidden)[0] for layer_idx, hidden in sorted(entered.items())])
-    return smooth_l1_loss(-torch.log(-said.clamp_max(-1e-9)), wanted)
+    return smooth_l1_loss(_said(gates, entered), wanted)
 
 
 def lives(worth: Float[Tensor, "rows tokens"], capacity: float) -> Float[Tensor, "rows tokens"]:
@@ -74,9 +73,8 @@ def ranking(gates: Gates, looked: Looked, share: float) -> Float[Tensor, ""]:
         share: Of the pairs that are kept, in (0, 1).
     """
     worth, entered = looked
-    said = torch.cat([gates(layer_idx, hidden)[0] for layer_idx, hidden in sorted(entered.items())])
     age = torch.arange(worth.shape[1], 0, -1, device=worth.device)
-    left = (-torch.log(-said.clamp_max(-1e-9)) - age.log()).flatten()  # orders pairs as age * log beta does
+    left = (_said(gates, entered) - age.log()).flatten()  # orders pairs as age * log beta does
     limit = left.detach().kthvalue(max(round((1 - share) * left.numel()), 1)).values
     near = torch.sigmoid((left.detach() - limit) / SOFTNESS)
     near = near * (1 - near)
@@ -84,6 +82,12 @@ def ranking(gates: Gates, looked: Looked, share: float) -> Float[Tensor, ""]:
     kept = torch.sigmoid((left - limit - (mean - mean.detach())) / SOFTNESS)
     counts = worth.flatten().clamp_min(_LEAST_WORTH).sqrt()
     return 1 - (kept * counts).sum() / counts.sum()
+
+
+def _said(gates: Gates, entered: Mapping[int, Tensor]) -> Float[Tensor, "rows text"]:
+    """Return the log lives that gates give to the pairs of what entered each layer."""
+    log_beta = torch.cat([gates(layer_idx, hidden)[0] for layer_idx, hidden in sorted(entered.items())])
+    return -torch.log(-log_beta.clamp_max(-1e-9))
 
 
 @torch.no_grad()
