@@ -10,7 +10,7 @@ from conftest import random_gates
 from vestige import InputError
 from vestige.gates import Gates
 from vestige.learn import LoopConfig, train
-from vestige.learn.retention import flat, warm
+from vestige.learn.retention import flat, keep
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.sequences import SequenceMaker
@@ -197,7 +197,7 @@ def test_what_is_asked_about_is_what_the_tokens_behind_the_text_attend_to():
 
 def test_a_ranking_loses_the_worth_of_what_lives_shorter_for_its_age(monkeypatch):
     model = tiny("llama")
-    monkeypatch.setattr(warm, "SOFTNESS", 1e-3)
+    monkeypatch.setattr(keep, "SOFTNESS", 1e-3)
     draw = torch.Generator().manual_seed(3)
     gates = Fixed(model, -torch.rand(1, 2, 10, generator=draw))
     rows = len(gates.config.layers) * 2
@@ -206,7 +206,7 @@ def test_a_ranking_loses_the_worth_of_what_lives_shorter_for_its_age(monkeypatch
     counts = looked[0].flatten().sqrt()
     kept = order > order.sort(descending=True).values[rows * 3]  # three of ten, and the one at the limit by half
     lost = 1 - counts[kept].sum() / counts.sum()
-    assert abs(float(ranking(gates, looked, 0.3)) - float(lost)) < 0.05
+    assert abs(float(ranking(gates, looked, 0.3, [rows])) - float(lost)) < 0.05
 
 
 def test_to_let_everything_live_longer_gains_nothing():
@@ -215,7 +215,7 @@ def test_to_let_everything_live_longer_gains_nothing():
     gates = Fixed(model, log_beta)
     entered = dict.fromkeys(gates.config.layers, torch.zeros(1, 10, 1))
     worth = torch.rand(2 * len(entered), 10, generator=torch.Generator().manual_seed(4))
-    ranking(gates, (worth, entered), 0.3).backward()
+    ranking(gates, (worth, entered), 0.3, [len(worth)]).backward()
     assert log_beta.grad is not None and float(log_beta.grad.abs().max()) > 1e-3
     together = (log_beta.grad * log_beta.detach()).sum()  # along equal steps of all logarithms
     assert abs(float(together)) < 1e-6

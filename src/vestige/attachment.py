@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from vestige.attend import NAME, vestige_attention
 from vestige.cache import KVCache
 from vestige.errors import CacheError
-from vestige.models import Anatomy, check
+from vestige.models import Anatomy, check, entered
 from vestige.rerun import Overlay
 
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
@@ -138,7 +138,7 @@ def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ours = cache.cache if isinstance(cache, Overlay) else cache
     if isinstance(ours, KVCache) and "hidden" in ours.recording.needs:
         layer: Any = cache.layers[module.layer_idx]  # type: ignore[union-attr]
-        layer.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        layer.hidden = entered(args, kwargs)
 
 
 def _text_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:

@@ -150,6 +150,10 @@ def train_retention(
     warm_by: Annotated[str, typer.Option(help="Which later tokens: answers (and questions) or replay.")] = "answers",
     warm_loss: Annotated[str, typer.Option(help="How: lives (regression) or ranking (worth lost).")] = "lives",
     asked: Annotated[int, typer.Option(help="Most questions about one text.", min=1)] = 4,
+    forgets: Annotated[
+        str, typer.Option(help="In training: gradually (with age) or at_once (behind a text, to several budgets).")
+    ] = "gradually",
+    share: Annotated[str, typer.Option(help="Whose pairs compete for room: model, layer or head.")] = "model",
     width: Annotated[int, typer.Option(help="Of the gates' inner layers.", min=1)] = 128,
     depth: Annotated[int, typer.Option(help="Inner layers of the gates.", min=1)] = 2,
     tied: Annotated[bool, typer.Option(help="Share the last projection over all layers.")] = True,
@@ -168,11 +172,13 @@ def train_retention(
     """Train retention gates on texts; `run --policy "retention(gates=OUT/gates)"` uses them."""
     from vestige.learn.retention.task import RetentionOptions
     from vestige.learn.retention.training import RetentionTraining
+    from vestige.select import share_of
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     options = RetentionOptions(
         length=length, least=least, capacity=capacity, capacity_weight=capacity_weight, text_weight=text_weight,
-        warm=warm * batch, warm_by=warm_by, warm_loss=warm_loss, asked=asked, budget=budget, seed=seed,
+        warm=warm * batch, warm_by=warm_by, warm_loss=warm_loss, asked=asked, forgets=forgets, share=share_of(share),
+        budget=budget, seed=seed,
     )  # fmt: skip
     training = RetentionTraining(
         data=tuple(data), field=field, loop=loop, options=options, width=width, depth=depth, tied=tied, bias=bias,

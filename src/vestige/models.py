@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -174,6 +175,12 @@ def check(model: nn.Module) -> Anatomy:
     if set(attentions) != set(evictable):
         raise ModelError(f"{name} cannot be evicted: no attention module was found for every full-attention layer")
     return Anatomy(model, decoder, evictable, attentions)
+
+
+def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "batch new hidden"]:
+    """Return the hidden states among what an attention module was called with."""
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
 
 
 def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:

@@ -7,19 +7,31 @@ after their scores were made comparable by the policy's scale). Batch rows never
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.budget import Budget
-from vestige.errors import BudgetError, PolicyError
+from vestige.errors import BudgetError, PolicyError, unknown
 
 Share = Literal["head", "layer", "model"]
 Scale = Literal["calibrated", "mass", "signed"]
 SHARES: tuple[str, ...] = get_args(Share)
 SCALES: tuple[str, ...] = get_args(Scale)
+
+
+def share_of(name: str) -> Share:
+    """Return the share of that name.
+
+    Raises:
+        PolicyError: There is none.
+    """
+    for share in get_args(Share):
+        if share == name:
+            return cast(Share, share)
+    raise PolicyError(unknown("share", name, SHARES))
 
 
 @dataclass(frozen=True)

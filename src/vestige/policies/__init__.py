@@ -9,9 +9,9 @@ from typing import Any
 
 from vestige import called, registry
 from vestige.budget import Budget
-from vestige.errors import PolicyError, unknown
+from vestige.errors import PolicyError
 from vestige.policy import Policy
-from vestige.select import SHARES
+from vestige.select import share_of
 
 POLICIES: dict[str, str] = {
     "adakv": "vestige.policies.adakv:AdaKV",
@@ -66,12 +66,10 @@ def make(name: str, budget: Budget | None = None, *, share: str | None = None, s
     name, options = called.parse(name, "policy", PolicyError)
     cls: Any = resolve(name)
     options = called.fitted(options, cls, name, "policy", PolicyError, taken=("budget",))
-    if share is not None and share not in SHARES:
-        raise PolicyError(unknown("share", share, SHARES))
     if budget is None and name != "full" and options.get("threshold") is None:
         raise PolicyError(f"policy {name!r} needs a budget: tokens (512), a fraction (0.1) or bytes (64MB)")
     fields = {field.name for field in dataclasses.fields(cls)}
-    given: dict[str, Any] = {} if share is None else {"share": share}
+    given: dict[str, Any] = {} if share is None else {"share": share_of(share)}
     given |= {"seed": seed} if "seed" in fields else {}
     policy: Policy = cls(budget=budget, **(given | options))
     return policy

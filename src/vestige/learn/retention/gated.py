@@ -9,7 +9,7 @@ Source: TRIM-KV, arXiv 2512.03324: retention is added to the logits.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,11 +21,28 @@ from transformers.masking_utils import sdpa_mask
 from vestige.attend import vestige_attention
 from vestige.gates import Gates
 from vestige.kernels import AttentionScale, loop
-from vestige.models import Anatomy, check
+from vestige.models import Anatomy, check, entered
 
 NAME = "vestige_gated"
 BLOCK = 256
 """Queries whose logits exist at a time."""
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """How the full-attention layers of a model attend for a while."""
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: AttentionScale) -> Tensor:
+        """Return the attention of queries over pairs, ``1 heads new value_dim``.
+
+        Args:
+            query: The new tokens'.
+            keys: Of all tokens, the new ones last.
+            values: The same.
+            layer_idx: Of the layer that wrote the pairs.
+            scale: Factor, softcap and sinks.
+        """
+        ...
 
 
 @dataclass(eq=False)
@@ -84,6 +101,18 @@ def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
         model: Given ids of one row, ``position_ids=gating.positions``, and no cache.
         gating: Its ``log_beta`` is filled.
     """
+    with ExitStack() as stack:
+        if gating.gates is not None:
+            for layer_idx, module in check(model).attentions.items():
+                hook = module.register_forward_pre_hook(_gate(gating, gating.gates, layer_idx), with_kwargs=True)
+                stack.callback(hook.remove)
+        stack.enter_context(attending(model, gating))
+        yield
+
+
+@contextmanager
+def attending(model: PreTrainedModel, how: Attends) -> Iterator[None]:
+    """Have a model's full-attention layers attend in some way, for as long as the block lasts."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     anatomy = check(model)
@@ -91,17 +120,14 @@ def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
     before = config._attn_implementation_internal
     with ExitStack() as stack:
         for module, layer_idx in _readers(anatomy):
-            _running[module] = gating, layer_idx
+            _running[module] = how, layer_idx
             stack.callback(_running.pop, module, None)
-            if gating.gates is not None and anatomy.attentions[layer_idx] is module:
-                hook = module.register_forward_pre_hook(_gate(gating, gating.gates, layer_idx), with_kwargs=True)
-                stack.callback(hook.remove)
         config._attn_implementation_internal = NAME
         stack.callback(setattr, config, "_attn_implementation_internal", before)
         yield
 
 
-_running: dict[nn.Module, tuple[Gating, int]] = {}
+_running: dict[nn.Module, tuple[Attends, int]] = {}
 """By attention module: what is at work, and the layer whose pairs it reads."""
 
 
@@ -118,8 +144,7 @@ def _readers(anatomy: Anatomy) -> Iterator[tuple[nn.Module, int]]:
 
 def _gate(gating: Gating, gates: Gates, layer_idx: int) -> Any:
     def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        gating.log_beta[layer_idx] = gates(layer_idx, hidden)
+        gating.log_beta[layer_idx] = gates(layer_idx, entered(args, kwargs))
 
     return gate
 
@@ -142,5 +167,5 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    gating, layer_idx = found
-    return gating.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None
+    how, layer_idx = found
+    return how.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None

@@ -20,6 +20,7 @@ from vestige.policies import Full
 from vestige.policies.retention import Retention
 from vestige.policy import Policy
 from vestige.reading import prefill
+from vestige.select import Share
 
 Question = tuple[Tensor, Tensor]
 """Ids of a question, ``1 question``, and of its answer, `` answer``."""
@@ -53,9 +54,11 @@ def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Seq
     return found
 
 
-def judged(model: PreTrainedModel, gates: Gates, held: Sequence[Held], budget: float) -> Mapping[str, float]:
+def judged(
+    model: PreTrainedModel, gates: Gates, held: Sequence[Held], budget: float, share: Share = "model"
+) -> Mapping[str, float]:
     """Return loss and share of right answers under a budget, of those that the full cache gets right."""
-    policy = Retention(gates=gates, budget=Budget.fraction(budget))
+    policy = Retention(gates=gates, budget=Budget.fraction(budget), share=share)
     answered = [one for tale in held for one in _answered(model, policy, tale)]
     if not answered:
         return {"answers": 0.0}

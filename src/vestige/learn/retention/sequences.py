@@ -1,7 +1,7 @@
 """Tales as token ids: documents with questions and answers, several behind each other in one sequence."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,28 @@ class Packed:
     def to(self, device: torch.device) -> "Packed":
         """Return the same on a device."""
         return Packed(**{name: x.to(device) for name, x in vars(self).items()})
+
+    def documents(self) -> Iterator["Alone"]:
+        """Yield each document by itself."""
+        for start, text in zip(self.starts.unique_consecutive().tolist(), self.texts.tolist(), strict=True):
+            end = start + int(self.sizes[start])
+            answers = self.answers[(self.answers >= start) & (self.answers < end)] - start
+            yield Alone(ids=self.ids[:, start:end], text=text, answers=answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """One of the documents of a sequence, its places counted from its begin.
+
+    Args:
+        ids: Text, questions and answers.
+        text: Tokens of the text.
+        answers: Places whose next token belongs to an answer.
+    """
+
+    ids: Int[Tensor, "1 tokens"]
+    text: int
+    answers: Int[Tensor, " answers"]
 
 
 class SequenceMaker:

@@ -3,9 +3,11 @@
 Source: TRIM-KV, arXiv 2512.03324 (forward KL to the same model with full attention, plus the next token's cross
 entropy); DBTrimKV, arXiv 2605.09649 (one limit over all layers and heads). Differs: answers count for themselves, and
 beside them only some places of the texts; the limit is a share of each document's length unless it is given in tokens.
+Our own: a warm start (:mod:`~vestige.learn.retention.warm`), and forgetting at once (``evicted.py``).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,16 +21,24 @@ from vestige.errors import InputError, unknown
 from vestige.gates import Gates
 from vestige.learn.order import seed_of
 from vestige.learn.retention.capacity import expected_kept, over_capacity
+from vestige.learn.retention.evicted import Fading, asked_behind, read
 from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.hard import Held, held_tales, judged
-from vestige.learn.retention.sequences import Packed, SequenceMaker
-from vestige.learn.retention.warm import Looked, asked, ranking, regression, replayed
+from vestige.learn.retention.keep import competing, log_kept, said
+from vestige.learn.retention.sequences import Alone, Packed, SequenceMaker
+from vestige.learn.retention.warm import asked, ranking, regression, replayed
 from vestige.models import check
+from vestige.select import Share
 
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")
-_SHARES = 0.02, 0.4
-"""Of the pairs that a ranking keeps: drawn for each text, evenly by their logarithm."""
+FORGETS = ("gradually", "at_once")
+_KEPT = 0.02, 0.4
+"""Of the pairs of a text, the share that is kept by a ranking, or when all else is forgotten at once: drawn for each
+text, evenly by its logarithm."""
+
+Parts = dict[str, Tensor]
+"""Of a loss, by name: ``loss`` is what is learned by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,11 @@ class RetentionOptions:
     """How: by regression on lives that follow from what is looked at, or by what a ranking of all pairs loses."""
     asked: int = 4
     """Most questions about one text."""
+    forgets: str = "gradually"
+    """How attention forgets while it is trained: gradually, with age, as in the papers; or at once behind a text, as an
+    eviction does, to any of several budgets."""
+    share: Share = "model"
+    """Whose pairs compete for room: those of the model, of each layer or of each head."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +92,8 @@ class RetentionOptions:
             raise InputError(unknown("warm-by", self.warm_by, WARM))
         if self.warm_loss not in WARM_LOSSES:
             raise InputError(unknown("warm-loss", self.warm_loss, WARM_LOSSES))
+        if self.forgets not in FORGETS:
+            raise InputError(unknown("forgets", self.forgets, FORGETS))
         if self.asked < 1:
             raise InputError(f"asked must be at least 1, got {self.asked}")
 
@@ -121,6 +138,7 @@ class RetentionTask:
             seed=options.seed,
         )
         self.prose, self.held, self.validation = prose, held, validation
+        self._groups = competing(gates.config, options.share)
         self._to_validate: list[Held] = []
 
     @property
@@ -137,26 +155,18 @@ class RetentionTask:
         """Return the loss of a sequence in its parts, and the share of pairs that the gates would keep."""
         packed = self.maker.sequence(("train", index), self.prose).to(self.model.device)
         if index < self.options.warm:
-            return self._looked_at(packed)
-        at = torch.cat([packed.answers, packed.others])
-        with torch.no_grad():
-            wanted, _ = self._logits(packed, at, None)
-        logits, log_beta = self._logits(packed, at, self.gates)
-        count = len(packed.answers)
-        kl = kl_div(logits, wanted, log_target=True, reduction="none").sum(-1)
-        following = packed.ids[0, (at + 1).clamp_max(packed.ids.shape[1] - 1)]
-        ce = cross_entropy(logits[:count], following[:count])
-        over, kept = self._capacity(packed, log_beta)
-        text = kl[count:].mean() if len(packed.others) else kl.new_zeros(())
-        parts = {"kl": kl[:count].mean(), "ce": ce, "text": text, "capacity": over, "kept": kept}
-        loss = parts["kl"] + ce + self.options.text_weight * text + self.options.capacity_weight * over
-        return {"loss": loss, **parts, "tokens": over.new_tensor(float(packed.ids.shape[1]))}
+            parts = self._over_documents(packed, self._looked_at)
+        elif self.options.forgets == "at_once":
+            parts = self._over_documents(packed, self._evicted)
+        else:
+            parts = self._faded(packed)
+        return {**parts, "tokens": parts["loss"].new_tensor(float(packed.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
         """Return how answers fare when pairs are really evicted: on tales about texts that are not trained on."""
         if not self._to_validate:
             self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
-        return judged(self.model, self.gates, self._to_validate, self.options.budget)
+        return judged(self.model, self.gates, self._to_validate, self.options.budget, self.options.share)
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the shape of the gates, the options and the data."""
@@ -167,24 +177,47 @@ class RetentionTask:
             "documents": [seed_of(*text[:3]) for text in (*self.prose, *self.held)],
         }
 
-    def _looked_at(self, packed: Packed) -> Mapping[str, Tensor]:
-        """Return how far the gates are from what later tokens look at, the mean over the tokens of the texts."""
-        losses = []
-        for start, text in zip(packed.starts.unique_consecutive().tolist(), packed.texts.tolist(), strict=True):
-            ids = packed.ids[:, start : start + int(packed.sizes[start])]
-            by_replay = self.options.warm_by == "replay"
-            looked = replayed(self.model, ids[:, :text]) if by_replay else asked(self.model, ids, text)
-            losses.append(text * self._unlike(looked, text))
-        loss = torch.stack(losses).sum() / packed.texts.sum()
-        return {"loss": loss, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
+    def _over_documents(self, packed: Packed, of: Callable[[Alone], Parts]) -> Parts:
+        """Return the parts of a loss, the mean over the tokens of the texts."""
+        found = [of(one) for one in packed.documents()]
+        shares = packed.texts / packed.texts.sum()
+        return {name: (torch.stack([parts[name] for parts in found]) * shares).sum() for name in found[0]}
 
-    def _unlike(self, looked: Looked, text: int) -> Float[Tensor, ""]:
-        """Return how far the gates are from what was looked at in a text of so many tokens."""
+    def _looked_at(self, one: Alone) -> Parts:
+        """Return how far the gates are from what is looked at in a text."""
+        ids, text = one.ids, one.text
+        by_replay = self.options.warm_by == "replay"
+        looked = replayed(self.model, ids[:, :text]) if by_replay else asked(self.model, ids, text)
         if self.options.warm_loss == "ranking":
-            least, most = _SHARES
-            return ranking(self.gates, looked, least * (most / least) ** float(torch.rand(())))
+            return {"loss": ranking(self.gates, looked, _drawn(), self._groups)}
         share = self.options.capacity
-        return regression(self.gates, looked, share if share < 1 else min(share / text, 1.0))
+        return {"loss": regression(self.gates, looked, share if share < 1 else min(share / text, 1.0))}
+
+    def _evicted(self, one: Alone) -> Parts:
+        """Return how far answers are from the full model's once some of a text is forgotten, at once."""
+        whole = read(self.model, one.ids[:, : one.text])
+        behind, at = one.ids[:, one.text :], one.answers - one.text
+        with torch.no_grad():
+            wanted = asked_behind(self.model, whole, behind, at)
+        kept = log_kept(said(self.gates, whole.states), _drawn(), self._groups)
+        rows = kept.split(list(self.gates.config.kv_heads))
+        fading = Fading(dict(zip(self.gates.config.layers, rows, strict=True)))
+        logits = asked_behind(self.model, whole, behind, at, fading)
+        parts = _unlike(logits, wanted, behind[0, at + 1])
+        return {"loss": parts["kl"] + parts["ce"], **parts}
+
+    def _faded(self, packed: Packed) -> Parts:
+        """Return how far answers and texts are from the full model's while attention fades with age, and its price."""
+        at = torch.cat([packed.answers, packed.others])
+        with torch.no_grad():
+            wanted, _ = self._logits(packed, at, None)
+        logits, log_beta = self._logits(packed, at, self.gates)
+        count = len(packed.answers)
+        parts = _unlike(logits[:count], wanted[:count], packed.ids[0, packed.answers + 1])
+        over, kept = self._capacity(packed, log_beta)
+        text = _divergence(logits[count:], wanted[count:]) if len(packed.others) else over.new_zeros(())
+        loss = parts["kl"] + parts["ce"] + self.options.text_weight * text + self.options.capacity_weight * over
+        return {"loss": loss, **parts, "text": text, "capacity": over, "kept": kept}
 
     def _logits(
         self, packed: Packed, at: Int[Tensor, " some"], gates: Gates | None
@@ -199,10 +232,28 @@ class RetentionTask:
     def _capacity(self, packed: Packed, log_beta: Tensor | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the price of keeping more than there is room for, and the share of all pairs that is kept."""
         assert log_beta is not None, "gates were at work"
-        tokens, rows = log_beta.shape[1], log_beta.shape[0]
-        at = torch.randperm(tokens)[: self.options.moments].sort().values.to(log_beta.device)
-        kept = expected_kept(log_beta, packed.starts, at)
+        at = torch.randperm(log_beta.shape[1])[: self.options.moments].sort().values.to(log_beta.device)
         seen = at - packed.starts[at] + 1
         share = self.options.capacity
         room = share * packed.sizes[at] if share < 1 else torch.full_like(seen, share, dtype=torch.float)
-        return over_capacity(kept, seen, rows, room), (kept.detach() / (seen * rows)).mean()
+        kept = [expected_kept(rows, packed.starts, at) for rows in log_beta.split(list(self._groups))]
+        over = [over_capacity(one, seen, rows, room) for one, rows in zip(kept, self._groups, strict=True)]
+        left = torch.stack(kept).sum(0).detach() / (seen * len(log_beta))
+        return torch.stack(over).mean(), left.mean()
+
+
+def _drawn() -> float:
+    """Return a share of the pairs to keep."""
+    least, most = _KEPT
+    return least * math.exp(float(torch.rand(())) * math.log(most / least))
+
+
+def _unlike(
+    logits: Float[Tensor, "answers vocab"], wanted: Float[Tensor, "answers vocab"], following: Int[Tensor, " answers"]
+) -> Parts:
+    """Return how unlike two distributions are, and how unlikely what follows."""
+    return {"kl": _divergence(logits, wanted), "ce": cross_entropy(logits, following)}
+
+
+def _divergence(logits: Float[Tensor, "some vocab"], wanted: Float[Tensor, "some vocab"]) -> Float[Tensor, ""]:
+    return kl_div(logits, wanted, log_target=True, reduction="none").sum(-1).mean()

@@ -5,13 +5,11 @@ of the text. Our own: the attention of questions about the text and their answer
 pairs after an eviction; and how a score becomes a retention.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 from transformers import PreTrainedModel
 
@@ -19,7 +17,8 @@ from vestige.attachment import attach
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.gates import Gates
-from vestige.models import check
+from vestige.learn.retention.keep import log_kept, log_lives, said
+from vestige.learn.retention.states import entering
 from vestige.observe import Glance, attention_weights
 from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
@@ -27,8 +26,6 @@ from vestige.reading import prefill, replay
 
 STEEPNESS = 2.0
 """How fast a life grows with what a pair is worth, both logarithmic: above 1 worth counts for more than youth."""
-SOFTNESS = 0.5
-"""How far around the limit pairs are kept in part, in logarithms of lives."""
 _LEAST_WORTH, _SHORTEST, _LONGEST = 1e-5, -2.0, 14.0
 
 
@@ -46,7 +43,7 @@ def regression(gates: Gates, looked: Looked, capacity: float) -> Float[Tensor, "
     """
     worth, entered = looked
     wanted = lives(worth, capacity)
-    return smooth_l1_loss(_said(gates, entered), wanted)
+    return smooth_l1_loss(log_lives(said(gates, entered)), wanted)
 
 
 def lives(worth: Float[Tensor, "rows tokens"], capacity: float) -> Float[Tensor, "rows tokens"]:
@@ -62,39 +59,26 @@ def lives(worth: Float[Tensor, "rows tokens"], capacity: float) -> Float[Tensor,
     return (text + STEEPNESS * (logs - middle)).clamp(_SHORTEST, _LONGEST)
 
 
-def ranking(gates: Gates, looked: Looked, share: float) -> Float[Tensor, ""]:
+def ranking(gates: Gates, looked: Looked, share: float, groups: Iterable[int]) -> Float[Tensor, ""]:
     """Return how much of all worth is lost if a share of the pairs is kept: those that live longest for their age.
-
-    Pairs near the limit are kept in part, and the limit moves along: to let everything live longer gains nothing.
 
     Args:
         gates: Get the gradients.
         looked: Of :func:`replayed` or :func:`asked`.
         share: Of the pairs that are kept, in (0, 1).
+        groups: Rows that compete with each other, as in :func:`~vestige.learn.retention.keep.log_kept`.
     """
     worth, entered = looked
-    age = torch.arange(worth.shape[1], 0, -1, device=worth.device)
-    left = (_said(gates, entered) - age.log()).flatten()  # orders pairs as age * log beta does
-    limit = left.detach().kthvalue(max(round((1 - share) * left.numel()), 1)).values
-    near = torch.sigmoid((left.detach() - limit) / SOFTNESS)
-    near = near * (1 - near)
-    mean = (near * left).sum() / near.sum()
-    kept = torch.sigmoid((left - limit - (mean - mean.detach())) / SOFTNESS)
-    counts = worth.flatten().clamp_min(_LEAST_WORTH).sqrt()
+    kept = log_kept(said(gates, entered), share, groups).exp()
+    counts = worth.clamp_min(_LEAST_WORTH).sqrt()
     return 1 - (kept * counts).sum() / counts.sum()
-
-
-def _said(gates: Gates, entered: Mapping[int, Tensor]) -> Float[Tensor, "rows text"]:
-    """Return the log lives that gates give to the pairs of what entered each layer."""
-    log_beta = torch.cat([gates(layer_idx, hidden)[0] for layer_idx, hidden in sorted(entered.items())])
-    return -torch.log(-log_beta.clamp_max(-1e-9))
 
 
 @torch.no_grad()
 def replayed(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Looked:
     """Return the most attention that a replay of a text pays to each pair."""
     cache = KVCache(model, KVzip(budget=Budget.fraction(1.0), sink=0, window=0))
-    with attach(model), _entering(model) as entered:
+    with attach(model), entering(model) as entered:
         prefill(model, ids, cache, chunk=ids.shape[1])
     worth = torch.cat([layer.view("asked")[0] for layer in cache.evictable])
     return worth.float(), {layer_idx: x[:, : ids.shape[1]] for layer_idx, x in entered.items()}
@@ -116,24 +100,7 @@ def asked(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"], text: int) -> Lo
         paid = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, glance.attention)
         worth.setdefault(glance.layer_idx, []).append(paid.amax((0, 1))[:text])
 
-    with attach(model), _entering(model) as entered:
+    with attach(model), entering(model) as entered:
         prefill(model, ids[:, :text], cache, chunk=text)
         replay(model, ids[:, text:], cache, watch)
     return torch.stack([row for layer_idx in sorted(worth) for row in worth[layer_idx]]), entered
-
-
-@contextmanager
-def _entering(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
-    """Note what enters the evictable layers in the first forward."""
-    entered: dict[int, Tensor] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer_idx: Any = module.layer_idx
-        entered.setdefault(layer_idx, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in check(model).attentions.values()]
-    try:
-        yield entered
-    finally:
-        for hook in hooks:
-            hook.remove()
