@@ -105,6 +105,22 @@ def held_of(cache: KVCache, evidence: Int[Tensor, " evidence"]) -> tuple[Held, .
     )
 
 
+def held_by_kind(cache: KVCache, kinds: Int[Tensor, " seen"]) -> dict[int, float]:
+    """Return, of the tokens of each kind, the share whose pairs a cache of one batch row still holds.
+
+    Args:
+        cache: Looked at; the mean is over its layers and heads.
+        kinds: Of each token that was read, such as a VLM processor's ``mm_token_type_ids``: 0 text, 1 image, 2 video.
+
+    Raises:
+        InputError: Not as many kinds as tokens.
+    """
+    if list(cache.seen) != [len(kinds)]:
+        raise InputError(f"{len(kinds)} kinds were given for the {cache.seen} tokens that were read")
+    held = torch.cat(held_of(cache, torch.arange(len(kinds)))).float().mean(0)
+    return {int(kind): float(held[kinds.cpu() == kind].mean()) for kind in kinds.unique()}
+
+
 def explain(
     model: PreTrainedModel, full: KVCache, cache: KVCache, ids: Int[Tensor, "1 new"], spans: Sequence[Span]
 ) -> Explanation:

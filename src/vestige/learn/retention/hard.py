@@ -16,6 +16,7 @@ from vestige.cache import KVCache
 from vestige.gates import Gates
 from vestige.learn.order import seed_of
 from vestige.learn.retention.sequences import SequenceMaker
+from vestige.learn.retention.tales import Tale
 from vestige.policies import Full
 from vestige.policies.retention import Retention
 from vestige.policy import Policy
@@ -46,7 +47,10 @@ def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Seq
     found: list[Held] = []
     for index in range(4 * count):
         rng = random.Random(seed_of(maker.seed, "held", index))
-        made = _held(maker, rng, prose)
+        told = maker.fitting(rng, prose, maker.length)
+        if told is None:
+            continue
+        made = _held(maker, told)
         if known := _known(model, made):
             found.append(Held(context=made.context, asked=known))
         if len(found) == count:
@@ -66,8 +70,7 @@ def judged(
     return {"loss": sum(losses) / len(losses), "exact": sum(exact) / len(exact), "answers": float(len(exact))}
 
 
-def _held(maker: SequenceMaker, rng: random.Random, prose: Sequence[Sequence[str]]) -> Held:
-    told = maker.tale(rng, rng.choice(prose), maker.length * 3 // 4)
+def _held(maker: SequenceMaker, told: Tale) -> Held:
     asked = []
     for one in told.asked:
         question = maker.frame.question(one.question, one.prefix)

@@ -19,6 +19,8 @@ from vestige.turns import Turns
 _TRIES = 8
 _FEWEST = 4
 """Sentences that a tale needs."""
+_TEXT = 0.5, 0.9
+"""Share of a document that is tried for its text: what is left is for questions, and one reading serves all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,25 +123,25 @@ class SequenceMaker:
         room = self.length
         while room >= self.least:
             size = round(self.least * (self.length / self.least) ** rng.random())
-            made = self.document(rng, prose, min(size, room))
-            if made is None:
+            told = self.fitting(rng, prose, min(size, room))
+            if told is None:
                 break
-            documents.append(made)
-            room -= len(made.ids)
+            documents.append(self.tokens(told))
+            room -= len(documents[-1].ids)
         if not documents:
             raise InputError(f"no tale fits into {self.length} tokens: give --length more")
         return self._packed(rng, documents)
 
-    def document(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Document | None:
-        """Return a tale of at most so many tokens, about as long; None if none of some tries is short enough."""
+    def fitting(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Tale | None:
+        """Return a tale whose text and questions fit so many tokens, most of them text; None if none of some does."""
         text = rng.choice(prose)
-        room = size
+        room = round(size * rng.uniform(*_TEXT))
         for _ in range(_TRIES):
             told = self.tale(rng, text, room)
             for count in range(len(told.asked), 0, -1):
-                made = self.tokens(replace(told, asked=told.asked[:count]))
-                if len(made.ids) <= size:
-                    return made
+                fewer = replace(told, asked=told.asked[:count])
+                if len(self.tokens(fewer).ids) <= size:
+                    return fewer
             room -= size // 6
         return None
 
