@@ -19,7 +19,7 @@ def test_training_makes_an_adapter_with_a_card_that_erase_takes(vestige, folders
     assert card["steps"] == 3 and card["seed"] == 0 and len(card["data"]) == 3 and "exact" in card["validation"]
     assert card["command"].startswith("vestige train eraser") and card["minutes"] >= 0
     asked = ("--context", "story.txt", "--span", "30:40", "--question", "Who?", "--max-new-tokens", "3")
-    row = vestige("erase", "--model", folders.chat, *asked, "--method", "learned(adapter='made/adapter')", "--json").row
+    row = vestige("erase", "--model", folders.chat, *asked, "--method", "learned(adapter=made/adapter)", "--json").row
     assert row["method"] == "learned" and row["slots_replaced"] == 60 and not row["exact"]
 
 

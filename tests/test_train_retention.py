@@ -19,7 +19,7 @@ def test_training_makes_gates_with_a_card_that_run_takes(vestige, roomy, texts, 
     assert card["steps"] == 3 and card["gates"]["width"] == 8 and len(card["data"]) == 3
     assert card["command"].startswith("vestige train retention") and "answers" in card["validation"]
     asked = ("--context", "story.txt", "--question", "Who?", "--max-new-tokens", "3", "--budget", "0.25")
-    row = vestige("run", "--model", roomy, *asked, "--policy", "retention(gates='made/gates')", "--json").row
+    row = vestige("run", "--model", roomy, *asked, "--policy", "retention(gates=made/gates)", "--json").row
     assert row["policy"] == "retention" and row["share"] == "model" and row["held"] == row["budget_total"]
 
 

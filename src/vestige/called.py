@@ -2,17 +2,21 @@
 
 import ast
 import dataclasses
+import re
 from typing import Any, get_args
 
 from vestige.errors import VestigeError, unknown
 
 
 def split(text: str) -> list[str]:
-    """Split a list of names at its commas, but not within parentheses."""
-    parts, depth = [""], 0
+    """Split a list at its commas, but not within brackets or quotes."""
+    parts, depth, quote = [""], 0, ""
     for character in text:
-        depth += (character in "([") - (character in ")]")
-        if character == "," and depth == 0:
+        if quote or character in "'\"":
+            quote = "" if character == quote else quote or character
+        else:
+            depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += character
@@ -20,24 +24,25 @@ def split(text: str) -> list[str]:
 
 
 def parse(text: str, kind: str, error: type[VestigeError]) -> tuple[str, dict[str, Any]]:
-    """Return a name and its options; a bare word is text, everything else a Python literal.
+    """Return a name and its options; a value is a Python literal, or else text: a word, a path, a hub id.
 
     Args:
         text: What was written.
         kind: What it names, for messages: "policy".
         error: Raised where the text cannot be read.
     """
-    name, bracket, _ = text.partition("(")
+    name, bracket, rest = (part.strip() for part in text.partition("("))
     if not bracket:
-        return text.strip(), {}
-    problem = error(f"cannot read {kind} {text!r}: write it like {name.strip() or kind}(option=value)")
+        return name, {}
+    problem = error(f"cannot read {kind} {text!r}: write it like {name or kind}(option=value)")
+    parts = split(rest.removesuffix(")"))
     try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise problem
-        return call.func.id, {keyword.arg or "**": _value(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        options = dict(map(_option, parts))
+    except ValueError:
         raise problem from None
+    if not name.isidentifier() or not rest.endswith(")") or len(options) < len(parts):
+        raise problem
+    return name, options
 
 
 def fitted(
@@ -68,5 +73,18 @@ def fitted(
     return found
 
 
-def _value(node: ast.expr) -> Any:
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+def _option(part: str) -> tuple[str, Any]:
+    """Return an option and its value.
+
+    Raises:
+        ValueError: They cannot be told.
+    """
+    option, _, value = (word.strip() for word in part.partition("="))
+    if not option.isidentifier():
+        raise ValueError(option)
+    try:
+        return option, ast.literal_eval(value)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        if re.fullmatch(r"[\w./:~@+-]+", value):
+            return option, value
+        raise ValueError(value) from None
