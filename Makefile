@@ -16,11 +16,12 @@ SUITE := -n $(WORKERS) $(PYTEST_ARGS)
 MATRIX_SUITE := -m "not slow and not peers and not gpu" $(SUITE)
 
 LAPROX_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(LONGBENCH),--longbench "$(LONGBENCH)") $(if $(PART),--part $(PART))
+RETENTION_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(PART),--part $(PART))
 ERASE_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(QA),--qa "$(QA)") $(if $(PART),--part $(PART))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-memory results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-gates results-memory results-retention results-retention-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -73,6 +74,15 @@ results-laprox-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose 
 results-memory: $(VENV)/.stamp-test ## what a memory of the evicted is worth at 4K and 8K (hours; goes on after an interrupt): ESSAYS=DIR
 	$(BIN)/python -m vestige.recipes.memory --out results/memory $(if $(ESSAYS),--essays "$(ESSAYS)")
 	$(BIN)/vestige report results/memory results/memory/*/* --out results/memory
+
+results-retention: $(VENV)/.stamp-test peers ## retention gates beside the field (3 hours; goes on after an interrupt): ESSAYS=DIR PART=name
+	$(BIN)/python -m vestige.recipes.retention --out results/retention $(RETENTION_ARGS)
+
+results-retention-dev: $(VENV)/.stamp-test peers ## what their rivals are chosen by, on the dev split: ESSAYS=DIR PART=name
+	$(BIN)/python -m vestige.recipes.retention --dev --out out/retention-dev $(RETENTION_ARGS)
+
+results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA=DIR ESSAYS=DIR PART=name
+	$(BIN)/python -m vestige.recipes.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(RETENTION_ARGS)
 
 results-erase: $(VENV)/.stamp-test ## erasers side by side (hours; goes on after an interrupt): ESSAYS=DIR QA=FILE PART=name
 	$(BIN)/python -m vestige.recipes.erase --out results/erase $(ERASE_ARGS)

@@ -5,7 +5,8 @@ import json
 from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.tasks import TASKS
 from vestige.erasers import ERASERS
-from vestige.recipes import bench, erase, evidence, laprox, memory
+from vestige.policies import POLICIES
+from vestige.recipes import ablations, bench, erase, evidence, laprox, memory, retention
 
 
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
@@ -193,3 +194,67 @@ def test_the_report_has_tables_and_pictures_of_what_is_there(tmp_path):
     assert {row["method"] for row in json.loads((tmp_path / "needles.json").read_text())} == {
         "noop", "recompute", "learned",
     }  # fmt: skip
+
+
+# Retention gates.
+
+
+def test_gates_meet_kvzip_and_the_best_of_the_field_at_equal_bytes_on_the_test_split():
+    runs = retention.parts()
+    assert set(runs) == {"2048", "1024", "4096"}
+    assert {run.split for run in runs.values()} == {"test"} and {run.samples for run in runs.values()} == {20}
+    for name, budgets in (("2048", ("0.25", "0.1", "0.05")), ("1024", ("0.1",)), ("4096", ("0.1",))):
+        arms = runs[name].arms
+        own = {arm.budget for arm in arms if arm.policy == "retention"}
+        assert own == {retention.equal(budget) for budget in budgets}
+        for method in (*retention.RIVALS, *retention.CONTROLS):
+            assert {arm.budget for arm in arms if arm.policy == method} == set(budgets)
+        assert len({arm.policy for arm in arms if arm.peer is not None}) == 3
+    assert "kvzip(share=model)" in retention.RIVALS and len(retention.RIVALS) == 4
+    assert float(retention.equal("0.1")) * retention.RETENTION_BYTES <= 0.1 * retention.PAIR_BYTES + 0.02
+
+
+def test_rivals_are_chosen_on_dev_from_all_that_need_no_question():
+    runs = retention.choosing()
+    assert {run.split for run in runs.values()} == {"dev"}
+    tried = {arm.policy for arm in runs["policies"].arms}
+    apart = {"duo_attention", "retention", "kvzip", "random", "streaming_llm"}  # needs patterns; judged anyway
+    assert tried == POLICIES.keys() - apart
+    known = tried | {"kvzip"}
+    assert all(name.partition("(")[0] in known for name in retention.RIVALS)
+    assert set(retention.PRESSES) <= set(retention.CANDIDATE_PRESSES)
+
+
+def kept(policy: str, budget: str, *scores: float) -> list[dict]:
+    arm = {"policy": policy, "budget": budget, "share": None}
+    return [
+        {"task": "t", "index": i, "length": 2048, "score": score, "kv_bytes": 1e6, "arm": arm}
+        for i, score in enumerate(scores)
+    ]
+
+
+def test_the_verdict_pairs_samples_and_takes_equal_bytes_for_one_budget():
+    records = kept("full", "1.0", 1, 1, 1, 0) + kept("snapkv", "0.1", 0, 0, 1, 0)
+    records += kept("retention", retention.equal("0.1"), 1, 0, 1)  # the last one is still to come
+    rows = {row["policy"]: row for row in retention.verdict(records)}
+    assert set(rows) == {"snapkv", "retention"} and {row["budget"] for row in rows.values()} == {"0.1"}
+    assert rows["snapkv"]["retention_above"] == 1 / 3 and rows["snapkv"]["of_full"] == 1 / 3
+    assert rows["retention"]["of_full"] == 2 / 3 and rows["retention"]["n"] == 3
+    shown = retention.table(list(rows.values()))
+    assert "| 2048 | 0.1 | snapkv | 4 | 1.00 | 0.25" in shown and "+0.33" in shown
+    assert retention.picture(list(rows.values()), 2048).startswith("<svg")
+
+
+def test_gates_are_trained_in_ways_that_differ_in_one_thing():
+    made = {way: ablations.training(way, ("texts",), "text") for way in ablations.WAYS}
+    first = made["at-once"]
+    assert first.options.forgets == "at_once" and first.tied and first.options.share == "model"
+    for way, training in made.items():
+        assert training.loop == first.loop and training.options.length == first.options.length
+        assert (way == "at-once") == (training == first)
+    assert made["without-capacity"].options.capacity_weight == 0 and made["gradually"].options.capacity_weight == 1
+
+
+def test_ways_are_shown_by_budget():
+    shown = ablations.table({"at-once": {"0.25": 0.5, "1.0": 1.0}})
+    assert shown.splitlines()[2] == "| at-once | 0.50 |  |  | 1.00 |"
