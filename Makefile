@@ -21,7 +21,7 @@ ERASE_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(QA),--qa "$(QA)") $(if 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-gates results-memory results-retention results-retention-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-dilution results-gates results-memory results-retention results-retention-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -80,6 +80,9 @@ results-retention: $(VENV)/.stamp-test peers ## retention gates beside the field
 
 results-retention-dev: $(VENV)/.stamp-test peers ## what their rivals are chosen by, on the dev split: ESSAYS=DIR PART=name
 	$(BIN)/python -m vestige.recipes.retention --dev --out out/retention-dev $(RETENTION_ARGS)
+
+results-dilution: $(VENV)/.stamp-test ## whether eviction can beat the full cache among distractors (half an hour): ESSAYS=DIR
+	$(BIN)/python -m vestige.recipes.dilution --out results/retention $(if $(ESSAYS),--essays "$(ESSAYS)")
 
 results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA=DIR ESSAYS=DIR PART=name
 	$(BIN)/python -m vestige.recipes.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(RETENTION_ARGS)

@@ -157,6 +157,12 @@ def test_a_sequence_is_a_function_of_its_name(maker):
     assert one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids)
 
 
+def test_a_length_that_no_tale_fits_is_no_reason_to_stop(chatter):
+    maker = SequenceMaker(chatter[1], length=800, least=96, others=8, seed=0)
+    assert maker.fitting(random.Random(0), [PROSE], 100) is None
+    assert all(maker.sequence(("train", index), [PROSE]).ids.shape[1] <= 800 for index in range(12))
+
+
 def test_sequences_too_short_for_any_tale_are_refused(chatter):
     with pytest.raises(InputError, match="96 <= least"):
         SequenceMaker(chatter[1], length=90, least=90, others=4, seed=0)

@@ -1,5 +1,8 @@
 """Training on the default model: minutes, but what is learnt there shows."""
 
+import json
+import math
+import time
 from importlib.resources import files
 
 import pytest
@@ -28,3 +31,23 @@ def test_the_learned_eraser_gets_better_on_texts_it_has_not_seen(tmp_path):
     with torch.no_grad():
         after = task.validate()
     assert after["kl"] < 0.7 * before["kl"] and after["exact"] > before["exact"] + 0.15, (before, after)
+
+
+@pytest.mark.slow
+def test_retention_gates_are_trained_from_one_command_in_under_three_minutes(vestige, place):
+    text = (files("vestige") / "data" / "harbour.txt").read_text(encoding="utf-8")
+    (place / "texts").mkdir()
+    paragraphs = text.split("\n\n")
+    for start in range(0, len(paragraphs), 20):
+        part = "\n\n".join(paragraphs[start : start + 20])
+        (place / "texts" / f"{start}.txt").write_text(part, encoding="utf-8")
+    command = ("train", "retention", "--model", "smollm2-135m", "--data", "texts")
+    shape = ("--steps", "20", "--warm", "10", "--warm-loss", "ranking", "--forgets", "at_once", "--length", "768")
+    began = time.monotonic()
+    result = vestige(*command, *shape, "--validation", "4", "--out", "made", "--json")
+    assert time.monotonic() - began < 180
+    assert result.code == 0 and result.row["finished"], result.err
+    card = json.loads((place / "made" / "gates" / "card.json").read_text())
+    assert card["steps"] == 20 and "loss" in card["validation"]
+    losses = [json.loads(line)["loss"] for line in (place / "made" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 20 and all(map(math.isfinite, losses))

@@ -1,12 +1,13 @@
 """Published runs say what they promise, and take only what was chosen on dev."""
 
 import json
+from dataclasses import replace
 
 from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.tasks import TASKS
 from vestige.erasers import ERASERS
 from vestige.policies import POLICIES
-from vestige.recipes import ablations, bench, erase, evidence, laprox, memory, retention
+from vestige.recipes import ablations, bench, dilution, erase, evidence, laprox, memory, retention
 
 
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
@@ -258,3 +259,18 @@ def test_gates_are_trained_in_ways_that_differ_in_one_thing():
 def test_ways_are_shown_by_budget():
     shown = ablations.table({"at-once": {"0.25": 0.5, "1.0": 1.0}})
     assert shown.splitlines()[2] == "| at-once | 0.50 |  |  | 1.00 |"
+
+
+# Dilution.
+
+
+def test_dilution_is_measured_beside_the_full_cache_of_the_same_sample(chatter):
+    model, tokenizer = chatter
+    config = replace(retention.parts()["1024"], tasks=("ruler/niah_multikey_2",), lengths=(480,), samples=1, arms=())
+    seen = list(dilution.measure(config, model, tokenizer))
+    assert {(one.method, one.budget) for one in seen} == {(m, b) for m in dilution.METHODS for b in dilution.BUDGETS}
+    assert len({(one.score_full, one.dilution_full) for one in seen}) == 1
+    assert all(0 <= one.dilution <= 1 and one.dilution != one.dilution_full for one in seen)
+    (row,) = [row for row in dilution.rows_of(seen) if row["method"] == "retention" and row["budget"] == "0.1"]
+    assert row["n"] == 1 and row["gain"] == row["score"] - row["score_full"]
+    assert f"| retention | 0.1 | 1 | {row['score_full']:.2f} |" in dilution.table([row])

@@ -124,6 +124,8 @@ class SequenceMaker:
         while room >= self.least:
             size = round(self.least * (self.length / self.least) ** rng.random())
             told = self.fitting(rng, prose, min(size, room))
+            if told is None and not documents:
+                told = self.fitting(rng, prose, room)
             if told is None:
                 break
             documents.append(self.tokens(told))

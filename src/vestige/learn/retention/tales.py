@@ -57,7 +57,7 @@ Made = tuple[str, list[Asked]]
 
 def statements(rng: random.Random, prose: Sequence[str]) -> Made:
     """State who has what, each once, among the sentences."""
-    topics = _topics(rng, rng.randint(1, 12))
+    topics = _topics(rng, rng.randint(1, min(12, len(prose))))
     lines = list(prose)
     for who, relation, value in topics:
         line = rng.choice(STATED).format(s=who, what=relation.what, v=value)
@@ -91,7 +91,7 @@ def table(rng: random.Random, prose: Sequence[str]) -> Made:
 def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
     """Put lines of a settings file or a program among the sentences."""
     form = rng.choice(ASSIGNED)
-    names = [name.lower() for name in _distinct(rng, made_up, rng.randint(2, 10))]
+    names = [name.lower() for name in _distinct(rng, made_up, rng.randint(2, min(10, len(prose))))]
     values = {name: rng.choice(RELATIONS).value(rng) for name in names}
     lines = list(prose)
     at = sorted((rng.randrange(len(lines) + 1) for _ in names), reverse=True)
@@ -108,7 +108,7 @@ def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
 def talk(rng: random.Random, prose: Sequence[str]) -> Made:
     """Have two people talk; one tells something now and then."""
     one, other = rng.sample(("Guest", "Host", "Caller", "Clerk", "Pupil", "Tutor"), 2)
-    topics = _topics(rng, rng.randint(1, 8))
+    topics = _topics(rng, rng.randint(1, min(8, len(prose))))
     lines = [f"{(one, other)[i % 2]}: {said}" for i, said in enumerate(prose)]
     for who, relation, value in topics:
         told = rng.choice(TOLD).format(s=who, what=relation.what, v=value)
