@@ -157,6 +157,19 @@ def test_a_sequence_is_a_function_of_its_name(maker):
     assert one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids)
 
 
+def test_a_talk_of_several_messages_is_asked_about_once_all_are_told(maker, chatter):
+    tokenizer = chatter[1]
+    talks = [one for i in range(40) if (one := maker.fitting(random.Random(i), [PROSE], 3000))]
+    assert {len(one.texts) for one in talks} == {1, 2, 3}
+    for one in talks:
+        assert len(one.between) == len(one.texts) - 1 and not set(one.between) & set(one.asked)
+        made, said = maker.tokens(one), tokenizer.decode(maker.context(one))
+        assert list(made.ids[: made.context]) == maker.context(one)
+        assert said.endswith(tokenizer.decode(tokenizer(one.texts[-1])["input_ids"], skip_special_tokens=True)[-40:])
+        assert all(asked.question in said and f"{asked.prefix} {asked.answer}" in said for asked in one.between)
+        assert all(any(asked.answer in text for text in one.texts) for asked in one.asked)
+
+
 def test_a_length_that_no_tale_fits_is_no_reason_to_stop(chatter):
     maker = SequenceMaker(chatter[1], length=800, least=96, others=8, seed=0)
     assert maker.fitting(random.Random(0), [PROSE], 100) is None

@@ -15,8 +15,7 @@ from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.gates import Gates
 from vestige.learn.order import seed_of
-from vestige.learn.retention.sequences import SequenceMaker
-from vestige.learn.retention.tales import Tale
+from vestige.learn.retention.sequences import SequenceMaker, Talk
 from vestige.policies import Full
 from vestige.policies.retention import Retention
 from vestige.policy import Policy
@@ -47,10 +46,10 @@ def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Seq
     found: list[Held] = []
     for index in range(4 * count):
         rng = random.Random(seed_of(maker.seed, "held", index))
-        told = maker.fitting(rng, prose, maker.length)
-        if told is None:
+        talk = maker.fitting(rng, prose, maker.length)
+        if talk is None:
             continue
-        made = _held(maker, told)
+        made = _held(maker, talk)
         if known := _known(model, made):
             found.append(Held(context=made.context, asked=known))
         if len(found) == count:
@@ -70,12 +69,12 @@ def judged(
     return {"loss": sum(losses) / len(losses), "exact": sum(exact) / len(exact), "answers": float(len(exact))}
 
 
-def _held(maker: SequenceMaker, told: Tale) -> Held:
+def _held(maker: SequenceMaker, talk: Talk) -> Held:
     asked = []
-    for one in told.asked:
+    for one in talk.asked:
         question = maker.frame.question(one.question, one.prefix)
         asked.append((question, torch.tensor(maker.answer(one))))
-    return Held(context=maker.frame.context(told.text), asked=tuple(asked))
+    return Held(context=torch.tensor([maker.context(talk)]), asked=tuple(asked))
 
 
 def _known(model: PreTrainedModel, told: Held) -> tuple[Question, ...]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.learn.order import seed_of
-from vestige.learn.retention.tales import Asked, Tale, tale
+from vestige.learn.retention.tales import Asked, tale
 from vestige.text import Frame
 from vestige.turns import Turns
 
@@ -23,13 +23,32 @@ _TEXT = 0.5, 0.9
 """Share of a document that is tried for its text: what is left is for questions, and one reading serves all of them."""
 
 
+_MESSAGES = (1, 1, 1, 2, 3)
+"""Over how many messages a talk is spread, drawn evenly."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Document:
-    """A tale in tokens.
+class Talk:
+    """Texts, each in a message of its own, and what is asked.
 
     Args:
-        ids: Text, questions and answers, turn by turn.
-        context: Tokens of the text: what is evicted before any question is seen.
+        texts: In order.
+        between: Asked, and answered, behind each text but the last.
+        asked: Behind all of them, about any.
+    """
+
+    texts: tuple[str, ...]
+    between: tuple[Asked, ...]
+    asked: tuple[Asked, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A talk in tokens.
+
+    Args:
+        ids: Texts, questions and answers, turn by turn.
+        context: Tokens up to the end of the last text: what is evicted before any question behind it is seen.
         answers: Places whose next token belongs to an answer, or ends one.
     """
 
@@ -134,33 +153,50 @@ class SequenceMaker:
             raise InputError(f"no tale fits into {self.length} tokens: give --length more")
         return self._packed(rng, documents)
 
-    def fitting(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Tale | None:
-        """Return a tale whose text and questions fit so many tokens, most of them text; None if none of some does."""
+    def fitting(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Talk | None:
+        """Return a talk that fits so many tokens, most of them its texts'; None if none of some does."""
         text = rng.choice(prose)
         room = round(size * rng.uniform(*_TEXT))
         for _ in range(_TRIES):
-            told = self.tale(rng, text, room)
-            for count in range(len(told.asked), 0, -1):
-                fewer = replace(told, asked=told.asked[:count])
+            talk = self.talk(rng, text, room)
+            for count in range(len(talk.asked), 0, -1):
+                fewer = replace(talk, asked=talk.asked[:count])
                 if len(self.tokens(fewer).ids) <= size:
                     return fewer
             room -= size // 6
         return None
 
-    def tale(self, rng: random.Random, text: Sequence[str], room: int) -> Tale:
-        """Return a tale about sentences of so many tokens in all, about."""
-        return tale(rng, self.cut(rng, text, room), self.asked)
+    def talk(self, rng: random.Random, text: Sequence[str], room: int) -> Talk:
+        """Return a talk about sentences of so many tokens in all, about."""
+        messages = rng.choice(_MESSAGES)
+        tales = [tale(rng, self.cut(rng, text, room // messages)) for _ in range(messages)]
+        between = [one for told in tales[:-1] for one in told.asked[:1]]
+        asked = [one for told in tales for one in told.asked if one not in between]
+        rng.shuffle(asked)
+        return Talk(
+            texts=tuple(told.text for told in tales),
+            between=tuple(between),
+            asked=tuple(asked[: self.asked]) if all(told.asked for told in tales) else (),
+        )
 
-    def tokens(self, told: Tale) -> Document:
-        """Return a tale in tokens, every question a turn of its own."""
-        ids = self.frame.context(told.text)[0].tolist()
+    def tokens(self, talk: Talk) -> Document:
+        """Return a talk in tokens, every question a turn of its own, the first behind a text in its message."""
+        ids = self.context(talk)
         context, answers = len(ids), list[int]()
-        for number, asked in enumerate(told.asked):
+        for number, asked in enumerate(talk.asked):
             ids += self.question(asked, first=number == 0)
             reply = [*self.answer(asked), self.turns.next_opening()[0]]
             answers += range(len(ids) - 1, len(ids) + len(reply) - 1)
             ids += reply
         return Document(ids=tuple(ids), context=context, answers=tuple(answers))
+
+    def context(self, talk: Talk) -> list[int]:
+        """Return everything up to the end of the last text."""
+        ids = list(self.frame.context(talk.texts[0])[0].tolist())
+        for asked, text in zip(talk.between, talk.texts[1:], strict=True):
+            ids += [*self.question(asked, first=True), *self.answer(asked)]
+            ids += self.frame.next_context(text)[0].tolist()
+        return ids
 
     def question(self, asked: Asked, *, first: bool) -> list[int]:
         """Return what stands between the text, or the answer before, and an answer."""

@@ -37,19 +37,18 @@ class Tale:
     asked: tuple[Asked, ...]
 
 
-def tale(rng: random.Random, prose: Sequence[str], most: int | None = None) -> Tale:
+def tale(rng: random.Random, prose: Sequence[str]) -> Tale:
     """Return a tale of a random kind.
 
     Args:
         rng: Everything that is drawn follows from it.
         prose: Sentences to put things among, in order, at least four.
-        most: Questions that are asked, at most; None asks all.
     """
     kind = rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
     make, _ = KINDS[kind]
     text, asked = make(rng, prose)
     rng.shuffle(asked)
-    return Tale(kind=kind, text=text, asked=tuple(asked[:most]))
+    return Tale(kind=kind, text=text, asked=tuple(asked))
 
 
 Made = tuple[str, list[Asked]]
