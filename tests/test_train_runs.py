@@ -21,8 +21,16 @@ COMMANDS = {
         "--steps", "3", "--batch", "2", "--width", "8", "--length", "500", "--least", "450", "--warm", "1",
         "--validation", "1", "--save-every", "1",
     ),
+    "retention at once": (
+        "--steps", "3", "--batch", "2", "--width", "8", "--length", "500", "--least", "450", "--warm", "1",
+        "--warm-loss", "ranking", "--forgets", "at_once", "--validation", "1", "--save-every", "1",
+    ),
 }  # fmt: skip
-WEIGHTS = {"eraser": "adapter/adapter_model.safetensors", "retention": "gates/gates.safetensors"}
+WEIGHTS = {
+    "eraser": "adapter/adapter_model.safetensors",
+    "retention": "gates/gates.safetensors",
+    "retention at once": "gates/gates.safetensors",
+}
 
 
 @pytest.fixture
@@ -31,7 +39,7 @@ def command(roomy, texts):
 
     def words(kind: str, out: str, *more: str) -> list[object]:
         data = ("--model", roomy, "--dtype", "float32", "--data", texts, "--out", out)
-        return ["train", kind, *data, *COMMANDS[kind], *more]
+        return ["train", kind.split()[0], *data, *COMMANDS[kind], *more]
 
     return words
 
