@@ -14,7 +14,9 @@ from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
 from vestige.bench.job import Job, Outcome
 from vestige.bench.peers import Peer, PeerError
+from vestige.bench.render import Renderer
 from vestige.bench.run import bench
+from vestige.bench.sample import Turn
 
 PRESS = "kvpress:SnapKVPress"
 CLOCKS = {"prefill_s", "evict_s", "decode_ms"}
@@ -282,6 +284,20 @@ def test_a_sample_too_short_for_a_budget_is_left_out_and_the_others_go_on(measur
     assert row["n"] == 2 and row["score"] is not None
     assert row["note"].startswith("1 of 3 samples left out: budget 0.4 gives")
     assert len(records(out)) == 5
+
+
+def test_a_sample_too_short_for_a_budget_does_not_take_its_batch_along(measure, out, chatter):
+    long, brief = case(3), case(3, context=case(3)["context"][:-6])
+    model, tokenizer = chatter
+    (turn,) = (
+        Renderer(tokenizer, model).job([Turn(context=long["context"], question=long["question"], answers=())]).turns
+    )
+    tight = Arm(policy="snapkv", budget=f"{36 / (len(turn.context) + len(turn.question)):.4f}9")  # 36 are protected
+    (row,) = (one for one in measure([long, brief], tight, FULL, batch=2) if one["policy"] == "snapkv")
+    assert row["n"] == 1 and row["note"].startswith("1 of 2 samples left out")
+    assert {(r["arm"]["policy"], r["index"], r["batch"]) for r in records(out)} == {
+        ("full", 1, 2), ("full", 2, 2), ("snapkv", 1, 1)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [PeerError("it hung"), InputError("kvpress is not installed")])

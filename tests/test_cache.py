@@ -248,6 +248,8 @@ def test_pins_protect_their_pairs_and_too_many_of_them_are_refused():
     for layer in cache.evictable:
         for row in range(layer.rows):
             assert {0, 1, 7, 8, 9, 10, 37, 38, 39} <= set(layer.positions(row).tolist())
+    with pytest.raises(BudgetError, match=r"100 pairs a row.*protect 105"):
+        KVCache(model, policies.KNorm(budget=Budget.tokens(100), recent_share=0.9)).pin(Span(10, 21))
 
 
 @pytest.mark.parametrize("break_it", ["nan", "shape"])

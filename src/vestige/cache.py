@@ -139,8 +139,9 @@ class KVCache(Cache):
         """
         pins = (*self.pins, span)
         pinned = sum(len(one) for one in pins)
-        if self.policy.budget is not None:
-            self.policy.budget.check(self.policy.protected + pinned)
+        if (budget := self.policy.budget) is not None:
+            ends = self.policy.ends(int(budget.amount) if budget.kind == "tokens" else 0)
+            budget.check(sum(ends) + pinned)
         self.pins = pins
 
     def settle(self, *, reading: bool = False, coming: int = 0) -> None:

@@ -114,9 +114,11 @@ class _Runner:
             try:
                 outcome = next(outcomes)
             except BudgetError as error:
-                self._leave_out(arm, items if arm.peer is None else [item], error)
-                if arm.peer is not None:  # which ran them one by one, until the error ended the generator
-                    self._run_arm(arm, items[i + 1 :], None)
+                if arm.peer is not None or len(items) == 1:  # the error ended the generator: go on behind the sample
+                    self._leave_out(arm, item, error)
+                    return self._run_arm(arm, items[i + 1 :], None)
+                for alone in items:  # a batch falls with its shortest sample
+                    self._run_arm(arm, [alone], None)
                 return
             except VestigeError as error:
                 self.failures[_cell(arm, item)] = self._failure(arm, item, error)
@@ -124,11 +126,10 @@ class _Runner:
             if self._known(arm, item) is None:
                 self.store.append(self._record(arm, item, outcome, len(items)))
 
-    def _leave_out(self, arm: Arm, items: list[Item], error: BudgetError) -> None:
-        """Book samples that are too short for a budget: longer ones are none the worse for it."""
-        before = self.left_out.get(_cell(arm, items[0]), {}).get("left_out", 0)
-        booked = self._failure(arm, items[0], error) | {"left_out": before + len(items)}
-        self.left_out[_cell(arm, items[0])] = booked
+    def _leave_out(self, arm: Arm, item: Item, error: BudgetError) -> None:
+        """Book a sample that is too short for a budget: longer ones are none the worse for it."""
+        before = self.left_out.get(_cell(arm, item), {}).get("left_out", 0)
+        self.left_out[_cell(arm, item)] = self._failure(arm, item, error) | {"left_out": before + 1}
 
     def _failure(self, arm: Arm, item: Item, error: VestigeError) -> Record:
         sample = item.sample

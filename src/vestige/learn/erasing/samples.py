@@ -177,7 +177,7 @@ class SampleMaker:
             InputError: It says nothing to any of them.
         """
         for draft in drafts:
-            layers, _ = steering.read(self.model, ids := self._ids(draft))
+            layers = steering.read(self.model, ids := self._ids(draft))
             if made := self._asked(draft, ids, layers, worth=False):
                 return made
         question = drafts[0].queries[0].question
@@ -206,7 +206,7 @@ class SampleMaker:
 
     def _worth(self, draft: Draft) -> Sample | None:
         """Return a draft, or its flipped one if the model believes what stays, as a sample; None if neither teaches."""
-        layers, _ = steering.read(self.model, ids := self._ids(draft))
+        layers = steering.read(self.model, ids := self._ids(draft))
         for one in filter(None, (draft, draft.flipped())):
             main = one.queries[0]
             if main.misled and main.answer and self._right(main, self._said(main, layers)):
@@ -234,7 +234,7 @@ class SampleMaker:
         first = spans[0].start
         rest = ids[:, ~within(torch.arange(ids.shape[1], device=ids.device), spans)][:, first:]
         before = [(keys[:, :, :first], values[:, :, :first]) for keys, values in layers]
-        clean = steering.read(self.model, rest, before)[0] if rest.shape[1] else before
+        clean = steering.read(self.model, rest, before) if rest.shape[1] else before
         query, *others = draft.queries
         said = self._said(query, clean) if query.answer else []
         if query.answer and not self._right(query, said):

@@ -21,10 +21,8 @@ Layer = tuple[Float[Tensor, "1 kv_heads _seen head_dim"], Float[Tensor, "1 kv_he
 """Keys and values of one layer."""
 
 
-def read(
-    model: PreTrainedModel, ids: Int[Tensor, "1 seen"], before: Sequence[Layer] = ()
-) -> tuple[list[Layer], Float[Tensor, " vocab"]]:
-    """Return the keys and values of all layers after reading ids, and the logits behind them. No gradients.
+def read(model: PreTrainedModel, ids: Int[Tensor, "1 seen"], before: Sequence[Layer] = ()) -> list[Layer]:
+    """Return the keys and values of all layers after reading ids. No gradients.
 
     Args:
         model: Without an adapter.
@@ -33,8 +31,8 @@ def read(
     """
     cache = _cache(model, before)
     with torch.no_grad():
-        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-    return _layers(cache), logits
+        model.base_model(input_ids=ids, past_key_values=cache)
+    return _layers(cache)
 
 
 def steer(

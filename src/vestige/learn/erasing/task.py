@@ -115,7 +115,7 @@ class EraserTask:
         """Return what the edited cache says to each query, as logits behind all that is fed; one edit serves all."""
         layers = sample.layers
         if layers is None:
-            layers, _ = steering.read(self.model, sample.ids)
+            layers = steering.read(self.model, sample.ids)
         steered = steering.steer(self.model, self.adapter, sample.ids, layers, sample.spans)
         return [(one, steering.logits_over(self.model, steered, one.fed, one.fed.shape[1])) for one in sample.asked]
 
