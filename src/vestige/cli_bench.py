@@ -259,7 +259,7 @@ def erase(
 @bench.command()
 def erase_speed(
     model: Model = "smollm2-135m",
-    length: Annotated[str, typer.Option(help="Tokens read before; several: 1024,8192.")] = "1024,2048,4096,8192",
+    length: Annotated[str, typer.Option(help="Tokens read before; several: 1000,8000.")] = "1000,2000,4000,8000",
     method: Annotated[
         str, typer.Option(help="Erasers; several: learned,shift. noop and recompute are always timed.")
     ] = "learned",

@@ -38,8 +38,8 @@ class LatencyConfig:
         InputError: An unknown method, too few rounds, or a length that has no room for the span.
     """
 
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    """Tokens read before the edit."""
+    lengths: tuple[int, ...] = (1000, 2000, 4000, 8000)
+    """Tokens read before the edit; question and reply need room behind them."""
     methods: tuple[str, ...] = ()
     """Erasers, with options if wanted. The bounds are timed whatever is named."""
     before: int = 100
