@@ -56,7 +56,7 @@ Made = tuple[str, list[Asked]]
 
 def statements(rng: random.Random, prose: Sequence[str]) -> Made:
     """State who has what, each once, among the sentences."""
-    topics = _topics(rng, rng.randint(1, min(12, len(prose))))
+    topics = _topics(rng, _some(rng, min(12, len(prose))))
     lines = list(prose)
     for who, relation, value in topics:
         line = rng.choice(STATED).format(s=who, what=relation.what, v=value)
@@ -107,7 +107,7 @@ def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
 def talk(rng: random.Random, prose: Sequence[str]) -> Made:
     """Have two people talk; one tells something now and then."""
     one, other = rng.sample(("Guest", "Host", "Caller", "Clerk", "Pupil", "Tutor"), 2)
-    topics = _topics(rng, rng.randint(1, min(8, len(prose))))
+    topics = _topics(rng, _some(rng, min(8, len(prose))))
     lines = [f"{(one, other)[i % 2]}: {said}" for i, said in enumerate(prose)]
     for who, relation, value in topics:
         told = rng.choice(TOLD).format(s=who, what=relation.what, v=value)
@@ -163,6 +163,11 @@ HEARD = ("I see.", "Good, I have noted it.", "Thank you, go on.", "I will keep t
 QUOTE = ("Go on with these words as the text does.", "How does the text go on here?")
 
 _JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
+
+
+def _some(rng: random.Random, most: int) -> int:
+    """Return a count from 1 on, few more often than many: evenly by its logarithm."""
+    return int((most + 1) ** rng.random())
 
 
 def _topics(rng: random.Random, count: int) -> list[tuple[str, Relation, str]]:
