@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import random_gates
-from vestige import InputError
+from vestige import InputError, PolicyError
 from vestige.gates import Gates
 from vestige.learn import LoopConfig, train
 from vestige.learn.retention import flat, keep
@@ -310,6 +310,11 @@ def test_sequences_longer_than_the_model_are_refused(chatter):
     model, tokenizer = chatter
     with pytest.raises(InputError, match="800 tokens.*512 positions"):
         RetentionTask(model, tokenizer, Gates.fresh(model), [PROSE], [PROSE], SMALL)
+
+
+def test_a_share_of_nobody_is_refused(unchecked):
+    with pytest.raises(PolicyError, match="rows.*head, layer, model"):
+        RetentionOptions(share="rows")
 
 
 def test_validation_really_evicts(task, monkeypatch):

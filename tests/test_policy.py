@@ -6,7 +6,6 @@ import math
 import pkgutil
 from typing import ClassVar
 
-import jaxtyping
 import pytest
 from torch import Tensor
 
@@ -15,14 +14,6 @@ from vestige import Budget, BudgetError, Observation, Policy, PolicyError, polic
 from vestige.policies import POLICIES
 
 NAMES = sorted(POLICIES)
-
-
-@pytest.fixture
-def unchecked():
-    """Let a wrong type through, as it comes from a user without a type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Names.

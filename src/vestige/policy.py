@@ -14,7 +14,7 @@ from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
 from vestige.observe import Glance, Observation
 from vestige.output import OutputProjection
-from vestige.select import SCALES, SHARES, Grid, Scale, Share
+from vestige.select import SCALES, Grid, Scale, Share, share_of
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache
@@ -65,8 +65,7 @@ class Policy(ABC):
     """Between chunks of a text the limit is this many times the budget."""
 
     def __post_init__(self) -> None:
-        if self.share not in SHARES:
-            raise PolicyError(unknown("share", str(self.share), SHARES))
+        share_of(self.share)
         if self.scale not in SCALES:
             raise PolicyError(unknown("scale", str(self.scale), SCALES))
         for name, least in (("sink", 0), ("window", 0), ("every", 1)):

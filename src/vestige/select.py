@@ -28,10 +28,9 @@ def share_of(name: str) -> Share:
     Raises:
         PolicyError: There is none.
     """
-    for share in get_args(Share):
-        if share == name:
-            return cast(Share, share)
-    raise PolicyError(unknown("share", name, SHARES))
+    if name not in SHARES:
+        raise PolicyError(unknown("share", str(name), SHARES))
+    return cast(Share, name)
 
 
 @dataclass(frozen=True)

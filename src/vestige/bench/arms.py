@@ -8,10 +8,10 @@ from vestige import memory as memories_of
 from vestige import policies
 from vestige.bench import peers as others
 from vestige.budget import Budget
-from vestige.errors import InputError, PolicyError, unknown
+from vestige.errors import InputError, PolicyError
 from vestige.policy import Policy
 from vestige.remains import Memory
-from vestige.select import SHARES
+from vestige.select import share_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,7 @@ def cross(
     if not names and not peers:
         raise InputError("name at least one --policy or --peer")
     for share in shares:  # also where full and peers have no use for them
-        if share not in SHARES:
-            raise PolicyError(unknown("share", share, SHARES))
+        share_of(share)
     for memory in memories:
         memories_of.make(memory)
     for budget in budgets:

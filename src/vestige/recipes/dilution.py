@@ -23,13 +23,13 @@ from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Row, resampled
 from vestige.budget import Budget
-from vestige.explain import explain
+from vestige.explain import attention_to, share_of
 from vestige.policies import Full
 from vestige.policy import Policy
+from vestige.reading import announce, finish
 from vestige.recipes.evidence import span_of
 from vestige.recipes.retention import ANSWER_ROOM, MODEL, RETENTION, RIVALS
 from vestige.recipes.running import Dev, Essays, Out, split_of
-from vestige.spans import Span
 
 TASKS = ("ruler/niah_multikey_1", "ruler/niah_multikey_2")
 METHODS = (RETENTION, RIVALS[0])
@@ -54,37 +54,36 @@ class Seen:
 def measure(config: BenchConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Seen]:
     """Yield what each method makes of each sample; attention is that of the question and the full cache's reply."""
     made = {(name, budget): policies.make(name, Budget.parse(budget)) for name in METHODS for budget in BUDGETS}
-    for item in items.collect(config, Renderer(tokenizer, model)):
+    renderer = Renderer(tokenizer, model)
+    for item in items.collect(config, renderer):
         turn = item.job.turns[0]
-        at = span_of([str(tokenizer.decode([i])) for i in turn.context], item.sample.turns[0].answers[0])
+        at = span_of([renderer.text([token]) for token in turn.context], item.sample.turns[0].answers[0])
         assert at, "a needle's value stands in its text"
+        needle = torch.arange(at.start, at.stop)
         with torch.no_grad(), attach(model):
             reading = ours.read(model, [item.job], list(made.values()))
-            score_full, reply = _answered(model, tokenizer, item, Full(), reading)
+            score_full, reply = _answered(renderer, item, Full(), reading)
             asked = torch.tensor([[*turn.question, *reply]])
+            dilution_full = 1 - share_of(attention_to(model, reading.cache, asked, needle))
             for (name, budget), policy in made.items():
-                score, _ = _answered(model, tokenizer, item, policy, reading)
                 cache = reading.ready_for(model, policy)[0].fork(policy)
-                cache.settle()
-                found = explain(model, reading.cache, cache, asked, [Span(at.start, at.stop)])
+                announce(cache, len(turn.context) + len(turn.question), 1)
+                finish(model, cache, reading.ids)
                 yield Seen(
                     task=item.sample.task,
                     method=name,
                     budget=budget,
-                    score=score,
+                    score=_answered(renderer, item, policy, reading)[0],
                     score_full=score_full,
-                    dilution=found.dilution_kept,
-                    dilution_full=found.dilution_full,
+                    dilution=1 - share_of(attention_to(model, cache, asked, needle)),
+                    dilution_full=dilution_full,
                 )
 
 
-def _answered(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, item: Item, policy: Policy, reading: ours.Reading
-) -> tuple[float, list[int]]:
-    (outcome,) = ours.run(model, [item.job], policy, reading=reading)
-    reply = [token for token in outcome.replies[0] if token not in item.job.stop]
-    turn = item.sample.turns[0]
-    return METRICS[turn.metric](str(tokenizer.decode(reply)), turn), reply
+def _answered(renderer: Renderer, item: Item, policy: Policy, reading: ours.Reading) -> tuple[float, list[int]]:
+    (outcome,) = ours.run(renderer.model, [item.job], policy, reading=reading)
+    reply, turn = outcome.replies[0], item.sample.turns[0]
+    return METRICS[turn.metric](renderer.text(reply), turn), [token for token in reply if token not in item.job.stop]
 
 
 def rows_of(seen: Iterable[Seen]) -> list[Row]:

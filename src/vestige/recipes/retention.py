@@ -14,6 +14,7 @@ import typer
 
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
+from vestige.bench.report.methods import Method
 from vestige.bench.rows import Record, Row, resampled
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
 
@@ -100,20 +101,20 @@ def verdict(records: Iterable[Record]) -> list[Row]:
         records: Of all lengths.
     """
     named = {equal(budget): budget for budgets in BUDGETS.values() for budget in budgets}
-    cells: dict[tuple[int, str], dict[tuple[str, str], dict[tuple[str, int], Record]]] = {}
+    cells: dict[tuple[int, str], dict[Method, dict[tuple[str, int], Record]]] = {}
     for record in records:
         arm = record["arm"]
         at = record["length"], named.get(arm["budget"], arm["budget"])
-        method = cells.setdefault(at, {}).setdefault((arm["policy"], arm["share"] or ""), {})
-        method[record["task"], record["index"]] = record
+        cells.setdefault(at, {}).setdefault(Method.of(arm), {})[record["task"], record["index"]] = record
     rows = []
     for (length, budget), methods in cells.items():
         if budget == "1.0":
             continue
-        full = next(cell for (name, _), cell in cells[length, "1.0"].items() if name == "full")
-        ours = next((cell for (name, _), cell in methods.items() if name == RETENTION), {})
-        for (policy, share), cell in methods.items():
-            rows.append({"length": length, "budget": budget, "policy": policy, "share": share} | _row(cell, full, ours))
+        full = next(cell for method, cell in cells[length, "1.0"].items() if method.policy == "full")
+        ours = next((cell for method, cell in methods.items() if method.policy == RETENTION), {})
+        for method, cell in methods.items():
+            named_by = {"policy": method.policy, "share": method.share, "peer": method.peer}
+            rows.append({"length": length, "budget": budget} | named_by | _row(cell, full, ours))
     return sorted(rows, key=lambda row: (row["length"], -float(row["budget"]), -row["score"]))
 
 
@@ -139,13 +140,12 @@ def table(rows: Iterable[Row]) -> str:
         "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        share = f", share {row['share']}" if row["share"] == "model" and "(" not in row["policy"] else ""
         low, high = row["score_ci95"]
         above, ends = row["retention_above"], row["retention_above_ci95"]
         said = "" if above is None or row["policy"] == RETENTION else f"{above:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
         of_full = "" if row["of_full"] is None else f"{row['of_full']:.0%}"
         lines.append(
-            f"| {row['length']} | {row['budget']} | {row['policy']}{share} | {row['n']} | {row['kv_bytes'] / 1e6:.2f} "
+            f"| {row['length']} | {row['budget']} | {Method.of(row).label} | {row['n']} | {row['kv_bytes'] / 1e6:.2f} "
             f"| {row['score']:.2f} ({low:.2f} to {high:.2f}) | {of_full} | {said} |"
         )
     return "\n".join(lines) + "\n"
@@ -153,16 +153,14 @@ def table(rows: Iterable[Row]) -> str:
 
 def picture(rows: Sequence[Row], length: int) -> str:
     """Return an SVG: the mean score of each method by measured bytes."""
-    from vestige.bench.report.methods import Method, looks
+    from vestige.bench.report.methods import looks
     from vestige.bench.report.plots import Axis, Line, Point, line_chart
 
     drawn: dict[Method, list[Point]] = {}
     for row in rows:
         if row["length"] == length:
-            name = row["policy"]
-            method = Method(policy=name, share=row["share"] or None, peer=name if ":" in name else None)
             point = Point(x=row["kv_bytes"] / 1e6, y=row["score"], interval=tuple(row["score_ci95"]))
-            drawn.setdefault(method, []).append(point)
+            drawn.setdefault(Method.of(row), []).append(point)
     look = looks(drawn)
     lines = [
         Line(label=one.label, look=look[one], points=tuple(sorted(found, key=lambda point: point.x)))

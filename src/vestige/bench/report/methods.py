@@ -80,7 +80,8 @@ class Method:
             package, _, name = self.peer.rpartition(":")
             short = name.removesuffix("Press") or name
             return f"{short} ({package})" if package else short
-        share = "" if self.share in (None, "head") or self.kind == "full" else f", share {self.share}"
+        said = self.share in (None, "head") or self.kind == "full" or "share=" in self.policy
+        share = "" if said else f", share {self.share}"
         memory = f" + {self.memory}" if self.memory else ""
         chunk = f", chunk {self.chunk}" if self.chunk is not None and self.kind != "full" else ""
         return f"{self.policy}{share}{memory}{chunk}"

@@ -28,7 +28,7 @@ from vestige.learn.retention.keep import competing, log_kept, said
 from vestige.learn.retention.sequences import Alone, Packed, SequenceMaker
 from vestige.learn.retention.warm import asked, ranking, regression, replayed
 from vestige.models import check
-from vestige.select import Share
+from vestige.select import Share, share_of
 
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")
@@ -96,6 +96,7 @@ class RetentionOptions:
             raise InputError(unknown("forgets", self.forgets, FORGETS))
         if self.asked < 1:
             raise InputError(f"asked must be at least 1, got {self.asked}")
+        share_of(self.share)
 
 
 class RetentionTask:
