@@ -18,7 +18,6 @@ from vestige import Budget, ModelError, Policy, cli, policies, weights
 from vestige.download import is_cached
 from vestige.gates import Gates
 from vestige.models import check
-from vestige.policies import retention
 from vestige.testing import tiny
 
 CHAT = (
@@ -65,16 +64,18 @@ def shipped_gates(tmp_path_factory: pytest.TempPathFactory):
     """Have random gates where a model without any would be refused, so that all policies run on tiny models."""
     root = tmp_path_factory.mktemp("gates")
 
-    def folder_of(kind: str, name: str | None, model: PreTrainedModel) -> Path:
-        if name is not None:
-            return weights.folder_of(kind, name, model)
+    get = weights.Shelf.get
+
+    def get_or_draw(shelf: weights.Shelf, name: str | None, model: PreTrainedModel) -> Any:
+        if name is not None or shelf.kind != "retention":
+            return get(shelf, name, model)
         folder = root / check(model).fingerprint()
         if not folder.exists():
             random_gates(model).save(folder)
-        return folder
+        return get(shelf, str(folder), model)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retention, "folder_of", folder_of)
+        patch.setattr(weights.Shelf, "get", get_or_draw)
         yield
 
 

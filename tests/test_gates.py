@@ -9,9 +9,10 @@ from torch.nn.functional import linear, logsigmoid, silu
 
 from conftest import random_gates
 from vestige import InputError, ModelError, weights
-from vestige.gates import CONFIG, WEIGHTS, Gates, GatesConfig
+from vestige.gates import Gates, GatesConfig
 from vestige.testing import tiny
 
+WEIGHTS, CONFIG = "gates.safetensors", "gates.json"
 MODEL = tiny("llama")
 
 
@@ -99,12 +100,12 @@ def broken(folder, case: str) -> None:
     ("case", "said"),
     [
         ("no weights", f"no {WEIGHTS}"),
-        ("cut", "are damaged"),
-        ("no json", "are damaged"),
-        ("not an object", "are damaged"),
-        ("another field", "are damaged.*height"),
-        ("another width", "are damaged.*size mismatch"),
-        ("a tensor less", "are damaged.*Missing key"),
+        ("cut", "cannot be read"),
+        ("no json", "cannot be read"),
+        ("not an object", "cannot be read"),
+        ("another field", "cannot be read.*height"),
+        ("another width", "cannot be read.*size mismatch"),
+        ("a tensor less", "cannot be read.*Missing key"),
     ],
 )
 def test_files_that_do_not_serve_are_refused(case, said, tmp_path):

@@ -4,24 +4,24 @@ A small network per layer, and a last projection that all layers share, so that 
 whole model. Gates belong to one model; they are kept beside it, never put into it.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from vestige.errors import InputError, ModelError
+from vestige import trained
+from vestige.errors import InputError
 from vestige.models import check
 
-WEIGHTS, CONFIG = "gates.safetensors", "gates.json"
+NAME = "gates"
+"""Of the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +121,7 @@ class Gates(nn.Module):
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise a ModelError unless these gates were made for this model."""
-        if self.config.base != check(model).fingerprint():
-            whose = f" ({self.config.model})" if self.config.model else ""
-            raise ModelError(f"these gates were made for another model{whose}, or for other weights")
+        trained.require_fit(self.config, model, "retention gates")
 
     def for_inference(self, dtype: torch.dtype) -> "Gates":
         """Return gates that compute in a dtype, but for the head, and take no gradients."""
@@ -134,11 +132,7 @@ class Gates(nn.Module):
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the weights and the config into a folder."""
-        tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in self.state_dict().items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS)
-        (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        trained.save(self, self.config, folder, NAME, dtype=dtype)
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel) -> "Gates":
@@ -147,18 +141,14 @@ class Gates(nn.Module):
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-            raise ModelError(f"{folder} has no gates: no {missing[0]}")
-        try:
-            written: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-            lists = {name: tuple(written[name]) for name in ("layers", "kv_heads")}
-            gates = Gates(GatesConfig(**written | lists))
-            tensors = load_file(folder / WEIGHTS)
-            gates.load_state_dict({name: x.float() for name, x in tensors.items()})
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, InputError, SafetensorError) as error:
-            raise ModelError(f"the gates in {folder} are damaged: {' '.join(str(error).split())[:300]}") from None
+        gates = trained.load(_made, folder, NAME, "retention gates")
         gates.require_fit(model)
         return gates.to(model.device)
+
+
+def _made(shape: Mapping[str, Any]) -> Gates:
+    lists = {name: tuple(shape[name]) for name in ("layers", "kv_heads")}
+    return Gates(GatesConfig(**{**shape, **lists}))
 
 
 def _body(sizes: list[int]) -> nn.Sequential:

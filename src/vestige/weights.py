@@ -1,6 +1,9 @@
 """Small trained weights that belong to one model: where they lie, whether shipped, in a folder, or on the hub."""
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
@@ -10,6 +13,7 @@ from vestige.models import check
 
 SHIPPED = Path(__file__).parent / "learn" / "weights"
 """What comes with the package: a folder for each kind and model, ``<kind>-<fingerprint of the model>``."""
+M = TypeVar("M")
 _FILES = ("*.safetensors", "*.json")
 
 
@@ -45,3 +49,27 @@ def _shipped(kind: str, model: PreTrainedModel) -> Path:
             f"no {kind} weights are shipped for {name}; train some with `vestige train {kind}` and name their folder"
         )
     return home
+
+
+class Shelf(Generic[M]):
+    """Weights of a kind that were read already, by model and name: each is read once.
+
+    Args:
+        kind: As :func:`folder_of` takes it.
+        read: Reads them from a folder, for a model.
+    """
+
+    def __init__(self, kind: str, read: Callable[[Path, PreTrainedModel], M]) -> None:
+        self.kind, self.read = kind, read
+        self._known: weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, M]] = weakref.WeakKeyDictionary()
+
+    def get(self, name: str | None, model: PreTrainedModel) -> M:
+        """Return the weights of a name for a model.
+
+        Raises:
+            ModelError: As :func:`folder_of`, or they cannot be read, or are another model's.
+        """
+        known = self._known.setdefault(model, {})
+        if name not in known:
+            known[name] = self.read(folder_of(self.kind, name, model), model)
+        return known[name]

@@ -1,6 +1,5 @@
 """Replace the span's pairs by those that a trained adapter writes, which steer later queries past it."""
 
-import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from vestige.adapter import Adapter
 from vestige.eraser import Edit, Eraser, Fate, Scene
 from vestige.rerun import rerun, write, write_whole
-from vestige.weights import folder_of
+from vestige.weights import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +48,7 @@ class Learned(Eraser):
         """
         if isinstance(self.adapter, Adapter):
             return self.adapter
-        known = _loaded.setdefault(model, {})
-        if self.adapter not in known:
-            known[self.adapter] = Adapter.load(folder_of("eraser", self.adapter, model), model)
-        return known[self.adapter]
+        return _SHELF.get(self.adapter, model)
 
 
-_loaded: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, Adapter]]" = weakref.WeakKeyDictionary()
+_SHELF = Shelf("eraser", Adapter.load)

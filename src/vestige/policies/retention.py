@@ -1,6 +1,5 @@
 """Keep what trained gates gave a long life: no question, no attention needed, one top-k over the whole model."""
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +14,7 @@ from vestige.gates import Gates
 from vestige.observe import Observation
 from vestige.policy import Policy, Written
 from vestige.select import Share
-from vestige.weights import folder_of
+from vestige.weights import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +64,7 @@ class Retention(Policy):
         """
         if isinstance(self.gates, Gates):
             return self.gates
-        known = _ready.setdefault(model, {})
-        if self.gates not in known:
-            read = Gates.load(folder_of("retention", self.gates, model), model)
-            known[self.gates] = read.for_inference(model.dtype)
-        return known[self.gates]
+        return _SHELF.get(self.gates, model)
 
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return log beta of new pairs, ``batch kv_heads new``, float32."""
@@ -99,4 +94,4 @@ def worth(log_beta: Float[Tensor, " pairs"], age: Float[Tensor, " pairs"], horiz
     return first + torch.log(torch.expm1(horizon * rate) / torch.expm1(rate))
 
 
-_ready: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, Gates]]" = weakref.WeakKeyDictionary()
+_SHELF = Shelf("retention", lambda folder, model: Gates.load(folder, model).for_inference(model.dtype))
