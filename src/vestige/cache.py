@@ -22,7 +22,7 @@ from vestige.foreign import copy_layer, tensors_of
 from vestige.layers import RaggedLayer, Step
 from vestige.models import Anatomy, check
 from vestige.observe import Glance, Phase
-from vestige.policy import Policy, Prepares, Written
+from vestige.policy import Policy, Prepares, Renews, Written
 from vestige.recording import Recording
 from vestige.remains import Absorbed, Forgotten, Memory
 from vestige.report import LayerReport, Report
@@ -165,6 +165,9 @@ class KVCache(Cache):
         room = self.room(reading=reading)
         absorbed = None if self.memory is None else self.absorbed
         if settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, absorbed):
+            if isinstance(self.policy, Renews) and not reading:
+                for layer in self.evictable:
+                    self.policy.renew(layer.columns)
             self.evict_s += time.perf_counter() - started
         self.schedule.settled()
 
@@ -399,7 +402,7 @@ class KVCache(Cache):
         books = {name: getattr(self, name) for name in ("step", "seen", "recording", "fed", "schedule")}
         others = {i: copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
         padded = [layer.padded_seen for layer in self.evictable]
-        self.recording = replace(self.recording, ring_sizes={}, watchers=(watch,))
+        self.recording = replace(self.recording, ring_sizes={}, watchers=(watch,), layer_watchers=())
         self.fed = self.fed.copy()
         self.schedule = replace(self.schedule, reading=True)
         try:

@@ -20,15 +20,14 @@ from vestige import ragged
 from vestige.errors import CacheError, PolicyError
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale
-from vestige.observe import Glance, Observation, Phase
+from vestige.observe import Observation, Phase
 from vestige.records import Record, kind_of
 from vestige.remains import Evicted, Remains
+from vestige.watching import PAIR, show
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache
 
-_PAIR = ("keys", "values", "positions")
-"""Columns of every layer; the others are side arrays."""
 _BLOCK = 1024
 """Queries whose moments are counted in at once."""
 
@@ -129,7 +128,7 @@ class RaggedLayer(CacheLayerMixin):
         new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)
         self._append(new, step)
         self.padded_seen += step.new
-        self.step_number, self.hidden = step.number, None
+        self.step_number = step.number
         return self._handle(key_states), self._handle(value_states)
 
     def get_seq_length(self) -> int:
@@ -280,7 +279,7 @@ class RaggedLayer(CacheLayerMixin):
     def packed(self) -> tuple[dict[str, Tensor], list[int]]:
         """Return keys, values and positions of all pairs that are not pads, and the length of each row."""
         slots, lengths = self.live_slots()
-        return {name: ragged.gather(self.columns[name], slots) for name in _PAIR}, lengths
+        return {name: ragged.gather(self.columns[name], slots) for name in PAIR}, lengths
 
     def observe(
         self,
@@ -343,26 +342,9 @@ class RaggedLayer(CacheLayerMixin):
         self.record("queries", query, step)
         if "query_moments" in self.cache.recording.ring_sizes:
             self._record_moments(query.detach(), step)
-        if not self.cache.recording.watchers:
-            return
-        for row in range(self.rows):
-            b, kv_head = divmod(row, self.kv_heads)
-            group, new = query[b].detach().chunk(self.kv_heads)[kv_head], step.valid(b)
-            if not len(new):
-                continue
-            pairs = slice(self.starts[row], self.starts[row] + self.lengths[row])
-            glance = Glance(
-                layer_idx=self.layer_idx,
-                batch=b,
-                kv_head=kv_head,
-                queries=group[:, new],
-                at=step.positions[b, new].long(),
-                attention=scale.of_group(kv_head, self.kv_heads),
-                **{name: column.detach()[pairs] for name, column in self.columns.items() if name in _PAIR},
-                annotations={name: column[pairs] for name, column in self.columns.items() if name not in _PAIR},
-            )
-            for watch in self.cache.recording.watchers:
-                watch(glance)
+        hidden, self.hidden = self.hidden, None
+        if self.cache.recording.watched:
+            show(self, query.detach(), hidden, step, scale)
 
     def shrink(self) -> None:
         """Give free slots back, if there are any."""
@@ -380,7 +362,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def narrow(self, annotations: frozenset[str], ring_sizes: Mapping[str, int]) -> None:
         """Forget side arrays and rings beyond those named, and make rings as short as asked."""
-        self.columns = {name: x for name, x in self.columns.items() if name in _PAIR or name in annotations}
+        self.columns = {name: x for name, x in self.columns.items() if name in PAIR or name in annotations}
         seen, floor = self.cache.seen, self.cache.ring_floor
         kept = {name: ring for name, ring in self.rings.items() if ring_sizes.get(name)}
         self.rings = {

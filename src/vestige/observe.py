@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, pad
+from transformers import PreTrainedModel
 
 from vestige.kernels import AttentionScale
 from vestige.records import Moments
@@ -109,6 +110,29 @@ class Glance:
     keys: Float[Tensor, "row_held head_dim"]
     values: Float[Tensor, "row_held value_dim"]
     annotations: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGlance:
+    """One batch row of a layer while new queries attend to it: all its rows together, and what made the queries.
+
+    Args:
+        layer_idx: Index of the layer in the model.
+        model: The whole model, for policies that bring something made for it.
+        queries: New queries of all heads, after RoPE; pads are left out.
+        hidden: What entered the attention module with them, if a policy needs ``"hidden"``.
+        at: Position of each new query.
+        rope: How the layer turns queries, if a policy needs ``"rope"``.
+        rows: One for each KV head.
+    """
+
+    layer_idx: int
+    model: PreTrainedModel
+    queries: Float[Tensor, "heads new head_dim"]
+    hidden: Float[Tensor, "new hidden"] | None
+    at: Int[Tensor, " new"]
+    rope: Rope | None
+    rows: tuple[Glance, ...]
 
 
 def observed_attention(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError, unknown
-from vestige.observe import Glance, Observation
+from vestige.observe import Glance, LayerGlance, Observation
 from vestige.output import OutputProjection
 from vestige.select import SCALES, Grid, Scale, Share, share_of
 
@@ -54,11 +54,14 @@ class Policy(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """What must be at hand: "queries" (the latest ``observed`` of each layer), "query_moments" (mean and covariance of
-    all queries, before RoPE), "rope" (to turn keys back to what they were before RoPE), "hidden" (what enters
-    attention, for `Annotates` and the latest ``hidden_observed``), "output" (the output projection, for `Annotates`).
+    all queries, before RoPE), "rope" (to turn keys and queries back to what they were before RoPE), "hidden" (what
+    enters attention, for `Annotates`, `WatchesLayers` and the latest ``hidden_observed``), "output" (the output
+    projection, for `Annotates`).
     """
     annotations: ClassVar[frozenset[str]] = frozenset()
     """Names of the side arrays that the policy keeps beside each pair."""
+    gathered: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that tell what queries found in a pair: they outlive its being replaced."""
     annotated_with: ClassVar[tuple[str, ...]] = ()
     """Fields that bear on what these hold: policies that differ in others only can share them."""
     reading_slack: ClassVar[float] = 1.0
@@ -186,6 +189,26 @@ class Watches(Protocol):
 
     def watch(self, glance: Glance) -> None:
         """Look at one row and write what is found into the policy's own side arrays, in place."""
+
+
+@runtime_checkable
+class WatchesLayers(Protocol):
+    """A policy that looks at every query as it attends, at all heads of a layer together (an indexer, say)."""
+
+    def watch_layer(self, glance: LayerGlance) -> None:
+        """Look at one batch row of a layer and write what is found into the policy's own side arrays, in place."""
+
+
+@runtime_checkable
+class Renews(Protocol):
+    """A policy whose side arrays speak of the queries since the last eviction."""
+
+    def renew(self, annotations: Mapping[str, Tensor]) -> None:
+        """Begin anew, in place: pairs of a layer were evicted, the text being read or tokens generated.
+
+        Args:
+            annotations: Of all slots of a layer.
+        """
 
 
 @runtime_checkable

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from vestige.errors import PolicyError
 from vestige.models import Anatomy
-from vestige.observe import Glance
-from vestige.policy import Annotates, Binds, Policy, Watches
+from vestige.observe import Glance, LayerGlance
+from vestige.policy import Annotates, Binds, Policy, Watches, WatchesLayers
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Recording:
         ring_sizes: Latest queries and hidden states that each layer remembers, by name.
         writers: Policies that store side arrays beside new pairs.
         watchers: What is shown every row as queries attend to it.
+        layer_watchers: What is shown all rows of a batch row of a layer together.
     """
 
     needs: frozenset[str] = frozenset()
@@ -26,6 +27,7 @@ class Recording:
     watchers: tuple[Callable[[Glance], None], ...] = field(
         default=(), compare=False
     )  # methods of equal policies differ
+    layer_watchers: tuple[Callable[[LayerGlance], None], ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, observers: Sequence[Policy]) -> "Recording":
@@ -34,7 +36,7 @@ class Recording:
         Raises:
             PolicyError: Two policies would write different things into one side array.
         """
-        recording = [one for one in observers if isinstance(one, Annotates | Watches)]
+        recording = [one for one in observers if isinstance(one, Annotates | Watches | WatchesLayers)]
         distinct = {_hand(one): one for one in recording}.values()
         owners: dict[str, Policy] = {}
         for policy in distinct:
@@ -49,12 +51,18 @@ class Recording:
             ring_sizes=_largest(observer.ring_sizes for observer in observers),
             writers=tuple(one for one in distinct if isinstance(one, Annotates)),
             watchers=tuple(one.watch for one in distinct if isinstance(one, Watches)),
+            layer_watchers=tuple(one.watch_layer for one in distinct if isinstance(one, WatchesLayers)),
         )
 
     @property
     def annotations(self) -> frozenset[str]:
         """Names of the side arrays."""
         return frozenset[str]().union(*(one.annotations for one in self.writers))
+
+    @property
+    def watched(self) -> bool:
+        """Whether anything looks at every query."""
+        return bool(self.watchers or self.layer_watchers)
 
     @property
     def longest(self) -> int:

@@ -20,7 +20,7 @@ from vestige.cache import KVCache
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
 from vestige.layers import RaggedLayer
-from vestige.policy import Prepares, Watches
+from vestige.policy import Policy
 
 _BLOCK = loop.QUERY_BLOCK
 
@@ -32,7 +32,7 @@ class Pairs:
     Args:
         keys: After RoPE.
         values: As they are stored.
-        annotations: What policies keep beside each pair; for one that sums up while queries pass, what it begins with.
+        annotations: What policies keep beside each pair; of what is gathered while queries pass, how it begins.
     """
 
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
@@ -163,13 +163,13 @@ def rerun(
 def write(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) -> None:
     """Put new pairs into the slots that the cache still holds of their tokens, in place.
 
-    Side arrays that a policy sums up while queries pass stay as they are.
+    Side arrays that a policy gathers while queries pass stay as they are.
     """
-    sums = {name for policy in cache.recording.writers if _sums_up(policy) for name in policy.annotations}
+    gathered = {name for one in cache.recording.writers if isinstance(one, Policy) for name in one.gathered}
     for layer in cache.evictable:
         slots, source = slots_of(layer, at.to(layer.device))
         for name, column in new[layer.layer_idx].flat().items():
-            if name not in sums:
+            if name not in gathered:
                 layer.columns[name].index_copy_(0, slots, column[source].to(layer.columns[name].dtype))
 
 
@@ -190,10 +190,6 @@ def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pa
         for name, column in layer.columns.items():
             layer.columns[name] = torch.cat([column, fresh[name].to(column.dtype)])
         layer.keep(sources[order], torch.bincount(all_rows, minlength=layer.rows).tolist())
-
-
-def _sums_up(policy: object) -> bool:
-    return isinstance(policy, Watches | Prepares)
 
 
 def slots_of(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:

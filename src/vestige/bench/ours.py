@@ -14,7 +14,7 @@ from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.clock import now
-from vestige.policy import Policy, Prepares, Watches
+from vestige.policy import Policy, Prepares, Watches, WatchesLayers
 from vestige.reading import announce, finish, forward, pad_left, prefill
 from vestige.remains import Memory
 from vestige.report import Report
@@ -47,7 +47,7 @@ class Reading:
 
 def can_share(policy: Policy) -> bool:
     """Return whether a policy may work on a fork of a reading that others observe too: it does not slow them down."""
-    return not isinstance(policy, Watches)
+    return not isinstance(policy, Watches | WatchesLayers)
 
 
 def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:

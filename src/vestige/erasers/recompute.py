@@ -88,7 +88,7 @@ def _can_go_on(cache: KVCache, spans: tuple[Span, ...]) -> bool:
     """
     recording = cache.recording
     even = len(set(cache.seen)) == 1 and not cache.padded and len(cache.evictable) == len(cache.layers)
-    counts = bool(recording.watchers) or "query_moments" in recording.ring_sizes
+    counts = recording.watched or "query_moments" in recording.ring_sizes
     behind = min(cache.seen) - spans[0].start - sum(map(len, spans))
     before = not any(gap.start < spans[0].start for gap in cache.erased)
     return even and before and not cache.ragged and not counts and behind >= recording.longest

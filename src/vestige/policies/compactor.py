@@ -51,6 +51,7 @@ class Compactor(Policy):
     """Of the sketch."""
     needs: ClassVar[frozenset[str]] = frozenset({"rope"})
     annotations: ClassVar[frozenset[str]] = frozenset({"chunk_attention"})
+    gathered: ClassVar[frozenset[str]] = annotations
     annotated_with: ClassVar[tuple[str, ...]] = ("chunk",)
     scale: Scale = "signed"
 

@@ -31,6 +31,7 @@ class H2O(Policy):
     recent_share: float = 0.5
     scale: Scale = "mass"
     annotations: ClassVar[frozenset[str]] = frozenset({"received"})
+    gathered: ClassVar[frozenset[str]] = annotations
 
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return zeros, ``batch kv_heads new``: new pairs were attended to by nobody yet."""

@@ -53,6 +53,7 @@ class KVzip(Policy):
     quoted: int = 8
     """Last tokens of the chunk before, with which the replay of a later chunk begins."""
     annotations: ClassVar[frozenset[str]] = frozenset({"asked"})
+    gathered: ClassVar[frozenset[str]] = annotations
     reading_slack: ClassVar[float] = float("inf")
 
     def __post_init__(self) -> None:
