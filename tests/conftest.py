@@ -17,6 +17,7 @@ from transformers.utils import logging
 from vestige import Budget, ModelError, Policy, cli, policies, weights
 from vestige.download import is_cached
 from vestige.gates import Gates
+from vestige.indexer import Indexer
 from vestige.models import check
 from vestige.testing import tiny
 
@@ -59,19 +60,31 @@ def random_gates(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> Gate
     return gates
 
 
+def random_indexer(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> Indexer:
+    """Return an indexer that tells pairs far apart, though nobody trained it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        indexer = Indexer.fresh(model, **{"dim": 4, "apart": True} | shape)
+        with torch.no_grad():
+            for weight in indexer.layers.parameters():
+                weight.normal_()
+            indexer.log_scales.normal_()
+    return indexer
+
+
 @pytest.fixture(scope="session", autouse=True)
-def shipped_gates(tmp_path_factory: pytest.TempPathFactory):
-    """Have random gates where a model without any would be refused, so that all policies run on tiny models."""
+def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
+    """Have random weights where a model without any would be refused, so that all policies run on tiny models."""
     root = tmp_path_factory.mktemp("gates")
 
     get = weights.Shelf.get
 
     def get_or_draw(shelf: weights.Shelf, name: str | None, model: PreTrainedModel) -> Any:
-        if name is not None or shelf.kind != "retention":
+        if name is not None or shelf.kind not in MADE:
             return get(shelf, name, model)
-        folder = root / check(model).fingerprint()
+        folder = root / f"{shelf.kind}-{check(model).fingerprint()}"
         if not folder.exists():
-            random_gates(model).save(folder)
+            MADE[shelf.kind](model).save(folder)
         return get(shelf, str(folder), model)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -85,6 +98,9 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+MADE: dict[str, Any] = {"retention": random_gates, "indexmem": random_indexer}
 
 
 @dataclass(frozen=True)

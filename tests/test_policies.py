@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOMY, made
+from conftest import ROOMY, made, random_indexer
 from vestige import Observation, Phase, policies
+from vestige.indexer import Indexer
 from vestige.kernels import AttentionScale
 from vestige.policies import POLICIES
 from vestige.records import Moments
 from vestige.rope import Rope, Rotation
+from vestige.testing import tiny
 
 NAMES = sorted(POLICIES)
 ANNOTATIONS: dict[str, Callable[[torch.Generator, int, int], torch.Tensor]] = {
+    "asked_for": lambda generator, held, group: torch.randn(held, 2, generator=generator).half(),
     "asked": lambda generator, held, group: torch.rand(held, generator=generator),
     "absolute_output_norms": lambda generator, held, group: torch.rand(held, generator=generator),
     "output_norms": lambda generator, held, group: torch.rand(held, group, generator=generator).half(),
@@ -33,6 +36,7 @@ STILL = Rope(
     )
 )
 """No layer turns its keys."""
+MODEL = tiny("llama", num_hidden_layers=4)
 LN = {n: math.log(n) for n in (1, 2, 3, 4, 8)}
 
 
@@ -55,7 +59,7 @@ def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -
     room = (ROOMY.amount,) * len(seen)
     defaults = {"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": kv_heads, "annotations": side, "room": room}
     defaults["query_moments"] = random_moments(generator, len(seen), group * kv_heads, flat.shape[1])
-    defaults["rope"] = STILL
+    defaults |= {"rope": STILL, "model": MODEL}
     return Observation(
         **defaults | fields,
         seen=tuple(seen),
@@ -104,6 +108,7 @@ def random_observation(
         annotations={name: make(generator, held, queries_per_kv) for name, make in ANNOTATIONS.items()},
         query_moments=random_moments(generator, len(seen), heads, head_dim),
         rope=STILL,
+        model=MODEL,
     )
 
 
@@ -149,7 +154,27 @@ def by_queries(rows: int) -> Observation:
     return packed(READ[:rows], seen=[6], queries=(UNIT.repeat(rows, 1, 1),), attention=AttentionScale(1.0))
 
 
+def scaled() -> Indexer:
+    """Return an indexer that holds the outputs of the second KV head of layer 0 to be e times those of the first."""
+    indexer = random_indexer(MODEL)
+    indexer.log_scales[0] = torch.tensor([0.0, 1.0])
+    return indexer
+
+
 GOLDEN = {
+    # Nobody asked for token 1 of late, but once twice as much as for its neighbours now; the second head asks alike.
+    "indexmem": (
+        lambda: dataclasses.replace(
+            by_keys(),
+            annotations={
+                "asked_for": torch.tensor(
+                    [[LN[2], 9.0], [-math.inf, LN[4]], [LN[2], LN[8]], [LN[3], -math.inf], [LN[3], 0.0]]
+                )
+            },
+        ),
+        {"indexer": scaled()},
+        [-LN[4], -LN[2], -LN[4], 1 - LN[2], 1 - LN[2]],
+    ),
     # A pair that no replay looked at is marked with -1.
     "kvzip": (
         lambda: dataclasses.replace(by_keys(), annotations={"asked": torch.tensor([-1.0, 0.25, 0.0, 1.0, 0.5])}),

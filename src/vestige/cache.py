@@ -22,7 +22,7 @@ from vestige.foreign import copy_layer, tensors_of
 from vestige.layers import RaggedLayer, Step
 from vestige.models import Anatomy, check
 from vestige.observe import Glance, Phase
-from vestige.policy import Policy, Prepares, Renews, Written
+from vestige.policy import Policy, Prepares, Written
 from vestige.recording import Recording
 from vestige.remains import Absorbed, Forgotten, Memory
 from vestige.report import LayerReport, Report
@@ -164,10 +164,10 @@ class KVCache(Cache):
         phase = Phase.PREFILL if self.schedule.prompt or not self.schedule.generated else Phase.DECODE
         room = self.room(reading=reading)
         absorbed = None if self.memory is None else self.absorbed
-        if settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, absorbed):
-            if isinstance(self.policy, Renews) and not reading:
-                for layer in self.evictable:
-                    self.policy.renew(layer.columns)
+        gone = settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, absorbed)
+        if not reading:
+            settling.renew(self.evictable, self.policy, gone)
+        if gone:
             self.evict_s += time.perf_counter() - started
         self.schedule.settled()
 

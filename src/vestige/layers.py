@@ -307,6 +307,7 @@ class RaggedLayer(CacheLayerMixin):
             query_moments=latest.get("query_moments", ()),
             rope=self.cache.rope,
             module=self.cache.anatomy.attentions[self.layer_idx],
+            model=self.cache.anatomy.model,
             attention=self.attention,
             annotations=packed,
         )
@@ -345,6 +346,11 @@ class RaggedLayer(CacheLayerMixin):
         hidden, self.hidden = self.hidden, None
         if self.cache.recording.watched:
             show(self, query.detach(), hidden, step, scale)
+
+    def annotations(self, row: int) -> dict[str, Tensor]:
+        """Return views of one row's side arrays."""
+        pairs = slice(self.starts[row], self.starts[row] + self.lengths[row])
+        return {name: column[pairs] for name, column in self.columns.items() if name not in PAIR}
 
     def shrink(self) -> None:
         """Give free slots back, if there are any."""

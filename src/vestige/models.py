@@ -84,6 +84,10 @@ class Anatomy:
         """Return the KV heads of an evictable layer."""
         return self._row_sizes(self.attentions[layer_idx])[0]
 
+    def head_dim(self, layer_idx: int) -> int:
+        """Return the size of a key of an evictable layer."""
+        return self._row_sizes(self.attentions[layer_idx])[1]
+
     def output(self, layer_idx: int) -> OutputProjection:
         """Return a layer's output projection by query head; made once per model, and anew if its weights change.
 

@@ -55,8 +55,10 @@ class Observation:
             ``"query_moments"``.
         rope: How the model's layers turn keys, if a policy needs ``"rope"``.
         module: The layer's attention module, for methods that call its projections; never to be changed.
+        model: The whole model, for policies that bring something made for it.
         attention: How the layer weighs query-key products, if queries were observed.
         annotations: Per-pair side arrays that the policy wrote when the pairs were stored.
+        earlier: The scores that it gave to layers before this one, by layer index.
     """
 
     layer_idx: int
@@ -73,8 +75,10 @@ class Observation:
     query_moments: tuple[Moments, ...] = ()
     rope: Rope | None = None
     module: nn.Module | None = None
+    model: PreTrainedModel | None = None
     attention: AttentionScale | None = None
     annotations: Mapping[str, Tensor] = field(default_factory=dict)
+    earlier: Mapping[int, Float[Tensor, " _held"]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[Row]:
         """Yield every row that holds a pair, with its slice of the packed tensors."""

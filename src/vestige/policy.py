@@ -204,10 +204,10 @@ class Renews(Protocol):
     """A policy whose side arrays speak of the queries since the last eviction."""
 
     def renew(self, annotations: Mapping[str, Tensor]) -> None:
-        """Begin anew, in place: pairs of a layer were evicted, the text being read or tokens generated.
+        """Begin anew, in place: pairs were evicted once a text was read, or while tokens were generated.
 
         Args:
-            annotations: Of all slots of a layer.
+            annotations: Of the pairs of one row.
         """
 
 

@@ -4,6 +4,7 @@ Nothing is changed before the selection stands, so a broken score or an impossib
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +14,7 @@ from vestige import ragged
 from vestige.errors import PolicyError
 from vestige.layers import RaggedLayer
 from vestige.observe import Observation, Phase
-from vestige.policy import Allots, Policy
+from vestige.policy import Allots, Policy, Renews
 from vestige.remains import Absorbed
 from vestige.select import Grid, apportion, protected_per_row, select
 from vestige.spans import Span
@@ -30,8 +31,8 @@ def evict(
     phase: Phase,
     coming: int = 0,
     absorbed: Absorbed | None = None,
-) -> bool:
-    """Bring every batch row that holds too much down to its room; return whether anything had to go.
+) -> tuple[int, ...]:
+    """Bring every batch row that holds too much down to its room; return the batch rows of which pairs went.
 
     Args:
         layers: The evictable layers; changed in place.
@@ -54,13 +55,13 @@ def evict(
     over = _held_per_batch_row(grid, len(room)) > limits * rows
     judged = over if policy.threshold is None else torch.ones_like(over)
     if not bool(judged.any()):
-        return False
-    parts, positions = [], []
+        return ()
+    parts, positions = dict[int, Tensor](), []
     for layer, (slots, lengths) in zip(layers, live, strict=True):
         observation = layer.observe(phase, seen, limits.tolist(), slots, lengths)
-        parts.append(_score(policy, observation))
+        parts[layer.layer_idx] = _score(policy, replace(observation, earlier=parts))
         positions.append(observation.positions)
-    scores, at = torch.cat(parts), torch.cat(positions)
+    scores, at = torch.cat(list(parts.values())), torch.cat(positions)
     stays = _protected(policy, pins, at, seen, limits, grid) | ~judged[grid.batch][grid.row]
     open_to = torch.where(over, limits, _UNLIMITED)
     kept = select(
@@ -76,7 +77,7 @@ def evict(
         threshold=policy.threshold,
     )
     if bool(kept.all()):
-        return False
+        return ()
     masks = kept.split([len(slots) for slots, _ in live])
     if absorbed is not None:
         _absorb(layers, live, masks)
@@ -84,7 +85,16 @@ def evict(
             absorbed.add(b, at[~kept & (grid.batch == b)[grid.row]])
     for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True):
         layer.keep(slots[mask], ragged.counts_per_row(mask, lengths), coming)
-    return True
+    return tuple(grid.batch[grid.row][~kept].unique().tolist())
+
+
+def renew(layers: Sequence[RaggedLayer], policy: Policy, batch_rows: Sequence[int]) -> None:
+    """Have the policy begin its side arrays anew in these batch rows, if it wants to."""
+    if not isinstance(policy, Renews):
+        return
+    for layer in layers:
+        for row in (b * layer.kv_heads + head for b in batch_rows for head in range(layer.kv_heads)):
+            policy.renew(layer.annotations(row))
 
 
 def _absorb(layers: Sequence[RaggedLayer], live: Sequence[tuple[Tensor, list[int]]], masks: Sequence[Tensor]) -> None:

@@ -74,5 +74,5 @@ def _glance(
         at=at,
         attention=scale.of_group(kv_head, layer.kv_heads),
         **{name: layer.columns[name].detach()[pairs] for name in PAIR},
-        annotations={name: column[pairs] for name, column in layer.columns.items() if name not in PAIR},
+        annotations=layer.annotations(row),
     )

@@ -21,6 +21,7 @@ POLICIES: dict[str, str] = {
     "expected_attention": "vestige.policies.expected_attention:ExpectedAttention",
     "full": "vestige.policies.full:Full",
     "h2o": "vestige.policies.h2o:H2O",
+    "indexmem": "vestige.policies.indexmem:IndexMem",
     "keydiff": "vestige.policies.keydiff:KeyDiff",
     "knorm": "vestige.policies.knorm:KNorm",
     "kvzip": "vestige.policies.kvzip:KVzip",

@@ -1,0 +1,269 @@
+"""IndexMem's indexer: small projections that foretell which pairs queries will ask for.
+
+Each layer has one index key per token, made of what entered attention, and index queries, made of the layer's queries
+before RoPE. How much a query asks for a token is a sum over few index heads; a token's importance is the most that any
+query asked for it. Indexers belong to one model; they are kept beside it, never put into it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vestige import trained
+from vestige.errors import InputError
+from vestige.models import check
+
+NAME = "indexer"
+"""Of the files."""
+QUERY_BLOCK = 256
+"""Queries that are compared with all keys at a time: nothing of all queries times all keys ever exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """The shape of an indexer, and whose it is.
+
+    Args:
+        layers: Indices of the model's evictable layers.
+        kv_heads: Of each of them.
+        widths: Size of each one's queries, all heads together.
+        hidden: Size of what enters a layer.
+        heads: Index heads for each KV head.
+        dim: Size of each KV head's part of the index key.
+        apart: Each KV head has scores of its own, by its own index heads, which read its own part of the key; else
+            all index heads read the whole key, and a layer has one score for all its KV heads, as in the paper.
+        base: Fingerprint of the model.
+        model: Its name, for messages.
+
+    Raises:
+        InputError: A number out of range.
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    widths: tuple[int, ...]
+    hidden: int
+    heads: int = 1
+    dim: int = 8
+    apart: bool = False
+    base: str = ""
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.layers or not len(self.layers) == len(self.kv_heads) == len(self.widths):
+            raise InputError("an indexer needs layers, and the KV heads and query width of each")
+        if min(self.hidden, self.heads, self.dim, *self.kv_heads, *self.widths) < 1:
+            raise InputError("hidden, heads, dim, kv_heads and widths must be at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class IndexQueries:
+    """What some tokens of a layer ask with. A group is a KV head, or where scores are not apart, all of them.
+
+    Args:
+        queries: By group and index head.
+        gates: How much each head counts.
+    """
+
+    queries: Float[Tensor, "groups heads new size"]
+    gates: Float[Tensor, "groups heads new"]
+
+
+class LayerIndexer(nn.Module):
+    """The indexer of one layer.
+
+    Args:
+        config: Of the whole.
+        place: Of the layer among those of the config.
+    """
+
+    def __init__(self, config: IndexerConfig, place: int) -> None:
+        super().__init__()
+        kv_heads = config.kv_heads[place]
+        self.groups = kv_heads if config.apart else 1
+        self.size = config.dim if config.apart else config.dim * kv_heads
+        index_heads = config.heads * kv_heads
+        self.queries = nn.Linear(config.widths[place], index_heads * self.size, bias=False)
+        self.keys = nn.Linear(config.hidden, kv_heads * config.dim, bias=False)
+        self.gates = nn.Linear(config.hidden, index_heads, bias=False)
+        self.query_norm, self.key_norm = nn.RMSNorm(self.size), nn.RMSNorm(self.size)
+
+    def index_keys(self, hidden: Float[Tensor, "*batch new hidden"]) -> Float[Tensor, "*batch groups new size"]:
+        """Return the index keys of tokens."""
+        keys: Tensor = self.keys(hidden.to(self.keys.weight.dtype))
+        normed: Tensor = self.key_norm(keys.unflatten(-1, (self.groups, self.size)))
+        return normed.transpose(-2, -3)
+
+    def index_queries(
+        self, queries: Float[Tensor, "heads new head_dim"], hidden: Float[Tensor, "new hidden"]
+    ) -> IndexQueries:
+        """Return what tokens ask with.
+
+        Args:
+            queries: Of the model, before RoPE.
+            hidden: What entered attention.
+        """
+        dtype = self.queries.weight.dtype
+        flat: Tensor = self.queries(queries.transpose(0, 1).flatten(1).to(dtype))
+        asking = self.query_norm(flat.unflatten(-1, (self.groups, -1, self.size))).permute(1, 2, 0, 3)
+        gates: Tensor = self.gates(hidden.to(dtype)).unflatten(-1, (self.groups, -1)).permute(1, 2, 0)
+        return IndexQueries(asking, gates * (gates.shape[1] * self.groups * self.size) ** -0.5)
+
+
+class Indexer(nn.Module):
+    """The indexers of all evictable layers.
+
+    Source: IndexMem, arXiv 2605.25475: projected queries before RoPE, one key for all index heads, RMSNorm, ReLU, head
+    gates, the maximum over queries. Completed by us: scores of each KV head apart, and ``log_scales``, the log of how
+    large each KV head's output is, so that scores of all layers and heads can be compared.
+    """
+
+    log_scales: Tensor
+
+    def __init__(self, config: IndexerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(LayerIndexer(config, place) for place in range(len(config.layers)))
+        self.register_buffer("log_scales", torch.zeros(len(config.layers), max(config.kv_heads)))
+        self._place = {layer_idx: place for place, layer_idx in enumerate(config.layers)}
+
+    @staticmethod
+    def fresh(model: PreTrainedModel, *, heads: int = 1, dim: int = 8, apart: bool = False) -> "Indexer":
+        """Return an untrained indexer for a model, in float32.
+
+        Raises:
+            ModelError: The model has no evictable layers.
+            InputError: A number out of range.
+        """
+        anatomy = check(model)
+        config = IndexerConfig(
+            layers=anatomy.evictable,
+            kv_heads=tuple(anatomy.kv_heads(i) for i in anatomy.evictable),
+            widths=tuple(anatomy.config.num_attention_heads * anatomy.head_dim(i) for i in anatomy.evictable),
+            hidden=anatomy.config.hidden_size,
+            heads=heads,
+            dim=dim,
+            apart=apart,
+            base=anatomy.fingerprint(),
+            model=model.config.name_or_path or "",
+        )
+        return Indexer(config).to(model.device)
+
+    def at(self, layer_idx: int) -> LayerIndexer:
+        """Return the indexer of a layer."""
+        found = self.layers[self._place[layer_idx]]
+        assert isinstance(found, LayerIndexer)
+        return found
+
+    def log_scale(self, layer_idx: int) -> Float[Tensor, " kv_heads"]:
+        """Return the log of how large the output of each KV head is."""
+        place = self._place[layer_idx]
+        return self.log_scales[place, : self.config.kv_heads[place]]
+
+    def leader(self, layer_idx: int, reuse: int) -> int:
+        """Return the first layer of the group of ``reuse`` neighbours that a layer belongs to."""
+        return self.config.layers[self._place[layer_idx] // reuse * reuse]
+
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """Raise a ModelError unless this indexer was made for this model."""
+        trained.require_fit(self.config, model, "indexer")
+
+    def for_inference(self, dtype: torch.dtype) -> "Indexer":
+        """Return an indexer that computes in a dtype and takes no gradients."""
+        made = Indexer(self.config)
+        made.load_state_dict(self.state_dict())
+        made.layers.to(dtype)
+        return made.requires_grad_(False).to(self.log_scales.device)
+
+    def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+        """Write the weights and the config into a folder."""
+        trained.save(self, self.config, folder, NAME, dtype=dtype)
+
+    @staticmethod
+    def load(folder: Path, model: PreTrainedModel) -> "Indexer":
+        """Read an indexer for a model, in float32; runs no code from the files.
+
+        Raises:
+            ModelError: Missing, damaged, or made for another model.
+        """
+        indexer = trained.load(_made, folder, NAME, "indexer")
+        indexer.require_fit(model)
+        return indexer.to(model.device)
+
+
+def asked(asking: IndexQueries, keys: Float[Tensor, "groups held size"]) -> Float[Tensor, "groups new held"]:
+    """Return how much each query asks for each key: ReLU of their products, summed over index heads by their gates."""
+    return ((asking.queries @ keys[:, None].mT).relu() * asking.gates[..., None]).sum(1)
+
+
+def blocks(
+    asking: IndexQueries,
+    keys: Float[Tensor, "groups held size"],
+    at: Int[Tensor, " new"],
+    positions: Int[Tensor, " held"],
+) -> Iterator[tuple[slice, Float[Tensor, "groups _block _end"]]]:
+    """Yield, for blocks of queries, how much they ask for the keys up to the last that any of them sees.
+
+    Args:
+        asking: What the queries ask with.
+        keys: Of one batch row, all groups at the same positions.
+        at: Position of each query, ascending.
+        positions: Position of each key, ascending; -1 for pads, which nobody sees.
+
+    Yields:
+        Which queries, and :func:`asked` in float32; -inf where a query does not see a key.
+    """
+    pads = int((positions < 0).sum())
+    for start in range(0, len(at), QUERY_BLOCK):
+        part = slice(start, start + QUERY_BLOCK)
+        seen = torch.stack([at[part][0], at[part][-1]]).to(positions.dtype)
+        early, end = torch.searchsorted(positions, seen, right=True).tolist()
+        found = asked(IndexQueries(asking.queries[:, :, part], asking.gates[:, :, part]), keys[:, :end]).float()
+        found[..., :pads] = -torch.inf
+        found[..., early:].masked_fill_(positions[early:end] > at[part, None], -torch.inf)
+        yield part, found
+
+
+def most(
+    asking: IndexQueries,
+    keys: Float[Tensor, "groups held size"],
+    at: Int[Tensor, " new"],
+    positions: Int[Tensor, " held"],
+) -> tuple[Float[Tensor, "groups held"], Int[Tensor, "groups held"]]:
+    """Return the most that any query asks for each key, and which query that is; -inf for what none sees.
+
+    Arguments as :func:`blocks` takes them.
+    """
+    best = torch.full(keys.shape[:2], -torch.inf, device=keys.device)
+    winner = torch.zeros(keys.shape[:2], dtype=torch.long, device=keys.device)
+    for part, found in blocks(asking, keys, at, positions):
+        top, index = found.max(1)
+        end = top.shape[1]
+        better = top > best[:, :end]
+        best[:, :end] = torch.where(better, top, best[:, :end])
+        winner[:, :end] = torch.where(better, index + part.start, winner[:, :end])
+    return best, winner
+
+
+def total(
+    asking: IndexQueries,
+    keys: Float[Tensor, "groups held size"],
+    at: Int[Tensor, " new"],
+    positions: Int[Tensor, " held"],
+) -> Float[Tensor, "groups held"]:
+    """Return the sum over all queries that see a key of how much they ask for it; arguments as for :func:`blocks`."""
+    sums = torch.zeros(keys.shape[:2], device=keys.device)
+    for _, found in blocks(asking, keys, at, positions):
+        sums[:, : found.shape[2]] += found.masked_fill_(found == -torch.inf, 0.0).sum(1)
+    return sums
+
+
+def _made(shape: Mapping[str, Any]) -> Indexer:
+    lists = {name: tuple(shape[name]) for name in ("layers", "kv_heads", "widths")}
+    return Indexer(IndexerConfig(**{**shape, **lists}))

@@ -1,0 +1,157 @@
+"""Keep what a trained indexer says later queries will ask for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vestige.errors import PolicyError, unknown
+from vestige.indexer import Indexer, IndexQueries, most, total
+from vestige.observe import LayerGlance, Observation
+from vestige.policy import Policy, Written
+from vestige.weights import Shelf
+
+REDUCTIONS = ("max", "mean")
+_MOST = 6e4  # float16 holds it
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexMem(Policy):
+    """Keep the pairs that queries asked for most, as a small trained indexer sees it.
+
+    The indexer compares few small index queries with one index key per token and layer. A pair's importance is the
+    most that any query since the last eviction asked for it; while a text is read, any query of the text. It is
+    gathered in blocks while queries pass. The index key lies beside the pairs, each KV head's row holding a part of it.
+    What comes out is the log of a pair's share in all that a row's pairs are asked for, plus the log of how large the
+    head's output is, so that with ``share="model"`` all layers and heads compete; within a row neither changes the
+    order.
+
+    Source: IndexMem, arXiv 2605.25475: one score per layer, equal counts (``share="head"``), 4 sinks, ``every=128``.
+    Differs: the window is protected; the index heads and their sizes are the weights'. Ours, if the weights are made
+    so: scores of each KV head apart. Weights: ``vestige train indexmem``.
+    """
+
+    indexer: str | Indexer | None = None
+    """A folder, a hub id, or an indexer at hand; None takes the one that is shipped for the model."""
+    reduction: Literal["max", "mean"] = "max"
+    """Over queries. The mean is over all that saw a pair, however long ago."""
+    reuse: int = 1
+    """Neighbouring layers that keep what the first of them does, which alone has an index."""
+    every: int = 128
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden", "rope"})
+    annotations: ClassVar[frozenset[str]] = frozenset({"index_key", "asked_for"})
+    gathered: ClassVar[frozenset[str]] = frozenset({"asked_for"})
+    annotated_with: ClassVar[tuple[str, ...]] = ("indexer", "reduction", "reuse")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduction not in REDUCTIONS:
+            raise PolicyError(unknown("reduction", str(self.reduction), REDUCTIONS))
+        if self.reuse < 1:
+            raise PolicyError(f"reuse must be at least 1, got {self.reuse!r}")
+        if self.reuse > 1 and self.share != "head":
+            raise PolicyError("layers that keep the same tokens keep equally many: reuse needs share='head'")
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Read the indexer, or look at the one at hand.
+
+        Raises:
+            ModelError: There is none, it is damaged, or another model's.
+            PolicyError: All heads of a layer have one score, and are to compete with each other.
+        """
+        made = self.made_for(model)
+        if made is self.indexer:  # others were looked at when they were read
+            made.require_fit(model)
+        if not made.config.apart and self.share != "head":
+            raise PolicyError(
+                f"this indexer has one score for all heads of a layer, so share={self.share!r} has nothing to decide; "
+                "use share='head', or one trained with scores apart"
+            )
+
+    def made_for(self, model: PreTrainedModel) -> Indexer:
+        """Return the indexer for a model: one at hand as it is, others read once, to compute in its dtype.
+
+        Raises:
+            ModelError: As :meth:`bind`.
+        """
+        return self.indexer if isinstance(self.indexer, Indexer) else _SHELF.get(self.indexer, model)
+
+    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+        """Return each row's part of the index keys, and that nobody asked yet; nothing where another layer leads."""
+        assert written.hidden is not None and written.model is not None, "the cache shows both"
+        indexer, shape = self.made_for(written.model), written.keys.shape[:3]
+        if indexer.leader(written.layer_idx, self.reuse) != written.layer_idx:
+            return {name: written.keys.new_empty(*shape, 0) for name in self.annotations}
+        keys = indexer.at(written.layer_idx).index_keys(written.hidden)  # (batch, groups, new, size)
+        parts = keys.transpose(1, 2).flatten(2).unflatten(2, (shape[1], -1)).transpose(1, 2)
+        device = written.keys.device
+        if self.reduction == "mean":
+            nobody = torch.zeros(*shape, 1, device=device)
+        else:
+            nobody = torch.full((*shape, 2), -torch.inf, dtype=torch.float16, device=device)
+        return {"index_key": parts.to(written.keys.dtype), "asked_for": nobody}
+
+    def watch_layer(self, glance: LayerGlance) -> None:
+        """Write down what new queries ask for."""
+        indexer = self.made_for(glance.model)
+        if indexer.leader(glance.layer_idx, self.reuse) != glance.layer_idx:
+            return
+        assert glance.hidden is not None and glance.rope is not None, "the cache shows both"
+        layer = indexer.at(glance.layer_idx)
+        plain = glance.rope.unrotate(glance.queries, glance.at, glance.layer_idx)
+        asking = layer.index_queries(plain, glance.hidden)
+        rows = [(row.annotations["index_key"], row.annotations["asked_for"], row.positions) for row in glance.rows]
+        if indexer.config.apart:
+            for group, (keys, notes, positions) in enumerate(rows):
+                own = IndexQueries(asking.queries[group : group + 1], asking.gates[group : group + 1])
+                found = self._found(own, keys[None], glance.at, positions)
+                self._note(notes, found[0])
+            return
+        keys = torch.cat([part for part, _, _ in rows], -1)  # the rows of a layer hold the same tokens
+        found = self._found(asking, keys[None], glance.at, rows[0][2])
+        for _, notes, _ in rows:
+            self._note(notes, found[0])
+
+    def renew(self, annotations: Mapping[str, Tensor]) -> None:
+        """Put what was asked for since the last eviction in second place; queries to come take the first."""
+        if self.reduction == "max" and (notes := annotations["asked_for"]).shape[1]:
+            latest = notes[:, 0]
+            notes[:, 1] = torch.where(latest == -torch.inf, notes[:, 1], latest)
+            notes[:, 0] = -torch.inf
+
+    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+        """Return log shares of what is asked for, plus the log of the head's scale; the leader's, if there is one."""
+        assert seen.model is not None, "the cache shows it"
+        indexer = self.made_for(seen.model)
+        leader = indexer.leader(seen.layer_idx, self.reuse)
+        if leader != seen.layer_idx:
+            return seen.earlier[leader]
+        scores, scales = torch.empty(len(seen.positions), device=seen.keys.device), indexer.log_scale(seen.layer_idx)
+        for row in seen.rows():
+            worth = self._worth(seen, row.pairs, seen.seen[row.batch])
+            scores[row.pairs] = worth.log_softmax(0) + scales[row.kv_head]
+        return scores
+
+    def _found(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
+        keys = keys.to(asking.queries.dtype)
+        return total(asking, keys, at, positions) if self.reduction == "mean" else most(asking, keys, at, positions)[0]
+
+    def _note(self, notes: Float[Tensor, "held _kinds"], found: Float[Tensor, " held"]) -> None:
+        if self.reduction == "mean":
+            notes[:, 0] += found
+        else:
+            seen = torch.where(found == -torch.inf, found, found.clamp(-_MOST, _MOST)).to(notes.dtype)
+            notes[:, 0] = torch.maximum(notes[:, 0], seen)
+
+    def _worth(self, seen: Observation, pairs: slice, end: int) -> Float[Tensor, " row_held"]:
+        notes = seen.annotations["asked_for"][pairs].float()
+        if self.reduction == "mean":
+            return notes[:, 0] / (end - seen.positions[pairs]).clamp_min(1)
+        return torch.where(notes[:, 0] == -torch.inf, notes[:, 1], notes[:, 0]).clamp_min(-_MOST)
+
+
+_SHELF = Shelf("indexmem", lambda folder, model: Indexer.load(folder, model).for_inference(model.dtype))
