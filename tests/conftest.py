@@ -18,6 +18,7 @@ from vestige import Budget, ModelError, Policy, cli, policies, weights
 from vestige.download import is_cached
 from vestige.gates import Gates
 from vestige.indexer import Indexer
+from vestige.latent import Latent
 from vestige.models import check
 from vestige.testing import tiny
 
@@ -72,6 +73,20 @@ def random_indexer(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> In
     return indexer
 
 
+def random_latent(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> Latent:
+    """Return a latent memory's weights that nobody trained, its gate half open."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        latent = Latent.fresh(model, **{"width": 8} | shape).requires_grad_(False)
+        for gate in (layer.gate for layer in latent.layers if layer.gate is not None):
+            gate.zero_()
+    return latent
+
+
+MADE: dict[str, Any] = {"retention": (random_gates,), "indexmem": (random_indexer, random_latent)}
+"""What is drawn for a model of which no weights of that kind are shipped."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
     """Have random weights where a model without any would be refused, so that all policies run on tiny models."""
@@ -84,7 +99,8 @@ def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
             return get(shelf, name, model)
         folder = root / f"{shelf.kind}-{check(model).fingerprint()}"
         if not folder.exists():
-            MADE[shelf.kind](model).save(folder)
+            for draw in MADE[shelf.kind]:
+                draw(model).save(folder)
         return get(shelf, str(folder), model)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,9 +114,6 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-MADE: dict[str, Any] = {"retention": random_gates, "indexmem": random_indexer}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from vestige import Budget, InputError, KVCache, ModelError, Phase, PolicyError,
 from vestige import indexer as indexing
 from vestige.erasers import Learned
 from vestige.indexer import Indexer, IndexerConfig
-from vestige.policies import Full, IndexMem
+from vestige.policies import IndexMem
 from vestige.testing import left_padded, random_ids, tiny
 
 MODEL = tiny("llama")

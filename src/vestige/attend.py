@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vestige.errors import ModelError
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
-from vestige.kernels.partial import merge
+from vestige.kernels.partial import Added, merge
 from vestige.layers import RaggedLayer, Step
 from vestige.rerun import OverlayLayer
 
@@ -73,8 +73,10 @@ def _remembering(query: Tensor, layer: RaggedLayer, rows: slice, scale: Attentio
     pairs = (query, keys, values, layer.starts[rows], layer.lengths[rows], scale)
     if layer.remains is None:
         return loop.attend(*pairs)
-    kept = loop.attend_partially(*pairs)
-    return merge(kept, layer.remains.recall(query, rows, scale)).to(query.dtype)
+    recalled = layer.remains.recall(query, rows, scale)
+    if isinstance(recalled, Added):
+        return loop.attend(*pairs) + recalled.output.to(query.dtype)
+    return merge(loop.attend_partially(*pairs), recalled).to(query.dtype)
 
 
 def _dense(

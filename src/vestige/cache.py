@@ -59,7 +59,7 @@ class KVCache(Cache):
     ) -> None:
         self._start(check(model), policy, [policy, *observers], memory)
         if policy.budget is not None:
-            policy.budget.check(policy.protected, footprint=self.anatomy.expected_footprint(model.dtype, memory))
+            policy.budget.check(policy.protected, footprint=self.anatomy.expected_footprint(model.dtype, self.ready))
 
     def _start(self, anatomy: Anatomy, policy: Policy, observers: Sequence[Policy], memory: Memory | None) -> None:
         self.anatomy = anatomy
@@ -68,6 +68,7 @@ class KVCache(Cache):
             layers[idx] = RaggedLayer(self, idx)
         super().__init__(layers=layers)
         self.policy, self.memory, self.absorbed = policy, memory, Absorbed()
+        self.ready = memory and memory.made_for(anatomy.model)  # with what it needs for the model at hand
         self.recording = Recording.of(observers)
         self.recording.require_of(anatomy)
         self.schedule = Schedule()
@@ -163,8 +164,8 @@ class KVCache(Cache):
         started = time.perf_counter()
         phase = Phase.PREFILL if self.schedule.prompt or not self.schedule.generated else Phase.DECODE
         room = self.room(reading=reading)
-        absorbed = None if self.memory is None else self.absorbed
-        gone = settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, absorbed)
+        noted = None if self.memory is None else self.absorbed
+        gone = settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, noted)
         if not reading:
             settling.renew(self.evictable, self.policy, gone)
         if gone:

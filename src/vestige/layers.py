@@ -227,9 +227,9 @@ class RaggedLayer(CacheLayerMixin):
     @property
     def fixed_bytes(self) -> int:
         """Bytes that no eviction frees, those that a memory takes from the first eviction on included."""
-        if self.cache.memory is None or not self.columns:
+        if self.cache.ready is None or not self.columns:
             return self._ring_bytes
-        return self._ring_bytes + self.rows * self.cache.memory.state_bytes(*self._pair_sizes)
+        return self._ring_bytes + self.rows * self.cache.ready.state_bytes(*self._pair_sizes)
 
     @property
     def _ring_bytes(self) -> int:
@@ -319,7 +319,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def remaining(self, slots: Int[Tensor, " gone"], lengths: Sequence[int]) -> Remains | None:
         """Return what remains of evicted pairs once these slots (packed) go too; the layer is not changed."""
-        memory = self.cache.memory
+        memory = self.cache.ready
         if memory is None or not len(slots):
             return self.remains
         evicted = Evicted.of(self.layer_idx, self.columns, slots, lengths)

@@ -203,7 +203,7 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
         kinds[kind][own_name] = tensor
     layer.rings = {name: kind_of(name)(x) for name, x in kinds["ring"].items()}
     if kinds["memory"]:
-        memory = layer.cache.memory
+        memory = layer.cache.ready
         assert memory is not None, "states are saved with the memory that owns them"
         layer.remains = Remains(memory=memory, layer_idx=layer.layer_idx, state=kinds["memory"])
     if "scaling" in plain:
@@ -231,13 +231,8 @@ def _policy_to_json(policy: Policy) -> dict[str, Any]:
     name = name_of(policy)
     if name not in POLICIES:
         raise CacheFileError(f"a cache of policy {name} cannot be saved: it is not one of {', '.join(POLICIES)}")
-    options = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    options = _options(policy, f"a cache of policy {name}")
     budget = options.pop("budget")
-    for option, value in options.items():
-        if not isinstance(value, str | bool | int | float | tuple | None):
-            raise CacheFileError(
-                f"a cache of policy {name} cannot be saved with {option} at hand: save them and name their folder"
-            )
     return {"name": name, "budget": None if budget is None else [budget.kind, budget.amount], "options": options}
 
 
@@ -254,7 +249,15 @@ def _memory_to_json(memory: Memory | None) -> dict[str, Any] | None:
         return None
     if (name := memory_name(memory)) not in MEMORIES:
         raise CacheFileError(f"a cache with memory {name} cannot be saved: it is not one of {', '.join(MEMORIES)}")
-    return {"name": name, "options": {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}}
+    return {"name": name, "options": _options(memory, f"a cache with memory {name}")}
+
+
+def _options(one: Any, what: str) -> dict[str, Any]:
+    options = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+    for option, value in options.items():
+        if not isinstance(value, str | bool | int | float | tuple | Budget | None):
+            raise CacheFileError(f"{what} cannot be saved with {option} at hand: save them and name their folder")
+    return options
 
 
 def _memory_from_json(saved: dict[str, Any] | None) -> Memory | None:

@@ -12,10 +12,12 @@ from enum import Enum
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vestige import ragged
+from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale
-from vestige.kernels.partial import Partial
+from vestige.kernels.partial import Added, Partial
 from vestige.spans import Span
 
 State = Mapping[str, Tensor]
@@ -108,11 +110,33 @@ class Memory(ABC):
         """Return the state of rows that absorbed these pairs too."""
 
     @abstractmethod
-    def recall(self, state: State, asked: Asked) -> Partial:
-        """Return an estimate of attention over what each row absorbed: ``rows queries ...``, in float32.
+    def recall(self, state: State, asked: Asked) -> Partial | Added:
+        """Return an estimate of attention over what each row absorbed, ``rows queries ...``, in float32; or what is to
+        be added to attention over what is kept.
 
-        Differentiable in the queries. A row that absorbed nothing weighs nothing: see :func:`log_count`.
+        Differentiable in the queries. A row that absorbed nothing weighs nothing, or adds 0: see :func:`log_count`.
         """
+
+    def made_for(self, model: PreTrainedModel) -> "Memory":
+        """Return this memory with everything at hand that it needs for a model.
+
+        Raises:
+            ModelError: What it needs was made for another model, or cannot be had.
+        """
+        return self
+
+    @property
+    def releases(self) -> bool:
+        """Whether pairs that were absorbed can be taken out again: see :meth:`release`."""
+        return False
+
+    def release(self, state: State, evicted: Evicted) -> State:
+        """Return the state of rows without these pairs, which they absorbed.
+
+        Raises:
+            PolicyError: A sum like this one cannot be taken apart.
+        """
+        raise PolicyError(f"what {type(self).__name__} remembers cannot be taken apart again")
 
     def state_bytes(self, head_dim: int, value_dim: int) -> int:
         """Return the bytes of one row's state."""
@@ -148,7 +172,14 @@ class Remains:
         with torch.no_grad():
             return replace(self, state=self.memory.absorb(self.state, evicted))
 
-    def recall(self, query: Float[Tensor, "batch heads new head_dim"], rows: slice, scale: AttentionScale) -> Partial:
+    def release(self, evicted: Evicted) -> "Remains":
+        """Return what would remain had these pairs never been absorbed."""
+        with torch.no_grad():
+            return replace(self, state=self.memory.release(self.state, evicted))
+
+    def recall(
+        self, query: Float[Tensor, "batch heads new head_dim"], rows: slice, scale: AttentionScale
+    ) -> Partial | Added:
         """Return what queries read from the memory, ``batch heads new ...``.
 
         Args:
@@ -159,7 +190,8 @@ class Remains:
         state = {name: x[rows] for name, x in self.state.items()}
         flat = query.float().reshape(rows.stop - rows.start, -1, query.shape[-1])
         found = self.memory.recall(state, Asked(layer_idx=self.layer_idx, queries=flat, scale=scale))
-        return Partial(found.output.reshape(*query.shape[:3], -1), found.lse.reshape(query.shape[:3]))
+        output = found.output.reshape(*query.shape[:3], -1)
+        return Added(output) if isinstance(found, Added) else Partial(output, found.lse.reshape(query.shape[:3]))
 
     def select(self, rows: Sequence[int]) -> "Remains":
         """Return the memory of these rows, in this order, sharing no storage."""

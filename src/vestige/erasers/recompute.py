@@ -6,12 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vestige import editing
 from vestige.cache import KVCache
 from vestige.eraser import Edit, Eraser, Fate, Scene
-from vestige.errors import CacheError
-from vestige.reading import pad_left, prefill
 from vestige.remains import Forgotten
+from vestige.rereading import fed_rows, reread
 from vestige.spans import Closing, Span
 
 
@@ -32,9 +30,7 @@ class Recompute(Eraser):
     def edit(self, scene: Scene) -> Edit:
         """Read into a second cache, which takes the place of the first once it is whole."""
         cache, closing = scene.cache, Closing(scene.spans)
-        rows = [row[real] for row, real in zip(cache.ids, cache.real, strict=True)]
-        if any(bool((row < 0).any()) for row in rows):
-            raise CacheError("the model was fed embeddings, of which the cache has no ids to read again")
+        rows = fed_rows(cache)
         begin = scene.spans[0].start if _can_go_on(cache, scene.spans) else 0
         twin = cache.fork() if begin else cache.emptied()
         if begin:
@@ -42,7 +38,7 @@ class Recompute(Eraser):
         twin.pins, twin.erased = closing.over(cache.pins), closing.over(cache.erased)
         left = [_without(row, scene.spans) for row in rows]
         lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
-        self._read(scene, twin, left, begin, lengths)
+        reread(scene.model, twin, left, begin=begin, length=lengths, chunk=self.chunk)
         rebuilt = scene.memory is not Forgotten.EXACT
         cache.adopt(twin)
         cache.fed.stale = _last(rows, closing.removed)
@@ -54,30 +50,6 @@ class Recompute(Eraser):
             suffix_recomputed=behind,
             memory=Forgotten.REBUILT if rebuilt else Forgotten.EXACT,
         )
-
-    def _read(
-        self, scene: Scene, twin: KVCache, left: list[Tensor], begin: int, lengths: tuple[int, ...] | None
-    ) -> None:
-        """Read the rows from ``begin`` on into a cache that has read what comes before, gaps left out."""
-        end = max(map(len, left))
-        gaps = [Span(max(gap.start, begin), gap.end) for gap in twin.erased if gap.end > begin]
-        at = begin
-        for gap in [*gaps, None]:
-            stop = end if gap is None else gap.start
-            if stop > at:
-                ids, mask = pad_left([row[at:stop].tolist() for row in left], scene.model.device)
-                length = lengths or tuple(map(len, left))
-                prefill(
-                    scene.model, ids, twin, chunk=self.chunk, length=length, attention_mask=mask, settle=stop == end
-                )
-            if gap is not None:
-                pieces = [row[gap.start : gap.end].tolist() for row in left]
-                ids, mask = pad_left(pieces, torch.device("cpu"))
-                editing.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
-                twin.settle(reading=True)
-                at = gap.end
-        if lengths is None:
-            twin.lengths = None
 
 
 def _can_go_on(cache: KVCache, spans: tuple[Span, ...]) -> bool:

@@ -21,6 +21,17 @@ class Partial:
     lse: Float[Tensor, "*queries"]
 
 
+@dataclass(frozen=True)
+class Added:
+    """What is added to attention over the kept pairs, outside its softmax.
+
+    Args:
+        output: Zeros where there is nothing to add.
+    """
+
+    output: Float[Tensor, "*queries value_dim"]
+
+
 def merge(kept: Partial, evicted: Partial) -> Float[Tensor, "*queries value_dim"]:
     """Return attention over both parts: exact if both are.
 

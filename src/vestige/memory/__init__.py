@@ -13,6 +13,7 @@ from vestige.remains import Memory
 MEMORIES: dict[str, str | None] = {
     "none": None,
     "centroids": "vestige.memory.centroids:Centroids",
+    "linear": "vestige.memory.linear:Linear",
     "moments": "vestige.memory.moments:Moments",
 }
 
