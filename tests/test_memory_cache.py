@@ -369,7 +369,7 @@ def test_a_span_is_forgotten_exactly_until_a_pair_of_it_was_absorbed():
         prefill(LLAMA, ids[:, :7], cache)
         assert cache.forget(Span(30, 34)) is Forgotten.EXACT
         assert cache.forget(Span(34, 35)) is Forgotten.IMPOSSIBLE
-    assert {one.value for one in Forgotten} == {"exact", "rebuilt", "impossible"}
+    assert {one.value for one in Forgotten} == {"exact", "subtracted", "rebuilt", "impossible"}
 
 
 def test_without_a_memory_every_span_is_forgotten():

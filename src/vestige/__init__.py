@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vestige.errors import ModelError as ModelError
     from vestige.errors import PolicyError as PolicyError
     from vestige.errors import VestigeError as VestigeError
+    from vestige.forgetting import forget as forget
     from vestige.models import check as check
     from vestige.observe import Observation as Observation
     from vestige.observe import Phase as Phase
@@ -66,6 +67,7 @@ _HOME = {
     "detach": "attachment",
     "erase": "erasing",
     "erasers": "erasers",
+    "forget": "forgetting",
     "load": "download",
     "memory": "memory",
     "policies": "policies",

@@ -202,9 +202,8 @@ class KVCache(Cache):
     def forget(self, span: Span) -> Forgotten:
         """Return how far the memory is free of a span, in every batch row. Nothing is changed.
 
-        ``EXACT`` if no pair of the span was ever absorbed, else ``IMPOSSIBLE``: a sum cannot be taken apart. Only a
-        replay of the ids without the span makes the memory anew (``REBUILT``), and that is what erasers do.
-        """
+        ``EXACT`` if no pair of the span was ever absorbed, or all were taken out again, else ``IMPOSSIBLE``: see
+        :mod:`vestige.forgetting` for what can be done then, short of reading the ids anew without the span."""
         return Forgotten.IMPOSSIBLE if self.absorbed.overlaps(span) else Forgotten.EXACT
 
     def fork(self, policy: Policy | None = None, *, memory: Memory | Literal["same"] | None = "same") -> "KVCache":

@@ -29,6 +29,8 @@ class Forgotten(Enum):
 
     EXACT = "exact"
     """No pair of the span was ever absorbed, so the memory is what it would be without them."""
+    SUBTRACTED = "subtracted"
+    """Pairs of the span were absorbed, and were taken out again: :func:`vestige.forgetting.forget`."""
     REBUILT = "rebuilt"
     """The memory was made anew by replaying the ids without the span: what erasers do."""
     IMPOSSIBLE = "impossible"
@@ -223,6 +225,13 @@ class Absorbed:
             taken[span.start + 1 : span.end + 1] = 1
         edges = taken.diff().nonzero()[:, 0].tolist()
         self.ranges[batch_idx] = tuple(map(Span, edges[::2], edges[1::2]))
+
+    def remove(self, span: Span) -> None:
+        """Note that nothing of a span is there any more, in any batch row."""
+        for batch_idx, ranges in self.ranges.items():
+            cut = [Span(one.start, min(one.end, span.start)) for one in ranges if one.start < span.start]
+            cut += [Span(max(one.start, span.end), one.end) for one in ranges if one.end > span.end]
+            self.ranges[batch_idx] = tuple(sorted(cut))
 
     def overlaps(self, span: Span) -> bool:
         """Return whether any position of a span is among them, in any batch row."""

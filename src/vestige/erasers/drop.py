@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from vestige import editing
 from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.forgetting import Release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,12 @@ class Drop(Eraser):
 
     fate: ClassVar[Fate] = Fate.DROPPED
 
+    forget: bool = False
+    """Also take the spans' evicted pairs out of a memory that is a sum, by reading up to their end once more."""
+
     def edit(self, scene: Scene) -> Edit:
         """Drop the pairs of the spans."""
+        release = Release.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
         editing.drop(scene.cache, scene.spans)
-        return Edit(memory=scene.memory)
+        release.carry_out()
+        return Edit(recomputed=release.read, memory=release.outcome)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from vestige.adapter import Adapter
 from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.forgetting import Release
 from vestige.rerun import rerun, write, write_whole
 from vestige.weights import Shelf
 
@@ -31,14 +32,18 @@ class Learned(Eraser):
     """A folder or hub id with an adapter in peft's format, or one at hand; None takes what is shipped for the model."""
     whole: bool = False
     """Write all pairs of the span, also those that were evicted; the next settle makes room for them."""
+    forget: bool = False
+    """Also take the spans' evicted pairs out of a memory that is a sum, by reading up to their end once more."""
 
     def edit(self, scene: Scene) -> Edit:
         """Run the spans, then write: nothing is changed before all pairs are there."""
         at = torch.cat([torch.arange(span.start, span.end) for span in scene.spans])
         with self.made_for(scene.model).applied(scene.model):
             new = rerun(scene.model, scene.cache, at)
+        release = Release.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
         (write_whole if self.whole else write)(scene.cache, at, new)
-        return Edit(recomputed=len(at), memory=scene.memory)
+        release.carry_out()
+        return Edit(recomputed=len(at) + release.read, memory=release.outcome)
 
     def made_for(self, model: PreTrainedModel) -> Adapter:
         """Return the adapter for a model; read once.

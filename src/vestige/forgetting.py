@@ -1,0 +1,107 @@
+"""Taking the pairs of spans out of what a memory absorbed, where the memory is a sum that can be taken apart."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from vestige.cache import KVCache
+from vestige.policies import Full
+from vestige.remains import Evicted, Forgotten, Remains
+from vestige.rereading import fed_rows, reread
+from vestige.spans import Span, within
+
+
+@dataclass(frozen=True)
+class Release:
+    """What will remain of the evicted without some spans; nothing is changed until :meth:`carry_out`.
+
+    Args:
+        cache: Whose memory it is.
+        spans: What is forgotten.
+        outcome: How far the memory will be free of them.
+        read: Tokens of a batch row that were read again for it.
+        remains: By layer index, where pairs are taken out.
+    """
+
+    cache: KVCache
+    spans: tuple[Span, ...]
+    outcome: Forgotten
+    read: int = 0
+    remains: Mapping[int, Remains] | None = None
+
+    @staticmethod
+    def of(cache: KVCache, spans: Sequence[Span], model: PreTrainedModel, *, wanted: bool = True) -> "Release":
+        """Return what it takes to forget some spans, which every batch row has seen.
+
+        The ids up to the last one's end are read again, in one piece and with nothing evicted, to have their pairs once
+        more. They are those that were absorbed, up to rounding, if nothing had been evicted when they were first read.
+
+        Args:
+            cache: Not changed.
+            spans: Ascending and disjoint.
+            model: An attached model.
+            wanted: False only says how far the memory is free of the spans as it is.
+        """
+        found = {cache.forget(span) for span in spans} - {Forgotten.EXACT}
+        if not found or not wanted or not _can_release(cache, spans):
+            return Release(cache, tuple(spans), found.pop() if found else Forgotten.EXACT)
+        end = spans[-1].end
+        twin = KVCache(model, Full())
+        twin.erased = cache.erased
+        with torch.no_grad():
+            reread(model, twin, [row[:end] for row in fed_rows(cache)], chunk=end)
+        return Release(cache, tuple(spans), Forgotten.SUBTRACTED, end, _without(cache, twin, spans))
+
+    def carry_out(self) -> None:
+        """Have the cache forget."""
+        if self.remains is None:
+            return
+        for layer in self.cache.evictable:
+            layer.remains = self.remains.get(layer.layer_idx, layer.remains)
+        for span in self.spans:
+            self.cache.absorbed.remove(span)
+
+
+def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedModel) -> Forgotten:
+    """Free a cache's memory of spans, in place, as far as can be; pairs that are held are left as they are.
+
+    Args:
+        cache: What the model has read.
+        spans: Seen by every batch row.
+        model: An attached model.
+
+    Returns:
+        ``EXACT`` if none of their pairs was ever absorbed, ``SUBTRACTED`` if those that were are out now, at the cost
+        of reading up to their end once more, else ``IMPOSSIBLE``.
+    """
+    release = Release.of(cache, (spans,) if isinstance(spans, Span) else sorted(spans), model)
+    release.carry_out()
+    return release.outcome
+
+
+def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
+    """Return whether pairs can be subtracted: not from a memory that is no plain sum, nor pairs that no reading gives
+    again, of embeddings or of what an eraser had replaced."""
+    fed = not bool((cache.ids[cache.real] < 0).any())
+    replaced = any(one.start < span.end and span.start < one.end for one in cache.erased for span in spans)
+    return cache.ready is not None and cache.ready.releases and fed and not replaced
+
+
+def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, Remains]:
+    """Return what remains without the pairs of spans that a cache no longer holds; a twin holds all of them."""
+    found = {}
+    for layer, again in zip(cache.evictable, twin.evictable, strict=True):
+        if layer.remains is None:
+            continue
+        slots, lengths = [], []
+        for row in range(layer.rows):
+            places = again.positions(row)
+            gone = within(places, spans) & ~torch.isin(places, layer.positions(row))
+            slots.append(again.starts[row] + gone.nonzero()[:, 0])
+            lengths.append(int(gone.sum()))
+        if sum(lengths):
+            absorbed = Evicted.of(layer.layer_idx, again.columns, torch.cat(slots), lengths)
+            found[layer.layer_idx] = layer.remains.release(absorbed)
+    return found

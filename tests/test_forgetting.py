@@ -1,0 +1,124 @@
+"""Taking spans out of a memory that is a sum: against the memory that never had them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import random_latent
+from vestige import Budget, KVCache, Span, attach, erase, forget, policies, prefill
+from vestige.erasers import Drop, Learned
+from vestige.memory import Linear, Moments
+from vestige.remains import Absorbed, Evicted, Forgotten
+from vestige.spans import within
+from vestige.testing import left_padded, random_ids, tiny
+
+MODEL = tiny("llama")
+LATENT = random_latent(MODEL)
+MEMORY = Linear(latent=LATENT, dtype="float32")
+KEPT = policies.StreamingLLM(budget=Budget.tokens(12), sink=2, window=4)
+
+
+def read(ids, memory=MEMORY, mask=None, policy=KEPT) -> KVCache:
+    cache = KVCache(MODEL, policy, memory=memory)
+    with attach(MODEL), torch.no_grad():
+        prefill(MODEL, ids, cache, chunk=ids.shape[1], attention_mask=mask)
+    return cache
+
+
+def without(cache: KVCache, whole: KVCache, spans: list[Span]) -> list[dict[str, torch.Tensor]]:
+    """Return the states of a memory that was handed what a cache evicted, but for some spans."""
+    states = []
+    for layer, full in zip(cache.evictable, whole.evictable, strict=True):
+        slots, lengths = [], []
+        for row in range(layer.rows):
+            places = full.positions(row)
+            gone = (places >= 0) & ~torch.isin(places, layer.positions(row)) & ~within(places, spans)
+            slots.append(full.starts[row] + gone.nonzero()[:, 0])
+            lengths.append(int(gone.sum()))
+        evicted = Evicted.of(layer.layer_idx, full.columns, torch.cat(slots), lengths)
+        states.append(MEMORY.absorb(MEMORY.empty(layer.rows, 16, 16, "cpu"), evicted))
+    return states
+
+
+def same(cache: KVCache, states) -> None:
+    for layer, state in zip(cache.evictable, states, strict=True):
+        for name in state:
+            torch.testing.assert_close(layer.remains.state[name], state[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spans", [[Span(8, 13)], [Span(5, 7), Span(20, 31)], [Span(0, 40)]], ids=str)
+def test_what_is_left_is_the_memory_that_never_had_the_spans(spans):
+    ids, mask = left_padded(MODEL, [40, 33])
+    spans = [Span(one.start, min(one.end, 33)) for one in spans]
+    cache, whole = read(ids, mask=mask), read(ids, mask=mask, policy=policies.Full())
+    before = [dict(layer.remains.state) for layer in cache.evictable]
+    with attach(MODEL):
+        assert forget(cache, spans, model=MODEL) is Forgotten.SUBTRACTED
+        same(cache, without(cache, whole, spans))
+        assert not torch.equal(cache.evictable[0].remains.state["count"], before[0]["count"])
+        assert all(cache.forget(span) is Forgotten.EXACT for span in spans)
+        assert forget(cache, spans[0], model=MODEL) is Forgotten.EXACT, "nothing is subtracted twice"
+        same(cache, without(cache, whole, spans))
+
+
+def test_a_span_of_which_nothing_was_absorbed_costs_nothing():
+    cache = read(random_ids(MODEL, 1, 40))
+    with attach(MODEL):
+        assert forget(cache, Span(36, 40), model=MODEL) is Forgotten.EXACT
+    assert cache.absorbed.ranges == {0: (Span(2, 30),)}
+
+
+@pytest.mark.parametrize(
+    "memory", [Moments(), Linear(latent=random_latent(MODEL, decays=True))], ids=["moments", "fades"]
+)
+def test_sums_that_cannot_be_taken_apart_stay_as_they_are(memory):
+    cache = read(random_ids(MODEL, 1, 40), memory)
+    before = [layer.remains for layer in cache.evictable]
+    with attach(MODEL):
+        assert forget(cache, Span(8, 13), model=MODEL) is Forgotten.IMPOSSIBLE
+    assert all(layer.remains is one for layer, one in zip(cache.evictable, before, strict=True))
+
+
+def test_pairs_that_an_eraser_replaced_cannot_be_had_again(monkeypatch):
+    ids = random_ids(MODEL, 1, 40)
+    cache = read(ids)
+    with attach(MODEL):
+        erase(cache, Span(8, 13), Drop(), model=MODEL, input_ids=ids)
+        assert forget(cache, Span(10, 20), model=MODEL) is Forgotten.IMPOSSIBLE
+        assert forget(cache, Span(13, 20), model=MODEL) is Forgotten.SUBTRACTED
+
+
+class Same:
+    """An adapter that changes nothing."""
+
+    def applied(self, model):
+        return self
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("eraser", [Drop(), Learned()], ids=["drop", "learned"])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_erasers_that_keep_positions_free_the_memory_if_asked_to(eraser, wanted, monkeypatch):
+    monkeypatch.setattr(Learned, "made_for", lambda self, model: Same())
+    ids, span = random_ids(MODEL, 1, 40), Span(26, 34)  # some are held
+    cache, whole = read(ids), read(ids, policy=policies.Full())
+    expected = without(cache, whole, [span] if wanted else [])
+    done = erase(cache, span, replace(eraser, forget=wanted), model=MODEL, input_ids=ids).report
+    same(cache, expected)
+    own = len(span) if isinstance(eraser, Learned) else 0
+    assert done.memory is (Forgotten.SUBTRACTED if wanted else Forgotten.IMPOSSIBLE)
+    assert done.tokens_recomputed == own + (34 if wanted else 0)
+
+
+def test_what_was_taken_out_leaves_the_ranges():
+    absorbed = Absorbed({0: (Span(2, 9), Span(12, 20)), 1: (Span(0, 3),)})
+    absorbed.remove(Span(5, 14))
+    assert absorbed.ranges == {0: (Span(2, 5), Span(14, 20)), 1: (Span(0, 3),)}
+    absorbed.remove(Span(0, 5))
+    assert absorbed.ranges == {0: (Span(14, 20),), 1: ()}
