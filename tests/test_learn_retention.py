@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from conftest import random_gates
-from vestige import InputError, PolicyError
+from vestige import Budget, InputError, PolicyError
 from vestige.gates import Gates
 from vestige.learn import LoopConfig, train
 from vestige.learn.retention import flat, keep
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.gated import Gating, gated
-from vestige.learn.retention.sequences import SequenceMaker
-from vestige.learn.retention.tales import KINDS, tale
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
 from vestige.learn.retention.warm import asked, lives, ranking, regression, replayed
+from vestige.learn.tales.sequences import SequenceMaker
+from vestige.learn.tales.tale import KINDS, tale
+from vestige.policies import Retention
 from vestige.testing import attention, random_ids, tiny
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
@@ -318,13 +319,13 @@ def test_a_share_of_nobody_is_refused(unchecked):
 
 
 def test_validation_really_evicts(task, monkeypatch):
-    from vestige.learn.retention import hard
+    from vestige.learn.tales import held as telling
 
-    monkeypatch.setattr(hard, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
+    monkeypatch.setattr(telling, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
     with torch.no_grad():
         half = task.validate()
         task._to_validate, held = [], task._to_validate
-        whole = hard.judged(task.model, task.gates, held, 1.0)
+        whole = telling.judged(task.model, Retention(gates=task.gates, budget=Budget.fraction(1.0)), held)
     assert half["answers"] == whole["answers"] > 0 and half["loss"] != whole["loss"]
 
 

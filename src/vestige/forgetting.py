@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vestige.cache import KVCache
-from vestige.policies import Full
+from vestige.policies.full import Full
 from vestige.remains import Evicted, Forgotten, Remains
 from vestige.rereading import fed_rows, reread
 from vestige.spans import Span, within

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from vestige.gates import Gates
-from vestige.learn.retention.sequences import Packed
+from vestige.learn.tales.sequences import Packed
 from vestige.models import check
 
 

@@ -6,7 +6,6 @@ beside them only some places of the texts; the limit is a share of each document
 Our own: a warm start (:mod:`~vestige.learn.retention.warm`), and forgetting at once (``evicted.py``).
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,25 +16,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vestige.budget import Budget
 from vestige.errors import InputError, unknown
 from vestige.gates import Gates
 from vestige.learn.order import seed_of
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.evicted import Fading, asked_behind, read
 from vestige.learn.retention.gated import Gating, gated
-from vestige.learn.retention.hard import Held, held_tales, judged
 from vestige.learn.retention.keep import competing, log_kept, said
-from vestige.learn.retention.sequences import Alone, Packed, SequenceMaker
 from vestige.learn.retention.warm import asked, ranking, regression, replayed
+from vestige.learn.tales.held import Held, held_tales, judged
+from vestige.learn.tales.sequences import Alone, Packed, SequenceMaker
+from vestige.learn.tales.shares import drawn_share
 from vestige.models import check
+from vestige.policies.retention import Retention
 from vestige.select import Share, share_of
 
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")
 FORGETS = ("gradually", "at_once")
-_KEPT = 0.02, 0.4
-"""Of the pairs of a text, the share that is kept by a ranking, or when all else is forgotten at once: drawn for each
-text, evenly by its logarithm."""
 
 Parts = dict[str, Tensor]
 """Of a loss, by name: ``loss`` is what is learned by."""
@@ -167,7 +166,10 @@ class RetentionTask:
         """Return how answers fare when pairs are really evicted: on tales about texts that are not trained on."""
         if not self._to_validate:
             self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
-        return judged(self.model, self.gates, self._to_validate, self.options.budget, self.options.share)
+        budget = Budget.fraction(self.options.budget)
+        return judged(
+            self.model, Retention(gates=self.gates, budget=budget, share=self.options.share), self._to_validate
+        )
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the shape of the gates, the options and the data."""
@@ -190,7 +192,7 @@ class RetentionTask:
         by_replay = self.options.warm_by == "replay"
         looked = replayed(self.model, ids[:, :text]) if by_replay else asked(self.model, ids, text)
         if self.options.warm_loss == "ranking":
-            return {"loss": ranking(self.gates, looked, _drawn(), self._groups)}
+            return {"loss": ranking(self.gates, looked, drawn_share(), self._groups)}
         share = self.options.capacity
         return {"loss": regression(self.gates, looked, share if share < 1 else min(share / text, 1.0))}
 
@@ -200,7 +202,7 @@ class RetentionTask:
         behind, at = one.ids[:, one.text :], one.answers - one.text
         with torch.no_grad():
             wanted = asked_behind(self.model, whole, behind, at)
-        kept = log_kept(said(self.gates, whole.states), _drawn(), self._groups)
+        kept = log_kept(said(self.gates, whole.states), drawn_share(), self._groups)
         rows = kept.split(list(self.gates.config.kv_heads))
         fading = Fading(dict(zip(self.gates.config.layers, rows, strict=True)))
         logits = asked_behind(self.model, whole, behind, at, fading)
@@ -241,12 +243,6 @@ class RetentionTask:
         over = [over_capacity(one, seen, rows, room) for one, rows in zip(kept, self._groups, strict=True)]
         left = torch.stack(kept).sum(0).detach() / (seen * len(log_beta))
         return torch.stack(over).mean(), left.mean()
-
-
-def _drawn() -> float:
-    """Return a share of the pairs to keep."""
-    least, most = _KEPT
-    return least * math.exp(float(torch.rand(())) * math.log(most / least))
 
 
 def _unlike(

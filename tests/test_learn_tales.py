@@ -10,7 +10,7 @@ from vestige.bench import tasks
 from vestige.bench.erase import stories
 from vestige.bench.tasks import Order
 from vestige.learn import vocabulary
-from vestige.learn.retention import tales
+from vestige.learn.tales import tale as tales
 
 PROSE = [f"Sentence number {i} says that the calm year {1000 + 7 * i} was good for Alice." for i in range(16)]
 STATED = (*vocabulary.STATED, *tales.TOLD, *tales.ASSIGNED, *tales.HEARD)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.learn.order import seed_of
-from vestige.learn.retention.tales import Asked, tale
+from vestige.learn.tales.tale import Asked, tale
 from vestige.text import Frame
 from vestige.turns import Turns
 

@@ -1,4 +1,4 @@
-"""Gates as they are used: what answers are worth once pairs are really gone. For validation, without gradients."""
+"""What answers are worth once pairs are really gone: how policies are validated while they are trained."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from vestige.attachment import attach
-from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.gates import Gates
 from vestige.learn.order import seed_of
-from vestige.learn.retention.sequences import SequenceMaker, Talk
+from vestige.learn.tales.sequences import SequenceMaker, Talk
 from vestige.policies import Full
-from vestige.policies.retention import Retention
 from vestige.policy import Policy
 from vestige.reading import prefill
-from vestige.select import Share
+from vestige.remains import Memory
 
 Question = tuple[Tensor, Tensor]
 """Ids of a question, ``1 question``, and of its answer, `` answer``."""
@@ -58,11 +55,10 @@ def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Seq
 
 
 def judged(
-    model: PreTrainedModel, gates: Gates, held: Sequence[Held], budget: float, share: Share = "model"
+    model: PreTrainedModel, policy: Policy, held: Sequence[Held], memory: Memory | None = None
 ) -> Mapping[str, float]:
-    """Return loss and share of right answers under a budget, of those that the full cache gets right."""
-    policy = Retention(gates=gates, budget=Budget.fraction(budget), share=share)
-    answered = [one for tale in held for one in _answered(model, policy, tale)]
+    """Return loss and share of right answers under a policy, of those that the full cache gets right."""
+    answered = [one for tale in held for one in _answered(model, policy, tale, memory)]
     if not answered:
         return {"answers": 0.0}
     losses, exact = zip(*answered, strict=True)
@@ -84,9 +80,11 @@ def _known(model: PreTrainedModel, told: Held) -> tuple[Question, ...]:
 
 
 @torch.no_grad()
-def _answered(model: PreTrainedModel, policy: Policy, told: Held) -> list[tuple[float, bool]]:
+def _answered(
+    model: PreTrainedModel, policy: Policy, told: Held, memory: Memory | None = None
+) -> list[tuple[float, bool]]:
     """Return for each question the loss of its answer, and whether every token of it is the most likely one."""
-    cache, device = KVCache(model, policy), model.device
+    cache, device = KVCache(model, policy, memory=memory), model.device
     found = []
     with attach(model):
         prefill(model, told.context.to(device), cache)

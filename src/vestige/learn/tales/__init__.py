@@ -1,0 +1,1 @@
+"""Texts with questions about them: what eviction is trained and validated on."""
