@@ -107,7 +107,7 @@ def test_the_loss_reaches_the_gates_and_nothing_else(task):
 def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
     packed = task.maker.sequence(("train", 0), task.prose)
     monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
-    monkeypatch.setattr("vestige.learn.retention.task._drawn", lambda: 0.1)
+    monkeypatch.setattr("vestige.learn.retention.task.drawn_share", lambda: 0.1)
     losses = []
     config = LoopConfig(steps=20, batch=1, lr=3e-3, save_every=100)
     train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))

@@ -25,11 +25,16 @@ COMMANDS = {
         "--steps", "3", "--batch", "2", "--width", "8", "--length", "500", "--least", "450", "--warm", "1",
         "--warm-loss", "ranking", "--forgets", "at_once", "--validation", "1", "--save-every", "1",
     ),
+    "indexmem": (
+        "--steps", "3", "--batch", "2", "--dim", "4", "--width", "8", "--length", "500", "--least", "450",
+        "--joint", "1", "--validation", "1", "--save-every", "1",
+    ),
 }  # fmt: skip
 WEIGHTS = {
     "eraser": "adapter/adapter_model.safetensors",
     "retention": "gates/gates.safetensors",
     "retention at once": "gates/gates.safetensors",
+    "indexmem": "indexmem/latent.safetensors",
 }
 
 
@@ -81,7 +86,9 @@ def test_a_run_that_was_gone_on_with_has_the_bits_of_one_that_went_through(proce
     assert all(weights[name].equal(others[name]) for name in weights)
 
 
-@pytest.mark.parametrize(("kind", "option", "value"), [("eraser", "lr", "0.5"), ("retention", "bias", "3")])
+@pytest.mark.parametrize(
+    ("kind", "option", "value"), [("eraser", "lr", "0.5"), ("retention", "bias", "3"), ("indexmem", "width", "9")]
+)
 def test_a_finished_run_is_not_begun_again_and_other_options_are_refused(vestige, command, place, kind, option, value):
     assert vestige(*command(kind, "made")).code == 0
     before = (place / "made" / WEIGHTS[kind]).read_bytes()

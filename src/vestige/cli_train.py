@@ -32,14 +32,22 @@ def _train() -> None:
 
 
 def _loop(
-    steps: int, batch: int, lr: float, warmup: int | None, validate_every: int, save_every: int, seed: int
+    steps: int,
+    batch: int,
+    lr: float,
+    warmup: int | None,
+    validate_every: int,
+    save_every: int,
+    seed: int,
+    schedule: str = "cosine",
 ) -> "LoopConfig":
     from vestige.learn.config import LoopConfig
 
     rising = max(steps // 20, 1) if warmup is None else warmup
     return LoopConfig(
-        steps=steps, batch=batch, lr=lr, warmup=rising, seed=seed, validate_every=validate_every, save_every=save_every
-    )
+        steps=steps, batch=batch, lr=lr, warmup=rising, seed=seed, validate_every=validate_every, save_every=save_every,
+        schedule=schedule,
+    )  # fmt: skip
 
 
 def _carry_out(
@@ -183,5 +191,63 @@ def train_retention(
     training = RetentionTraining(
         data=tuple(data), field=field, loop=loop, options=options, width=width, depth=depth, tied=tied, bias=bias,
         validation=validation,
+    )  # fmt: skip
+    _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
+
+
+@train.command("indexmem")
+def train_indexmem(
+    data: Data,
+    to: To,
+    model: Model = "smollm2-135m",
+    steps: Steps = 1000,
+    batch: Batch = 1,
+    lr: LearningRate = 1e-3,
+    warmup: Warmup = None,
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: wsd, cosine or constant.")] = "wsd",
+    joint: Annotated[int | None, typer.Option(help="First steps, of the indexer alone; default: half.", min=0)] = None,
+    length: Annotated[int, typer.Option(help="Most tokens of a sequence, of one text or of several.")] = 1024,
+    least: Annotated[int, typer.Option(help="Fewest tokens that a text is given.")] = 160,
+    asked: Annotated[int, typer.Option(help="Most questions about one text.", min=1)] = 4,
+    teacher: Annotated[
+        str, typer.Option(help="The indexer foretells what answers look at, or what the text itself does.")
+    ] = "answers",
+    aware: Annotated[float, typer.Option(help="Share of the texts whose first question the indexer sees too.")] = 0.5,
+    apart: Annotated[bool, typer.Option(help="Scores of each KV head; if not, one for all of a layer.")] = True,
+    heads: Annotated[int, typer.Option(help="Index heads for each KV head.", min=1)] = 1,
+    dim: Annotated[int, typer.Option(help="Of each KV head's part of the index key.", min=1)] = 8,
+    width: Annotated[int, typer.Option(help="Of the memory's projection.", min=1)] = 32,
+    fusion: Annotated[str, typer.Option(help="What the memory says is added to attention, or merged.")] = "added",
+    decays: Annotated[bool, typer.Option(help="Older pairs count less in the memory.")] = False,
+    asks: Annotated[bool, typer.Option(help="The memory's gate looks at the query.")] = False,
+    memory_weight: Annotated[float, typer.Option(help="Of the memory's error.")] = 0.3,
+    field: Field = "text",
+    budget: Annotated[float, typer.Option(help="Share of the pairs that is kept for validation.")] = 0.1,
+    validate_every: ValidateEvery = 100,
+    validation: Validation = 16,
+    save_every: SaveEvery = 50,
+    resume: Resume = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train IndexMem on texts; `run --policy "indexmem(indexer=OUT/indexmem)" --memory "linear(latent=OUT/indexmem)"`
+    uses it.
+    """
+    from vestige.latent import fusion_of
+    from vestige.learn.indexmem.foretelling import teacher_of
+    from vestige.learn.indexmem.task import IndexMemOptions
+    from vestige.learn.indexmem.training import IndexMemTraining
+
+    loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed, schedule)
+    alone = steps // 2 if joint is None else joint
+    options = IndexMemOptions(
+        length=length, least=least, asked=asked, teacher=teacher_of(teacher), aware=aware, joint=alone * batch,
+        memory_weight=memory_weight, budget=budget, seed=seed,
+    )  # fmt: skip
+    training = IndexMemTraining(
+        data=tuple(data), field=field, loop=loop, options=options, heads=heads, dim=dim, apart=apart, width=width,
+        fusion=fusion_of(fusion), decays=decays, asks=asks, validation=validation,
     )  # fmt: skip
     _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)

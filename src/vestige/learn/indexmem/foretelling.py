@@ -1,0 +1,108 @@
+"""The indexer's lesson: which tokens of a text will be looked at, as a distribution over them.
+
+Source: IndexMem, arXiv 2605.25475: teacher and student are pooled over queries by their maximum, made distributions by
+a softmax over keys, and compared by ``KL(teacher || student)``; first tokens, which are always kept, take no part.
+Ours: a teacher of the queries behind the text, which are what reads pairs after an eviction, beside the paper's of the
+text's own; and the gradient of a maximum through its winner alone, so that nothing of all queries times all keys is
+held.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, cast, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from vestige.errors import InputError, unknown
+from vestige.indexer import Indexer, IndexQueries, LayerIndexer, asked, most
+from vestige.learn.indexmem.seen import Layer
+
+Teacher = Literal["answers", "text"]
+TEACHERS: tuple[str, ...] = get_args(Teacher)
+_BLOCK = 256
+
+
+def teacher_of(name: str) -> Teacher:
+    """Return the teacher of that name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name not in TEACHERS:
+        raise InputError(unknown("teacher", str(name), TEACHERS))
+    return cast(Teacher, name)
+
+
+def foretelling(
+    indexer: Indexer, layers: list[Layer], text: int, asking: int, *, teacher: Teacher, sink: int
+) -> Float[Tensor, ""]:
+    """Return how unlike what the indexer foretells is to what is looked at, the mean over layers and scores.
+
+    Args:
+        indexer: Gets the gradients.
+        layers: What each layer made of a text and what stands behind it.
+        text: Tokens of the text: what is told apart.
+        asking: Tokens from the first on whose queries the indexer sees: the text's, or those of a question too.
+        teacher: What is to be foretold: what stands behind ``asking`` looks at, or what the text itself does.
+        sink: First tokens that take no part.
+    """
+    losses = []
+    for layer in layers:
+        own = indexer.at(layer.layer_idx)
+        wanted = looked_at(layer, text, asking, sink) if teacher == "answers" else looked_at_within(layer, text, sink)
+        wanted = wanted.view(own.groups, -1, wanted.shape[1]).mean(1)
+        said = asked_for(own, layer, text, asking)[:, sink:].log_softmax(-1)
+        losses.append(kl_div(said, wanted, reduction="none").sum(-1).mean())
+    return torch.stack(losses).mean()
+
+
+def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Float[Tensor, "groups text"]:
+    """Return the most that any of the first ``asking`` queries asks for each token of a text, with its gradient."""
+    keys = indexer.index_keys(layer.hidden[:text])
+    found = indexer.index_queries(layer.plain[:, :asking], layer.hidden[:asking])
+    with torch.no_grad():
+        at = torch.arange(asking, device=keys.device)
+        _, winner = most(found, keys, at, at[:text])
+    groups = torch.arange(len(keys), device=keys.device)[:, None]
+    chosen = IndexQueries(
+        found.queries.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
+        found.gates.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
+    )
+    return asked(chosen, keys.flatten(0, 1)[:, None]).view(len(keys), text)
+
+
+@torch.no_grad()
+def looked_at(layer: Layer, text: int, behind: int, sink: int) -> Float[Tensor, "heads counted"]:
+    """Return the most attention that any token from ``behind`` on pays to each token of a text, made a distribution."""
+    most_paid = [weights.amax(1)[:, sink:text] for weights in _weights(layer, behind)]
+    paid = torch.stack(most_paid).amax(0)
+    return paid / paid.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+@torch.no_grad()
+def looked_at_within(layer: Layer, text: int, sink: int) -> Float[Tensor, "heads counted"]:
+    """Return the softmax over the tokens of a text of the most that any of its queries makes of each."""
+    heads = layer.queries.shape[0]
+    largest = torch.full((heads, text), -torch.inf, device=layer.keys.device)
+    keys = layer.keys[:, :text].repeat_interleave(heads // len(layer.keys), 0)
+    places = torch.arange(text, device=keys.device)
+    for at in places.split(_BLOCK):
+        end = int(at[-1]) + 1
+        logits = layer.scale.capped(layer.queries[:, at] @ keys[:, :end].mT * layer.scale.scaling)
+        logits = logits.masked_fill(places[:end] > at[:, None], -torch.inf)
+        largest[:, :end] = torch.maximum(largest[:, :end], logits.amax(1))
+    return largest[:, sink:].softmax(-1)
+
+
+def _weights(layer: Layer, behind: int) -> Iterator[Float[Tensor, "heads _block tokens"]]:
+    """Yield the attention of blocks of the queries from ``behind`` on."""
+    tokens = layer.queries.shape[1]
+    logits = layer.logits(behind, tokens)
+    for block in logits.split(_BLOCK, 1):
+        if layer.scale.sinks is None:
+            yield block.softmax(-1)
+        else:
+            sinks = layer.scale.sinks[:, None, None].expand(-1, block.shape[1], 1)
+            yield torch.cat([block, sinks], -1).softmax(-1)[..., :-1]

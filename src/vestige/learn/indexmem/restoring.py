@@ -1,0 +1,92 @@
+"""The memory's lesson: attention as it was before an eviction.
+
+Source: IndexMem, arXiv 2605.25475: the squared error of attention's output with the memory, on later tokens. Differs:
+each layer's error is measured against the size of its own output, so that no layer outweighs the others.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vestige.indexer import Indexer
+from vestige.kernels.partial import Added, Partial, merge
+from vestige.latent import Latent
+from vestige.learn.indexmem.foretelling import asked_for
+from vestige.learn.indexmem.seen import Layer
+from vestige.memory.linear import Linear
+from vestige.remains import Asked, Evicted
+
+
+def restoring(
+    latent: Latent, layers: Sequence[Layer], kept: Sequence[Bool[Tensor, "kv_heads text"]]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the error of attention behind a text with a memory of what was evicted, and the error without one.
+
+    Args:
+        latent: Gets the gradients.
+        layers: What each layer made of a text and what stands behind it.
+        kept: The pairs of the text that each layer keeps.
+    """
+    memory = Linear(latent=latent, dtype="float32")
+    errors, plain = [], []
+    for layer, stays in zip(layers, kept, strict=True):
+        whole, left = (attended(layer, stays.shape[1], seen) for seen in (torch.ones_like(stays), stays))
+        size = whole.output.square().mean()
+        found = _joined(memory, layer, stays, left)
+        errors.append((found - whole.output).square().mean() / size)
+        plain.append((left.output - whole.output).square().mean() / size)
+    return torch.stack(errors).mean(), torch.stack(plain).mean()
+
+
+@torch.no_grad()
+def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> Partial:
+    """Return attention of what stands behind a text, ``heads behind ...``, over some of its pairs and over itself."""
+    heads, tokens, _ = layer.queries.shape
+    groups = heads // len(layer.keys)
+    visible = torch.nn.functional.pad(seen, (0, tokens - text), value=True).repeat_interleave(groups, 0)
+    logits = layer.logits(text, tokens).masked_fill(~visible[:, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    if layer.scale.sinks is not None:
+        lse = torch.logaddexp(lse, layer.scale.sinks[:, None])
+    return Partial((logits - lse[..., None]).exp() @ layer.values.repeat_interleave(groups, 0), lse)
+
+
+@torch.no_grad()
+def chosen(
+    indexer: Indexer, layers: Sequence[Layer], text: int, share: float, *, sink: int, window: int
+) -> list[Bool[Tensor, "kv_heads text"]]:
+    """Return which pairs of a text each KV head keeps by what the indexer says of the text alone: a share of them,
+    first and latest tokens among them."""
+    kept = []
+    for layer in layers:
+        scores = asked_for(indexer.at(layer.layer_idx), layer, text, text)
+        scores[:, :sink], scores[:, max(text - window, 0) :] = torch.inf, torch.inf
+        room = min(max(round(share * text), sink + window), text)
+        best = scores.topk(room, -1).indices
+        stays = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+        kept.append(stays.expand(len(layer.keys), -1))
+    return kept
+
+
+def _joined(memory: Linear, layer: Layer, stays: Bool[Tensor, "kv_heads text"], left: Partial) -> Tensor:
+    """Return attention over what is left together with what the memory makes of the rest."""
+    kv_heads, text = stays.shape
+    gone = ~stays
+    # All pairs are handed over, those that stay as zeros, which add nothing.
+    evicted = Evicted(
+        layer_idx=layer.layer_idx,
+        counts=gone.sum(1),
+        keys=layer.keys[:, :text] * gone[..., None],
+        values=layer.values[:, :text] * gone[..., None],
+        positions=torch.where(gone, torch.arange(text, device=gone.device), -1).to(torch.int32),
+    )
+    empty = memory.empty(kv_heads, layer.keys.shape[2], layer.values.shape[2], layer.keys.device)
+    queries = layer.queries[:, text:].reshape(kv_heads, -1, layer.queries.shape[2])
+    asked = Asked(layer_idx=layer.layer_idx, queries=queries, scale=layer.scale)
+    found = memory.recall(memory.absorb(empty, evicted), asked)
+    output = found.output.reshape(left.output.shape)
+    if isinstance(found, Added):
+        return left.output + output
+    return merge(left, Partial(output, found.lse.reshape(left.lse.shape)))

@@ -1,0 +1,88 @@
+"""One reading of a text by the frozen model: all that an indexer and a memory are trained on."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vestige.attachment import attach
+from vestige.cache import KVCache
+from vestige.kernels import AttentionScale
+from vestige.observe import LayerGlance
+from vestige.policies.full import Full
+from vestige.reading import prefill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What one layer made of a text, in float32.
+
+    Args:
+        layer_idx: Index of the layer in the model.
+        queries: Of all heads, after RoPE.
+        plain: The same before RoPE.
+        hidden: What entered attention.
+        keys: After RoPE.
+        values: As they are stored.
+        scale: Of all heads.
+    """
+
+    layer_idx: int
+    queries: Float[Tensor, "heads tokens head_dim"]
+    plain: Float[Tensor, "heads tokens head_dim"]
+    hidden: Float[Tensor, "tokens hidden"]
+    keys: Float[Tensor, "kv_heads tokens head_dim"]
+    values: Float[Tensor, "kv_heads tokens value_dim"]
+    scale: AttentionScale
+
+    def logits(self, behind: int, end: int) -> Float[Tensor, "heads some end"]:
+        """Return scaled products of the queries from ``behind`` on with the keys before ``end``, causally."""
+        heads, tokens, _ = self.queries.shape
+        keys = self.keys[:, :end].repeat_interleave(heads // len(self.keys), 0)
+        found = self.scale.capped(self.queries[:, behind:] @ keys.mT * self.scale.scaling)
+        late = torch.arange(end, device=keys.device) > torch.arange(behind, tokens, device=keys.device)[:, None]
+        return found.masked_fill(late, -torch.inf)
+
+
+@torch.no_grad()
+def seen(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[Layer]:
+    """Return what every evictable layer made of some ids.
+
+    Raises:
+        ModelError: How the model turns queries is not understood.
+    """
+    recorder = _Recorder()
+    with attach(model):
+        prefill(model, ids, KVCache(model, recorder), chunk=ids.shape[1])
+    return [_layer(glance) for glance in recorder.glances]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorder(Full):
+    """Keeps all pairs, and what it is shown."""
+
+    glances: list[LayerGlance] = field(default_factory=list, compare=False)
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden", "rope"})
+
+    def watch_layer(self, glance: LayerGlance) -> None:
+        self.glances.append(glance)
+
+
+def _layer(glance: LayerGlance) -> Layer:
+    assert glance.hidden is not None and glance.rope is not None, "both were asked for"
+    queries = glance.queries.float()
+    keys, values = (torch.stack([getattr(row, name) for row in glance.rows]).float() for name in ("keys", "values"))
+    whole = [row.attention for row in glance.rows]
+    sinks = None if whole[0].sinks is None else torch.cat([one.sinks for one in whole if one.sinks is not None])
+    return Layer(
+        layer_idx=glance.layer_idx,
+        queries=queries,
+        plain=glance.rope.unrotate(queries, glance.at, glance.layer_idx),
+        hidden=glance.hidden.float(),
+        keys=keys,
+        values=values,
+        scale=AttentionScale(whole[0].scaling, whole[0].softcap, None if sinks is None else sinks.detach().float()),
+    )

@@ -1,0 +1,190 @@
+"""IndexMem as something to train: first the indexer, then a memory of what it would evict along with it.
+
+Source: IndexMem, arXiv 2605.25475: two stages, the model frozen. Nothing is backpropagated through the model, so a step
+costs one reading. Sequences are tales: texts with questions behind them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vestige.budget import Budget
+from vestige.errors import InputError
+from vestige.indexer import Indexer
+from vestige.latent import Latent
+from vestige.learn.indexmem.foretelling import Teacher, foretelling, teacher_of
+from vestige.learn.indexmem.restoring import chosen, restoring
+from vestige.learn.indexmem.seen import seen
+from vestige.learn.order import seed_of
+from vestige.learn.tales.held import Held, held_tales, judged
+from vestige.learn.tales.sequences import Alone, SequenceMaker
+from vestige.learn.tales.shares import drawn_share
+from vestige.memory.linear import Linear
+from vestige.models import check
+from vestige.policies.indexmem import IndexMem
+
+_MEASURED = 4
+"""Sequences on which the size of each KV head's output is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexMemOptions:
+    """What sequences look like, and the loss.
+
+    Raises:
+        InputError: A number out of range, or an unknown teacher.
+    """
+
+    length: int = 1024
+    """Most tokens of a sequence, of one document or of several."""
+    least: int = 160
+    """Fewest tokens that a document is given; lengths between are drawn evenly by their logarithm."""
+    asked: int = 4
+    """Most questions about one text."""
+    teacher: Teacher = "answers"
+    """What the indexer foretells: what is behind a text looks at, or as in the paper what the text itself does."""
+    aware: float = 0.5
+    """Share of the texts whose first question the indexer sees too, and then foretells its answer."""
+    joint: int = 0
+    """Sequences, of the first, that only the indexer learns from; a multiple of the batch."""
+    memory_weight: float = 0.3
+    """Of the memory's error."""
+    sink: int = 4
+    """First tokens of a text, which are always kept."""
+    window: int = 32
+    """Its latest tokens, which are always kept."""
+    budget: float = 0.1
+    """Share of the pairs that is kept when answers are validated."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        teacher_of(self.teacher)
+        if not 0 <= self.aware <= 1 or not 0 < self.budget <= 1:
+            raise InputError(f"aware must lie in [0, 1] and budget in (0, 1], got {self.aware} and {self.budget}")
+        if min(self.joint, self.sink, self.window, self.memory_weight) < 0 or self.asked < 1:
+            raise InputError("joint, sink, window and memory_weight must not be negative, and asked at least 1")
+
+
+class IndexMemTask:
+    """IndexMem as a :class:`vestige.learn.Task`: a stream of sequences, each a function of its index alone.
+
+    Args:
+        model: Frozen by this.
+        tokenizer: The model's.
+        indexer: Is trained; its scales are measured here.
+        latent: Is trained.
+        prose: Sentences to train on, by document.
+        held: Sentences to validate on, by document.
+        options: Of sequences and loss.
+        validation: Tales to validate on.
+
+    Raises:
+        InputError: Sequences would be longer than the model can read, or their numbers do not go together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        indexer: Indexer,
+        latent: Latent,
+        prose: Sequence[Sequence[str]],
+        held: Sequence[Sequence[str]],
+        options: IndexMemOptions,
+        *,
+        validation: int = 16,
+    ) -> None:
+        limit = check(model).max_positions
+        if limit is not None and options.length > limit:
+            raise InputError(f"sequences of {options.length} tokens do not fit the model's {limit} positions")
+        self.model, self.options = model.requires_grad_(False).eval(), options
+        self.indexer, self.latent = indexer, latent
+        self.maker = SequenceMaker(
+            tokenizer, length=options.length, least=options.least, others=0, asked=options.asked, seed=options.seed
+        )
+        self.prose, self.held, self.validation = prose, held, validation
+        self._both = nn.ModuleDict({"indexer": indexer, "latent": latent})
+        self._to_validate: list[Held] = []
+        self._measure()
+
+    @property
+    def module(self) -> nn.Module:
+        """Indexer and memory."""
+        return self._both
+
+    @property
+    def num_samples(self) -> None:
+        """Sequences come in a stream."""
+        return None
+
+    def loss(self, index: int) -> Mapping[str, Tensor]:
+        """Return the loss of a sequence in its parts; ``left`` is the memory's error as a share of that without."""
+        packed = self.maker.sequence(("train", index), self.prose).to(self.model.device)
+        found = [self._of(one, remember=index >= self.options.joint) for one in packed.documents()]
+        shares = packed.texts / packed.texts.sum()
+        parts = {name: (torch.stack([parts[name] for parts in found]) * shares).sum() for name in found[0]}
+        loss = parts["index"] + self.options.memory_weight * parts["memory"]
+        return {"loss": loss, **parts, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
+
+    def validate(self) -> Mapping[str, float]:
+        """Return how answers fare when pairs are really evicted, without and with the memory."""
+        if not self._to_validate:
+            self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
+        options = self.options
+        policy = IndexMem(
+            budget=Budget.fraction(options.budget),
+            indexer=self.indexer,
+            share="model" if self.indexer.config.apart else "head",
+            sink=options.sink,
+            window=options.window,
+        )
+        plain = judged(self.model, policy, self._to_validate)
+        remembering = judged(self.model, policy, self._to_validate, Linear(latent=self.latent))
+        return {**plain, **{f"{name}_memory": value for name, value in remembering.items() if name != "answers"}}
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the model, the shapes, the options and the data."""
+        return {
+            "model": check(self.model).fingerprint(),
+            "indexer": asdict(self.indexer.config),
+            "latent": asdict(self.latent.config),
+            "options": asdict(self.options),
+            "documents": [seed_of(*text[:3]) for text in (*self.prose, *self.held)],
+        }
+
+    def _of(self, one: Alone, *, remember: bool) -> dict[str, Tensor]:
+        options, text = self.options, one.text
+        sink = min(options.sink, text - 1)
+        aware = bool(torch.rand(()) < options.aware)
+        asking = int(one.answers[0]) if aware else text
+        share = drawn_share()
+        layers = seen(self.model, one.ids)
+        index = foretelling(self.indexer, layers, text, asking, teacher=options.teacher, sink=sink)
+        if not remember:  # every parameter has a gradient in every step
+            return {"index": index, "memory": _nothing(self.latent), "left": index.new_zeros(())}
+        kept = chosen(self.indexer, layers, text, share, sink=sink, window=options.window)
+        error, without = restoring(self.latent, layers, kept)
+        return {"index": index, "memory": error, "left": (error / without.clamp_min(1e-12)).detach()}
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Set the indexer's scales: the log of the median norm of a value after the output projection."""
+        anatomy = check(self.model)
+        norms: dict[int, list[Tensor]] = {}
+        for index in range(_MEASURED):
+            packed = self.maker.sequence(("measured", index), self.prose).to(self.model.device)
+            for layer in seen(self.model, packed.ids):
+                found = anatomy.output(layer.layer_idx).norms(layer.values[None])[0].mean(-1)  # over the query group
+                norms.setdefault(layer.layer_idx, []).append(found)
+        for place, layer_idx in enumerate(self.indexer.config.layers):
+            medians = torch.cat(norms[layer_idx], 1).median(1).values
+            self.indexer.log_scales[place, : len(medians)] = medians.clamp_min(math.exp(-20)).log()
+
+
+def _nothing(module: nn.Module) -> Tensor:
+    return torch.stack([0 * parameter.sum() for parameter in module.parameters()]).sum()

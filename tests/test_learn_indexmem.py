@@ -1,0 +1,215 @@
+"""IndexMem's two lessons against dense ones, that they are about what eviction does, and who learns from them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import random_indexer, random_latent
+from test_learn_retention import PROSE
+from vestige import Budget, InputError, KVCache, attach, prefill
+from vestige import indexer as indexing
+from vestige.indexer import Indexer
+from vestige.latent import Latent
+from vestige.learn import LoopConfig, train
+from vestige.learn.indexmem.foretelling import asked_for, foretelling, looked_at, looked_at_within
+from vestige.learn.indexmem.restoring import attended, chosen, restoring
+from vestige.learn.indexmem.seen import seen
+from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask
+from vestige.memory import Linear
+from vestige.models import check
+from vestige.policies import IndexMem
+from vestige.testing import attention, random_ids, tiny
+
+SMALL = IndexMemOptions(length=600, least=400, asked=2, window=8, seed=3)
+
+
+@pytest.fixture
+def task(chatter):
+    tokenizer = chatter[1]
+    model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
+    torch.manual_seed(0)
+    indexer, latent = Indexer.fresh(model, dim=4, apart=True), Latent.fresh(model, width=8)
+    return IndexMemTask(model, tokenizer, indexer, latent, [PROSE], [PROSE[::-1]], SMALL, validation=2)
+
+
+# What is looked at.
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_oss", "gemma2"])
+def test_what_stands_behind_a_text_looks_at_what_the_model_s_attention_says(name):
+    model = tiny(name)
+    ids = random_ids(model, 1, 30)
+    layers = seen(model, ids)
+    with torch.no_grad(), attention(model, "eager"):
+        weights = model(ids, output_attentions=True).attentions
+    assert [layer.layer_idx for layer in layers] == list(check(model).evictable)
+    for layer in layers:
+        paid = weights[layer.layer_idx][0, :, 22:, 2:20].amax(1)
+        expected = paid / paid.sum(-1, keepdim=True)
+        torch.testing.assert_close(looked_at(layer, 20, 22, 2), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_text_looks_at_itself_is_the_softmax_of_the_largest_products(monkeypatch):
+    monkeypatch.setattr("vestige.learn.indexmem.foretelling._BLOCK", 6)
+    model = tiny("llama")
+    for layer in seen(model, random_ids(model, 1, 30)):
+        keys = layer.keys.repeat_interleave(2, 0)[:, :20]
+        logits = layer.queries[:, :20] @ keys.mT * layer.scale.scaling
+        logits = logits.masked_fill(~torch.ones(20, 20, dtype=torch.bool).tril(), -torch.inf)
+        expected = logits.amax(1)[:, 2:].softmax(-1)
+        torch.testing.assert_close(looked_at_within(layer, 20, 2), expected, atol=1e-5, rtol=1e-4)
+
+
+# What the indexer says.
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("asking", [20, 26])
+def test_the_most_that_is_asked_for_and_its_gradient_are_the_dense_ones(apart, asking, monkeypatch):
+    monkeypatch.setattr(indexing, "QUERY_BLOCK", 7)
+    model = tiny("llama")
+    layer = seen(model, random_ids(model, 1, 30))[1]
+    own = random_indexer(model, apart=apart, heads=2).at(1)
+    found = asked_for(own, layer, 20, asking)
+    asked = own.index_queries(layer.plain[:, :asking], layer.hidden[:asking])
+    everything = indexing.asked(asked, own.index_keys(layer.hidden[:20]))
+    late = torch.arange(20) > torch.arange(asking)[:, None]
+    expected = everything.masked_fill(late, -torch.inf).amax(1)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    parameters = list(own.parameters())
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), parameters),
+        torch.autograd.grad((expected * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_an_indexer_that_says_what_is_looked_at_has_nothing_to_learn(monkeypatch):
+    model = tiny("llama")
+    layers, indexer = seen(model, random_ids(model, 1, 30)), random_indexer(model)
+    said = {id(layer): looked_at(layer, 20, 22, 0).view(2, -1, 20).mean(1).clamp_min(1e-30).log() for layer in layers}
+    monkeypatch.setattr("vestige.learn.indexmem.foretelling.asked_for", lambda own, layer, *_: said[id(layer)])
+    assert float(foretelling(indexer, layers, 20, 22, teacher="answers", sink=0)) == pytest.approx(0, abs=1e-5)
+    assert float(foretelling(indexer, layers, 20, 20, teacher="text", sink=0)) > 0.01
+
+
+# What an eviction takes, and what a memory gives back.
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_in_training_what_goes_is_what_the_policy_evicts(apart):
+    model = tiny("llama")
+    ids, indexer = random_ids(model, 1, 40), random_indexer(model, apart=apart)
+    kept = chosen(indexer, seen(model, ids), 30, 0.4, sink=1, window=3)
+    cache = KVCache(model, IndexMem(budget=Budget.tokens(12), indexer=indexer, sink=1, window=3))
+    with attach(model), torch.no_grad():
+        prefill(model, ids[:, :30], cache, chunk=30)
+    for layer, stays in zip(cache.evictable, kept, strict=True):
+        for row in range(layer.rows):
+            assert layer.positions(row).tolist() == stays[row].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("fusion", ["added", "merged"])
+def test_in_training_a_memory_gives_back_what_it_gives_back_in_a_cache(fusion):
+    model = tiny("llama", num_hidden_layers=1)  # so that nothing else that is evicted bears on queries
+    ids, indexer, latent = random_ids(model, 1, 40), random_indexer(model), random_latent(model, fusion=fusion)
+    layers = seen(model, ids)
+    policy = IndexMem(budget=Budget.tokens(12), indexer=indexer, sink=1, window=3)
+    outputs = []
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, args: outputs.append(args[0][0]))
+    with attach(model), torch.no_grad():
+        for memory in (None, Linear(latent=latent, dtype="float32")):
+            cache = KVCache(model, policy, memory=memory)
+            prefill(model, ids[:, :30], cache, chunk=30)
+            kept = [torch.stack([torch.isin(torch.arange(30), cache.evictable[0].positions(row)) for row in range(2)])]
+            prefill(model, ids[:, 30:], cache, settle=False)
+        model(ids)
+    hook.remove()
+    plain, remembering, whole = (x.view(-1, 4, 16).transpose(0, 1) for x in (outputs[1], outputs[3], outputs[4][30:]))
+    torch.testing.assert_close(attended(layers[0], 30, kept[0]).output, plain, atol=1e-5, rtol=1e-4)
+    everything = torch.ones_like(kept[0])
+    torch.testing.assert_close(attended(layers[0], 30, everything).output, whole, atol=1e-5, rtol=1e-4)
+    error, without = restoring(latent, layers, kept)
+    size = whole.square().mean()
+    assert float(error) == pytest.approx(float((remembering - whole).square().mean() / size), rel=1e-3)
+    assert float(without) == pytest.approx(float((plain - whole).square().mean() / size), rel=1e-3)
+
+
+# Who learns.
+
+
+def test_first_the_indexer_learns_alone_then_both_and_the_model_never(task):
+    for joint, learns in ((10, False), (0, True)):
+        task.options = replace(task.options, joint=joint)
+        task.module.zero_grad()
+        torch.manual_seed(0)
+        parts = task.loss(0)
+        parts["loss"].backward()
+        assert parts.keys() == {"loss", "index", "memory", "left", "tokens"}
+        assert all(float(weight.grad.abs().sum()) > 0 for weight in task.indexer.parameters())
+        assert all((float(weight.grad.abs().sum()) > 0) == learns for weight in task.latent.parameters())
+        assert bool(parts["memory"] > 0) == learns
+    assert all(weight.grad is None for weight in task.model.parameters())
+
+
+def test_scales_are_medians_of_projected_values(task):
+    packed = [task.maker.sequence(("measured", index), task.prose) for index in range(4)]
+    anatomy = check(task.model)
+    for place, layer_idx in enumerate(anatomy.evictable):
+        values = torch.cat([seen(task.model, one.ids)[place].values for one in packed], 1)  # (kv_heads, tokens, dim)
+        weight = anatomy.attentions[layer_idx].o_proj.weight.T.view(2, 2, 16, -1)  # (kv_heads, group, dim, hidden)
+        norms = torch.einsum("ktd,kgdh->kgth", values, weight).norm(dim=-1).mean(1)
+        torch.testing.assert_close(task.indexer.log_scales[place], norms.median(1).values.log(), atol=1e-3, rtol=1e-3)
+
+
+def test_steps_on_one_sequence_lower_both_losses(task, tmp_path, monkeypatch):
+    packed = task.maker.sequence(("train", 0), task.prose)
+    monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
+    monkeypatch.setattr("vestige.learn.indexmem.task.drawn_share", lambda: 0.1)
+    task.options = replace(task.options, aware=0.0)
+    found = []
+    config = LoopConfig(steps=40, batch=1, lr=2e-2, save_every=100)
+    train(task, config, tmp_path / "out", tell=lambda done, total, record: found.append(record))
+    assert found[-1]["index"] < 0.8 * found[0]["index"]
+    assert found[-1]["left"] < 0.95 * found[0]["left"]
+
+
+def test_validation_really_evicts_and_asks_with_and_without_the_memory(task, monkeypatch):
+    from vestige.learn.tales import held as telling
+
+    monkeypatch.setattr(telling, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
+    with torch.no_grad():
+        tight = task.validate()
+        task.options = replace(task.options, budget=1.0)
+        roomy = task.validate()
+    assert tight.keys() == {"loss", "exact", "answers", "loss_memory", "exact_memory"}
+    assert tight["loss"] != roomy["loss"] and tight["loss_memory"] != tight["loss"]
+    assert roomy["loss_memory"] == roomy["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aware": 1.5}, "aware must lie in"),
+        ({"budget": 0.0}, "budget in"),
+        ({"joint": -1}, "must not be negative"),
+        ({"asked": 0}, "asked at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        replace(SMALL, **options)
+
+
+def test_an_unknown_teacher_is_refused(unchecked):
+    with pytest.raises(InputError, match="answers, text"):
+        replace(SMALL, teacher="nobody")
+
+
+def test_sequences_longer_than_the_model_are_refused(chatter):
+    model, tokenizer = chatter
+    with pytest.raises(InputError, match="600 tokens.*512 positions"):
+        IndexMemTask(model, tokenizer, Indexer.fresh(model), Latent.fresh(model), [PROSE], [PROSE], SMALL)
