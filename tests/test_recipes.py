@@ -219,7 +219,8 @@ def test_rivals_are_chosen_on_dev_from_all_that_need_no_question():
     runs = retention.choosing()
     assert {run.split for run in runs.values()} == {"dev"}
     tried = {arm.policy for arm in runs["policies"].arms}
-    apart = {"duo_attention", "retention", "kvzip", "random", "streaming_llm"}  # needs patterns; judged anyway
+    learned = {"duo_attention", "indexmem"}  # need patterns, weights
+    apart = {*learned, "retention", "kvzip", "random", "streaming_llm"}  # judged anyway
     assert tried == POLICIES.keys() - apart
     known = tried | {"kvzip"}
     assert all(name.partition("(")[0] in known for name in retention.RIVALS)
