@@ -72,7 +72,7 @@ def test_the_most_that_is_asked_for_and_its_gradient_are_the_dense_ones(apart, a
     layer = seen(model, random_ids(model, 1, 30))[1]
     own = random_indexer(model, apart=apart, heads=2).at(1)
     found = asked_for(own, layer, 20, asking)
-    asked = own.index_queries(layer.plain[:, :asking], layer.hidden[:asking])
+    asked = own.index_queries(layer.hidden[:asking])
     everything = indexing.asked(asked, own.index_keys(layer.hidden[:20]))
     late = torch.arange(20) > torch.arange(asking)[:, None]
     expected = everything.masked_fill(late, -torch.inf).amax(1)

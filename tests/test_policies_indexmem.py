@@ -27,15 +27,10 @@ def policy(indexer: Indexer = APART, budget: Budget = ROOMY, **options) -> Index
 @torch.no_grad()
 def dense(model, ids, indexer: Indexer, layer_idx: int) -> torch.Tensor:
     """Return how much every query asks for every key, ``kv_heads queries keys``, by loops, from the projections."""
-    entered, projected = [], []
-    attention = model.model.layers[layer_idx].self_attn
-    hooks = [
-        attention.register_forward_pre_hook(lambda m, a, k: entered.append(k["hidden_states"][0]), with_kwargs=True),
-        attention.q_proj.register_forward_hook(lambda m, a, out: projected.append(out[0])),
-    ]
+    entered, attention = [], model.model.layers[layer_idx].self_attn
+    hook = attention.register_forward_pre_hook(lambda m, a, k: entered.append(k["hidden_states"][0]), with_kwargs=True)
     model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     layer, config = indexer.at(layer_idx), indexer.config
     place = config.layers.index(layer_idx)
     kv_heads = config.kv_heads[place]
@@ -43,7 +38,7 @@ def dense(model, ids, indexer: Indexer, layer_idx: int) -> torch.Tensor:
     heads = config.heads * kv_heads // groups
     size = config.dim * kv_heads // groups
     keys = (entered[0] @ layer.keys.weight.T).view(-1, groups, size)
-    queries = (projected[0] @ layer.queries.weight.T).view(-1, groups, heads, size)
+    queries = (entered[0] @ layer.queries.weight.T).view(-1, groups, heads, size)
     gates = (entered[0] @ layer.gates.weight.T).view(-1, groups, heads) * (heads * groups * size) ** -0.5
     keys = rms_norm(keys, (size,), layer.key_norm.weight)
     queries = rms_norm(queries, (size,), layer.query_norm.weight)
@@ -73,7 +68,7 @@ def read(model, ids, chosen, chunk: int = 64, mask=None) -> KVCache:
 
 
 @EITHER
-@pytest.mark.parametrize("chunk", [64, 7])
+@pytest.mark.parametrize("chunk", [64, 7, 1])
 @pytest.mark.parametrize("block", [4, 256])
 def test_streamed_importance_is_the_dense_one(indexer, chunk, block, monkeypatch):
     monkeypatch.setattr(indexing, "QUERY_BLOCK", block)
@@ -117,7 +112,7 @@ def test_scores_are_log_shares_of_what_is_asked_for_plus_the_log_of_the_heads_sc
 
 
 @EITHER
-def test_pads_ask_for_nothing_and_nobody_asks_for_them(indexer):
+def test_pads_ask_for_nothing(indexer):
     ids, mask = left_padded(MODEL, [20, 13])
     together = read(MODEL, ids, policy(indexer), 8, mask)
     for b, pads in enumerate((0, 7)):
@@ -125,7 +120,55 @@ def test_pads_ask_for_nothing_and_nobody_asks_for_them(indexer):
         for one, many in zip(alone.evictable, together.evictable, strict=True):
             notes = many.view("asked_for")[b].float()
             torch.testing.assert_close(notes[:, pads:], one.view("asked_for")[0].float(), atol=2e-2, rtol=2e-3)
-            assert (notes[:, :pads] == -torch.inf).all()
+
+
+@EITHER
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_token_asks_of_rows_that_were_evicted_what_it_asks_of_each_alone(indexer, batch):
+    share = "model" if indexer.config.apart else "head"
+    ids, mask = left_padded(MODEL, [40, 31][:batch])
+    cache = read(MODEL, ids, policy(indexer, Budget.tokens(9), share=share), 16, mask)
+    entered = {}
+
+    def note(module, args, given):
+        entered[module.layer_idx] = given["hidden_states"][:, 0]
+
+    hooks = [x.self_attn.register_forward_pre_hook(note, with_kwargs=True) for x in MODEL.model.layers]
+    with attach(MODEL), torch.no_grad():
+        prefill(MODEL, ids[:, -1:], cache, settle=False)
+    for hook in hooks:
+        hook.remove()
+    assert any(len(set(layer.lengths)) > 1 for layer in cache.evictable) == (share == "model")
+    for layer in cache.evictable:
+        own = indexer.at(layer.layer_idx)
+        for row in range(layer.rows):
+            b, head = divmod(row, layer.kv_heads)
+            asking = own.index_queries(entered[layer.layer_idx][b : b + 1])
+            parts = [layer.annotations(b * layer.kv_heads + h)["index_key"] for h in range(layer.kv_heads)]
+            keys = parts[head] if indexer.config.apart else torch.cat(parts, -1)
+            group = head if indexer.config.apart else 0
+            products = (asking.queries[group, :, 0] @ keys.T).relu() * asking.gates[group]
+            notes = layer.annotations(row)["asked_for"][:, 0].float()
+            torch.testing.assert_close(notes, products.sum(0), atol=2e-2, rtol=2e-3)
+
+
+def test_projecting_what_enters_attention_is_projecting_queries_before_rope():
+    layer_idx, ids = 1, random_ids(MODEL, 1, 9)
+    attention, found = MODEL.model.layers[layer_idx].self_attn, []
+    hooks = [
+        attention.register_forward_pre_hook(lambda m, a, k: found.append(k["hidden_states"][0]), with_kwargs=True),
+        attention.q_proj.register_forward_hook(lambda m, args, out: found.append(out[0])),
+    ]
+    papers = torch.randn(16, attention.q_proj.out_features, generator=torch.Generator().manual_seed(0))
+    indexer = random_indexer(MODEL, heads=2)
+    indexer.at(layer_idx).queries.weight.data = papers @ attention.q_proj.weight
+    with torch.no_grad():
+        MODEL(ids, use_cache=False)
+        asking = indexer.at(layer_idx).index_queries(found[0]).queries
+        projected = rms_norm((found[1] @ papers.T).view(9, 2, 2, 4), (4,), indexer.at(layer_idx).query_norm.weight)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(asking, projected.permute(1, 2, 0, 3), atol=1e-4, rtol=1e-4)
 
 
 # Whose scores.
@@ -304,7 +347,7 @@ def test_a_folder_without_an_indexer_is_one_line(tmp_path):
     [({"layers": ()}, "needs layers"), ({"kv_heads": (2,)}, "of each"), ({"dim": 0}, "at least 1")],
 )
 def test_shapes_that_cannot_be_are_refused(shape, message):
-    good = {"layers": (0, 1), "kv_heads": (2, 2), "widths": (8, 8), "hidden": 8}
+    good = {"layers": (0, 1), "kv_heads": (2, 2), "hidden": 8}
     with pytest.raises(InputError, match=message):
         IndexerConfig(**good | shape)
 

@@ -1,8 +1,8 @@
 """IndexMem's indexer: small projections that foretell which pairs queries will ask for.
 
-Each layer has one index key per token, made of what entered attention, and index queries, made of the layer's queries
-before RoPE. How much a query asks for a token is a sum over few index heads; a token's importance is the most that any
-query asked for it. Indexers belong to one model; they are kept beside it, never put into it.
+Each layer has one index key and few index queries per token, made of what entered attention. How much a query asks for
+a token is a sum over its index heads; a token's importance is the most that any query asked for it. Indexers belong to
+one model; they are kept beside it, never put into it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,6 @@ class IndexerConfig:
     Args:
         layers: Indices of the model's evictable layers.
         kv_heads: Of each of them.
-        widths: Size of each one's queries, all heads together.
         hidden: Size of what enters a layer.
         heads: Index heads for each KV head.
         dim: Size of each KV head's part of the index key.
@@ -47,7 +46,6 @@ class IndexerConfig:
 
     layers: tuple[int, ...]
     kv_heads: tuple[int, ...]
-    widths: tuple[int, ...]
     hidden: int
     heads: int = 1
     dim: int = 8
@@ -56,10 +54,10 @@ class IndexerConfig:
     model: str = ""
 
     def __post_init__(self) -> None:
-        if not self.layers or not len(self.layers) == len(self.kv_heads) == len(self.widths):
-            raise InputError("an indexer needs layers, and the KV heads and query width of each")
-        if min(self.hidden, self.heads, self.dim, *self.kv_heads, *self.widths) < 1:
-            raise InputError("hidden, heads, dim, kv_heads and widths must be at least 1")
+        if not self.layers or len(self.layers) != len(self.kv_heads):
+            raise InputError("an indexer needs layers, and the KV heads of each")
+        if min(self.hidden, self.heads, self.dim, *self.kv_heads) < 1:
+            raise InputError("hidden, heads, dim and kv_heads must be at least 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,39 +87,35 @@ class LayerIndexer(nn.Module):
         self.groups = kv_heads if config.apart else 1
         self.size = config.dim if config.apart else config.dim * kv_heads
         index_heads = config.heads * kv_heads
-        self.queries = nn.Linear(config.widths[place], index_heads * self.size, bias=False)
         self.keys = nn.Linear(config.hidden, kv_heads * config.dim, bias=False)
+        self.queries = nn.Linear(config.hidden, index_heads * self.size, bias=False)
         self.gates = nn.Linear(config.hidden, index_heads, bias=False)
         self.query_norm, self.key_norm = nn.RMSNorm(self.size), nn.RMSNorm(self.size)
 
     def index_keys(self, hidden: Float[Tensor, "*batch new hidden"]) -> Float[Tensor, "*batch groups new size"]:
         """Return the index keys of tokens."""
-        keys: Tensor = self.keys(hidden.to(self.keys.weight.dtype))
+        keys: Tensor = self.keys(hidden.float())
         normed: Tensor = self.key_norm(keys.unflatten(-1, (self.groups, self.size)))
         return normed.transpose(-2, -3)
 
-    def index_queries(
-        self, queries: Float[Tensor, "heads new head_dim"], hidden: Float[Tensor, "new hidden"]
-    ) -> IndexQueries:
-        """Return what tokens ask with.
-
-        Args:
-            queries: Of the model, before RoPE.
-            hidden: What entered attention.
-        """
-        dtype = self.queries.weight.dtype
-        flat: Tensor = self.queries(queries.transpose(0, 1).flatten(1).to(dtype))
+    def index_queries(self, hidden: Float[Tensor, "new hidden"]) -> IndexQueries:
+        """Return what tokens ask with."""
+        hidden = hidden.float()
+        flat: Tensor = self.queries(hidden)
         asking = self.query_norm(flat.unflatten(-1, (self.groups, -1, self.size))).permute(1, 2, 0, 3)
-        gates: Tensor = self.gates(hidden.to(dtype)).unflatten(-1, (self.groups, -1)).permute(1, 2, 0)
+        gates: Tensor = self.gates(hidden).unflatten(-1, (self.groups, -1)).permute(1, 2, 0)
         return IndexQueries(asking, gates * (gates.shape[1] * self.groups * self.size) ** -0.5)
 
 
 class Indexer(nn.Module):
     """The indexers of all evictable layers.
 
-    Source: IndexMem, arXiv 2605.25475: projected queries before RoPE, one key for all index heads, RMSNorm, ReLU, head
-    gates, the maximum over queries. Completed by us: scores of each KV head apart, and ``log_scales``, the log of how
-    large each KV head's output is, so that scores of all layers and heads can be compared.
+    Source: IndexMem, arXiv 2605.25475: one key for all index heads, RMSNorm, ReLU, head gates, the maximum over
+    queries. Differs: the paper projects the layer's queries before RoPE, which are a projection of what enters
+    attention themselves (normed, in some models); here both are one projection: the same function, and RoPE need not
+    be undone for every token. Completed by us: scores of each KV head apart, and ``log_scales``, the log of how large
+    each KV head's output is, so that scores of all layers and heads can be compared. It works in float32, which on a
+    CPU is faster than bfloat16 for matrices this small.
     """
 
     log_scales: Tensor
@@ -145,7 +139,6 @@ class Indexer(nn.Module):
         config = IndexerConfig(
             layers=anatomy.evictable,
             kv_heads=tuple(anatomy.kv_heads(i) for i in anatomy.evictable),
-            widths=tuple(anatomy.config.num_attention_heads * anatomy.head_dim(i) for i in anatomy.evictable),
             hidden=anatomy.config.hidden_size,
             heads=heads,
             dim=dim,
@@ -174,27 +167,20 @@ class Indexer(nn.Module):
         """Raise a ModelError unless this indexer was made for this model."""
         trained.require_fit(self.config, model, "indexer")
 
-    def for_inference(self, dtype: torch.dtype) -> "Indexer":
-        """Return an indexer that computes in a dtype and takes no gradients."""
-        made = Indexer(self.config)
-        made.load_state_dict(self.state_dict())
-        made.layers.to(dtype)
-        return made.requires_grad_(False).to(self.log_scales.device)
-
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the weights and the config into a folder."""
         trained.save(self, self.config, folder, NAME, dtype=dtype)
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel) -> "Indexer":
-        """Read an indexer for a model, in float32; runs no code from the files.
+        """Read an indexer for a model, in float32, without gradients; runs no code from the files.
 
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
         indexer = trained.load(_made, folder, NAME, "indexer")
         indexer.require_fit(model)
-        return indexer.to(model.device)
+        return indexer.requires_grad_(False).to(model.device)
 
 
 def asked(asking: IndexQueries, keys: Float[Tensor, "groups held size"]) -> Float[Tensor, "groups new held"]:
@@ -265,5 +251,5 @@ def total(
 
 
 def _made(shape: Mapping[str, Any]) -> Indexer:
-    lists = {name: tuple(shape[name]) for name in ("layers", "kv_heads", "widths")}
+    lists = {name: tuple(shape[name]) for name in ("layers", "kv_heads")}
     return Indexer(IndexerConfig(**{**shape, **lists}))

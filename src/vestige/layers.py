@@ -93,6 +93,7 @@ class RaggedLayer(CacheLayerMixin):
         self._room = 0
         self.step_number = 0
         self._tails: Tensor | None = None
+        self._slots: dict[int, tuple[slice, Tensor]] = {}
 
     # What transformers calls.
 
@@ -347,6 +348,17 @@ class RaggedLayer(CacheLayerMixin):
         if self.cache.recording.watched:
             show(self, query.detach(), hidden, step, scale)
 
+    def slots_of(self, b: int) -> tuple[slice, Int[Tensor, " slots"]]:
+        """Return the slots of a batch row, free ones included, and the KV head of each; the same until some move."""
+        if b not in self._slots:
+            rows = [*self.starts, len(self.columns["positions"])][b * self.kv_heads : (b + 1) * self.kv_heads + 1]
+            sizes = torch.tensor(rows).diff()
+            self._slots[b] = (
+                slice(rows[0], rows[-1]),
+                torch.arange(self.kv_heads).repeat_interleave(sizes).to(self.device),
+            )
+        return self._slots[b]
+
     def annotations(self, row: int) -> dict[str, Tensor]:
         """Return views of one row's side arrays."""
         pairs = slice(self.starts[row], self.starts[row] + self.lengths[row])
@@ -380,7 +392,7 @@ class RaggedLayer(CacheLayerMixin):
         """Return an equal layer of another cache, sharing no memory."""
         twin = RaggedLayer(cache, self.layer_idx)
         for name, value in vars(self).items():
-            if name not in ("_cache", "layer_idx", "hidden", "_tails"):
+            if name not in ("_cache", "layer_idx", "hidden", "_tails", "_slots"):
                 setattr(twin, name, value)
         twin.columns = {name: column.detach().clone() for name, column in self.columns.items()}
         twin.starts, twin.lengths = list(self.starts), list(self.lengths)
@@ -465,7 +477,7 @@ class RaggedLayer(CacheLayerMixin):
         self.cache.note_peak(highest - self.nbytes)
         self.lengths, self.starts = lengths, ragged.cumulative(capacities)[:-1]
         self._capacity = capacities[0] if len(set(lengths)) == len(set(capacities)) == 1 else 0
-        self._room, self._tails = min(room, default=0), None
+        self._room, self._tails, self._slots = min(room, default=0), None, {}
 
     def _handle(self, new: Tensor) -> Handle:
         batch, heads, _, size = new.shape

@@ -1,8 +1,9 @@
 """What a policy sees: a layer when room must be made, a row while it is read; and the attention it may derive."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ class Glance:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGlance:
-    """One batch row of a layer while new queries attend to it: all its rows together, and what made the queries.
+    """One batch row of a layer while new tokens attend to it: all its rows together, and what made the queries.
 
     Args:
         layer_idx: Index of the layer in the model.
@@ -126,8 +127,10 @@ class LayerGlance:
         queries: New queries of all heads, after RoPE; pads are left out.
         hidden: What entered the attention module with them, if a policy needs ``"hidden"``.
         at: Position of each new query.
-        rope: How the layer turns queries, if a policy needs ``"rope"``.
-        rows: One for each KV head.
+        see: Makes the glances at each row.
+        slots: The side arrays of all rows behind each other, with free slots among them, which may be written but mean
+            nothing: what takes one operation for all rows need not take one for each.
+        heads: The KV head of each slot.
     """
 
     layer_idx: int
@@ -135,8 +138,14 @@ class LayerGlance:
     queries: Float[Tensor, "heads new head_dim"]
     hidden: Float[Tensor, "new hidden"] | None
     at: Int[Tensor, " new"]
-    rope: Rope | None
-    rows: tuple[Glance, ...]
+    see: Callable[[], tuple[Glance, ...]]
+    slots: Mapping[str, Tensor]
+    heads: Int[Tensor, " slots"]
+
+    @cached_property
+    def rows(self) -> tuple[Glance, ...]:
+        """A glance at each row, by KV head."""
+        return self.see()
 
 
 def observed_attention(

@@ -1,5 +1,6 @@
 """Showing new queries, while they attend, to whatever looks at every one of them."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
@@ -36,43 +37,54 @@ def show(
         if not len(new := step.valid(b)):
             continue
         queries, at = query[b, :, new], step.positions[b, new].long()
-        groups = queries.chunk(layer.kv_heads)
-        rows = tuple(_glance(layer, b, kv_head, group, at, scale) for kv_head, group in enumerate(groups))
-        for watch in recording.watchers:
-            for row in rows:
-                watch(row)
-        if not recording.layer_watchers:
-            continue
-        glance = LayerGlance(
-            layer_idx=layer.layer_idx,
-            model=layer.cache.anatomy.model,
-            queries=queries,
-            hidden=None if hidden is None else hidden[b, new].detach(),
-            at=at,
-            rope=layer.cache.rope,
-            rows=rows,
-        )
-        for watch_layer in recording.layer_watchers:
-            watch_layer(glance)
+        if recording.watchers:
+            for row in _rows(layer, b, queries, at, scale):
+                for watch in recording.watchers:
+                    watch(row)
+        if recording.layer_watchers:
+            glance = _whole(layer, b, queries, None if hidden is None else hidden[b, new].detach(), at, scale)
+            for watch_layer in recording.layer_watchers:
+                watch_layer(glance)
 
 
-def _glance(
+def _whole(
     layer: "RaggedLayer",
     b: int,
-    kv_head: int,
-    queries: Float[Tensor, "queries_per_kv new head_dim"],
+    queries: Float[Tensor, "heads new head_dim"],
+    hidden: Float[Tensor, "new hidden"] | None,
     at: Int[Tensor, " new"],
     scale: AttentionScale,
-) -> Glance:
-    row = b * layer.kv_heads + kv_head
-    pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
-    return Glance(
+) -> LayerGlance:
+    slots, heads = layer.slots_of(b)
+    return LayerGlance(
         layer_idx=layer.layer_idx,
-        batch=b,
-        kv_head=kv_head,
+        model=layer.cache.anatomy.model,
         queries=queries,
+        hidden=hidden,
         at=at,
-        attention=scale.of_group(kv_head, layer.kv_heads),
-        **{name: layer.columns[name].detach()[pairs] for name in PAIR},
-        annotations=layer.annotations(row),
+        see=lambda: tuple(_rows(layer, b, queries, at, scale)),
+        slots={name: column[slots] for name, column in layer.columns.items() if name not in PAIR},
+        heads=heads,
     )
+
+
+def _rows(
+    layer: "RaggedLayer",
+    b: int,
+    queries: Float[Tensor, "heads new head_dim"],
+    at: Int[Tensor, " new"],
+    scale: AttentionScale,
+) -> Iterator[Glance]:
+    for kv_head, group in enumerate(queries.chunk(layer.kv_heads)):
+        row = b * layer.kv_heads + kv_head
+        pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
+        yield Glance(
+            layer_idx=layer.layer_idx,
+            batch=b,
+            kv_head=kv_head,
+            queries=group,
+            at=at,
+            attention=scale.of_group(kv_head, layer.kv_heads),
+            **{name: layer.columns[name].detach()[pairs] for name in PAIR},
+            annotations=layer.annotations(row),
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError, unknown
-from vestige.indexer import Indexer, IndexQueries, most, total
+from vestige.indexer import Indexer, IndexQueries, asked, most, total
 from vestige.observe import LayerGlance, Observation
 from vestige.policy import Policy, Written
 from vestige.weights import Shelf
@@ -42,7 +42,7 @@ class IndexMem(Policy):
     reuse: int = 1
     """Neighbouring layers that keep what the first of them does, which alone has an index."""
     every: int = 128
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden", "rope"})
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     annotations: ClassVar[frozenset[str]] = frozenset({"index_key", "asked_for"})
     gathered: ClassVar[frozenset[str]] = frozenset({"asked_for"})
     annotated_with: ClassVar[tuple[str, ...]] = ("indexer", "reduction", "reuse")
@@ -73,7 +73,7 @@ class IndexMem(Policy):
             )
 
     def made_for(self, model: PreTrainedModel) -> Indexer:
-        """Return the indexer for a model: one at hand as it is, others read once, to compute in its dtype.
+        """Return the indexer for a model: one at hand as it is, others read once.
 
         Raises:
             ModelError: As :meth:`bind`.
@@ -100,10 +100,11 @@ class IndexMem(Policy):
         indexer = self.made_for(glance.model)
         if indexer.leader(glance.layer_idx, self.reuse) != glance.layer_idx:
             return
-        assert glance.hidden is not None and glance.rope is not None, "the cache shows both"
-        layer = indexer.at(glance.layer_idx)
-        plain = glance.rope.unrotate(glance.queries, glance.at, glance.layer_idx)
-        asking = layer.index_queries(plain, glance.hidden)
+        assert glance.hidden is not None, "the cache shows it"
+        asking = indexer.at(glance.layer_idx).index_queries(glance.hidden)
+        if len(glance.at) == 1:  # it sees every pair
+            self._note(glance.slots["asked_for"], _asked_at_once(asking, glance, indexer.config.apart))
+            return
         rows = [(row.annotations["index_key"], row.annotations["asked_for"], row.positions) for row in glance.rows]
         if indexer.config.apart:
             for group, (keys, notes, positions) in enumerate(rows):
@@ -137,15 +138,14 @@ class IndexMem(Policy):
         return scores
 
     def _found(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
-        keys = keys.to(asking.queries.dtype)
-        return total(asking, keys, at, positions) if self.reduction == "mean" else most(asking, keys, at, positions)[0]
+        given = (asking, keys.float(), at, positions)
+        return total(*given) if self.reduction == "mean" else most(*given)[0]
 
     def _note(self, notes: Float[Tensor, "held _kinds"], found: Float[Tensor, " held"]) -> None:
         if self.reduction == "mean":
             notes[:, 0] += found
         else:
-            seen = torch.where(found == -torch.inf, found, found.clamp(-_MOST, _MOST)).to(notes.dtype)
-            notes[:, 0] = torch.maximum(notes[:, 0], seen)
+            notes[:, 0] = torch.maximum(notes[:, 0], found.clamp(max=_MOST).to(notes.dtype))
 
     def _worth(self, seen: Observation, pairs: slice, end: int) -> Float[Tensor, " row_held"]:
         notes = seen.annotations["asked_for"][pairs].float()
@@ -154,4 +154,15 @@ class IndexMem(Policy):
         return torch.where(notes[:, 0] == -torch.inf, notes[:, 1], notes[:, 0]).clamp_min(-_MOST)
 
 
-_SHELF = Shelf("indexmem", lambda folder, model: Indexer.load(folder, model).for_inference(model.dtype))
+def _asked_at_once(asking: IndexQueries, glance: LayerGlance, apart: bool) -> Float[Tensor, " slots"]:
+    """Return how much one token asks for each slot, of all rows in a few operations."""
+    keys = glance.slots["index_key"].float()
+    if apart:
+        queries, gates = (x[:, :, 0][glance.heads] for x in (asking.queries, asking.gates))
+        return ((queries * keys[:, None]).sum(-1).relu_() * gates).sum(1)
+    rows = int(glance.heads[-1]) + 1
+    whole = keys.view(rows, -1, keys.shape[1]).transpose(0, 1).flatten(1)  # the rows of a layer hold the same tokens
+    return asked(asking, whole[None])[0, 0].repeat(rows)
+
+
+_SHELF = Shelf("indexmem", Indexer.load)

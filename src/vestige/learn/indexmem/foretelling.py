@@ -61,7 +61,7 @@ def foretelling(
 def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Float[Tensor, "groups text"]:
     """Return the most that any of the first ``asking`` queries asks for each token of a text, with its gradient."""
     keys = indexer.index_keys(layer.hidden[:text])
-    found = indexer.index_queries(layer.plain[:, :asking], layer.hidden[:asking])
+    found = indexer.index_queries(layer.hidden[:asking])
     with torch.no_grad():
         at = torch.arange(asking, device=keys.device)
         _, winner = most(found, keys, at, at[:text])

@@ -23,7 +23,6 @@ class Layer:
     Args:
         layer_idx: Index of the layer in the model.
         queries: Of all heads, after RoPE.
-        plain: The same before RoPE.
         hidden: What entered attention.
         keys: After RoPE.
         values: As they are stored.
@@ -32,7 +31,6 @@ class Layer:
 
     layer_idx: int
     queries: Float[Tensor, "heads tokens head_dim"]
-    plain: Float[Tensor, "heads tokens head_dim"]
     hidden: Float[Tensor, "tokens hidden"]
     keys: Float[Tensor, "kv_heads tokens head_dim"]
     values: Float[Tensor, "kv_heads tokens value_dim"]
@@ -49,11 +47,7 @@ class Layer:
 
 @torch.no_grad()
 def seen(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[Layer]:
-    """Return what every evictable layer made of some ids.
-
-    Raises:
-        ModelError: How the model turns queries is not understood.
-    """
+    """Return what every evictable layer made of some ids."""
     recorder = _Recorder()
     with attach(model):
         prefill(model, ids, KVCache(model, recorder), chunk=ids.shape[1])
@@ -65,22 +59,20 @@ class _Recorder(Full):
     """Keeps all pairs, and what it is shown."""
 
     glances: list[LayerGlance] = field(default_factory=list, compare=False)
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden", "rope"})
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def watch_layer(self, glance: LayerGlance) -> None:
         self.glances.append(glance)
 
 
 def _layer(glance: LayerGlance) -> Layer:
-    assert glance.hidden is not None and glance.rope is not None, "both were asked for"
-    queries = glance.queries.float()
+    assert glance.hidden is not None, "it was asked for"
     keys, values = (torch.stack([getattr(row, name) for row in glance.rows]).float() for name in ("keys", "values"))
     whole = [row.attention for row in glance.rows]
     sinks = None if whole[0].sinks is None else torch.cat([one.sinks for one in whole if one.sinks is not None])
     return Layer(
         layer_idx=glance.layer_idx,
-        queries=queries,
-        plain=glance.rope.unrotate(queries, glance.at, glance.layer_idx),
+        queries=glance.queries.float(),
         hidden=glance.hidden.float(),
         keys=keys,
         values=values,
