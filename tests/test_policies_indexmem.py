@@ -11,7 +11,7 @@ from vestige import Budget, InputError, KVCache, ModelError, Phase, PolicyError,
 from vestige import indexer as indexing
 from vestige.erasers import Learned
 from vestige.indexer import Indexer, IndexerConfig
-from vestige.policies import IndexMem
+from vestige.policies import IndexMem, KNorm
 from vestige.testing import left_padded, random_ids, tiny
 
 MODEL = tiny("llama")
@@ -178,6 +178,16 @@ def test_heads_of_a_layer_that_share_a_score_keep_the_same_tokens_and_equally_ma
     cache = read(MODEL, random_ids(MODEL, 1, 40), policy(SHARED, Budget.tokens(12)), 16)
     for layer in cache.evictable:
         assert torch.equal(layer.positions(0), layer.positions(1)) and len(layer.positions(0)) == 12
+
+
+def test_a_score_that_heads_share_needs_heads_that_hold_the_same_tokens():
+    ids = random_ids(MODEL, 1, 40)
+    cache = KVCache(MODEL, KNorm(budget=Budget.tokens(12), sink=1, window=2), observers=[policy(SHARED)])
+    with attach(MODEL), torch.no_grad():
+        prefill(MODEL, ids, cache)
+        fork = cache.fork(policy(SHARED, Budget.tokens(10)))
+        with pytest.raises(PolicyError, match="another policy has evicted.*scores apart"):
+            prefill(MODEL, ids[:, :4], fork)
 
 
 def test_heads_with_scores_apart_keep_tokens_of_their_own_and_compete():

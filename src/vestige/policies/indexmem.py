@@ -32,7 +32,8 @@ class IndexMem(Policy):
 
     Source: IndexMem, arXiv 2605.25475: one score per layer, equal counts (``share="head"``), 4 sinks, ``every=128``.
     Differs: the window is protected; the index heads and their sizes are the weights'. Ours, if the weights are made
-    so: scores of each KV head apart. Weights: ``vestige train indexmem``.
+    so: scores of each KV head apart. Weights: ``vestige train indexmem``. What tokens asked for that were later taken
+    back (speculative decoding) stays counted.
     """
 
     indexer: str | Indexer | None = None
@@ -112,7 +113,12 @@ class IndexMem(Policy):
                 found = self._found(own, keys[None], glance.at, positions)
                 self._note(notes, found[0])
             return
-        keys = torch.cat([part for part, _, _ in rows], -1)  # the rows of a layer hold the same tokens
+        if not all(torch.equal(positions, rows[0][2]) for _, _, positions in rows):
+            raise PolicyError(
+                "this indexer has one score for all heads of a layer, which must hold the same tokens, but another "
+                "policy has evicted pairs of each head; use an indexer trained with scores apart"
+            )
+        keys = torch.cat([part for part, _, _ in rows], -1)
         found = self._found(asking, keys[None], glance.at, rows[0][2])
         for _, notes, _ in rows:
             self._note(notes, found[0])
