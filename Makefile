@@ -21,7 +21,7 @@ ERASE_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(QA),--qa "$(QA)") $(if 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-dilution results-gates results-memory results-retention results-retention-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-dilution results-gates results-indexmem results-indexmem-dev results-memory results-retention results-retention-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -86,6 +86,12 @@ results-dilution: $(VENV)/.stamp-test ## whether eviction can beat the full cach
 
 results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA=DIR ESSAYS=DIR PART=name
 	$(BIN)/python -m vestige.recipes.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(RETENTION_ARGS)
+
+results-indexmem: $(VENV)/.stamp-test ## IndexMem beside the field, memories on and off (3 hours; goes on after an interrupt): ESSAYS=DIR PART=name
+	$(BIN)/python -m vestige.recipes.indexmem --out results/indexmem $(RETENTION_ARGS)
+
+results-indexmem-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
+	$(BIN)/python -m vestige.recipes.indexmem --dev --out out/indexmem-dev $(RETENTION_ARGS)
 
 results-erase: $(VENV)/.stamp-test ## erasers side by side (hours; goes on after an interrupt): ESSAYS=DIR QA=FILE PART=name
 	$(BIN)/python -m vestige.recipes.erase --out results/erase $(ERASE_ARGS)

@@ -7,7 +7,17 @@ from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.tasks import TASKS
 from vestige.erasers import ERASERS
 from vestige.policies import POLICIES
-from vestige.recipes import ablations, bench, dilution, erase, evidence, laprox, memory, retention
+from vestige.recipes import (
+    ablations,
+    bench,
+    dilution,
+    erase,
+    evidence,
+    laprox,
+    memory,
+    retention,
+    standing,
+)
 
 
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
@@ -239,15 +249,15 @@ def test_the_verdict_pairs_samples_and_takes_equal_bytes_for_one_budget():
     records = kept("full", "1.0", 1, 1, 1, 0) + kept("snapkv", "0.1", 0, 0, 1, 0)
     records += kept("kvpress:KVzipPress", "0.1", 1, 1, 1, 1)
     records += kept("retention", retention.equal("0.1"), 1, 0, 1)  # the last one is still to come
-    rows = {row["policy"]: row for row in retention.verdict(records)}
+    rows = {row["policy"]: row for row in standing.verdict(records, "retention", retention.budget_of)}
     assert set(rows) == {"snapkv", "kvpress:KVzipPress", "retention"}
     assert {row["budget"] for row in rows.values()} == {"0.1"}
-    assert rows["snapkv"]["retention_above"] == 1 / 3 and rows["snapkv"]["of_full"] == 1 / 3
+    assert rows["snapkv"]["ours_above"] == 1 / 3 and rows["snapkv"]["of_full"] == 1 / 3
     assert rows["retention"]["of_full"] == 2 / 3 and rows["retention"]["n"] == 3
-    shown = retention.table(list(rows.values()))
+    shown = standing.table(list(rows.values()), "retention")
     assert "| 2048 | 0.1 | snapkv | 4 | 1.00 | 0.25" in shown and "+0.33" in shown
     assert "| 2048 | 0.1 | KVzip (kvpress) | 4 |" in shown
-    assert retention.picture(list(rows.values()), 2048).startswith("<svg")
+    assert standing.picture(list(rows.values()), 2048, "a model").startswith("<svg")
 
 
 def test_gates_are_trained_in_ways_that_differ_in_one_thing():

@@ -5,18 +5,17 @@ and the three that did best on the dev split (``make results-retention-dev``) of
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.report.methods import Method
-from vestige.bench.rows import Record, Row, resampled
+from vestige.bench.rows import Record
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
+from vestige.recipes.standing import picture, table, verdict
 
 MODEL = "smollm2-135m"
 TASKS = (
@@ -91,84 +90,11 @@ def _config(arms: tuple[Arm, ...], length: int, essays: Path | None, split: str)
     )
 
 
-def verdict(records: Iterable[Record]) -> list[Row]:
-    """Return by length, budget and method: bytes, the mean score over all tasks, its share of the full cache's, and by
-    how much retention is above it.
-
-    Samples are compared with themselves; intervals, 95 %, are by resampling them.
-
-    Args:
-        records: Of all lengths.
-    """
+def budget_of(record: Record) -> str:
+    """Return the budget that a record is compared under: what weighs as much counts as equal."""
     named = {equal(budget): budget for budgets in BUDGETS.values() for budget in budgets}
-    cells: dict[tuple[int, str], dict[Method, dict[tuple[str, int], Record]]] = {}
-    for record in records:
-        arm = record["arm"]
-        at = record["length"], named.get(arm["budget"], arm["budget"])
-        cells.setdefault(at, {}).setdefault(Method.of(arm), {})[record["task"], record["index"]] = record
-    rows = []
-    for (length, budget), methods in cells.items():
-        if budget == "1.0":
-            continue
-        full = next(cell for method, cell in cells[length, "1.0"].items() if method.policy == "full")
-        ours = next((cell for method, cell in methods.items() if method.policy == RETENTION), {})
-        for method, cell in methods.items():
-            named_by = {"policy": method.policy, "share": method.share, "peer": method.peer}
-            rows.append({"length": length, "budget": budget} | named_by | _row(cell, full, ours))
-    return sorted(rows, key=lambda row: (row["length"], -float(row["budget"]), -row["score"]))
-
-
-def _row(cell: dict[Any, Record], full: dict[Any, Record], ours: dict[Any, Record]) -> Row:
-    scores = {key: float(record["score"]) for key, record in cell.items()}
-    mean, whole = (sum(float(some[key]["score"]) for key in scores) / len(scores) for some in (cell, full))
-    above = [float(ours[key]["score"]) - score for key, score in scores.items() if key in ours]
-    return {
-        "n": len(scores),
-        "kv_bytes": sum(record["kv_bytes"] for record in cell.values()) / len(cell),
-        "score": mean,
-        "score_ci95": resampled(list(scores.values())),
-        "of_full": mean / whole if whole else None,
-        "retention_above": sum(above) / len(above) if above else None,
-        "retention_above_ci95": resampled(above),
-    }
-
-
-def table(rows: Iterable[Row]) -> str:
-    """Return Markdown of :func:`verdict`."""
-    lines = [
-        "| length | budget | method | samples | MB | score | of full | retention is above by |",
-        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        low, high = row["score_ci95"]
-        above, ends = row["retention_above"], row["retention_above_ci95"]
-        said = "" if above is None or row["policy"] == RETENTION else f"{above:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
-        of_full = "" if row["of_full"] is None else f"{row['of_full']:.0%}"
-        lines.append(
-            f"| {row['length']} | {row['budget']} | {Method.of(row).label} | {row['n']} | {row['kv_bytes'] / 1e6:.2f} "
-            f"| {row['score']:.2f} ({low:.2f} to {high:.2f}) | {of_full} | {said} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def picture(rows: Sequence[Row], length: int) -> str:
-    """Return an SVG: the mean score of each method by measured bytes."""
-    from vestige.bench.report.methods import looks
-    from vestige.bench.report.plots import Axis, Line, Point, line_chart
-
-    drawn: dict[Method, list[Point]] = {}
-    for row in rows:
-        if row["length"] == length:
-            point = Point(x=row["kv_bytes"] / 1e6, y=row["score"], interval=tuple(row["score_ci95"]))
-            drawn.setdefault(Method.of(row), []).append(point)
-    look = looks(drawn)
-    lines = [
-        Line(label=one.label, look=look[one], points=tuple(sorted(found, key=lambda point: point.x)))
-        for one, found in drawn.items()
-    ]
-    some = next(row for row in rows if row["length"] == length and row["of_full"])
-    full = Point(x=0, y=some["score"] / some["of_full"])
-    return line_chart(f"{MODEL}, {length:,} tokens, all tasks", lines, Axis(label="MB kept", log=True), level=full)
+    budget: str = record["arm"]["budget"]
+    return named.get(budget, budget)
 
 
 def summary(out: Path) -> None:
@@ -177,11 +103,12 @@ def summary(out: Path) -> None:
     from vestige.bench.store import write_atomically
 
     files = [out / name / RECORDS for name in parts() if (out / name / RECORDS).exists()]
-    rows = verdict(json.loads(line) for file in files for line in file.read_text().splitlines())
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows = verdict(records, RETENTION, budget_of)
     write_atomically(out / "verdict.json", json.dumps(rows, indent=1) + "\n")
-    write_atomically(out / "verdict.md", f"# Retention gates\n\nRemade by `{COMMAND}`.\n\n{table(rows)}")
+    write_atomically(out / "verdict.md", f"# Retention gates\n\nRemade by `{COMMAND}`.\n\n{table(rows, RETENTION)}")
     for file in files:
-        write_atomically(out / f"scores-{file.parent.name}.svg", picture(rows, int(file.parent.name)))
+        write_atomically(out / f"scores-{file.parent.name}.svg", picture(rows, int(file.parent.name), MODEL))
 
 
 def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False) -> None:

@@ -1,0 +1,173 @@
+"""IndexMem beside the field at equal bytes, and what each memory adds to each evictor.
+
+``make results-indexmem ESSAYS=DIR`` runs it, and goes on with what is there after an interrupt. Budgets are so many
+pairs that every method weighs the same: index keys, records of queries and memories are paid for in pairs.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from transformers import PreTrainedModel
+
+from vestige.bench.arms import Arm, cross
+from vestige.bench.config import BenchConfig
+from vestige.bench.rows import Record, Row, resampled
+from vestige.recipes.equal import pairs, weight
+from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
+from vestige.recipes.standing import picture, table, verdict
+
+MODEL, OURS = "smollm2-135m", "indexmem(share=model)"
+TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_multikey_1", "niah")
+"""RULER tasks that the full cache answers, and needles by depth."""
+FIELD = (
+    OURS, "retention", "laprox(kernel=41, causal=True)", "snapkv(kernel=41, causal=True)", "keydiff(share=model)",
+    "kvzip(share=model)", "random", "streaming_llm",
+)  # fmt: skip
+REMEMBERING = (OURS, "retention", "laprox(kernel=41, causal=True)", "snapkv(kernel=41, causal=True)")
+MEMORIES = ("none", "linear", "moments", "centroids")
+FRACTIONS = ("0.25", "0.1", "0.05")
+LENGTH, LONG = 2048, 4096
+SAMPLES, LONG_SAMPLES, ANSWER_ROOM = 20, 10, 16
+COMMAND = "make results-indexmem ESSAYS=DIR"
+
+Key = tuple[str, str, str]
+"""Policy, memory and budget of an arm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One run, and the fraction of all pairs that each of its arms weighs as much as."""
+
+    config: BenchConfig
+    fractions: Mapping[Key, str]
+
+    def budget_of(self, record: Record) -> str:
+        """Return the fraction that a record is compared under."""
+        return self.fractions.get(_key(record), "1.0")
+
+
+def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, Part]:
+    """Return the runs by name.
+
+    Args:
+        model: Whose caches are weighed.
+        essays: Haystacks.
+        split: Of the samples.
+    """
+    alone = _arms(model, FIELD, ("none",), LENGTH)
+    remembering = _arms(model, REMEMBERING, MEMORIES, LONG)
+    made = {}
+    for name, aware in (("agnostic", False), ("aware", True)):
+        common: dict[str, Any] = {"question_aware": aware, "essays": essays, "split": split, "answer_room": ANSWER_ROOM}
+        made[name] = _part(alone, tasks=TASKS, lengths=(LENGTH,), samples=SAMPLES, **common)
+        made[f"memories-{name}"] = _part(remembering, tasks=TASKS[1:3], lengths=(LONG,), samples=LONG_SAMPLES, **common)
+    return made
+
+
+def _part(arms: Mapping[Key, tuple[Arm, str]], **config: Any) -> Part:
+    listed = (*cross(("full",), ()), *(arm for arm, _ in arms.values()))
+    return Part(
+        config=BenchConfig(arms=listed, **config), fractions={key: fraction for key, (_, fraction) in arms.items()}
+    )
+
+
+def _arms(
+    model: PreTrainedModel, names: Sequence[str], memories: Sequence[str], length: int
+) -> dict[Key, tuple[Arm, str]]:
+    """Return arms that weigh as much as each fraction of all pairs, and that fraction."""
+    plain, found = weight(model, "full"), {}
+    for name in names:
+        for memory in memories:
+            own = weight(model, name, memory)
+            for fraction in FRACTIONS:
+                budget = str(pairs(own, plain, length, float(fraction)))
+                (arm,) = cross((name,), (budget,), memories=(memory,))
+                found[name, memory, budget] = arm, fraction
+    return found
+
+
+def gains(records: Iterable[Record], part: Part) -> list[Row]:
+    """Return what each memory adds to each policy at equal bytes, by fraction; samples are compared with themselves.
+
+    Intervals, 95 %, are by resampling samples.
+    """
+    cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
+    for record in records:
+        arm = record["arm"]
+        cell = cells.setdefault((arm["policy"], part.budget_of(record), arm["memory"]), {})
+        cell[record["task"], record["index"]] = float(record["score"])
+    rows = []
+    for (policy, fraction, memory), cell in cells.items():
+        without = cells.get((policy, fraction, "none"), {})
+        both = [(score, without[key]) for key, score in cell.items() if key in without]
+        if memory == "none" or not both:
+            continue
+        rows.append(
+            {
+                "policy": policy,
+                "fraction": fraction,
+                "memory": memory,
+                "n": len(both),
+                "score": sum(one for one, _ in both) / len(both),
+                "without": sum(other for _, other in both) / len(both),
+                "gain": sum(one - other for one, other in both) / len(both),
+                "gain_ci95": resampled([one - other for one, other in both]),
+            }
+        )
+    return sorted(rows, key=lambda row: (REMEMBERING.index(row["policy"]), -float(row["fraction"]), row["memory"]))
+
+
+def gains_table(rows: Iterable[Row]) -> str:
+    """Return Markdown of :func:`gains`."""
+    lines = ["| policy | budget | memory | samples | without | with | gain |", "| --- | ---: | --- |" + " ---: |" * 4]
+    for row in rows:
+        low, high = row["gain_ci95"]
+        lines.append(
+            f"| {row['policy']} | {row['fraction']} | {row['memory']} | {row['n']} | {row['without']:.2f} "
+            f"| {row['score']:.2f} | {row['gain']:+.2f} ({low:+.2f} to {high:+.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def summary(out: Path, made: Mapping[str, Part]) -> None:
+    """Write the verdicts, gains and pictures of all parts that have results."""
+    from vestige.bench.store import SAMPLES as RECORDS
+    from vestige.bench.store import write_atomically
+
+    said = [f"# IndexMem\n\nRemade by `{COMMAND}`."]
+    for name, part in made.items():
+        if not (file := out / name / RECORDS).exists():
+            continue
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        if name.startswith("memories"):
+            rows = gains(records, part)
+            said.append(f"## {name}\n\n{gains_table(rows)}")
+        else:
+            rows = verdict(records, OURS, part.budget_of)
+            said.append(f"## {name}\n\n![scores by bytes](scores-{name}.svg)\n\n{table(rows, OURS)}")
+            write_atomically(out / f"scores-{name}.svg", picture(rows, LENGTH, f"{MODEL}, {name}"))
+        write_atomically(out / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+    write_atomically(out / "verdict.md", "\n\n".join(said))
+
+
+def _key(record: Record) -> Key:
+    arm = record["arm"]
+    return arm["policy"], arm["memory"], arm["budget"]
+
+
+def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False) -> None:
+    """Run the comparison, or go on with it, part by part."""
+    from vestige.download import load
+
+    made = parts(load(MODEL)[0], essays, split_of(dev))
+    for name, one in chosen(made, part).items():
+        benched(one.config, out / name, model=MODEL, command=COMMAND, label=name)
+    summary(out, made)
+
+
+if __name__ == "__main__":
+    typer.run(main)
