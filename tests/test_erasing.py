@@ -321,6 +321,27 @@ def test_every_slot_of_a_span_is_dropped_replaced_or_listed_as_left(name, policy
         assert pairs_in(cache, spans) == 0 and cache.erased == tuple(sorted(spans))
 
 
+@pytest.mark.parametrize("kept", ["linear", "moments", "centroids"])
+@pytest.mark.parametrize("name", ["drop", "erratum", "learned", "noop", "recompute"])
+def test_every_slot_is_accounted_for_beside_a_memory_which_says_how_free_it_is(name, kept):
+    model = tiny("llama")
+    ids, spans = random_ids(model, 2, 50), (SPAN, Span(30, 34))
+    cache = read(model, ids, evicting(20), kept=memory.make(kept))
+    held = {span: pairs_in(cache, [span]) for span in spans}
+    before = [layer.remains for layer in cache.evictable]
+    report = erase(cache, spans, made(name), model=model, input_ids=ids).report
+    assert all(one.dropped + one.replaced + one.left == held[one.span] > 0 for one in report.spans)
+    assert report.memory is (Forgotten.REBUILT if name == "recompute" else Forgotten.IMPOSSIBLE)
+    if name == "recompute":
+        left = torch.cat([ids[:, : SPAN.start], ids[:, SPAN.end : 30], ids[:, 34:]], 1)
+        fresh = read(model, left, evicting(20), kept=memory.make(kept))
+        for one, other in zip(cache.evictable, fresh.evictable, strict=True):
+            for state in one.remains.state:
+                torch.testing.assert_close(one.remains.state[state], other.remains.state[state], atol=1e-4, rtol=1e-3)
+    elif name != "erratum":  # which adds tokens that older ones make room for
+        assert all(layer.remains is one for layer, one in zip(cache.evictable, before, strict=True))
+
+
 def pairs_in(cache, spans) -> int:
     return sum(int(within(columns["positions"], spans).sum()) for columns in columns_of(cache))
 
