@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vestige import Budget, ModelError, Policy, cli, policies, weights
 from vestige.download import is_cached
 from vestige.gates import Gates
 from vestige.indexer import Indexer
-from vestige.latent import Latent
+from vestige.latent import Kind, Latent
 from vestige.models import check
 from vestige.testing import tiny
 
@@ -73,17 +74,20 @@ def random_indexer(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> In
     return indexer
 
 
-def random_latent(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> Latent:
-    """Return a latent memory's weights that nobody trained, its gate half open."""
+def random_latent(model: PreTrainedModel, kind: Kind = "linear", *, seed: int = 0, **shape: Any) -> Latent:
+    """Return a memory's weights that nobody trained, its gate half open."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        latent = Latent.fresh(model, **{"width": 8} | shape).requires_grad_(False)
+        latent = Latent.fresh(model, kind, **{"width": 8} | shape).requires_grad_(False)
         for gate in (layer.gate for layer in latent.layers if layer.gate is not None):
             gate.zero_()
     return latent
 
 
-MADE: dict[str, Any] = {"retention": (random_gates,), "indexmem": (random_indexer, random_latent)}
+MADE: dict[str, Any] = {
+    "retention": (random_gates,),
+    "indexmem": (random_indexer, random_latent, partial(random_latent, kind="slots")),
+}
 """What is drawn for a model of which no weights of that kind are shipped."""
 
 

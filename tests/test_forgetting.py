@@ -8,14 +8,14 @@ import torch
 from conftest import random_latent
 from vestige import Budget, KVCache, Span, attach, erase, forget, policies, prefill
 from vestige.erasers import Drop, Learned
-from vestige.memory import Linear, Moments
+from vestige.memory import Linear, Moments, Slots
 from vestige.remains import Absorbed, Evicted, Forgotten
 from vestige.spans import within
 from vestige.testing import left_padded, random_ids, tiny
 
 MODEL = tiny("llama")
-LATENT = random_latent(MODEL)
-MEMORY = Linear(latent=LATENT, dtype="float32")
+MEMORY = Linear(latent=random_latent(MODEL), dtype="float32")
+SLOTS = Slots(latent=random_latent(MODEL, "slots"), dtype="float32")
 KEPT = policies.StreamingLLM(budget=Budget.tokens(12), sink=2, window=4)
 
 
@@ -26,7 +26,7 @@ def read(ids, memory=MEMORY, mask=None, policy=KEPT) -> KVCache:
     return cache
 
 
-def without(cache: KVCache, whole: KVCache, spans: list[Span]) -> list[dict[str, torch.Tensor]]:
+def without(cache: KVCache, whole: KVCache, spans: list[Span], memory=MEMORY) -> list[dict[str, torch.Tensor]]:
     """Return the states of a memory that was handed what a cache evicted, but for some spans."""
     states = []
     for layer, full in zip(cache.evictable, whole.evictable, strict=True):
@@ -37,7 +37,7 @@ def without(cache: KVCache, whole: KVCache, spans: list[Span]) -> list[dict[str,
             slots.append(full.starts[row] + gone.nonzero()[:, 0])
             lengths.append(int(gone.sum()))
         evicted = Evicted.of(layer.layer_idx, full.columns, torch.cat(slots), lengths)
-        states.append(MEMORY.absorb(MEMORY.empty(layer.rows, 16, 16, "cpu"), evicted))
+        states.append(memory.absorb(memory.empty(layer.rows, 16, 16, "cpu"), evicted))
     return states
 
 
@@ -48,18 +48,19 @@ def same(cache: KVCache, states) -> None:
 
 
 @pytest.mark.parametrize("spans", [[Span(8, 13)], [Span(5, 7), Span(20, 31)], [Span(0, 40)]], ids=str)
-def test_what_is_left_is_the_memory_that_never_had_the_spans(spans):
+@pytest.mark.parametrize("memory", [MEMORY, SLOTS], ids=["linear", "slots"])
+def test_what_is_left_is_the_memory_that_never_had_the_spans(spans, memory):
     ids, mask = left_padded(MODEL, [40, 33])
     spans = [Span(one.start, min(one.end, 33)) for one in spans]
-    cache, whole = read(ids, mask=mask), read(ids, mask=mask, policy=policies.Full())
+    cache, whole = read(ids, memory, mask), read(ids, memory, mask, policies.Full())
     before = [dict(layer.remains.state) for layer in cache.evictable]
     with attach(MODEL):
         assert forget(cache, spans, model=MODEL) is Forgotten.SUBTRACTED
-        same(cache, without(cache, whole, spans))
+        same(cache, without(cache, whole, spans, memory))
         assert not torch.equal(cache.evictable[0].remains.state["count"], before[0]["count"])
         assert all(cache.forget(span) is Forgotten.EXACT for span in spans)
         assert forget(cache, spans[0], model=MODEL) is Forgotten.EXACT, "nothing is subtracted twice"
-        same(cache, without(cache, whole, spans))
+        same(cache, without(cache, whole, spans, memory))
 
 
 def test_a_span_of_which_nothing_was_absorbed_costs_nothing():

@@ -13,10 +13,9 @@ from vestige.indexer import Indexer
 from vestige.latent import Latent
 from vestige.learn import LoopConfig, train
 from vestige.learn.indexmem.foretelling import asked_for, foretelling, looked_at, looked_at_within
-from vestige.learn.indexmem.restoring import attended, chosen, restoring
+from vestige.learn.indexmem.restoring import attended, chosen, remembering, restoring
 from vestige.learn.indexmem.seen import seen
 from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask
-from vestige.memory import Linear
 from vestige.models import check
 from vestige.policies import IndexMem
 from vestige.testing import attention, random_ids, tiny
@@ -29,8 +28,9 @@ def task(chatter):
     tokenizer = chatter[1]
     model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
     torch.manual_seed(0)
-    indexer, latent = Indexer.fresh(model, dim=4, apart=True), Latent.fresh(model, width=8)
-    return IndexMemTask(model, tokenizer, indexer, latent, [PROSE], [PROSE[::-1]], SMALL, validation=2)
+    indexer = Indexer.fresh(model, dim=4, apart=True)
+    latents = [Latent.fresh(model, "linear", width=8), Latent.fresh(model, "slots", width=4)]
+    return IndexMemTask(model, tokenizer, indexer, latents, [PROSE], [PROSE[::-1]], SMALL, validation=2)
 
 
 # What is looked at.
@@ -112,29 +112,29 @@ def test_in_training_what_goes_is_what_the_policy_evicts(apart):
             assert layer.positions(row).tolist() == stays[row].nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("fusion", ["added", "merged"])
-def test_in_training_a_memory_gives_back_what_it_gives_back_in_a_cache(fusion):
+@pytest.mark.parametrize("kind", ["linear", "slots"])
+def test_in_training_a_memory_gives_back_what_it_gives_back_in_a_cache(kind):
     model = tiny("llama", num_hidden_layers=1)  # so that nothing else that is evicted bears on queries
-    ids, indexer, latent = random_ids(model, 1, 40), random_indexer(model), random_latent(model, fusion=fusion)
+    ids, indexer, latent = random_ids(model, 1, 40), random_indexer(model), random_latent(model, kind)
     layers = seen(model, ids)
     policy = IndexMem(budget=Budget.tokens(12), indexer=indexer, sink=1, window=3)
     outputs = []
     hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, args: outputs.append(args[0][0]))
     with attach(model), torch.no_grad():
-        for memory in (None, Linear(latent=latent, dtype="float32")):
+        for memory in (None, remembering(latent)):
             cache = KVCache(model, policy, memory=memory)
             prefill(model, ids[:, :30], cache, chunk=30)
             kept = [torch.stack([torch.isin(torch.arange(30), cache.evictable[0].positions(row)) for row in range(2)])]
             prefill(model, ids[:, 30:], cache, settle=False)
         model(ids)
     hook.remove()
-    plain, remembering, whole = (x.view(-1, 4, 16).transpose(0, 1) for x in (outputs[1], outputs[3], outputs[4][30:]))
+    plain, restored, whole = (x.view(-1, 4, 16).transpose(0, 1) for x in (outputs[1], outputs[3], outputs[4][30:]))
     torch.testing.assert_close(attended(layers[0], 30, kept[0]).output, plain, atol=1e-5, rtol=1e-4)
     everything = torch.ones_like(kept[0])
     torch.testing.assert_close(attended(layers[0], 30, everything).output, whole, atol=1e-5, rtol=1e-4)
-    error, without = restoring(latent, layers, kept)
+    (error,), without = restoring([latent], layers, kept)
     size = whole.square().mean()
-    assert float(error) == pytest.approx(float((remembering - whole).square().mean() / size), rel=1e-3)
+    assert float(error) == pytest.approx(float((restored - whole).square().mean() / size), rel=1e-3)
     assert float(without) == pytest.approx(float((plain - whole).square().mean() / size), rel=1e-3)
 
 
@@ -148,10 +148,11 @@ def test_first_the_indexer_learns_alone_then_both_and_the_model_never(task):
         torch.manual_seed(0)
         parts = task.loss(0)
         parts["loss"].backward()
-        assert parts.keys() == {"loss", "index", "memory", "left", "tokens"}
+        assert parts.keys() == {"loss", "index", "linear", "slots", "tokens"}
         assert all(float(weight.grad.abs().sum()) > 0 for weight in task.indexer.parameters())
-        assert all((float(weight.grad.abs().sum()) > 0) == learns for weight in task.latent.parameters())
-        assert bool(parts["memory"] > 0) == learns
+        for kind, latent in task.latents.items():
+            assert all((float(weight.grad.abs().sum()) > 0) == learns for weight in latent.parameters()), kind
+            assert bool(parts[kind] > 0) == learns
     assert all(weight.grad is None for weight in task.model.parameters())
 
 
@@ -174,10 +175,10 @@ def test_steps_on_one_sequence_lower_both_losses(task, tmp_path, monkeypatch):
     config = LoopConfig(steps=40, batch=1, lr=2e-2, save_every=100)
     train(task, config, tmp_path / "out", tell=lambda done, total, record: found.append(record))
     assert found[-1]["index"] < 0.8 * found[0]["index"]
-    assert found[-1]["left"] < 0.95 * found[0]["left"]
+    assert found[-1]["linear"] < 0.95 * found[0]["linear"] and found[-1]["slots"] < 0.9 * found[0]["slots"]
 
 
-def test_validation_really_evicts_and_asks_with_and_without_the_memory(task, monkeypatch):
+def test_validation_really_evicts_and_asks_with_and_without_memories(task, monkeypatch):
     from vestige.learn.tales import held as telling
 
     monkeypatch.setattr(telling, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
@@ -185,9 +186,11 @@ def test_validation_really_evicts_and_asks_with_and_without_the_memory(task, mon
         tight = task.validate()
         task.options = replace(task.options, budget=1.0)
         roomy = task.validate()
-    assert tight.keys() == {"loss", "exact", "answers", "loss_memory", "exact_memory"}
-    assert tight["loss"] != roomy["loss"] and tight["loss_memory"] != tight["loss"]
-    assert roomy["loss_memory"] == roomy["loss"]
+    assert tight.keys() == {"answers"} | {
+        f"{figure}{kind}" for figure in ("loss", "exact") for kind in ("", "_linear", "_slots")
+    }
+    assert tight["loss"] != roomy["loss"] and len({tight[f"loss{kind}"] for kind in ("", "_linear", "_slots")}) == 3
+    assert roomy["loss_linear"] == roomy["loss_slots"] == roomy["loss"]
 
 
 @pytest.mark.parametrize(
@@ -212,4 +215,4 @@ def test_an_unknown_teacher_is_refused(unchecked):
 def test_sequences_longer_than_the_model_are_refused(chatter):
     model, tokenizer = chatter
     with pytest.raises(InputError, match="600 tokens.*512 positions"):
-        IndexMemTask(model, tokenizer, Indexer.fresh(model), Latent.fresh(model), [PROSE], [PROSE], SMALL)
+        IndexMemTask(model, tokenizer, Indexer.fresh(model), [], [PROSE], [PROSE], SMALL)

@@ -11,30 +11,31 @@ from torch import Tensor
 from vestige import InputError, PolicyError, Span, memory
 from vestige.kernels import AttentionScale
 from vestige.kernels.partial import Added, Partial, merge
-from vestige.latent import Latent, LatentConfig
-from vestige.memory import MEMORIES, Centroids, Linear, Moments
+from vestige.latent import Latent, LatentConfig, kind_of
+from vestige.memory import MEMORIES, Centroids, Linear, Moments, Slots
 from vestige.memory.storage import check_dtype
 from vestige.remains import Absorbed, Asked, Evicted, Remains, log_count
 
 ESTIMATES = sorted(set(MEMORIES) - {"none", "linear"})
-"""What estimates attention over the evicted with nothing trained."""
-LINEAR = {"linear": {}, "linear, decays": {"decays": True}, "linear, merged": {"fusion": "merged"}}
-NAMES = [*ESTIMATES, *LINEAR]
+"""What estimates attention over the evicted, well or badly."""
+TRAINED = {f"{kind}{decays}": (kind, bool(decays)) for kind in ("linear", "slots") for decays in ("", ", decays")}
+NAMES = [*ESTIMATES, *(name for name in TRAINED if name not in ESTIMATES)]
 HEAD_DIM, VALUE_DIM = 6, 4
 PLAIN = AttentionScale(0.4)
 EXACTLY = {"dtype": "float32"}
 
 
-def random_weights(head_dim: int = HEAD_DIM, width: int = 5, **shape) -> Latent:
+def random_weights(kind: str = "linear", head_dim: int = HEAD_DIM, width: int = 5, **shape) -> Latent:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        latent = Latent(LatentConfig(layers=(0,), head_dims=(head_dim,), width=width, **shape))
+        latent = Latent(LatentConfig(kind=kind_of(kind), layers=(0,), head_dims=(head_dim,), width=width, **shape))
         return latent.requires_grad_(False)
 
 
 def made(name: str, **options):
-    if name in LINEAR:
-        return Linear(latent=random_weights(**LINEAR[name]), **options)
+    if name in TRAINED:
+        kind, decays = TRAINED[name]
+        return (Slots if kind == "slots" else Linear)(latent=random_weights(kind, decays=decays), **options)
     cls = memory.resolve(name)
     assert cls is not None
     return cls(**options)
@@ -246,7 +247,7 @@ def test_keys_and_values_beyond_the_range_of_float16_do_not_overflow(name):
         torch.testing.assert_close(got.lse, expected.lse, rtol=0.01, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ESTIMATES)
+@pytest.mark.parametrize("name", ["centroids", "moments"])
 def test_what_is_recalled_is_nearer_than_nothing(name):
     one = made(name)
     keys, values = random_rows([200], spread=0.7)
@@ -353,8 +354,9 @@ def test_what_a_state_weighs(one, weight):
 
 def test_docstrings_say_what_the_defaults_weigh_in_pairs():
     pair = 2 * 64 * 2 + 4  # bfloat16 key and value, and a position
-    latent = random_weights(head_dim=64, width=32)
-    for cls, given in ((Moments, {}), (Centroids, {}), (Linear, {"latent": latent})):
+    linear, slots = random_weights("linear", 64, 32), random_weights("slots", 64, 16)
+    trained = ((Linear, {"latent": linear}), (Slots, {"latent": slots}))
+    for cls, given in ((Moments, {}), (Centroids, {}), *trained):
         said = " ".join(cls.__doc__.split())
         default, wide = (one.state_bytes(64, 64) for one in (cls(**given), cls(**given, **EXACTLY)))
         assert f"as much as {round(default / pair)} pairs in bfloat16 ({default:,} bytes a row; " in said
@@ -475,7 +477,7 @@ def test_ranges_follow_their_batch_rows():
     assert noted.select([1, 0, 1]).ranges == {0: noted.ranges[1], 2: noted.ranges[1]}
 
 
-# Linear.
+# Linear memories.
 
 
 def naive_linear(latent: Latent, keys: Tensor, values: Tensor, at: list[int], given: Tensor) -> Tensor:
@@ -497,13 +499,9 @@ def naive_linear(latent: Latent, keys: Tensor, values: Tensor, at: list[int], gi
     return torch.stack(read)
 
 
-@pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_what_is_read_is_that_of_a_loop_however_the_pairs_came(name, seed):
-    one, given = made(name, **EXACTLY), queries(2)
-    keys, values = random_rows([60, 31], seed)
-    at = [[7 * i + 3 for i in range(60)], [400 * i for i in range(31)]]
-    state, generator = empty(one, 2), torch.Generator().manual_seed(seed)
+def scattered(one, keys: list[Tensor], values: list[Tensor], at: list[list[int]], seed: int):
+    """Return the state after the pairs came in three pieces, as decoding may evict what reading kept."""
+    state, generator = empty(one, len(keys)), torch.Generator().manual_seed(seed)
     order = [torch.randperm(len(k), generator=generator) for k in keys]  # decode may evict what prefill kept
     for piece in range(3):
         chosen = [x[piece::3].sort().values for x in order]
@@ -512,10 +510,20 @@ def test_what_is_read_is_that_of_a_loop_however_the_pairs_came(name, seed):
         for r, index in enumerate(chosen):
             padded[r, : len(index)] = torch.tensor(at[r])[index]
         state = one.absorb(state, dataclasses.replace(taken, positions=padded))
+    return state
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, decays"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_read_is_that_of_a_loop_however_the_pairs_came(name, seed):
+    one, given = made(name, **EXACTLY), queries(2)
+    keys, values = random_rows([60, 31], seed)
+    at = [[7 * i + 3 for i in range(60)], [400 * i for i in range(31)]]
+    state = scattered(one, keys, values, at, seed)
     found = ask(one, state, given)
     for r in range(2):
         expected = naive_linear(one.latent, keys[r], values[r], at[r], given[r])
-        share = 1.0 if name == "linear, merged" else torch.sigmoid(one.latent.at(0).gate).item()
+        share = torch.sigmoid(one.latent.at(0).gate).item()
         torch.testing.assert_close(found.output[r].double(), share * expected, atol=1e-5, rtol=1e-4)
 
 
@@ -537,16 +545,32 @@ def test_a_gate_may_hang_on_the_query():
     torch.testing.assert_close(ask(one, state, queries(1)).output, before.output * opened[..., None])
 
 
-def test_merged_it_weighs_what_its_count_and_mean_key_say():
-    one = made("linear, merged", **EXACTLY)
-    one.latent.at(0).mass.copy_(torch.tensor([0.5, -1.0]))
-    keys, values = random_rows([8])
-    found = ask(one, one.absorb(empty(one, 1), gone(keys, values)), given := queries(1))
-    expected = math.log(8) + 0.5 * 0.4 * given[0] @ keys[0].mean(0) - 1.0
-    torch.testing.assert_close(found.lse[0], expected)
+# Slots.
 
 
-@pytest.mark.parametrize("name", ["linear", "linear, merged"])
+@pytest.mark.parametrize("name", ["slots", "slots, decays"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_slots_are_those_of_a_loop_however_the_pairs_came(name, seed):
+    one, given = made(name, **EXACTLY), queries(2)
+    layer = one.latent.at(0)
+    layer.reading.copy_(torch.tensor([1.3, -0.5]))
+    keys, values = random_rows([60, 31], seed)
+    at = [[7 * i + 3 for i in range(60)], [40 * i for i in range(31)]]
+    found = ask(one, scattered(one, keys, values, at, seed), given)
+    for r in range(2):
+        mass, means = [0.0] * 5, [[torch.zeros(HEAD_DIM), torch.zeros(VALUE_DIM)] for _ in range(5)]
+        for key, value, position in zip(keys[r], values[r], at[r], strict=True):
+            left = 1.0 if layer.decay is None else float(torch.sigmoid(layer.decay)) ** ((max(at[r]) - position) / 128)
+            for s, share in enumerate((layer.phi(key)).softmax(0).tolist()):
+                mass[s] += left * share
+                means[s] = [mean + left * share * x for mean, x in zip(means[s], (key, value), strict=True)]
+        slots = torch.stack([means[s][0] / mass[s] for s in range(5)])
+        logits = 1.3 * 0.4 * given[r] @ slots.T + torch.tensor(mass).log()
+        expected = logits.softmax(-1) @ torch.stack([means[s][1] / mass[s] for s in range(5)])
+        close(part(found, r), Partial(expected, logits.logsumexp(-1) - 0.5), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["linear", "slots"])
 def test_to_absorb_and_release_is_the_identity(name):
     one, given = made(name, **EXACTLY), queries(2)
     keys, values = random_rows([50, 20])
@@ -562,7 +586,7 @@ def test_to_absorb_and_release_is_the_identity(name):
         assert not value.any() or (value < -1e20).all(), "nothing is left"
 
 
-@pytest.mark.parametrize("name", [*ESTIMATES, "linear, decays"])
+@pytest.mark.parametrize("name", ["moments", "centroids", "linear, decays", "slots, decays"])
 def test_what_fades_or_is_averaged_cannot_be_taken_apart(name):
     one = made(name)
     given = gone(*random_rows([5]))
@@ -573,11 +597,11 @@ def test_what_fades_or_is_averaged_cannot_be_taken_apart(name):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [({"width": 0}, "at least 1"), ({"head_dims": ()}, "of each"), ({"fusion": "mixed"}, "added, merged")],
+    [({"width": 0}, "at least 1"), ({"head_dims": ()}, "of each"), ({"kind": "mixed"}, "linear, slots")],
 )
 def test_shapes_that_cannot_be_are_refused(shape, message, unchecked):
     with pytest.raises(InputError, match=message):
-        LatentConfig(**{"layers": (0,), "head_dims": (4,)} | shape)
+        LatentConfig(**{"kind": "linear", "layers": (0,), "head_dims": (4,), "width": 3} | shape)
 
 
 # Names and options.
@@ -602,7 +626,10 @@ def test_names_lead_to_classes_and_back():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("moment", "unknown memory 'moment'; did you mean 'moments'\\? available: none, centroids, linear, moments"),
+        (
+            "moment",
+            "unknown memory 'moment'; did you mean 'moments'\\? available: none, centroids, linear, moments, slots",
+        ),
         ("none(mass=1)", "memory 'none' takes no options, got mass"),
         ("moments(mas=1)", "memory 'moments' has no option 'mas'; available: dtype, mass"),
         ("moments(dtype=float64)", "unknown dtype 'float64'.*available: float16, float32"),
@@ -616,6 +643,11 @@ def test_names_lead_to_classes_and_back():
 def test_what_cannot_be_a_memory_is_refused(text, message):
     with pytest.raises(PolicyError, match=message):
         memory.make(text)
+
+
+def test_a_memory_with_the_weights_of_another_kind_is_refused():
+    with pytest.raises(PolicyError, match="memory 'slots' was given the weights of a linear memory"):
+        Slots(latent=random_weights("linear"))
 
 
 def test_options_given_as_an_object_are_checked_too():

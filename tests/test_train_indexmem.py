@@ -17,13 +17,19 @@ def test_training_makes_weights_with_a_card_that_run_takes(vestige, roomy, texts
     assert result.code == 0, result.err
     assert result.row["finished"] and result.row["step"] == 3 and result.row["indexmem"] == "made/indexmem"
     card = json.loads((place / "made" / "indexmem" / "card.json").read_text())
-    assert card["steps"] == 3 and card["indexer"]["dim"] == 4 and card["latent"]["width"] == 8
+    assert (
+        card["steps"] == 3
+        and card["indexer"]["dim"] == 4
+        and card["memory"]["width"] == 8
+        and card["memories"] == ["linear", "slots"]
+    )
     assert card["indexer"]["apart"] == (apart == "--apart") and card["options"]["joint"] == 2
     assert card["command"].startswith("vestige train indexmem") and "answers" in card["validation"]
     asked = ("--context", "story.txt", "--question", "Who?", "--max-new-tokens", "3", "--budget", "0.25")
-    used = ("--policy", "indexmem(indexer=made/indexmem)", "--memory", "linear(latent=made/indexmem)")
-    row = vestige("run", "--model", roomy, *asked, *used, "--json").row
-    assert row["policy"] == "indexmem" and row["share"] == "head" and row["memory_bytes"] > 0
+    for memory in card["memories"]:
+        used = ("--policy", "indexmem(indexer=made/indexmem)", "--memory", f"{memory}(latent=made/indexmem)")
+        row = vestige("run", "--model", roomy, *asked, *used, "--json").row
+        assert row["policy"] == "indexmem" and row["share"] == "head" and row["memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -33,7 +39,7 @@ def test_training_makes_weights_with_a_card_that_run_takes(vestige, roomy, texts
         (("--data", "texts", "--length", "500", "--least", "10"), "96 <= least"),
         (("--data", "texts", "--length", "5000"), "5000 tokens do not fit the model's 512 positions"),
         (("--data", "texts", "--teacher", "magic"), "unknown teacher 'magic'; available: answers, text"),
-        (("--data", "texts", "--fusion", "magic"), "unknown fusion 'magic'; available: added, merged"),
+        (("--data", "texts", "--memory", "magic"), "unknown trained memory 'magic'; available: linear, slots"),
         (("--data", "texts", "--schedule", "magic"), "unknown schedule 'magic'"),
         (("--data", "texts", "--aware", "2"), "aware must lie in [0, 1]"),
         (("--data", "story.txt"), "12 sentences or more"),
@@ -51,4 +57,4 @@ def test_weights_of_another_model_are_refused_in_one_line(vestige, folders, room
     memory = vestige(*asked, "--policy", "snapkv", "--memory", "linear(latent=made/indexmem)")
     assert policy.code == memory.code == 2
     assert "indexer made for another model" in policy.complaint()
-    assert "latent memory made for another model" in memory.complaint()
+    assert "linear memory made for another model" in memory.complaint()

@@ -34,7 +34,7 @@ WEIGHTS = {
     "eraser": "adapter/adapter_model.safetensors",
     "retention": "gates/gates.safetensors",
     "retention at once": "gates/gates.safetensors",
-    "indexmem": "indexmem/latent.safetensors",
+    "indexmem": "indexmem/slots.safetensors",
 }
 
 

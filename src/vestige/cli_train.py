@@ -216,11 +216,15 @@ def train_indexmem(
     apart: Annotated[bool, typer.Option(help="Scores of each KV head; if not, one for all of a layer.")] = True,
     heads: Annotated[int, typer.Option(help="Index heads for each KV head.", min=1)] = 1,
     dim: Annotated[int, typer.Option(help="Of each KV head's part of the index key.", min=1)] = 8,
-    width: Annotated[int, typer.Option(help="Of the memory's projection.", min=1)] = 32,
-    fusion: Annotated[str, typer.Option(help="What the memory says is added to attention, or merged.")] = "added",
-    decays: Annotated[bool, typer.Option(help="Older pairs count less in the memory.")] = False,
-    asks: Annotated[bool, typer.Option(help="The memory's gate looks at the query.")] = False,
-    memory_weight: Annotated[float, typer.Option(help="Of the memory's error.")] = 0.3,
+    memory: Annotated[
+        list[str] | None, typer.Option(help="A memory to train: linear or slots; may be repeated. Default: both.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of the memories' projections; default: 32, 16 slots.", min=1)
+    ] = None,
+    decays: Annotated[bool, typer.Option(help="Older pairs count less in the memories.")] = False,
+    asks: Annotated[bool, typer.Option(help="The linear memory's gate looks at the query.")] = False,
+    memory_weight: Annotated[float, typer.Option(help="Of the memories' errors.")] = 0.3,
     field: Field = "text",
     budget: Annotated[float, typer.Option(help="Share of the pairs that is kept for validation.")] = 0.1,
     validate_every: ValidateEvery = 100,
@@ -232,10 +236,10 @@ def train_indexmem(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train IndexMem on texts; `run --policy "indexmem(indexer=OUT/indexmem)" --memory "linear(latent=OUT/indexmem)"`
+    """Train IndexMem on texts; `run --policy "indexmem(indexer=OUT/indexmem)" --memory "slots(latent=OUT/indexmem)"`
     uses it.
     """
-    from vestige.latent import fusion_of
+    from vestige.latent import KINDS, kind_of
     from vestige.learn.indexmem.foretelling import teacher_of
     from vestige.learn.indexmem.task import IndexMemOptions
     from vestige.learn.indexmem.training import IndexMemTraining
@@ -247,7 +251,8 @@ def train_indexmem(
         memory_weight=memory_weight, budget=budget, seed=seed,
     )  # fmt: skip
     training = IndexMemTraining(
-        data=tuple(data), field=field, loop=loop, options=options, heads=heads, dim=dim, apart=apart, width=width,
-        fusion=fusion_of(fusion), decays=decays, asks=asks, validation=validation,
+        data=tuple(data), field=field, loop=loop, options=options, heads=heads, dim=dim, apart=apart,
+        memories=tuple(dict.fromkeys(map(kind_of, memory or KINDS))), width=width, decays=decays, asks=asks,
+        validation=validation,
     )  # fmt: skip
     _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)

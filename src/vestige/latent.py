@@ -1,6 +1,7 @@
-"""What IndexMem's latent memory is made with: a projection of keys and queries for each layer, and how much it counts.
+"""What trained memories are made with: for each layer a projection of its keys, and how much what is read counts.
 
-Belongs to one model; kept beside it, never put into it. The memory itself is :class:`vestige.memory.Linear`.
+They belong to one model; they are kept beside it, never put into it. The memories themselves are
+:class:`vestige.memory.Linear` and :class:`vestige.memory.Slots`.
 """
 
 from collections.abc import Mapping
@@ -18,59 +19,58 @@ from vestige import trained
 from vestige.errors import InputError, unknown
 from vestige.models import check
 
-NAME = "latent"
-"""Of the files."""
-Fusion = Literal["added", "merged"]
-FUSIONS: tuple[str, ...] = get_args(Fusion)
+Kind = Literal["linear", "slots"]
+KINDS: tuple[str, ...] = get_args(Kind)
+WIDTHS: Mapping[str, int] = {"linear": 32, "slots": 16}
+"""Rows of the state, by default: at these both weigh alike."""
 GATE, DECAY = -2.0, 4.6
 """Logits that gate and decay begin with: an eighth is added, a hundredth is lost."""
 
 
+def kind_of(name: str) -> Kind:
+    """Return the kind of that name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name not in KINDS:
+        raise InputError(unknown("trained memory", str(name), KINDS))
+    return cast(Kind, name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """The shape of a latent memory, and whose it is.
+    """The shape of a trained memory, and whose it is.
 
     Args:
+        kind: Which memory it is for.
         layers: Indices of the model's evictable layers.
         head_dims: Size of a key of each of them.
         width: Of the projection: rows of the state.
-        fusion: What is read is added to attention, by a gate, as in the paper; or merged with it by how much the
-            evicted pairs would weigh.
-        decays: Whether older pairs count less, by a rate that is learned; if not, pairs can be subtracted again.
-        asks: Whether the gate looks at the query.
+        decays: Whether older pairs count less, by a rate that is learned; if not, pairs can be taken out again.
+        asks: Whether the gate looks at the query; of linear memories.
         base: Fingerprint of the model.
         model: Its name, for messages.
 
     Raises:
-        InputError: A number out of range, or an unknown fusion.
+        InputError: A number out of range, or an unknown kind.
     """
 
+    kind: Kind
     layers: tuple[int, ...]
     head_dims: tuple[int, ...]
-    width: int = 32
-    fusion: Fusion = "added"
+    width: int
     decays: bool = False
     asks: bool = False
     base: str = ""
     model: str = ""
 
     def __post_init__(self) -> None:
+        kind_of(self.kind)
         if not self.layers or len(self.layers) != len(self.head_dims):
-            raise InputError("a latent memory needs layers, and the head size of each")
+            raise InputError("a trained memory needs layers, and the head size of each")
         if min(self.width, *self.head_dims) < 1:
             raise InputError("width and head_dims must be at least 1")
-        fusion_of(self.fusion)
-
-
-def fusion_of(name: str) -> Fusion:
-    """Return the fusion of that name.
-
-    Raises:
-        InputError: There is none.
-    """
-    if name not in FUSIONS:
-        raise InputError(unknown("fusion", str(name), FUSIONS))
-    return cast(Fusion, name)
 
 
 class LayerLatent(nn.Module):
@@ -78,39 +78,33 @@ class LayerLatent(nn.Module):
 
     def __init__(self, config: LatentConfig, place: int) -> None:
         super().__init__()
-        size = config.head_dims[place]
-        self.phi = nn.Linear(size, config.width, bias=False)
+        size, linear = config.head_dims[place], config.kind == "linear"
+        self.phi = nn.Linear(size, config.width, bias=not linear)
         nn.init.normal_(self.phi.weight, std=size**-0.5)
         self.decay = nn.Parameter(torch.tensor(DECAY)) if config.decays else None
-        added = config.fusion == "added"
-        self.gate = nn.Parameter(torch.tensor(GATE)) if added else None
-        self.asking = nn.Parameter(torch.zeros(size)) if added and config.asks else None
-        self.mass = None if added else nn.Parameter(torch.tensor([1.0, 0.0]))
-        """Of the log of the weight of the evicted pairs: a factor on what their mean key gives, and an offset."""
+        self.gate = nn.Parameter(torch.tensor(GATE)) if linear else None
+        self.asking = nn.Parameter(torch.zeros(size)) if linear and config.asks else None
+        self.reading = None if linear else nn.Parameter(torch.tensor([1.0, 0.0]))
+        """Of slots: a factor on the products of queries and slots, and what is added to their log weight."""
 
     def project(self, x: Float[Tensor, "*some head_dim"]) -> Float[Tensor, "*some width"]:
-        """Return keys or queries, after RoPE, as the memory sees them."""
+        """Return keys, or queries, after RoPE, as the memory sees them."""
         projected: Tensor = self.phi(x)
         return projected
 
     def open(self, queries: Float[Tensor, "*some head_dim"]) -> Float[Tensor, "*some 1"]:
-        """Return by how much what is read is added, between 0 and 1."""
-        assert self.gate is not None, "what is merged has no gate"
+        """Return by how much what a linear memory reads is added, between 0 and 1."""
+        assert self.gate is not None, "slots have no gate"
         logit = self.gate if self.asking is None else self.gate + queries @ self.asking
         return logit.sigmoid().expand(queries.shape[:-1])[..., None]
 
     def log_kept(self) -> Float[Tensor, ""] | None:
-        """Return the log of what is left of a pair after ``INTERVAL`` tokens; None where nothing is lost."""
+        """Return the log of what is left of a pair after an interval; None where nothing is lost."""
         return None if self.decay is None else logsigmoid(self.decay)
 
 
 class Latent(nn.Module):
-    """The projections, gates and rates of all evictable layers.
-
-    Source: IndexMem, arXiv 2605.25475, after its authors' code: one projection for keys and queries, after RoPE; one
-    scalar gate and one decay for each layer. The rate of writing, which cancels in what is read, is left out. Ours: the
-    decay is by tokens between pairs, not by writes, so that nothing hangs on when pairs were evicted.
-    """
+    """The weights of a trained memory for all evictable layers."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -120,9 +114,9 @@ class Latent(nn.Module):
 
     @staticmethod
     def fresh(
-        model: PreTrainedModel, *, width: int = 32, fusion: Fusion = "added", decays: bool = False, asks: bool = False
+        model: PreTrainedModel, kind: Kind, *, width: int | None = None, decays: bool = False, asks: bool = False
     ) -> "Latent":
-        """Return an untrained one for a model, in float32.
+        """Return untrained ones for a model, in float32.
 
         Raises:
             ModelError: The model has no evictable layers.
@@ -130,10 +124,10 @@ class Latent(nn.Module):
         """
         anatomy = check(model)
         config = LatentConfig(
+            kind=kind,
             layers=anatomy.evictable,
             head_dims=tuple(anatomy.head_dim(i) for i in anatomy.evictable),
-            width=width,
-            fusion=fusion,
+            width=WIDTHS[kind] if width is None else width,
             decays=decays,
             asks=asks,
             base=anatomy.fingerprint(),
@@ -149,20 +143,20 @@ class Latent(nn.Module):
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise a ModelError unless this was made for a model."""
-        trained.require_fit(self.config, model, "latent memory")
+        trained.require_fit(self.config, model, f"{self.config.kind} memory")
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-        """Write the weights and the config into a folder."""
-        trained.save(self, self.config, folder, NAME, dtype=dtype)
+        """Write the weights and the config into a folder, under the name of the kind."""
+        trained.save(self, self.config, folder, self.config.kind, dtype=dtype)
 
     @staticmethod
-    def load(folder: Path, model: PreTrainedModel) -> "Latent":
-        """Read one for a model, in float32, without gradients; runs no code from the files.
+    def load(folder: Path, model: PreTrainedModel, kind: Kind) -> "Latent":
+        """Read those of a kind for a model, in float32, without gradients; runs no code from the files.
 
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        latent = trained.load(_made, folder, NAME, "latent memory")
+        latent = trained.load(_made, folder, kind, f"{kind} memory")
         latent.require_fit(model)
         return latent.requires_grad_(False).to(model.device)
 

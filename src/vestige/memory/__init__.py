@@ -15,6 +15,7 @@ MEMORIES: dict[str, str | None] = {
     "centroids": "vestige.memory.centroids:Centroids",
     "linear": "vestige.memory.linear:Linear",
     "moments": "vestige.memory.moments:Moments",
+    "slots": "vestige.memory.slots:Slots",
 }
 
 _CLASSES = registry.members(MEMORIES.values())

@@ -28,7 +28,7 @@ FIELD = (
     "kvzip(share=model)", "random", "streaming_llm",
 )  # fmt: skip
 REMEMBERING = (OURS, "retention", "laprox(kernel=41, causal=True)", "snapkv(kernel=41, causal=True)")
-MEMORIES = ("none", "linear", "moments", "centroids")
+MEMORIES = ("none", "linear", "slots", "moments", "centroids")
 FRACTIONS = ("0.25", "0.1", "0.05")
 LENGTH, LONG = 2048, 4096
 SAMPLES, LONG_SAMPLES, ANSWER_ROOM = 20, 10, 16

@@ -16,28 +16,38 @@ from vestige.latent import Latent
 from vestige.learn.indexmem.foretelling import asked_for
 from vestige.learn.indexmem.seen import Layer
 from vestige.memory.linear import Linear
-from vestige.remains import Asked, Evicted
+from vestige.memory.slots import Slots
+from vestige.remains import Asked, Evicted, Memory
 
 
 def restoring(
-    latent: Latent, layers: Sequence[Layer], kept: Sequence[Bool[Tensor, "kv_heads text"]]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return the error of attention behind a text with a memory of what was evicted, and the error without one.
+    latents: Sequence[Latent], layers: Sequence[Layer], kept: Sequence[Bool[Tensor, "kv_heads text"]]
+) -> tuple[Float[Tensor, " latents"], Float[Tensor, ""]]:
+    """Return the error of attention behind a text with each memory of what was evicted, and the error without one.
 
     Args:
-        latent: Gets the gradients.
+        latents: Get the gradients.
         layers: What each layer made of a text and what stands behind it.
         kept: The pairs of the text that each layer keeps.
     """
-    memory = Linear(latent=latent, dtype="float32")
+    memories = [remembering(latent) for latent in latents]
     errors, plain = [], []
     for layer, stays in zip(layers, kept, strict=True):
         whole, left = (attended(layer, stays.shape[1], seen) for seen in (torch.ones_like(stays), stays))
         size = whole.output.square().mean()
-        found = _joined(memory, layer, stays, left)
-        errors.append((found - whole.output).square().mean() / size)
+        found = [_joined(memory, layer, stays, left) for memory in memories]
+        errors.append(torch.stack([(one - whole.output).square().mean() / size for one in found]))
         plain.append((left.output - whole.output).square().mean() / size)
-    return torch.stack(errors).mean(), torch.stack(plain).mean()
+    return torch.stack(errors).mean(0), torch.stack(plain).mean()
+
+
+def remembering(latent: Latent) -> Memory:
+    """Return the memory of some weights, which keeps what it knows in float32."""
+    return (
+        Slots(latent=latent, dtype="float32")
+        if latent.config.kind == "slots"
+        else Linear(latent=latent, dtype="float32")
+    )
 
 
 @torch.no_grad()
@@ -70,11 +80,11 @@ def chosen(
     return kept
 
 
-def _joined(memory: Linear, layer: Layer, stays: Bool[Tensor, "kv_heads text"], left: Partial) -> Tensor:
+def _joined(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"], left: Partial) -> Tensor:
     """Return attention over what is left together with what the memory makes of the rest."""
     kv_heads, text = stays.shape
     gone = ~stays
-    # All pairs are handed over, those that stay as zeros, which add nothing.
+    # All pairs are handed over, those that stay marked as none.
     evicted = Evicted(
         layer_idx=layer.layer_idx,
         counts=gone.sum(1),

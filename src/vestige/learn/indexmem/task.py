@@ -1,4 +1,4 @@
-"""IndexMem as something to train: first the indexer, then a memory of what it would evict along with it.
+"""IndexMem as something to train: first the indexer, then memories of what it would evict along with it.
 
 Source: IndexMem, arXiv 2605.25475: two stages, the model frozen. Nothing is backpropagated through the model, so a step
 costs one reading. Sequences are tales: texts with questions behind them.
@@ -18,13 +18,12 @@ from vestige.errors import InputError
 from vestige.indexer import Indexer
 from vestige.latent import Latent
 from vestige.learn.indexmem.foretelling import Teacher, foretelling, teacher_of
-from vestige.learn.indexmem.restoring import chosen, restoring
+from vestige.learn.indexmem.restoring import chosen, remembering, restoring
 from vestige.learn.indexmem.seen import seen
 from vestige.learn.order import seed_of
 from vestige.learn.tales.held import Held, held_tales, judged
 from vestige.learn.tales.sequences import Alone, SequenceMaker
 from vestige.learn.tales.shares import drawn_share
-from vestige.memory.linear import Linear
 from vestige.models import check
 from vestige.policies.indexmem import IndexMem
 
@@ -53,7 +52,7 @@ class IndexMemOptions:
     joint: int = 0
     """Sequences, of the first, that only the indexer learns from; a multiple of the batch."""
     memory_weight: float = 0.3
-    """Of the memory's error."""
+    """Of the memories' errors."""
     sink: int = 4
     """First tokens of a text, which are always kept."""
     window: int = 32
@@ -77,7 +76,7 @@ class IndexMemTask:
         model: Frozen by this.
         tokenizer: The model's.
         indexer: Is trained; its scales are measured here.
-        latent: Is trained.
+        latents: Are trained, each of another kind.
         prose: Sentences to train on, by document.
         held: Sentences to validate on, by document.
         options: Of sequences and loss.
@@ -92,7 +91,7 @@ class IndexMemTask:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         indexer: Indexer,
-        latent: Latent,
+        latents: Sequence[Latent],
         prose: Sequence[Sequence[str]],
         held: Sequence[Sequence[str]],
         options: IndexMemOptions,
@@ -103,19 +102,19 @@ class IndexMemTask:
         if limit is not None and options.length > limit:
             raise InputError(f"sequences of {options.length} tokens do not fit the model's {limit} positions")
         self.model, self.options = model.requires_grad_(False).eval(), options
-        self.indexer, self.latent = indexer, latent
+        self.indexer, self.latents = indexer, {latent.config.kind: latent for latent in latents}
         self.maker = SequenceMaker(
             tokenizer, length=options.length, least=options.least, others=0, asked=options.asked, seed=options.seed
         )
         self.prose, self.held, self.validation = prose, held, validation
-        self._both = nn.ModuleDict({"indexer": indexer, "latent": latent})
+        self._all = nn.ModuleDict({"indexer": indexer, **{str(kind): one for kind, one in self.latents.items()}})
         self._to_validate: list[Held] = []
         self._measure()
 
     @property
     def module(self) -> nn.Module:
-        """Indexer and memory."""
-        return self._both
+        """Indexer and memories."""
+        return self._all
 
     @property
     def num_samples(self) -> None:
@@ -123,12 +122,12 @@ class IndexMemTask:
         return None
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
-        """Return the loss of a sequence in its parts; ``left`` is the memory's error as a share of that without."""
+        """Return the loss of a sequence in its parts; a memory's part is its error as a share of that without it."""
         packed = self.maker.sequence(("train", index), self.prose).to(self.model.device)
         found = [self._of(one, remember=index >= self.options.joint) for one in packed.documents()]
         shares = packed.texts / packed.texts.sum()
         parts = {name: (torch.stack([parts[name] for parts in found]) * shares).sum() for name in found[0]}
-        loss = parts["index"] + self.options.memory_weight * parts["memory"]
+        loss = parts["index"] + self.options.memory_weight * parts.pop("memory")
         return {"loss": loss, **parts, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
@@ -143,16 +142,18 @@ class IndexMemTask:
             sink=options.sink,
             window=options.window,
         )
-        plain = judged(self.model, policy, self._to_validate)
-        remembering = judged(self.model, policy, self._to_validate, Linear(latent=self.latent))
-        return {**plain, **{f"{name}_memory": value for name, value in remembering.items() if name != "answers"}}
+        found = dict(judged(self.model, policy, self._to_validate))
+        for kind, latent in self.latents.items():
+            with_memory = judged(self.model, policy, self._to_validate, remembering(latent))
+            found |= {f"{name}_{kind}": value for name, value in with_memory.items() if name != "answers"}
+        return found
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the shapes, the options and the data."""
         return {
             "model": check(self.model).fingerprint(),
             "indexer": asdict(self.indexer.config),
-            "latent": asdict(self.latent.config),
+            "latents": [asdict(latent.config) for latent in self.latents.values()],
             "options": asdict(self.options),
             "documents": [seed_of(*text[:3]) for text in (*self.prose, *self.held)],
         }
@@ -165,11 +166,14 @@ class IndexMemTask:
         share = drawn_share()
         layers = seen(self.model, one.ids)
         index = foretelling(self.indexer, layers, text, asking, teacher=options.teacher, sink=sink)
+        latents = list(self.latents.values())
         if not remember:  # every parameter has a gradient in every step
-            return {"index": index, "memory": _nothing(self.latent), "left": index.new_zeros(())}
+            nothing = torch.stack([_nothing(latent) for latent in latents])
+            return {"index": index, "memory": nothing.sum(), **dict(zip(self.latents, nothing.detach(), strict=True))}
         kept = chosen(self.indexer, layers, text, share, sink=sink, window=options.window)
-        error, without = restoring(self.latent, layers, kept)
-        return {"index": index, "memory": error, "left": (error / without.clamp_min(1e-12)).detach()}
+        errors, without = restoring(latents, layers, kept)
+        left = (errors / without.clamp_min(1e-12)).detach()
+        return {"index": index, "memory": errors.sum(), **dict(zip(self.latents, left, strict=True))}
 
     @torch.no_grad()
     def _measure(self) -> None:

@@ -1,5 +1,6 @@
-"""``vestige train indexmem``: from texts to an indexer and a memory with their card, in one folder that both take."""
+"""``vestige train indexmem``: from texts to an indexer and memories with their card, in one folder that all take."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,39 +9,40 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.indexer import Indexer
-from vestige.latent import Fusion, Latent
+from vestige.latent import Kind, Latent
 from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask
 from vestige.learn.job import Job, Training
-from vestige.learn.loop import Trained
+from vestige.learn.loop import Trained as Run
 from vestige.learn.prose import prose_of
 
 
 @dataclass(frozen=True)
-class Both:
-    """An indexer and a memory, written side by side."""
+class Trained:
+    """An indexer and memories, written side by side."""
 
     indexer: Indexer
-    latent: Latent
+    latents: Sequence[Latent]
 
     def save(self, folder: Path) -> None:
-        """Write safetensors and JSON of both."""
+        """Write safetensors and JSON of all."""
         self.indexer.save(folder)
-        self.latent.save(folder)
+        for latent in self.latents:
+            latent.save(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexMemTraining(Training):
-    """What an indexer and a memory are trained on, and how, beside what every training says; it validates on tales.
+    """What an indexer and memories are trained on, and how, beside what every training says; it validates on tales.
 
     Args:
         options: Of sequences and loss.
         heads: Index heads for each KV head.
         dim: Size of each KV head's part of the index key.
         apart: Whether each KV head has scores of its own.
-        width: Of the memory's projection.
-        fusion: Whether what the memory says is added or merged.
-        decays: Whether older pairs count less in it.
-        asks: Whether its gate looks at the query.
+        memories: Kinds of memories.
+        width: Of their projections; None takes each kind's own.
+        decays: Whether older pairs count less in them.
+        asks: Whether the linear one's gate looks at the query.
     """
 
     weights: ClassVar[str] = "indexmem"
@@ -48,29 +50,31 @@ class IndexMemTraining(Training):
     heads: int = 1
     dim: int = 8
     apart: bool = True
-    width: int = 32
-    fusion: Fusion = "added"
+    memories: tuple[Kind, ...] = ("linear", "slots")
+    width: int | None = None
     decays: bool = False
     asks: bool = False
     validation: int = 16
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Run:
         sides = self.sides()
         prose, held = (prose_of(side) for side in sides)
         torch.manual_seed(self.loop.seed)
         shapes: dict[str, dict[str, Any]] = {
             "indexer": {"heads": self.heads, "dim": self.dim, "apart": self.apart},
-            "latent": {"width": self.width, "fusion": self.fusion, "decays": self.decays, "asks": self.asks},
+            "memory": {"width": self.width, "decays": self.decays, "asks": self.asks},
         }
-        indexer, latent = Indexer.fresh(model, **shapes["indexer"]), Latent.fresh(model, **shapes["latent"])
-        task = IndexMemTask(model, tokenizer, indexer, latent, prose, held, self.options, validation=self.validation)
+        indexer = Indexer.fresh(model, **shapes["indexer"])
+        latents = [Latent.fresh(model, kind, **shapes["memory"]) for kind in self.memories]
+        task = IndexMemTask(model, tokenizer, indexer, latents, prose, held, self.options, validation=self.validation)
         return job.carry_out(
             task,
             self.loop,
-            Both(indexer, latent),
+            Trained(indexer, latents),
             self.weights,
-            what="IndexMem's indexer and latent memory (arXiv 2605.25475): what will be asked for, and what it was",
+            what="IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was",
             documents=[one for side in sides for one in side],
             options=asdict(self.options),
+            memories=list(self.memories),
             **shapes,
         )

@@ -1,0 +1,99 @@
+"""What memories with trained weights share: how these are had, and how pairs fade."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vestige.errors import PolicyError
+from vestige.latent import Kind, Latent, LayerLatent
+from vestige.memory.storage import Dtype, check_dtype
+from vestige.remains import Evicted, Memory, State
+from vestige.weights import Shelf
+
+INTERVAL = 128
+"""Tokens in which a pair fades by its layer's decay once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedMemory(Memory):
+    """A memory that is a sum over pairs, made with trained weights."""
+
+    kind: ClassVar[Kind]
+    latent: str | Latent | None = None
+    """A folder, a hub id, or weights at hand; None takes those that are shipped for the model."""
+    dtype: Dtype = "float16"
+    """Of what is stored for keys and values; all else is float32."""
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        if isinstance(self.latent, Latent) and self.latent.config.kind != self.kind:
+            raise PolicyError(f"memory {self.kind!r} was given the weights of a {self.latent.config.kind} memory")
+
+    def made_for(self, model: PreTrainedModel) -> "LearnedMemory":
+        """Return this memory with its weights at hand.
+
+        Raises:
+            ModelError: There are none, they are damaged, or another model's.
+        """
+        if isinstance(self.latent, Latent):
+            self.latent.require_fit(model)
+            return self
+        return replace(self, latent=_SHELVES[self.kind].get(self.latent, model))
+
+    @property
+    def releases(self) -> bool:
+        """Whether pairs can be taken out again: nothing fades."""
+        return not self.weights.config.decays
+
+    @property
+    def weights(self) -> Latent:
+        """The weights at hand."""
+        assert isinstance(self.latent, Latent), "the cache asks for the memory that is made for its model"
+        return self.latent
+
+    def absorb(self, state: State, evicted: Evicted) -> State:
+        """Return the state of rows that absorbed these pairs too."""
+        return self._changed(state, evicted, 1.0)
+
+    def release(self, state: State, evicted: Evicted) -> State:
+        """Return the state of rows without these pairs, which they absorbed.
+
+        Raises:
+            PolicyError: Pairs fade, so what is left of them is not known.
+        """
+        if not self.releases:
+            raise PolicyError("this memory's pairs fade, so they cannot be taken out again; use one without decay")
+        return self._changed(state, evicted, -1.0)
+
+    def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
+        raise NotImplementedError
+
+    def _clock(self, rows: int, device: torch.device | str) -> State:
+        """Return what an empty state needs to count pairs and let them fade."""
+        names = ("count", "latest") if self.weights.config.decays else ("count",)
+        return {name: torch.zeros(rows, device=device) for name in names}
+
+    def _advanced(
+        self, layer: LayerLatent, state: State, evicted: Evicted, sign: float
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows longest 1"], dict[str, Tensor]]:
+        """Return what is left of the state and of each new pair (0 behind a row's pairs), and the clock."""
+        clock = {"count": (state["count"] + sign * evicted.counts).clamp_min(0.0)}
+        there = evicted.valid.float()
+        log_kept = layer.log_kept()
+        if log_kept is None:
+            return torch.ones_like(state["count"]), there[..., None], clock
+        positions = evicted.positions.float()
+        latest = torch.maximum(state["latest"], positions.amax(1))
+        ages = torch.where(evicted.valid, latest[:, None] - positions, 0.0)
+        lives, before = (torch.exp(age / INTERVAL * log_kept) for age in (ages, latest - state["latest"]))
+        return before, (there * lives)[..., None], clock | {"latest": latest}
+
+
+_SHELVES: dict[str, Shelf[Latent]] = {
+    "linear": Shelf("indexmem", lambda folder, model: Latent.load(folder, model, "linear")),
+    "slots": Shelf("indexmem", lambda folder, model: Latent.load(folder, model, "slots")),
+}

@@ -1,0 +1,78 @@
+"""Slots: the evicted pairs of each row spread over a few slots by a trained projection; a slot is read as a pair."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.kernels.partial import Partial
+from vestige.latent import Kind
+from vestige.memory.learned import LearnedMemory
+from vestige.memory.storage import restored, stored
+from vestige.remains import Asked, Evicted, State, log_count
+
+_GONE = 1e-4  # of a slot: what is left when all of it was released is rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots(LearnedMemory):
+    """Spread each pair over slots by ``softmax(W k + c)``; each slot keeps its weight, mean key and mean value.
+
+    A slot takes part in the softmax as one pair that weighs as much as it holds, as centroids do; but which pairs go
+    together is trained, one projection for each layer, so that attention comes out as it was. Nothing is clustered: a
+    pair's shares follow from its key alone, the state is a sum, the order of evictions does not matter, and pairs can
+    be taken out again.
+
+    Our own: IndexMem's latent memory (arXiv 2605.25475) with positive features and merged by log-sum-exp, since what is
+    added outside the softmax ignores its denominator; the features also carry the keys. Weights: ``vestige train
+    indexmem``.
+
+    Weighs, at head size 64, as much as 16 pairs in bfloat16 (4,172 bytes a row; 32 pairs with ``dtype="float32"``).
+    """
+
+    kind: ClassVar[Kind] = "slots"
+
+    def empty(self, rows: int, head_dim: int, value_dim: int, device: torch.device | str) -> State:
+        """Return the state of rows that absorbed nothing."""
+        width = self.weights.config.width
+        keys, values = (torch.zeros(rows, width, size, device=device) for size in (head_dim, value_dim))
+        nothing = self._state(torch.zeros(rows, width, device=device), keys, values)
+        return {**nothing, **self._clock(rows, device)}
+
+    def recall(self, state: State, asked: Asked) -> Partial:
+        """Return attention over the slots."""
+        reading = self.weights.at(asked.layer_idx).reading
+        assert reading is not None, "linear memories have a gate instead"
+        products = asked.queries * (asked.scale.scaling * reading[0]) @ restored(state, "keys").mT
+        logits = asked.scale.capped(products) + log_count(state["mass"])[:, None]
+        lse = logits.logsumexp(-1)
+        return Partial(logits.softmax(-1) @ restored(state, "values"), torch.where(lse < -1e29, lse, lse + reading[1]))
+
+    def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
+        layer = self.weights.at(evicted.layer_idx)
+        before, lives, clock = self._advanced(layer, state, evicted, sign)
+        shares = layer.project(evicted.keys).softmax(-1) * lives
+        mass, added = before[:, None] * state["mass"], sign * shares.sum(1)
+        total = mass + added
+        gone = (total <= _GONE * mass) | (clock["count"] == 0)[:, None]
+        keys, values = (
+            _moved(restored(state, name), sign * shares.mT @ new, added, total).masked_fill(gone[..., None], 0.0)
+            for name, new in (("keys", evicted.keys), ("values", evicted.values))
+        )
+        return {**self._state(total.masked_fill(gone, 0.0), keys, values), **clock}
+
+    def _state(self, mass: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return {"mass": mass, **stored("keys", keys, self.dtype), **stored("values", values, self.dtype)}
+
+
+def _moved(
+    means: Float[Tensor, "rows width dim"],
+    sums: Float[Tensor, "rows width dim"],
+    added: Float[Tensor, "rows width"],
+    total: Float[Tensor, "rows width"],
+) -> Float[Tensor, "rows width dim"]:
+    """Return means after so much more, or less, came in; where nothing did they stay bit for bit."""
+    tiny = torch.finfo(total.dtype).tiny
+    return means + (sums - added[..., None] * means) / total.clamp_min(tiny)[..., None]
