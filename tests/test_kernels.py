@@ -254,6 +254,34 @@ def test_attention_with_its_mass_is_exact_whatever_the_dtype(monkeypatch, layout
     torch.testing.assert_close(got.lse.double(), formula_lse(given), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("extra", ["plain", "sinks"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_by_the_fused_kernel_is_the_one_that_is_written_out(monkeypatch, layout, extra, dtype):
+    given = case(new=1, dtype=dtype, **LAYOUTS[layout], **EXTRAS[extra])
+    given = replace(given, values=given.keys.flip(1))  # as wide as the keys
+    calls, kernel = [], loop._FUSED
+    assert kernel is not None, "this torch has it"
+    monkeypatch.setattr(loop, "_FUSED", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    fused = partially(given)
+    assert calls and fused.output.dtype == fused.lse.dtype == torch.float32
+    monkeypatch.setattr(loop, "_FUSED", None)
+    written = partially(given)
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8  # what is read comes back in the dtype of the pairs
+    torch.testing.assert_close(fused.output, written.output, atol=rounding, rtol=rounding)
+    torch.testing.assert_close(fused.lse, written.lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [UNEVEN, EVEN], ids=["uneven", "even"])
+def test_a_step_that_asks_for_gradients_or_caps_its_logits_is_written_out(monkeypatch, lengths):
+    monkeypatch.setattr(loop, "_FUSED", lambda *args, **options: pytest.fail("fused"))
+    capped = case(lengths, 1, softcap=1.5)
+    partially(replace(capped, values=capped.keys))
+    plain = case(lengths, 1)
+    with torch.enable_grad():
+        partially(replace(plain, values=plain.keys, query=plain.query.requires_grad_()))
+
+
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("lengths", [UNEVEN, EVEN], ids=["uneven", "even"])
 @pytest.mark.parametrize("new", [1, 5])

@@ -189,7 +189,8 @@ class Remains:
             rows: Rows that these read.
             scale: Of the layer.
         """
-        state = {name: x[rows] for name, x in self.state.items()}
+        every = rows.stop - rows.start == len(next(iter(self.state.values())))
+        state = self.state if every else {name: x[rows] for name, x in self.state.items()}
         flat = query.float().reshape(rows.stop - rows.start, -1, query.shape[-1])
         found = self.memory.recall(state, Asked(layer_idx=self.layer_idx, queries=flat, scale=scale))
         output = found.output.reshape(*query.shape[:3], -1)

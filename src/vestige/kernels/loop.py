@@ -5,7 +5,7 @@ into the query axis; a longer piece attends block by block with a lower-right ca
 last query need not be read at all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from vestige.kernels import AttentionScale
 from vestige.kernels.partial import Partial
 
+_FUSED: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
+    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
+)
+"""Not public in torch, so it may go: then its work is written out."""
 QUERY_BLOCK = 256
 """Queries per call in a piece of text: measured fastest of 64 to 1024 (LOG.md)."""
 
@@ -51,7 +55,7 @@ def attend_partially(
 ) -> Partial:
     """Return what :func:`attend` returns, in float32 or wider, and how much the pairs weigh, sinks included.
 
-    Written out: fused kernels give the log-sum-exp on some devices only, and without a gradient. Arguments as above.
+    Written out, but for a step of one token where a fused kernel says what it weighed. Arguments as above.
     """
     parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
     if len(parts) == 1:
@@ -139,6 +143,8 @@ def _weighed_rows(
     """Attend over rows of one length as :func:`_rows` does, and say what their pairs weigh, sinks included."""
     batch, heads, new, _ = query.shape
     kv_heads, held = keys.shape[1:3]
+    if new == 1 and scale.softcap is None and _fuses(query, keys, values):
+        return _fused_step(query, keys, values, scale)
     wide = torch.promote_types(query.dtype, torch.float32)
     keys, values = keys.to(wide), values.to(wide)
     outputs, masses = [], []
@@ -157,6 +163,33 @@ def _weighed_rows(
         outputs.append((weights @ values[:, :, :end]).view(batch, heads, size, -1))
         masses.append(lse)
     return Partial(torch.cat(outputs, 2), torch.cat(masses, 2))
+
+
+def _fuses(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Return whether torch has a kernel here that says what it weighed: on a CPU, for keys as wide as values, where
+    nothing asks for a gradient."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
+    fits = query.device.type == "cpu" and keys.shape[-1] == values.shape[-1] and not wanted
+    return _FUSED is not None and fits
+
+
+def _fused_step(
+    query: Float[Tensor, "batch heads 1 head_dim"],
+    keys: Float[Tensor, "batch kv_heads held head_dim"],
+    values: Float[Tensor, "batch kv_heads held value_dim"],
+    scale: AttentionScale,
+) -> Partial:
+    """Attend with one token by the kernel that :func:`scaled_dot_product_attention` runs: its time, and the weight."""
+    assert _FUSED is not None, "the caller has asked"
+    batch, heads = query.shape[:2]
+    packed = query.reshape(batch, keys.shape[1], heads // keys.shape[1], -1)
+    output, lse = _FUSED(packed, keys, values, scale=scale.scaling)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    output, lse = output.reshape(batch, heads, 1, -1).to(wide), lse.reshape(batch, heads, 1).to(wide)
+    if scale.sinks is None:
+        return Partial(output, lse)
+    whole = torch.logaddexp(lse, scale.sinks.to(wide)[:, None])
+    return Partial(output * (lse - whole).exp()[..., None], whole)
 
 
 def lower_right(new: int, held: int, device: torch.device) -> Bool[Tensor, "new held"]:

@@ -45,16 +45,16 @@ class Slots(LearnedMemory):
         """Return attention over the slots."""
         reading = self.weights.at(asked.layer_idx).reading
         assert reading is not None, "linear memories have a gate instead"
-        products = asked.queries * (asked.scale.scaling * reading[0]) @ restored(state, "keys").mT
-        logits = asked.scale.capped(products) + log_count(state["mass"])[:, None]
-        lse = logits.logsumexp(-1)
-        return Partial(logits.softmax(-1) @ restored(state, "values"), torch.where(lse < -1e29, lse, lse + reading[1]))
+        factor, offset = reading.unbind()
+        products = asked.queries * (asked.scale.scaling * factor) @ restored(state, "keys").mT
+        logits = asked.scale.capped(products) + state["log_mass"][:, None]
+        return Partial(logits.softmax(-1) @ restored(state, "values"), logits.logsumexp(-1) + offset)
 
     def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)
         before, lives, clock = self._advanced(layer, state, evicted, sign)
         shares = layer.project(evicted.keys).softmax(-1) * lives
-        mass, added = before[:, None] * state["mass"], sign * shares.sum(1)
+        mass, added = before[:, None] * state["log_mass"].exp(), sign * shares.sum(1)
         total = mass + added
         gone = (total <= _GONE * mass) | (clock["count"] == 0)[:, None]
         keys, values = (
@@ -64,7 +64,8 @@ class Slots(LearnedMemory):
         return {**self._state(total.masked_fill(gone, 0.0), keys, values), **clock}
 
     def _state(self, mass: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        return {"mass": mass, **stored("keys", keys, self.dtype), **stored("values", values, self.dtype)}
+        log_mass = log_count(mass)  # as it is read, at every token
+        return {"log_mass": log_mass, **stored("keys", keys, self.dtype), **stored("values", values, self.dtype)}
 
 
 def _moved(
