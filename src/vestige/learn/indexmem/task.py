@@ -20,10 +20,10 @@ from vestige.latent import Latent
 from vestige.learn.indexmem.foretelling import Teacher, foretelling, teacher_of
 from vestige.learn.indexmem.restoring import chosen, remembering, restoring
 from vestige.learn.indexmem.seen import seen
-from vestige.learn.order import seed_of
-from vestige.learn.tales.held import Held, held_tales, judged
-from vestige.learn.tales.sequences import Alone, SequenceMaker
+from vestige.learn.tales.held import judged
+from vestige.learn.tales.sequences import Alone
 from vestige.learn.tales.shares import drawn_share
+from vestige.learn.tales.task import TaleTask, over_documents
 from vestige.models import check
 from vestige.policies.indexmem import IndexMem
 
@@ -69,7 +69,7 @@ class IndexMemOptions:
             raise InputError("joint, sink, window and memory_weight must not be negative, and asked at least 1")
 
 
-class IndexMemTask:
+class IndexMemTask(TaleTask):
     """IndexMem as a :class:`vestige.learn.Task`: a stream of sequences, each a function of its index alone.
 
     Args:
@@ -98,17 +98,21 @@ class IndexMemTask:
         *,
         validation: int = 16,
     ) -> None:
-        limit = check(model).max_positions
-        if limit is not None and options.length > limit:
-            raise InputError(f"sequences of {options.length} tokens do not fit the model's {limit} positions")
-        self.model, self.options = model.requires_grad_(False).eval(), options
-        self.indexer, self.latents = indexer, {latent.config.kind: latent for latent in latents}
-        self.maker = SequenceMaker(
-            tokenizer, length=options.length, least=options.least, others=0, asked=options.asked, seed=options.seed
+        super().__init__(
+            model,
+            tokenizer,
+            prose,
+            held,
+            length=options.length,
+            least=options.least,
+            others=0,
+            asked=options.asked,
+            seed=options.seed,
+            validation=validation,
         )
-        self.prose, self.held, self.validation = prose, held, validation
+        self.options, self.indexer = options, indexer
+        self.latents = {latent.config.kind: latent for latent in latents}
         self._all = nn.ModuleDict({"indexer": indexer, **{str(kind): one for kind, one in self.latents.items()}})
-        self._to_validate: list[Held] = []
         self._measure()
 
     @property
@@ -116,24 +120,15 @@ class IndexMemTask:
         """Indexer and memories."""
         return self._all
 
-    @property
-    def num_samples(self) -> None:
-        """Sequences come in a stream."""
-        return None
-
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sequence in its parts; a memory's part is its error as a share of that without it."""
-        packed = self.maker.sequence(("train", index), self.prose).to(self.model.device)
-        found = [self._of(one, remember=index >= self.options.joint) for one in packed.documents()]
-        shares = packed.texts / packed.texts.sum()
-        parts = {name: (torch.stack([parts[name] for parts in found]) * shares).sum() for name in found[0]}
+        packed = self.sequence("train", index)
+        parts = over_documents(packed, lambda one: self._of(one, remember=index >= self.options.joint))
         loss = parts["index"] + self.options.memory_weight * parts.pop("memory")
         return {"loss": loss, **parts, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
         """Return how answers fare when pairs are really evicted, without and with the memory."""
-        if not self._to_validate:
-            self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
         options = self.options
         policy = IndexMem(
             budget=Budget.fraction(options.budget),
@@ -142,9 +137,10 @@ class IndexMemTask:
             sink=options.sink,
             window=options.window,
         )
-        found = dict(judged(self.model, policy, self._to_validate))
+        tales = self.to_validate()
+        found = dict(judged(self.model, policy, tales))
         for kind, latent in self.latents.items():
-            with_memory = judged(self.model, policy, self._to_validate, remembering(latent))
+            with_memory = judged(self.model, policy, tales, remembering(latent))
             found |= {f"{name}_{kind}": value for name, value in with_memory.items() if name != "answers"}
         return found
 
@@ -155,7 +151,7 @@ class IndexMemTask:
             "indexer": asdict(self.indexer.config),
             "latents": [asdict(latent.config) for latent in self.latents.values()],
             "options": asdict(self.options),
-            "documents": [seed_of(*text[:3]) for text in (*self.prose, *self.held)],
+            "documents": self.documents(),
         }
 
     def _of(self, one: Alone, *, remember: bool) -> dict[str, Tensor]:
@@ -181,8 +177,7 @@ class IndexMemTask:
         anatomy = check(self.model)
         norms: dict[int, list[Tensor]] = {}
         for index in range(_MEASURED):
-            packed = self.maker.sequence(("measured", index), self.prose).to(self.model.device)
-            for layer in seen(self.model, packed.ids):
+            for layer in seen(self.model, self.sequence("measured", index).ids):
                 found = anatomy.output(layer.layer_idx).norms(layer.values[None])[0].mean(-1)  # over the query group
                 norms.setdefault(layer.layer_idx, []).append(found)
         for place, layer_idx in enumerate(self.indexer.config.layers):

@@ -6,7 +6,7 @@ beside them only some places of the texts; the limit is a share of each document
 Our own: a warm start (:mod:`~vestige.learn.retention.warm`), and forgetting at once (``evicted.py``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,15 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige.budget import Budget
 from vestige.errors import InputError, unknown
 from vestige.gates import Gates
-from vestige.learn.order import seed_of
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.evicted import Fading, asked_behind, read
 from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.keep import competing, log_kept, said
 from vestige.learn.retention.warm import asked, ranking, regression, replayed
-from vestige.learn.tales.held import Held, held_tales, judged
-from vestige.learn.tales.sequences import Alone, Packed, SequenceMaker
+from vestige.learn.tales.held import judged
+from vestige.learn.tales.sequences import Alone, Packed
 from vestige.learn.tales.shares import drawn_share
+from vestige.learn.tales.task import Parts, TaleTask, over_documents
 from vestige.models import check
 from vestige.policies.retention import Retention
 from vestige.select import Share, share_of
@@ -35,9 +35,6 @@ from vestige.select import Share, share_of
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")
 FORGETS = ("gradually", "at_once")
-
-Parts = dict[str, Tensor]
-"""Of a loss, by name: ``loss`` is what is learned by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +95,7 @@ class RetentionOptions:
         share_of(self.share)
 
 
-class RetentionTask:
+class RetentionTask(TaleTask):
     """Retention gates as a :class:`vestige.learn.Task`: a stream of sequences, each a function of its index alone.
 
     Args:
@@ -125,51 +122,42 @@ class RetentionTask:
         *,
         validation: int = 16,
     ) -> None:
-        limit = check(model).max_positions
-        if limit is not None and options.length > limit:
-            raise InputError(f"sequences of {options.length} tokens do not fit the model's {limit} positions")
-        self.model, self.gates, self.options = model.requires_grad_(False).eval(), gates, options
-        self.maker = SequenceMaker(
+        super().__init__(
+            model,
             tokenizer,
+            prose,
+            held,
             length=options.length,
             least=options.least,
             others=options.others,
             asked=options.asked,
             seed=options.seed,
+            validation=validation,
         )
-        self.prose, self.held, self.validation = prose, held, validation
+        self.gates, self.options = gates, options
         self._groups = competing(gates.config, options.share)
-        self._to_validate: list[Held] = []
 
     @property
     def module(self) -> nn.Module:
         """The gates."""
         return self.gates
 
-    @property
-    def num_samples(self) -> None:
-        """Sequences come in a stream."""
-        return None
-
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sequence in its parts, and the share of pairs that the gates would keep."""
-        packed = self.maker.sequence(("train", index), self.prose).to(self.model.device)
+        packed = self.sequence("train", index)
         if index < self.options.warm:
-            parts = self._over_documents(packed, self._looked_at)
+            parts = over_documents(packed, self._looked_at)
         elif self.options.forgets == "at_once":
-            parts = self._over_documents(packed, self._evicted)
+            parts = over_documents(packed, self._evicted)
         else:
             parts = self._faded(packed)
         return {**parts, "tokens": parts["loss"].new_tensor(float(packed.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
         """Return how answers fare when pairs are really evicted: on tales about texts that are not trained on."""
-        if not self._to_validate:
-            self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
         budget = Budget.fraction(self.options.budget)
-        return judged(
-            self.model, Retention(gates=self.gates, budget=budget, share=self.options.share), self._to_validate
-        )
+        policy = Retention(gates=self.gates, budget=budget, share=self.options.share)
+        return judged(self.model, policy, self.to_validate())
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the shape of the gates, the options and the data."""
@@ -177,14 +165,8 @@ class RetentionTask:
             "model": check(self.model).fingerprint(),
             "gates": asdict(self.gates.config),
             "options": asdict(self.options),
-            "documents": [seed_of(*text[:3]) for text in (*self.prose, *self.held)],
+            "documents": self.documents(),
         }
-
-    def _over_documents(self, packed: Packed, of: Callable[[Alone], Parts]) -> Parts:
-        """Return the parts of a loss, the mean over the tokens of the texts."""
-        found = [of(one) for one in packed.documents()]
-        shares = packed.texts / packed.texts.sum()
-        return {name: (torch.stack([parts[name] for parts in found]) * shares).sum() for name in found[0]}
 
     def _looked_at(self, one: Alone) -> Parts:
         """Return how far the gates are from what is looked at in a text."""
