@@ -178,6 +178,9 @@ def test_the_verdict_pools_needles_of_all_lengths_beside_recompute():
     records = [edited("recompute", i, exact=True) for i in range(4)]
     records += [edited("learned", i, exact=i > 0) for i in range(4)]
     records += [edited("learned", 9, exact=False, task="repeat")]
+    longer = [edited(method, i, exact=True) | {"length": 4096} for method in ("recompute", "learned") for i in (20, 21)]
+    easier = [edited("drop", i, exact=True) for i in range(4)]  # not run where texts are long
+    assert {row["method"] for row in erase.verdict([*records, *longer, *easier])} == {"recompute", "learned"}
     rows = {row["method"]: row for row in erase.verdict(records)}
     assert rows["learned"]["n"] == 4 and rows["learned"]["exact"] == 0.75
     assert rows["learned"]["exact_over_recompute"] == -0.25

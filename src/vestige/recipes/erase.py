@@ -51,10 +51,16 @@ def parts(essays: Path | None = None, qa: Path | None = None, split: str = "test
 
 
 def verdict(records: Iterable[Record]) -> list[Row]:
-    """Return how each method does over all needles of all lengths, each sample beside its recompute."""
+    """Return how each method does over all needles of all lengths, each sample beside its recompute; methods that were
+    not run at all lengths are left out, as they had the easier samples."""
     from vestige.bench.erase.rows import aggregate
 
     needles = [record for record in records if record["task"] in NEEDLES]
+    lengths: dict[str, set[int]] = {}
+    for record in needles:
+        lengths.setdefault(record["method"], set()).add(record["length"])
+    most = max(map(len, lengths.values()), default=0)
+    needles = [record for record in needles if len(lengths[record["method"]]) == most]
     return [row | {"task": "needles"} for row in aggregate(needles, {}, by=())]
 
 
