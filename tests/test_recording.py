@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from conftest import ROOMY
-from vestige import Budget, KVCache, Observation, PolicyError, attach, policies, prefill
-from vestige.observe import Glance, attention_weights
+from vestige import Budget, KVCache, Observation, PolicyError, attach, check, policies, prefill
+from vestige.observe import Glance, LayerGlance, attention_weights
 from vestige.policy import Policy, Written
 from vestige.recording import Recording
 from vestige.testing import TINY, attention, full_layers, left_padded, random_ids, tiny
@@ -256,3 +256,73 @@ def test_a_fork_to_another_policy_is_watched_no_longer():
         assert len(seen) == 6
         prefill(model, random_ids(model, 1, 5), cache)
         assert len(seen) == 12
+
+
+# What is shown of a layer as a whole.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overseer(Notes):
+    """Keeps what it is shown of layers."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    def watch_layer(self, glance: LayerGlance) -> None:
+        shown.append((glance, glance.rows, {name: x.clone() for name, x in glance.slots.items()}))
+
+
+shown: list[tuple[LayerGlance, tuple[Glance, ...], dict[str, Tensor]]] = []
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4"])
+@pytest.mark.parametrize("evicted", [False, True], ids=["dense", "ragged"])
+def test_a_layer_is_shown_with_all_its_rows_and_what_made_the_queries(name, evicted):
+    shown.clear()
+    model = tiny(name)
+    ids, mask = left_padded(model, [30, 21])
+    cache = KVCache(model, Overseer(budget=Budget.tokens(10) if evicted else ROOMY, share="model", **SMALL))
+    entered = {}
+
+    def note(module, args, kwargs):
+        entered[module.layer_idx] = kwargs["hidden_states"]
+
+    modules = check(model).attentions.values()
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    with torch.no_grad(), attach(model):
+        prefill(model, ids, cache, attention_mask=mask)
+        shown.clear()
+        more, more_mask = left_padded(model, [4, 2], seed=1)
+        prefill(model, more, cache, settle=False, attention_mask=more_mask)
+    for hook in hooks:
+        hook.remove()
+    assert [(one.layer_idx, rows[0].batch) for one, rows, _ in shown] == [
+        (layer.layer_idx, b) for layer in cache.evictable for b in (0, 1)
+    ]
+    for one, rows, slots in shown:
+        b = rows[0].batch
+        new = 4 if b == 0 else 2
+        assert one.at.tolist() == ([30, 31, 32, 33] if b == 0 else [21, 22])
+        assert one.model is model and torch.equal(one.hidden, entered[one.layer_idx][b, -new:])
+        assert torch.equal(one.queries, torch.cat([row.queries for row in rows])) and one.queries.shape[1] == new
+        layer = next(x for x in cache.evictable if x.layer_idx == one.layer_idx)
+        assert [row.kv_head for row in rows] == list(range(layer.kv_heads))
+        assert slots.keys() == {"note"} and len(one.heads) == len(slots["note"])
+        for row in rows:
+            real = int((row.positions >= 0).sum())
+            assert int((one.heads == row.kv_head).sum()) >= real, "free slots follow the row before them"
+
+
+def test_slots_are_found_anew_after_an_eviction():
+    shown.clear()
+    model = tiny("llama")
+    cache = KVCache(model, Overseer(budget=Budget.tokens(10), **SMALL))
+    with torch.no_grad(), attach(model):
+        for _ in range(3):
+            prefill(model, random_ids(model, 1, 16), cache)
+            glance, rows, slots = shown[-1]
+            held = torch.cat([row.annotations["note"] for row in rows])
+            assert bool((held == 1.0).all()) and len(slots["note"]) >= len(held)
+            starts = [int((glance.heads == head).nonzero()[0]) for head in range(2)]
+            for start, row in zip(starts, rows, strict=True):
+                part = slots["note"][start : start + len(row.annotations["note"])]
+                assert torch.equal(part, row.annotations["note"])
