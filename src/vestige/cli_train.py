@@ -21,6 +21,10 @@ Warmup = Annotated[int | None, typer.Option(help="Steps of rising learning rate;
 ValidateEvery = Annotated[int, typer.Option(help="Steps between validations.", min=1)]
 Validation = Annotated[int, typer.Option(help="Samples to validate on.", min=1)]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)]
+Length = Annotated[int, typer.Option(help="Most tokens of a sequence, of one text or of several.")]
+Least = Annotated[int, typer.Option(help="Fewest tokens that a text is given.")]
+Asked = Annotated[int, typer.Option(help="Most questions about one text.", min=1)]
+Kept = Annotated[float, typer.Option(help="Share of the pairs that is kept for validation.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 
 train = typer.Typer(help="Train what vestige learns.", no_args_is_help=True, rich_markup_mode=None)
@@ -149,15 +153,15 @@ def train_retention(
     batch: Batch = 1,
     lr: LearningRate = 2e-3,
     warmup: Warmup = None,
-    length: Annotated[int, typer.Option(help="Most tokens of a sequence, of one text or of several.")] = 1024,
-    least: Annotated[int, typer.Option(help="Fewest tokens that a text is given.")] = 160,
+    length: Length = 1024,
+    least: Least = 160,
     capacity: Annotated[float, typer.Option(help="Pairs to keep: below 1 a share of a text, else tokens.")] = 0.05,
     capacity_weight: Annotated[float, typer.Option(help="Of the price of keeping more.")] = 1.0,
     text_weight: Annotated[float, typer.Option(help="Of going on with the text itself, against answers.")] = 0.25,
     warm: Annotated[int, typer.Option(help="First steps that learn what later tokens look at.", min=0)] = 0,
     warm_by: Annotated[str, typer.Option(help="Which later tokens: answers (and questions) or replay.")] = "answers",
     warm_loss: Annotated[str, typer.Option(help="How: lives (regression) or ranking (worth lost).")] = "lives",
-    asked: Annotated[int, typer.Option(help="Most questions about one text.", min=1)] = 4,
+    asked: Asked = 4,
     forgets: Annotated[
         str, typer.Option(help="In training: gradually (with age) or at_once (behind a text, to several budgets).")
     ] = "gradually",
@@ -167,7 +171,7 @@ def train_retention(
     tied: Annotated[bool, typer.Option(help="Share the last projection over all layers.")] = True,
     bias: Annotated[float, typer.Option(help="What the last projection begins with; larger keeps longer.")] = 6.0,
     field: Field = "text",
-    budget: Annotated[float, typer.Option(help="Share of the pairs that is kept for validation.")] = 0.1,
+    budget: Kept = 0.1,
     validate_every: ValidateEvery = 100,
     validation: Validation = 16,
     save_every: SaveEvery = 50,
@@ -206,9 +210,9 @@ def train_indexmem(
     warmup: Warmup = None,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: wsd, cosine or constant.")] = "wsd",
     joint: Annotated[int | None, typer.Option(help="First steps, of the indexer alone; default: half.", min=0)] = None,
-    length: Annotated[int, typer.Option(help="Most tokens of a sequence, of one text or of several.")] = 1024,
-    least: Annotated[int, typer.Option(help="Fewest tokens that a text is given.")] = 160,
-    asked: Annotated[int, typer.Option(help="Most questions about one text.", min=1)] = 4,
+    length: Length = 1024,
+    least: Least = 160,
+    asked: Asked = 4,
     teacher: Annotated[
         str, typer.Option(help="The indexer foretells what answers look at, or what the text itself does.")
     ] = "answers",
@@ -226,7 +230,7 @@ def train_indexmem(
     asks: Annotated[bool, typer.Option(help="The linear memory's gate looks at the query.")] = False,
     memory_weight: Annotated[float, typer.Option(help="Of the memories' errors.")] = 0.3,
     field: Field = "text",
-    budget: Annotated[float, typer.Option(help="Share of the pairs that is kept for validation.")] = 0.1,
+    budget: Kept = 0.1,
     validate_every: ValidateEvery = 100,
     validation: Validation = 16,
     save_every: SaveEvery = 50,

@@ -4,7 +4,6 @@ A small network per layer, and a last projection that all layers share, so that 
 whole model. Gates belong to one model; they are kept beside it, never put into it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -104,8 +103,7 @@ class Gates(nn.Module):
             depth=depth,
             tied=tied,
             bias=bias,
-            base=anatomy.fingerprint(),
-            model=model.config.name_or_path or "",
+            **trained.owner(model),
         )
         return Gates(config).to(model.device)
 
@@ -141,14 +139,9 @@ class Gates(nn.Module):
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        gates = trained.load(_made, folder, NAME, "retention gates")
+        gates = trained.load(lambda shape: Gates(GatesConfig(**shape)), folder, NAME, "retention gates")
         gates.require_fit(model)
         return gates.to(model.device)
-
-
-def _made(shape: Mapping[str, Any]) -> Gates:
-    lists = {name: tuple(shape[name]) for name in ("layers", "kv_heads")}
-    return Gates(GatesConfig(**{**shape, **lists}))
 
 
 def _body(sizes: list[int]) -> nn.Sequential:

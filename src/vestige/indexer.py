@@ -5,10 +5,9 @@ a token is a sum over its index heads; a token's importance is the most that any
 one model; they are kept beside it, never put into it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -143,8 +142,7 @@ class Indexer(nn.Module):
             heads=heads,
             dim=dim,
             apart=apart,
-            base=anatomy.fingerprint(),
-            model=model.config.name_or_path or "",
+            **trained.owner(model),
         )
         return Indexer(config).to(model.device)
 
@@ -178,7 +176,7 @@ class Indexer(nn.Module):
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        indexer = trained.load(_made, folder, NAME, "indexer")
+        indexer = trained.load(lambda shape: Indexer(IndexerConfig(**shape)), folder, NAME, "indexer")
         indexer.require_fit(model)
         return indexer.requires_grad_(False).to(model.device)
 
@@ -248,8 +246,3 @@ def total(
     for _, found in blocks(asking, keys, at, positions):
         sums[:, : found.shape[2]] += found.masked_fill_(found == -torch.inf, 0.0).sum(1)
     return sums
-
-
-def _made(shape: Mapping[str, Any]) -> Indexer:
-    lists = {name: tuple(shape[name]) for name in ("layers", "kv_heads")}
-    return Indexer(IndexerConfig(**{**shape, **lists}))

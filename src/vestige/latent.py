@@ -7,7 +7,7 @@ They belong to one model; they are kept beside it, never put into it. The memori
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -130,8 +130,7 @@ class Latent(nn.Module):
             width=WIDTHS[kind] if width is None else width,
             decays=decays,
             asks=asks,
-            base=anatomy.fingerprint(),
-            model=model.config.name_or_path or "",
+            **trained.owner(model),
         )
         return Latent(config).to(model.device)
 
@@ -156,11 +155,6 @@ class Latent(nn.Module):
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        latent = trained.load(_made, folder, kind, f"{kind} memory")
+        latent = trained.load(lambda shape: Latent(LatentConfig(**shape)), folder, kind, f"{kind} memory")
         latent.require_fit(model)
         return latent.requires_grad_(False).to(model.device)
-
-
-def _made(shape: Mapping[str, Any]) -> Latent:
-    lists = {name: tuple(shape[name]) for name in ("layers", "head_dims")}
-    return Latent(LatentConfig(**{**shape, **lists}))

@@ -54,9 +54,9 @@ class Policy(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """What must be at hand: "queries" (the latest ``observed`` of each layer), "query_moments" (mean and covariance of
-    all queries, before RoPE), "rope" (to turn keys and queries back to what they were before RoPE), "hidden" (what
-    enters attention, for `Annotates`, `WatchesLayers` and the latest ``hidden_observed``), "output" (the output
-    projection, for `Annotates`).
+    all queries, before RoPE), "rope" (to turn keys back to what they were before RoPE), "hidden" (what enters
+    attention, for `Annotates`, `WatchesLayers` and the latest ``hidden_observed``), "output" (the output projection,
+    for `Annotates`).
     """
     annotations: ClassVar[frozenset[str]] = frozenset()
     """Names of the side arrays that the policy keeps beside each pair."""

@@ -16,6 +16,10 @@ from vestige.errors import InputError, ModelError
 from vestige.models import check
 
 M = TypeVar("M", bound=nn.Module)
+_BROKEN = (
+    OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, InputError, SafetensorError,
+)  # fmt: skip
+"""What a damaged file makes come out of JSON, safetensors, torch and a shape."""
 
 
 @runtime_checkable
@@ -45,7 +49,7 @@ def load(make: Callable[[Mapping[str, Any]], M], folder: Path, name: str, what: 
     """Read what :func:`save` wrote, in float32; runs no code from the files.
 
     Args:
-        make: Makes the module from its shape, as JSON has it.
+        make: Makes the module from its shape, whose lists come as tuples.
         folder: Where they lie.
         name: Of the files.
         what: They are, for messages: "gates".
@@ -57,11 +61,26 @@ def load(make: Callable[[Mapping[str, Any]], M], folder: Path, name: str, what: 
     if missing := [path.name for path in (shape, weights) if not path.is_file()]:
         raise ModelError(f"{folder} has no {what}: no {missing[0]}")
     try:
-        module = make(json.loads(shape.read_text()))
+        written = json.loads(shape.read_text()).items()
+        module = make({key: tuple(x) if isinstance(x, list) else x for key, x in written})
         module.load_state_dict({key: x.float() for key, x in load_file(weights).items()})
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, InputError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        InputError,
+        SafetensorError,
+    ) as error:
         raise ModelError(f"{what} in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from None
     return module
+
+
+def owner(model: PreTrainedModel) -> dict[str, str]:
+    """Return the fields of a shape that say whose it is."""
+    return {"base": check(model).fingerprint(), "model": model.config.name_or_path or ""}
 
 
 def require_fit(shape: Shape, model: PreTrainedModel, what: str) -> None:

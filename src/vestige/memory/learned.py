@@ -1,6 +1,8 @@
 """What memories with trained weights share: how these are had, and how pairs fade."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError
-from vestige.latent import Kind, Latent, LayerLatent
+from vestige.latent import KINDS, Kind, Latent, LayerLatent, kind_of
 from vestige.memory.storage import Dtype, check_dtype
 from vestige.remains import Evicted, Memory, State
 from vestige.weights import Shelf
@@ -69,8 +71,9 @@ class LearnedMemory(Memory):
             raise PolicyError("this memory's pairs fade, so they cannot be taken out again; use one without decay")
         return self._changed(state, evicted, -1.0)
 
+    @abstractmethod
     def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
-        raise NotImplementedError
+        """Return the state with pairs added, or taken away where ``sign`` is -1."""
 
     def _clock(self, rows: int, device: torch.device | str) -> State:
         """Return what an empty state needs to count pairs and let them fade."""
@@ -93,7 +96,4 @@ class LearnedMemory(Memory):
         return before, (there * lives)[..., None], clock | {"latest": latest}
 
 
-_SHELVES: dict[str, Shelf[Latent]] = {
-    "linear": Shelf("indexmem", lambda folder, model: Latent.load(folder, model, "linear")),
-    "slots": Shelf("indexmem", lambda folder, model: Latent.load(folder, model, "slots")),
-}
+_SHELVES = {kind: Shelf("indexmem", partial(Latent.load, kind=kind_of(kind))) for kind in KINDS}

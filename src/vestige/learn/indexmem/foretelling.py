@@ -7,7 +7,6 @@ text's own; and the gradient of a maximum through its winner alone, so that noth
 held.
 """
 
-from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
 import torch
@@ -76,8 +75,8 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
 @torch.no_grad()
 def looked_at(layer: Layer, text: int, behind: int, sink: int) -> Float[Tensor, "heads counted"]:
     """Return the most attention that any token from ``behind`` on pays to each token of a text, made a distribution."""
-    most_paid = [weights.amax(1)[:, sink:text] for weights in _weights(layer, behind)]
-    paid = torch.stack(most_paid).amax(0)
+    logits = layer.logits(behind, layer.queries.shape[1])
+    paid = (logits - layer.weigh(logits)[..., None]).amax(1)[:, sink:text].exp()
     return paid / paid.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
@@ -94,15 +93,3 @@ def looked_at_within(layer: Layer, text: int, sink: int) -> Float[Tensor, "heads
         logits = logits.masked_fill(places[:end] > at[:, None], -torch.inf)
         largest[:, :end] = torch.maximum(largest[:, :end], logits.amax(1))
     return largest[:, sink:].softmax(-1)
-
-
-def _weights(layer: Layer, behind: int) -> Iterator[Float[Tensor, "heads _block tokens"]]:
-    """Yield the attention of blocks of the queries from ``behind`` on."""
-    tokens = layer.queries.shape[1]
-    logits = layer.logits(behind, tokens)
-    for block in logits.split(_BLOCK, 1):
-        if layer.scale.sinks is None:
-            yield block.softmax(-1)
-        else:
-            sinks = layer.scale.sinks[:, None, None].expand(-1, block.shape[1], 1)
-            yield torch.cat([block, sinks], -1).softmax(-1)[..., :-1]

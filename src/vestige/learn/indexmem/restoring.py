@@ -43,11 +43,8 @@ def restoring(
 
 def remembering(latent: Latent) -> Memory:
     """Return the memory of some weights, which keeps what it knows in float32."""
-    return (
-        Slots(latent=latent, dtype="float32")
-        if latent.config.kind == "slots"
-        else Linear(latent=latent, dtype="float32")
-    )
+    cls = {"linear": Linear, "slots": Slots}[latent.config.kind]
+    return cls(latent=latent, dtype="float32")
 
 
 @torch.no_grad()
@@ -57,9 +54,7 @@ def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> Pa
     groups = heads // len(layer.keys)
     visible = torch.nn.functional.pad(seen, (0, tokens - text), value=True).repeat_interleave(groups, 0)
     logits = layer.logits(text, tokens).masked_fill(~visible[:, None], -torch.inf)
-    lse = logits.logsumexp(-1)
-    if layer.scale.sinks is not None:
-        lse = torch.logaddexp(lse, layer.scale.sinks[:, None])
+    lse = layer.weigh(logits)
     return Partial((logits - lse[..., None]).exp() @ layer.values.repeat_interleave(groups, 0), lse)
 
 

@@ -44,6 +44,11 @@ class Layer:
         late = torch.arange(end, device=keys.device) > torch.arange(behind, tokens, device=keys.device)[:, None]
         return found.masked_fill(late, -torch.inf)
 
+    def weigh(self, logits: Float[Tensor, "heads some end"]) -> Float[Tensor, "heads some"]:
+        """Return the log of what the softmax of some logits divides by, sinks included."""
+        lse = logits.logsumexp(-1)
+        return lse if self.scale.sinks is None else torch.logaddexp(lse, self.scale.sinks[:, None])
+
 
 @torch.no_grad()
 def seen(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[Layer]:
