@@ -1,8 +1,11 @@
 """Published runs say what they promise, and take only what was chosen on dev."""
 
 import json
-from dataclasses import replace
+from itertools import product
 
+import pytest
+
+from vestige.bench.config import BenchConfig
 from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.tasks import TASKS
 from vestige.erasers import ERASERS
@@ -18,6 +21,7 @@ from vestige.recipes import (
     retention,
     standing,
 )
+from vestige.testing import tiny
 
 
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
@@ -212,20 +216,27 @@ def test_the_report_has_tables_and_pictures_of_what_is_there(tmp_path):
 
 # Retention gates.
 
+OURS = ("retention", "0.1")
 
-def test_gates_meet_kvzip_and_the_best_of_the_field_at_equal_bytes_on_the_test_split():
-    runs = retention.parts()
+
+@pytest.fixture(scope="module")
+def small():
+    return tiny("llama", max_position_embeddings=8192)
+
+
+def test_gates_meet_kvzip_and_the_best_of_the_field_at_equal_bytes_on_the_test_split(small):
+    runs = retention.parts(small)
     assert set(runs) == {"2048", "1024", "4096"}
-    assert {run.split for run in runs.values()} == {"test"} and {run.samples for run in runs.values()} == {20}
-    for name, budgets in (("2048", ("0.25", "0.1", "0.05")), ("1024", ("0.1",)), ("4096", ("0.1",))):
-        arms = runs[name].arms
-        own = {arm.budget for arm in arms if arm.policy == "retention"}
-        assert own == {retention.equal(budget) for budget in budgets}
-        for method in (*retention.RIVALS, *retention.CONTROLS):
-            assert {arm.budget for arm in arms if arm.policy == method} == set(budgets)
-        assert len({arm.policy for arm in arms if arm.peer is not None}) == 3
+    for name, budgets in (("2048", {"0.25", "0.1", "0.05"}), ("1024", {"0.1"}), ("4096", {"0.1"})):
+        run = runs[name]
+        assert run.config.split == "test" and run.config.samples == 20 and run.config.lengths == (int(name),)
+        methods = ("retention", *retention.RIVALS, *retention.CONTROLS)
+        assert {(policy, fraction) for (policy, _, _), fraction in run.fractions.items()} == set(
+            product(methods, budgets)
+        )
+        peers = {(arm.policy, arm.budget) for arm in run.config.arms if arm.peer is not None}
+        assert len(peers) == 3 * len(budgets) and {budget for _, budget in peers} == budgets
     assert "kvzip(share=model)" in retention.RIVALS and len(retention.RIVALS) == 4
-    assert float(retention.equal("0.1")) * retention.RETENTION_BYTES <= 0.1 * retention.PAIR_BYTES + 0.02
 
 
 def test_rivals_are_chosen_on_dev_from_all_that_need_no_question():
@@ -241,18 +252,21 @@ def test_rivals_are_chosen_on_dev_from_all_that_need_no_question():
 
 
 def kept(policy: str, budget: str, *scores: float) -> list[dict]:
-    arm = {"policy": policy, "budget": budget, "share": None, "peer": policy if ":" in policy else None}
+    arm = {"policy": policy, "budget": budget, "memory": "none"}
+    arm |= {"share": None, "peer": policy if ":" in policy else None}
     return [
         {"task": "t", "index": i, "length": 2048, "score": score, "kv_bytes": 1e6, "arm": arm}
         for i, score in enumerate(scores)
     ]
 
 
-def test_the_verdict_pairs_samples_and_takes_equal_bytes_for_one_budget():
+def test_the_verdict_pairs_samples_and_takes_equal_bytes_for_one_budget(small):
+    part = retention.parts(small)["2048"]
+    own = next(budget for (policy, _, budget), fraction in part.fractions.items() if (policy, fraction) == OURS)
     records = kept("full", "1.0", 1, 1, 1, 0) + kept("snapkv", "0.1", 0, 0, 1, 0)
     records += kept("kvpress:KVzipPress", "0.1", 1, 1, 1, 1)
-    records += kept("retention", retention.equal("0.1"), 1, 0, 1)  # the last one is still to come
-    rows = {row["policy"]: row for row in standing.verdict(records, "retention", retention.budget_of)}
+    records += kept("retention", own, 1, 0, 1)  # the last one is still to come
+    rows = {row["policy"]: row for row in standing.verdict(records, "retention", part.budget_of)}
     assert set(rows) == {"snapkv", "kvpress:KVzipPress", "retention"}
     assert {row["budget"] for row in rows.values()} == {"0.1"}
     assert rows["snapkv"]["ours_above"] == 1 / 3 and rows["snapkv"]["of_full"] == 1 / 3
@@ -283,7 +297,9 @@ def test_ways_are_shown_by_budget():
 
 def test_dilution_is_measured_beside_the_full_cache_of_the_same_sample(chatter):
     model, tokenizer = chatter
-    config = replace(retention.parts()["1024"], tasks=("ruler/niah_multikey_2",), lengths=(480,), samples=1, arms=())
+    config = BenchConfig(
+        tasks=("ruler/niah_multikey_2",), arms=(), lengths=(480,), samples=1, answer_room=retention.ANSWER_ROOM
+    )
     seen = list(dilution.measure(config, model, tokenizer))
     assert {(one.method, one.budget) for one in seen} == {(m, b) for m in dilution.METHODS for b in dilution.BUDGETS}
     assert len({(one.score_full, one.dilution_full) for one in seen}) == 1

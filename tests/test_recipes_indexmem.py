@@ -16,8 +16,7 @@ PLAIN = equal.weight(MODEL, "full")
 @pytest.mark.parametrize("policy", indexmem.FIELD)
 def test_methods_weigh_what_was_measured(policy, name):
     own = equal.weight(MODEL, policy, name)
-    pairs = equal.pairs(own, PLAIN, 400, 0.5)
-    made = policies.make(policy, Budget.tokens(pairs))
+    made = policies.make(policy, Budget.fraction(equal.share(own, PLAIN, 400, 0.5)))
     cache = KVCache(MODEL, made, memory=memory.make(name))
     with attach(MODEL), torch.no_grad():
         prefill(MODEL, random_ids(MODEL, 1, 400), cache, chunk=400)
@@ -66,7 +65,7 @@ def test_a_memory_is_beside_the_same_policy_without_one_at_equal_bytes():
     policy = indexmem.REMEMBERING[1]
     given = records(part, policy, "none", "0.1", 1, 0, 0) + records(part, policy, "moments", "0.1", 1, 1)
     given += records(part, policy, "moments", "0.05", 1) + records(part, "full", "none", "1.0", 1, 1, 1)
-    (row,) = indexmem.gains(given, part)
+    (row,) = indexmem.gains(given, part.budget_of)
     assert row["memory"] == "moments" and row["fraction"] == "0.1" and row["n"] == 2 and row["gain"] == 0.5
     assert "| retention | 0.1 | moments | 2 | 0.50 | 1.00 | +0.50" in indexmem.gains_table([row])
 

@@ -5,18 +5,15 @@ pairs that every method weighs the same: index keys, records of queries and memo
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 from transformers import PreTrainedModel
 
-from vestige.bench.arms import Arm, cross
-from vestige.bench.config import BenchConfig
 from vestige.bench.rows import Record, Row, resampled
-from vestige.recipes.equal import pairs, weight
+from vestige.recipes import equal
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
 from vestige.recipes.standing import picture, table, verdict
 
@@ -34,23 +31,8 @@ LENGTH, LONG = 2048, 4096
 SAMPLES, LONG_SAMPLES, ANSWER_ROOM = 20, 10, 16
 COMMAND = "make results-indexmem ESSAYS=DIR"
 
-Key = tuple[str, str, str]
-"""Policy, memory and budget of an arm."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One run, and the fraction of all pairs that each of its arms weighs as much as."""
-
-    config: BenchConfig
-    fractions: Mapping[Key, str]
-
-    def budget_of(self, record: Record) -> str:
-        """Return the fraction that a record is compared under."""
-        return self.fractions.get(_key(record), "1.0")
-
-
-def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, Part]:
+def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, equal.Part]:
     """Return the runs by name.
 
     Args:
@@ -58,39 +40,16 @@ def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test
         essays: Haystacks.
         split: Of the samples.
     """
-    alone = _arms(model, FIELD, ("none",), LENGTH)
-    remembering = _arms(model, REMEMBERING, MEMORIES, LONG)
     made = {}
     for name, aware in (("agnostic", False), ("aware", True)):
         common: dict[str, Any] = {"question_aware": aware, "essays": essays, "split": split, "answer_room": ANSWER_ROOM}
-        made[name] = _part(alone, tasks=TASKS, lengths=(LENGTH,), samples=SAMPLES, **common)
-        made[f"memories-{name}"] = _part(remembering, tasks=TASKS[1:3], lengths=(LONG,), samples=LONG_SAMPLES, **common)
+        made[name] = equal.part(model, FIELD, FRACTIONS, LENGTH, tasks=TASKS, samples=SAMPLES, **common)
+        remembering: dict[str, Any] = {"memories": MEMORIES, "tasks": TASKS[1:3], "samples": LONG_SAMPLES}
+        made[f"memories-{name}"] = equal.part(model, REMEMBERING, FRACTIONS, LONG, **remembering, **common)
     return made
 
 
-def _part(arms: Mapping[Key, tuple[Arm, str]], **config: Any) -> Part:
-    listed = (*cross(("full",), ()), *(arm for arm, _ in arms.values()))
-    return Part(
-        config=BenchConfig(arms=listed, **config), fractions={key: fraction for key, (_, fraction) in arms.items()}
-    )
-
-
-def _arms(
-    model: PreTrainedModel, names: Sequence[str], memories: Sequence[str], length: int
-) -> dict[Key, tuple[Arm, str]]:
-    """Return arms that weigh as much as each fraction of all pairs, and that fraction."""
-    plain, found = weight(model, "full"), {}
-    for name in names:
-        for memory in memories:
-            own = weight(model, name, memory)
-            for fraction in FRACTIONS:
-                budget = str(pairs(own, plain, length, float(fraction)))
-                (arm,) = cross((name,), (budget,), memories=(memory,))
-                found[name, memory, budget] = arm, fraction
-    return found
-
-
-def gains(records: Iterable[Record], part: Part) -> list[Row]:
+def gains(records: Iterable[Record], budget_of: Callable[[Record], str]) -> list[Row]:
     """Return what each memory adds to each policy at equal bytes, by fraction; samples are compared with themselves.
 
     Intervals, 95 %, are by resampling samples.
@@ -98,7 +57,7 @@ def gains(records: Iterable[Record], part: Part) -> list[Row]:
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
     for record in records:
         arm = record["arm"]
-        cell = cells.setdefault((arm["policy"], part.budget_of(record), arm["memory"]), {})
+        cell = cells.setdefault((arm["policy"], budget_of(record), arm["memory"]), {})
         cell[record["task"], record["index"]] = float(record["score"])
     rows = []
     for (policy, fraction, memory), cell in cells.items():
@@ -133,30 +92,25 @@ def gains_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(out: Path, made: Mapping[str, Part]) -> None:
+def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     """Write the verdicts, gains and pictures of all parts that have results."""
     from vestige.bench.store import SAMPLES as RECORDS
     from vestige.bench.store import write_atomically
 
     said = [f"# IndexMem\n\nRemade by `{COMMAND}`."]
-    for name, part in made.items():
+    for name, one in made.items():
         if not (file := out / name / RECORDS).exists():
             continue
         records = [json.loads(line) for line in file.read_text().splitlines()]
         if name.startswith("memories"):
-            rows = gains(records, part)
+            rows = gains(records, one.budget_of)
             said.append(f"## {name}\n\n{gains_table(rows)}")
         else:
-            rows = verdict(records, OURS, part.budget_of)
+            rows = verdict(records, OURS, one.budget_of)
             said.append(f"## {name}\n\n![scores by bytes](scores-{name}.svg)\n\n{table(rows, OURS)}")
             write_atomically(out / f"scores-{name}.svg", picture(rows, LENGTH, f"{MODEL}, {name}"))
         write_atomically(out / f"{name}.json", json.dumps(rows, indent=1) + "\n")
     write_atomically(out / "verdict.md", "\n\n".join(said))
-
-
-def _key(record: Record) -> Key:
-    arm = record["arm"]
-    return arm["policy"], arm["memory"], arm["budget"]
 
 
 def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False) -> None:
