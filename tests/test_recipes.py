@@ -277,6 +277,17 @@ def test_the_verdict_pairs_samples_and_takes_equal_bytes_for_one_budget(small):
     assert standing.picture(list(rows.values()), 2048, "a model").startswith("<svg")
 
 
+def test_the_summary_of_gates_is_of_what_is_there(small, tmp_path):
+    made = retention.parts(small)
+    own = next(budget for (policy, _, budget), fraction in made["2048"].fractions.items() if (policy, fraction) == OURS)
+    records = kept("full", "1.0", 1, 1) + kept("retention", own, 1, 1) + kept("random", "0.1", 0, 1)
+    (tmp_path / "2048").mkdir()
+    (tmp_path / "2048" / "samples.jsonl").write_text("\n".join(map(json.dumps, records)))
+    retention.summary(tmp_path, made)
+    assert "+0.50" in (tmp_path / "verdict.md").read_text() and (tmp_path / "scores-2048.svg").exists()
+    assert not (tmp_path / "scores-1024.svg").exists()
+
+
 def test_gates_are_trained_in_ways_that_differ_in_one_thing():
     made = {way: ablations.training(way, ("texts",), "text") for way in ablations.WAYS}
     first = made["at-once"]

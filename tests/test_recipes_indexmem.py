@@ -1,5 +1,8 @@
 """IndexMem's comparison: at equal bytes, every memory beside none."""
 
+import json
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from vestige.recipes import equal, indexmem, standing
 from vestige.testing import random_ids, tiny
 
 MODEL = tiny("llama", vocab_size=128, max_position_embeddings=8192)
+WHOLE = ("full", "none", "1.0")
 PLAIN = equal.weight(MODEL, "full")
 
 
@@ -34,20 +38,27 @@ def test_a_cache_that_keeps_everything_weighs_its_pairs():
 
 def test_the_runs_are_what_was_asked_for():
     made = indexmem.parts(MODEL)
-    assert set(made) == {"agnostic", "aware", "memories-agnostic", "memories-aware"}
+    assert set(made) == {"agnostic", "aware", "memories-agnostic", "memories-aware", "map-1024", "map-4096"}
     for name, part in made.items():
-        config = part.config
+        config, memories, mapped = part.config, name.startswith("memories"), name.startswith("map")
         assert config.split == "test" and config.question_aware == name.endswith("aware")
-        memories = name.startswith("memories")
-        assert config.lengths == ((4096,) if memories else (2048,)) and config.samples == (10 if memories else 20)
-        policies_of = {arm.policy for arm in config.arms} - {"full"}
-        assert policies_of == set(indexmem.REMEMBERING if memories else indexmem.FIELD)
-        fractions = {(arm.policy, arm.memory): set() for arm in config.arms if arm.policy != "full"}
-        for arm in config.arms:
-            if arm.policy != "full":
-                fractions[arm.policy, arm.memory].add(part.fractions[arm.policy, arm.memory, arm.budget])
-        assert all(found == {"0.25", "0.1", "0.05"} for found in fractions.values())
-    assert {arm.memory for arm in made["memories-aware"].config.arms} == set(indexmem.MEMORIES)
+        length = int(name[4:]) if mapped else 4096 if memories else 2048
+        assert config.lengths == (length,) and config.samples == (10 if memories else 20)
+        assert "niah" in config.tasks or memories
+        methods = product(*((indexmem.REMEMBERING, indexmem.MEMORIES) if memories else (indexmem.FIELD, ("none",))))
+        fractions = {"0.1"} if mapped else {"0.25", "0.1", "0.05"}
+        wanted = {(*method, fraction) for method in methods for fraction in fractions}
+        assert {(policy, name, fraction) for (policy, name, _), fraction in part.fractions.items()} == wanted
+        assert {(arm.policy, arm.memory, arm.budget) for arm in config.arms} == {*part.fractions, WHOLE}
+
+
+def test_a_map_has_the_needles_of_each_length_and_depth():
+    part = indexmem.parts(MODEL)["agnostic"]
+    given = records(part, indexmem.OURS, "none", "0.1", 1, 0) + records(part, "full", "none", "1.0", 1, 1)
+    given += records(part, indexmem.OURS, "none", "0.05", 1)
+    placed = [record | {"task": "niah", "tags": {"depth": record["index"] / 4}} for record in given]
+    shown = indexmem.needles([(record, part.budget_of(record)) for record in placed])
+    assert all(said in shown for said in ("25%", "4,096", ">indexmem", ">full", "1.00", "0.00"))
 
 
 def records(part, policy: str, name: str, fraction: str, *scores: float) -> list[dict]:
@@ -77,3 +88,21 @@ def test_the_verdict_compares_what_weighs_the_same():
     rows = {row["policy"]: row for row in standing.verdict(given, indexmem.OURS, part.budget_of)}
     assert rows["retention"]["budget"] == rows[indexmem.OURS]["budget"] == "0.1"
     assert rows["retention"]["ours_above"] == 0.5 and rows[indexmem.OURS]["of_full"] == 1.0
+
+
+def test_the_summary_is_of_what_is_there(tmp_path):
+    made = indexmem.parts(MODEL)
+    for name in ("agnostic", "map-1024", "memories-aware"):
+        part, rest = made[name], ("indexmem(share=model)", "retention")
+        given = records(part, "full", "none", "1.0", 1, 1) + records(part, rest[1], "none", "0.1", 0, 1)
+        given += records(part, rest[0], "none", "0.1", 1, 1)
+        given += records(part, rest[0], "moments", "0.1", 1, 0) if name.startswith("memories") else []
+        (tmp_path / name).mkdir()
+        given = [record | {"task": "niah", "tags": {"depth": 0.5}} for record in given]
+        (tmp_path / name / "samples.jsonl").write_text("\n".join(map(json.dumps, given)))
+    indexmem.summary(tmp_path, made)
+    said = (tmp_path / "verdict.md").read_text()
+    for shown in ("## agnostic", "## map-1024", "| moments | 2 | 1.00 | 0.50 | -0.50", "+0.50", "needles.svg"):
+        assert shown in said
+    assert "## map-4096" not in said and (tmp_path / "scores-map-1024.svg").exists()
+    assert len(json.loads((tmp_path / "memories-aware.json").read_text())) == 1

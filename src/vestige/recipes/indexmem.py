@@ -28,6 +28,9 @@ REMEMBERING = (OURS, "retention", "laprox(kernel=41, causal=True)", "snapkv(kern
 MEMORIES = ("none", "linear", "slots", "moments", "centroids")
 FRACTIONS = ("0.25", "0.1", "0.05")
 LENGTH, LONG = 2048, 4096
+MAPPED, MAP_LENGTHS = "0.1", (1024, 4096)
+"""The budget of the map of needles, depth by length, and its lengths beside the one that has all budgets."""
+MAPS = ("agnostic", *(f"map-{length}" for length in MAP_LENGTHS))
 SAMPLES, LONG_SAMPLES, ANSWER_ROOM = 20, 10, 16
 COMMAND = "make results-indexmem ESSAYS=DIR"
 
@@ -46,6 +49,9 @@ def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test
         made[name] = equal.part(model, FIELD, FRACTIONS, LENGTH, tasks=TASKS, samples=SAMPLES, **common)
         remembering: dict[str, Any] = {"memories": MEMORIES, "tasks": TASKS[1:3], "samples": LONG_SAMPLES}
         made[f"memories-{name}"] = equal.part(model, REMEMBERING, FRACTIONS, LONG, **remembering, **common)
+    for length in MAP_LENGTHS:
+        on: dict[str, Any] = {"tasks": ("niah",), "samples": SAMPLES, "essays": essays, "split": split}
+        made[f"map-{length}"] = equal.part(model, FIELD, (MAPPED,), length, answer_room=ANSWER_ROOM, **on)
     return made
 
 
@@ -92,24 +98,52 @@ def gains_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def needles(records: Iterable[tuple[Record, str]]) -> str:
+    """Return an SVG: how often each method finds a needle, by length and depth.
+
+    Args:
+        records: Each with the fraction that it is compared under.
+    """
+    from vestige.bench.report.methods import Method
+    from vestige.bench.report.plots import heat_map
+
+    cells: dict[tuple[str, int, float], list[float]] = {}
+    for record, fraction in records:
+        if record["task"] == "niah" and fraction in (MAPPED, "1.0"):
+            at = Method.of(record["arm"]).label, record["length"], record["tags"]["depth"]
+            cells.setdefault(at, []).append(float(record["score"]))
+    methods = list(dict.fromkeys(method for method, _, _ in cells))
+    places = sorted({(length, depth) for _, length, depth in cells})
+    found = {at: sum(scores) / len(scores) for at, scores in cells.items()}
+    grid = [[found.get((method, *place)) for place in places] for method in methods]
+    names = [f"{depth:.0%}\n{length:,}" for length, depth in places]
+    title = f"{MODEL}, needles at a budget of {MAPPED}"
+    return heat_map(title, grid, methods, names, ("method", "depth of the needle, and length"))
+
+
 def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     """Write the verdicts, gains and pictures of all parts that have results."""
     from vestige.bench.store import SAMPLES as RECORDS
     from vestige.bench.store import write_atomically
 
-    said = [f"# IndexMem\n\nRemade by `{COMMAND}`."]
+    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`."], list[tuple[Record, str]]()
     for name, one in made.items():
         if not (file := out / name / RECORDS).exists():
             continue
         records = [json.loads(line) for line in file.read_text().splitlines()]
+        if name in MAPS:
+            mapped += [(record, one.budget_of(record)) for record in records]
         if name.startswith("memories"):
             rows = gains(records, one.budget_of)
             said.append(f"## {name}\n\n{gains_table(rows)}")
         else:
             rows = verdict(records, OURS, one.budget_of)
             said.append(f"## {name}\n\n![scores by bytes](scores-{name}.svg)\n\n{table(rows, OURS)}")
-            write_atomically(out / f"scores-{name}.svg", picture(rows, LENGTH, f"{MODEL}, {name}"))
+            write_atomically(out / f"scores-{name}.svg", picture(rows, rows[0]["length"], f"{MODEL}, {name}"))
         write_atomically(out / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+    if mapped:
+        write_atomically(out / "needles.svg", needles(mapped))
+        said.append("## Needles by depth and length\n\n![needles found](needles.svg)\n")
     write_atomically(out / "verdict.md", "\n\n".join(said))
 
 
