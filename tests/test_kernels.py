@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vestige.kernels import AttentionScale, loop
+from vestige.kernels import AttentionScale, fused, loop
 from vestige.kernels.partial import Partial, merge
+from vestige.kernels.weighted import attend_weighted
 
 HEAD_DIM, VALUE_DIM = 8, 6
 UNEVEN = [9, 13, 8, 10]
@@ -260,26 +261,51 @@ def test_attention_with_its_mass_is_exact_whatever_the_dtype(monkeypatch, layout
 def test_a_step_by_the_fused_kernel_is_the_one_that_is_written_out(monkeypatch, layout, extra, dtype):
     given = case(new=1, dtype=dtype, **LAYOUTS[layout], **EXTRAS[extra])
     given = replace(given, values=given.keys.flip(1))  # as wide as the keys
-    calls, kernel = [], loop._FUSED
+    calls, kernel = [], fused.KERNEL
     assert kernel is not None, "this torch has it"
-    monkeypatch.setattr(loop, "_FUSED", lambda *args, **options: calls.append(1) or kernel(*args, **options))
-    fused = partially(given)
-    assert calls and fused.output.dtype == fused.lse.dtype == torch.float32
-    monkeypatch.setattr(loop, "_FUSED", None)
+    monkeypatch.setattr(fused, "KERNEL", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    quick = partially(given)
+    assert calls and quick.output.dtype == quick.lse.dtype == torch.float32
+    monkeypatch.setattr(fused, "KERNEL", None)
     written = partially(given)
     rounding = 1e-6 if dtype == torch.float32 else 2**-8  # what is read comes back in the dtype of the pairs
-    torch.testing.assert_close(fused.output, written.output, atol=rounding, rtol=rounding)
-    torch.testing.assert_close(fused.lse, written.lse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quick.output, written.output, atol=rounding, rtol=rounding)
+    torch.testing.assert_close(quick.lse, written.lse, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [UNEVEN, EVEN], ids=["uneven", "even"])
 def test_a_step_that_asks_for_gradients_or_caps_its_logits_is_written_out(monkeypatch, lengths):
-    monkeypatch.setattr(loop, "_FUSED", lambda *args, **options: pytest.fail("fused"))
+    monkeypatch.setattr(fused, "KERNEL", lambda *args, **options: pytest.fail("fused"))
     capped = case(lengths, 1, softcap=1.5)
     partially(replace(capped, values=capped.keys))
     plain = case(lengths, 1)
     with torch.enable_grad():
         partially(replace(plain, values=plain.keys, query=plain.query.requires_grad_()))
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["fused", "written out"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_pair_that_stands_for_several_is_read_as_if_they_were_all_there(monkeypatch, softcap, written):
+    if written:
+        monkeypatch.setattr(fused, "KERNEL", None)
+    queries, keys, values = (torch.randn(2, n, 8) for n in (3, 4, 4))
+    counts = torch.tensor([3, 1, 2, 1])
+    scale = AttentionScale(0.4, softcap=softcap)
+    got = attend_weighted(queries, keys, values, counts.log().expand(2, -1), scale)
+    several_keys, several_values = (x.repeat_interleave(counts, 1) for x in (keys, values))
+    logits = scale.capped(queries @ several_keys.mT * 0.4)
+    torch.testing.assert_close(got.output, logits.softmax(-1) @ several_values)
+    torch.testing.assert_close(got.lse, logits.logsumexp(-1))
+
+
+def test_pairs_that_stand_for_nothing_weigh_nothing_and_carry_gradients():
+    queries, keys, values = (torch.randn(1, n, 8) for n in (2, 3, 3))
+    nothing = torch.full((1, 3), -1e30)
+    assert (attend_weighted(queries, keys, values, nothing, AttentionScale(0.4)).lse < -1e29).all()
+    with torch.enable_grad():
+        log_mass = torch.zeros(1, 3, requires_grad=True)
+        attend_weighted(queries, keys, values, log_mass, AttentionScale(0.4)).lse.sum().backward()
+    torch.testing.assert_close(log_mass.grad, (queries @ keys.mT * 0.4).softmax(-1).sum(1))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -5,7 +5,7 @@ into the query axis; a longer piece attends block by block with a lower-right ca
 last query need not be read at all.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.kernels import AttentionScale
+from vestige.kernels.fused import fused, fuses
 from vestige.kernels.partial import Partial
 
-_FUSED: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
-    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
-)
-"""Not public in torch, so it may go: then its work is written out."""
 QUERY_BLOCK = 256
 """Queries per call in a piece of text: measured fastest of 64 to 1024 (LOG.md)."""
 
@@ -58,10 +55,9 @@ def attend_partially(
     Written out, but for a step of one token where a fused kernel says what it weighed. Arguments as above.
     """
     parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
-    if len(parts) == 1:
-        return parts[0]
     output, lse = (torch.cat(x, 1) for x in ([part.output for part in parts], [part.lse for part in parts]))
-    return Partial(output.view(*query.shape[:3], -1), lse.view(query.shape[:3]))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return Partial(output.view(*query.shape[:3], -1).to(wide), lse.view(query.shape[:3]).to(wide))
 
 
 def _pieces(
@@ -143,7 +139,7 @@ def _weighed_rows(
     """Attend over rows of one length as :func:`_rows` does, and say what their pairs weigh, sinks included."""
     batch, heads, new, _ = query.shape
     kv_heads, held = keys.shape[1:3]
-    if new == 1 and scale.softcap is None and _fuses(query, keys, values):
+    if new == 1 and scale.softcap is None and fuses(query, keys, values):
         return _fused_step(query, keys, values, scale)
     wide = torch.promote_types(query.dtype, torch.float32)
     keys, values = keys.to(wide), values.to(wide)
@@ -165,14 +161,6 @@ def _weighed_rows(
     return Partial(torch.cat(outputs, 2), torch.cat(masses, 2))
 
 
-def _fuses(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Return whether torch has a kernel here that says what it weighed: on a CPU, for keys as wide as values, where
-    nothing asks for a gradient."""
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
-    fits = query.device.type == "cpu" and keys.shape[-1] == values.shape[-1] and not wanted
-    return _FUSED is not None and fits
-
-
 def _fused_step(
     query: Float[Tensor, "batch heads 1 head_dim"],
     keys: Float[Tensor, "batch kv_heads held head_dim"],
@@ -180,15 +168,13 @@ def _fused_step(
     scale: AttentionScale,
 ) -> Partial:
     """Attend with one token by the kernel that :func:`scaled_dot_product_attention` runs: its time, and the weight."""
-    assert _FUSED is not None, "the caller has asked"
     batch, heads = query.shape[:2]
     packed = query.reshape(batch, keys.shape[1], heads // keys.shape[1], -1)
-    output, lse = _FUSED(packed, keys, values, scale=scale.scaling)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    output, lse = output.reshape(batch, heads, 1, -1).to(wide), lse.reshape(batch, heads, 1).to(wide)
+    read = fused(packed, keys, values, scale.scaling)
+    output, lse = read.output.reshape(batch, heads, 1, -1), read.lse.reshape(batch, heads, 1)
     if scale.sinks is None:
         return Partial(output, lse)
-    whole = torch.logaddexp(lse, scale.sinks.to(wide)[:, None])
+    whole = torch.logaddexp(lse, scale.sinks.to(lse.dtype)[:, None])
     return Partial(output * (lse - whole).exp()[..., None], whole)
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import one_hot
 
 from vestige.errors import PolicyError
 from vestige.kernels.partial import Partial
+from vestige.kernels.weighted import attend_weighted
 from vestige.memory.storage import Dtype, check_dtype, restored, stored
 from vestige.remains import Asked, Evicted, Memory, State, log_count
 
@@ -63,9 +64,8 @@ class Centroids(Memory):
 
     def recall(self, state: State, asked: Asked) -> Partial:
         """Return attention over the centroids."""
-        logits = asked.scale.capped(asked.queries * asked.scale.scaling @ restored(state, "keys").mT)
-        logits = logits + log_count(state["count"])[:, None]  # (rows, queries, centroids)
-        return Partial(logits.softmax(-1) @ restored(state, "values"), logits.logsumexp(-1))
+        pairs = restored(state, "keys"), restored(state, "values"), log_count(state["count"])
+        return attend_weighted(asked.queries, *pairs, asked.scale)
 
     def _state(self, count: Tensor, keys: Tensor, values: Tensor) -> State:
         return {"count": count, **stored("keys", keys, self.dtype), **stored("values", values, self.dtype)}

@@ -71,15 +71,15 @@ class Moments(Memory):
 
     def recall(self, state: State, asked: Asked) -> Partial:
         """Return an estimate of attention over what each row absorbed."""
-        queries = asked.queries * asked.scale.scaling
-        logit = asked.scale.capped((queries @ state["key_mean"][..., None])[..., 0])  # (rows, queries)
-        cap = asked.scale.softcap
-        slope = torch.ones_like(logit) if cap is None else 1 - (logit / cap).square()  # of the cap, at the mean
-        bent = queries * slope[..., None]
-        output = state["value_mean"][:, None] + bent @ restored(state, "value_key").mT
+        queries, cap = asked.queries * asked.scale.scaling, asked.scale.softcap
+        logit = (queries @ state["key_mean"][..., None])[..., 0]  # (rows, queries)
+        if cap is not None:
+            logit = asked.scale.capped(logit)
+            queries = queries * (1 - (logit / cap).square())[..., None]  # the slope of the cap, at the mean
+        output = torch.baddbmm(state["value_mean"][:, None], queries, restored(state, "value_key").mT)
         lse = log_count(state["count"])[:, None] + logit
         if self.mass:
-            lse = lse + self._second_order(bent, restored(state, "key_key"))
+            lse = lse + self._second_order(queries, restored(state, "key_key"))
         return Partial(output, lse)
 
     def _second_order(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.kernels.partial import Partial
+from vestige.kernels.weighted import attend_weighted
 from vestige.latent import Kind
 from vestige.memory.learned import LearnedMemory
 from vestige.memory.storage import restored, stored
@@ -46,9 +47,9 @@ class Slots(LearnedMemory):
         reading = self.weights.at(asked.layer_idx).reading
         assert reading is not None, "linear memories have a gate instead"
         factor, offset = reading.unbind()
-        products = asked.queries * (asked.scale.scaling * factor) @ restored(state, "keys").mT
-        logits = asked.scale.capped(products) + state["log_mass"][:, None]
-        return Partial(logits.softmax(-1) @ restored(state, "values"), logits.logsumexp(-1) + offset)
+        pairs = restored(state, "keys"), restored(state, "values"), state["log_mass"]
+        read = attend_weighted(asked.queries * factor, *pairs, asked.scale)
+        return Partial(read.output, read.lse + offset)
 
     def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)

@@ -1,0 +1,32 @@
+"""Attention over pairs each of which stands for several."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.kernels import AttentionScale
+from vestige.kernels.fused import fused, fuses
+from vestige.kernels.partial import Partial
+
+
+def attend_weighted(
+    queries: Float[Tensor, "rows queries head_dim"],
+    keys: Float[Tensor, "rows held head_dim"],
+    values: Float[Tensor, "rows held value_dim"],
+    log_mass: Float[Tensor, "rows held"],
+    scale: AttentionScale,
+) -> Partial:
+    """Return what each row's queries read from its pairs, where a pair weighs as much as ``exp(log_mass)`` of its kind.
+
+    Args:
+        queries: After RoPE, in float32.
+        keys: In float32.
+        values: In float32.
+        log_mass: Finite: where a pair stands for nothing, large and negative.
+        scale: Factor and softcap of the layer.
+    """
+    bias = log_mass[:, None]
+    if scale.softcap is None and fuses(queries, keys, values, log_mass):
+        read = fused(queries[None], keys[None], values[None], scale.scaling, bias[None])
+        return Partial(read.output[0], read.lse[0])
+    logits = scale.capped(queries * scale.scaling @ keys.mT) + bias
+    return Partial(logits.softmax(-1) @ values, logits.logsumexp(-1))
