@@ -192,6 +192,15 @@ def test_the_verdict_pools_needles_of_all_lengths_beside_recompute():
     assert low <= -0.25 <= high
 
 
+def test_where_methods_ran_only_on_what_passes_the_filter_all_figures_are_of_that():
+    passing = [edited(method, 0, exact=True) for method in ("noop", "learned")]
+    rest = [edited("noop", i, exact=False) | {"kept": False} for i in (1, 2)]
+    records = [record | {"kept_only": record["method"] != "noop"} for record in (*passing, *rest)]
+    said = erase.tables(aggregate(records, {}))
+    assert "| method | needles_early 1024, filtered |" in said and "| samples | 3 |" not in said
+    assert said.count("| noop | 1.00 (0.21 to 1.00) |") == 3  # exact of the kept, of all shown, and right answers
+
+
 def test_the_report_has_tables_and_pictures_of_what_is_there(tmp_path):
     records = [edited(method, i, exact=True) for method in ("noop", "recompute", "learned") for i in range(3)]
     part = tmp_path / "needles"

@@ -65,21 +65,29 @@ def verdict(records: Iterable[Record]) -> list[Row]:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return Markdown: a row for each method, a column for each task and length, one table for each figure."""
+    """Return Markdown: a row for each method, a column for each task and length, one table for each figure.
+
+    Where methods were run only on what passes the filter, all figures are of that.
+    """
     columns = list(dict.fromkeys((row["task"], row["length"]) for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     cells = {(row["method"], row["task"], row["length"]): row for row in rows}
     made = []
     for title, figure, count in FIGURES:
-        shown = [one for one in columns if any(cells.get((m, *one), {}).get(figure) is not None for m in methods)]
+        listed = {one: [cells.get((method, *one), {}) for method in methods] for one in columns}
+        shown = {one: found for one, found in listed.items() if any(row.get(figure) is not None for row in found)}
         if not shown:
             continue
-        head = [f"{task} {length}" if length else task for task, length in shown]
+        filtered = [not count.endswith("_kept") and any(row.get("kept_only") for row in shown[one]) for one in shown]
+        ends = dict(zip(shown, ("_kept" if only else "" for only in filtered), strict=True))
+        head = [
+            f"{task}{f' {length}' if length else ''}{', filtered' if ends[task, length] else ''}"
+            for task, length in shown
+        ]
         lines = [f"### {title}", "", f"| method | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
-        for method in methods:
-            listed = [cells.get((method, *one), {}) for one in shown]
-            lines.append(f"| {method} | {' | '.join(_cell(row, figure) for row in listed)} |")
-        counts = [str(max(cells.get((m, *one), {}).get(count, 0) for m in methods)) for one in shown]
+        for i, method in enumerate(methods):
+            lines.append(f"| {method} | {' | '.join(_cell(shown[one][i], figure + ends[one]) for one in shown)} |")
+        counts = [str(max(row.get(count + ends[one], 0) for row in shown[one])) for one in shown]
         made.append("\n".join([*lines, f"| samples | {' | '.join(counts)} |"]))
     return "\n\n".join(made) + "\n"
 
