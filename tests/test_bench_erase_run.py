@@ -14,6 +14,7 @@ from vestige.bench.erase import tasks
 from vestige.bench.erase.asking import Listeners, read
 from vestige.bench.erase.config import EraseBenchConfig
 from vestige.bench.erase.items import as_item, collect
+from vestige.bench.erase.judging import passes, promises
 from vestige.bench.erase.latency import LatencyConfig, latency
 from vestige.bench.erase.plots import Plot, depths, each, sentences
 from vestige.bench.erase.run import bench_erase
@@ -266,13 +267,31 @@ def test_other_texts_or_seeds_are_refused_when_a_run_goes_on(measure, texts, tmp
 
 
 def test_only_samples_that_pass_the_filter_are_run_if_so_wanted(measure, out, monkeypatch):
-    kept = iter([False, True])
+    promising, kept = iter([False, True, True]), iter([False, True])
+    monkeypatch.setattr(running, "promises", lambda replies: next(promising))
     monkeypatch.setattr(running, "passes", lambda replies: next(kept))
-    rows = measure(methods=("drop",), kept_only=True)
-    assert [(one["index"], one["method"]) for one in records(out)] == [
-        (0, "noop"), (0, "recompute"), (1, "noop"), (1, "recompute"), (1, "drop"),
+    read_before = []
+    monkeypatch.setattr(running, "read", lambda *args: read_before.append(args) or read(*args))
+    wanted = {"methods": ("drop",), "kept_only": True, "samples": 3}
+    rows = measure(**wanted)
+    assert [(one["index"], one["method"], bool(one["questions"])) for one in records(out)] == [
+        (0, "noop", False), (1, "noop", True), (2, "noop", True), (2, "recompute", True), (2, "drop", True),
     ]  # fmt: skip
-    assert [(row["n"], row["n_kept"], row["kept_only"]) for row in rows] == [(2, 1, False), (2, 1, False), (1, 1, True)]
+    assert len(read_before) == 1 + 1 + 2 + 2  # the trial; the clean text alone where that decides
+    assert [(row["n"], row["n_kept"], row["kept_only"]) for row in rows] == [(2, 1, False), (1, 1, True), (1, 1, True)]
+    assert measure(**wanted, resume=True) == rows and len(read_before) == 7
+
+
+def test_what_clean_replies_decide_is_what_the_filter_asks_of_them():
+    def reply(kind: str, clean: bool, correct: bool) -> dict:
+        return {"kind": kind, "clean_correct": clean, "correct": correct}
+
+    wrong, misled, right = reply("target", False, False), reply("target", True, False), reply("target", True, True)
+    other, lost = reply("retained", False, False), reply("leak", True, True)
+    assert not promises([wrong, misled]) and not passes([wrong, misled])
+    assert promises([right, other, lost]) and not passes([right, other])
+    assert promises([misled, other]) and passes([misled, right, other])
+    assert not promises([other, lost]) and passes([reply("retained", True, False), lost])
 
 
 # What cannot run.

@@ -43,7 +43,8 @@ class EraseBenchConfig:
     samples: int | None = None
     """Of each (task, length); None is 20."""
     kept_only: bool = False
-    """Run methods other than the bounds only on samples that pass the filter."""
+    """Run methods other than ``noop`` only on samples that pass the filter, and ``noop`` only where clean replies are
+    right."""
     split: str = "dev"
     seed: int = 0
     essays: Path | None = None

@@ -33,13 +33,22 @@ def judged(question: Question, said: str, clean: str) -> dict[str, Any]:
     }
 
 
+def promises(replies: Sequence[Record]) -> bool:
+    """Return whether the clean replies let a sample pass the filter: see :func:`passes`."""
+    return all(reply["clean_correct"] for reply in _deciding(replies))
+
+
 def passes(replies: Sequence[Record]) -> bool:
     """Return whether a sample passes the filter, from what the untouched cache says.
 
     It does if the clean replies to the target questions are right and one of the untouched cache's is wrong; where
     nothing is asked that should change, if the clean replies to the retained questions are right.
     """
-    targets = [reply for reply in replies if reply["kind"] == "target"]
-    if targets:
-        return all(reply["clean_correct"] for reply in targets) and not all(reply["correct"] for reply in targets)
-    return all(reply["clean_correct"] for reply in replies if reply["kind"] == "retained")
+    unchanged = all(reply["correct"] for reply in replies if reply["kind"] == "target")
+    harmless = all(reply["kind"] != "target" for reply in replies)
+    return promises(replies) and (harmless or not unchanged)
+
+
+def _deciding(replies: Sequence[Record]) -> list[Record]:
+    kinds = {reply["kind"] for reply in replies}
+    return [reply for reply in replies if reply["kind"] == ("target" if "target" in kinds else "retained")]

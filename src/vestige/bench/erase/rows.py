@@ -40,7 +40,7 @@ def aggregate(
 def _row(group: list[Record], bound: Mapping[tuple[Any, ...], Record]) -> Row:
     """Return the figures of one cell and method."""
     errors = [record["error"] for record in group if "error" in record]
-    done = [record for record in group if "error" not in record]
+    done = [record for record in group if "error" not in record and record["questions"]]
     kept = [record for record in done if record["kept"]]
     row: Row = {"error": errors[0] if errors else None, "n": len(done), "n_kept": len(kept)}
     row["kept_only"] = any(record["kept_only"] for record in done)

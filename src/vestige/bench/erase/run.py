@@ -14,7 +14,7 @@ from vestige.attachment import attach
 from vestige.bench.erase.asking import Listeners, compare, read
 from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erase.items import Item, collect
-from vestige.bench.erase.judging import judged, passes
+from vestige.bench.erase.judging import judged, passes, promises
 from vestige.bench.erase.rows import aggregate
 from vestige.bench.facts import provenance
 from vestige.bench.render import Renderer
@@ -124,25 +124,43 @@ class Runner:
         return [*self.store.records.values(), *self.failures.values()]
 
     def run(self, item: Item) -> None:
-        """Run a sample through every method that still lacks it: all together, or the bounds first if they decide."""
-        others = tuple(method for method in self.config.all_methods if method not in BOUNDS)
-        ready: tuple[KVCache, KVCache] | None = None
-        for methods in (BOUNDS, others) if self.config.kept_only else ((*BOUNDS, *others),):
+        """Run a sample through every method that still lacks it: all together, or if only what passes the filter
+        counts, first what decides that."""
+        every, only = self.config.all_methods, self.config.kept_only
+        cache: KVCache | None = None
+        clean: KVCache | None = None
+        for methods in (every[:1], every[1:]) if only else (every,):
             self.progress(self.done, self.total, f"{item.sample.task} {' '.join(methods)}")
-            noop = self._known(item, BOUNDS[0])
-            skipped = methods is others and noop is not None and not noop["kept"]
-            lacking = [] if skipped else [one for one in methods if self._lacks(item, one)]
-            if lacking:
-                ready = ready or self._read(item)
-                for record in self._records(item, lacking, *ready):
-                    self.store.append(record)
             self.done += len(methods)
+            lacking = [method for method in methods if self._lacks(item, method)]
+            noop = self._known(item, BOUNDS[0])
+            if not lacking or (only and noop is not None and not noop["kept"]):
+                continue
+            if clean is None:
+                clean = read(self.model, item.clean, KVCache(self.model, Full()))
+            if only and noop is None and not self._promising(item, clean):
+                self.store.append(self._unasked(item))
+                continue
+            if cache is None:
+                cache = read(self.model, item.context, KVCache(self.model, self.config.make_policy()))
+            for record in self._records(item, lacking, cache, clean):
+                self.store.append(record)
         self.progress(self.done, self.total, item.sample.task)
 
-    def _read(self, item: Item) -> tuple[KVCache, KVCache]:
-        """Return the reading that all methods share, evicted with nothing asked, and one of what shall remain."""
-        cache = read(self.model, item.context, KVCache(self.model, self.config.make_policy()))
-        return cache, read(self.model, item.clean, KVCache(self.model, Full()))
+    def _promising(self, item: Item, clean: KVCache) -> bool:
+        """Return whether a sample can pass the filter, as far as the clean replies decide it."""
+        listeners, found = Listeners(self.model, [clean]), list[Record]()
+        for question, ids in zip(item.sample.questions, item.questions, strict=True):
+            with listeners.asked(ids) as asked:
+                (reply,) = asked.replies(question.max_new_tokens, self.renderer.stop()).replies
+            text = self.renderer.text(reply)
+            found.append(judged(question, text, text))
+        return promises(found)
+
+    def _unasked(self, item: Item) -> Record:
+        """Return the record of a sample of which the clean replies decided that it does not pass."""
+        about = {"tags": dict(item.sample.tags), "kept": False, "kept_only": False, "questions": []}
+        return self._head(item, BOUNDS[0]) | about | {"digest": item.digest} | self.origin
 
     def _records(self, item: Item, methods: Sequence[str], cache: KVCache, clean: KVCache) -> Iterator[Record]:
         """Yield what methods did with a sample, but for those that failed, which is booked."""
@@ -165,7 +183,7 @@ class Runner:
                 **self._head(item, method),
                 "tags": dict(item.sample.tags),
                 "kept": passes(list(questions)) if method == BOUNDS[0] else bool(noop and noop["kept"]),
-                "kept_only": self.config.kept_only and method not in BOUNDS,
+                "kept_only": self.config.kept_only and method != BOUNDS[0],
                 "questions": list(questions),
                 **_edited(done),
                 "held": fork.held,
