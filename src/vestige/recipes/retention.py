@@ -45,7 +45,7 @@ CANDIDATE_PRESSES = (
     "CUR", "Compactor", "CriticalKV(ExpectedAttentionPress)", "ExpectedAttention", "KVzip", "KeyDiff", "Knorm", "LagKV",
     "LeverageScore", "NonCausalAttn", "SnapKV", "TOVA",
 )  # fmt: skip
-CHOOSING_BUDGETS, CHOOSING_SAMPLES = ("0.25", "0.1"), 6
+CHOOSING_BUDGETS, CHOOSING_SAMPLES = ("0.25", "0.1"), 3
 
 
 def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, equal.Part]:
