@@ -10,7 +10,7 @@ from conftest import on_the_default_model
 from vestige.download import load
 from vestige.erase_text import EraseConfig, erase_text
 from vestige.learn.card import CARD
-from vestige.run import RunConfig
+from vestige.run import RunConfig, run
 from vestige.weights import SHIPPED
 
 MOST_BYTES = {"eraser": 12_000_000, "retention": 8_000_000}
@@ -50,3 +50,18 @@ def test_the_shipped_eraser_steers_the_default_model_past_a_stale_fact():
     assert "311" in replies["learned"] and "204" not in replies["learned"]
     (span,) = done.report.spans
     assert done.report.slots_replaced == 90 * len(span.span)
+
+
+@on_the_default_model
+def test_the_shipped_gates_keep_a_tenth_that_answers_where_chance_does_not():
+    model, tokenizer = load("smollm2-135m", progress=False)
+    days = (
+        "Rain fell on the harbour all morning. Two gulls fought over a crust on the quay. A clerk came by with the "
+        "post, and nobody had a letter. The lamps along the mole were lit early because of the fog. "
+    )
+    text = f"Notes of the week. {8 * days}The ferry leaves at 7:40. {8 * days}"
+    replies = {}
+    for policy in ("retention", "random"):
+        asked = RunConfig(prompt=text, questions=("When does the ferry leave?",), policy=policy, budget="0.1")
+        replies[policy] = run(asked, model, tokenizer).answers[0].text
+    assert "7:40" in replies["retention"] and "7:40" not in replies["random"]
