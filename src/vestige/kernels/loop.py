@@ -55,7 +55,8 @@ def attend_partially(
     Written out, but for a step of one token where a fused kernel says what it weighed. Arguments as above.
     """
     parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
-    output, lse = (torch.cat(x, 1) for x in ([part.output for part in parts], [part.lse for part in parts]))
+    columns = [part.output for part in parts], [part.lse for part in parts]
+    output, lse = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in columns)
     wide = torch.promote_types(query.dtype, torch.float32)
     return Partial(output.view(*query.shape[:3], -1).to(wide), lse.view(query.shape[:3]).to(wide))
 

@@ -15,7 +15,7 @@ import typer
 from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erase.tasks import TASKS
 from vestige.bench.rows import Record, Row
-from vestige.recipes.running import Dev, Essays, Out, Parts, chosen, split_of
+from vestige.recipes.running import Dev, Essays, Out, Parts, chosen, records_of, split_of
 
 MODEL = "smollm2-135m"
 APPROXIMATE = ("learned", "shift", "drop", "repair", "repair(where=end)", "blend", "erratum")
@@ -78,8 +78,10 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
         shown = {one: found for one, found in listed.items() if any(row.get(figure) is not None for row in found)}
         if not shown:
             continue
-        filtered = [not count.endswith("_kept") and any(row.get("kept_only") for row in shown[one]) for one in shown]
-        ends = dict(zip(shown, ("_kept" if only else "" for only in filtered), strict=True))
+        ends = {}
+        for one, found in shown.items():
+            filtered = not count.endswith("_kept") and any(row.get("kept_only") for row in found)
+            ends[one] = "_kept" if filtered else ""
         head = [
             f"{task}{f' {length}' if length else ''}{', filtered' if ends[task, length] else ''}"
             for task, length in shown
@@ -150,7 +152,7 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def summary(out: Path) -> None:
     """Write ``report.md`` and the pictures of all parts that have results, and the verdict on the needles."""
-    from vestige.bench.store import ROWS, SAMPLES, SPEED, write_atomically
+    from vestige.bench.store import ROWS, SPEED, write_atomically
 
     made, records = [], list[Record]()
     for name in sorted(folder.parent.name for folder in out.glob(f"*/{ROWS}")):
@@ -159,7 +161,7 @@ def summary(out: Path) -> None:
         write_atomically(out / name / "exact.svg", picture)
         made.append(f"## {name}\n\n![exact match by task and method]({name}/exact.svg)\n\n{tables(rows)}")
         if name in ("needles", "needles-long"):
-            records += [json.loads(line) for line in (out / name / SAMPLES).read_text().splitlines()]
+            records += records_of(out / name)
     if records:
         pooled = verdict(records)
         write_atomically(out / "needles.json", json.dumps(pooled, indent=1) + "\n")

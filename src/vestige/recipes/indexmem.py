@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vestige.bench.rows import Record, Row, resampled
 from vestige.recipes import equal
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
+from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.recipes.standing import picture, table, verdict
 
 MODEL, OURS = "smollm2-135m", "indexmem(share=model)"
@@ -123,14 +123,12 @@ def needles(records: Iterable[tuple[Record, str]]) -> str:
 
 def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     """Write the verdicts, gains and pictures of all parts that have results."""
-    from vestige.bench.store import SAMPLES as RECORDS
     from vestige.bench.store import write_atomically
 
     said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`."], list[tuple[Record, str]]()
     for name, one in made.items():
-        if not (file := out / name / RECORDS).exists():
+        if not (records := records_of(out / name)):
             continue
-        records = [json.loads(line) for line in file.read_text().splitlines()]
         if name in MAPS:
             mapped += [(record, one.budget_of(record)) for record in records]
         if name.startswith("memories"):

@@ -17,7 +17,7 @@ import typer
 
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
+from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
 """The four RULER tasks that the full cache answers best on the dev split at 2,048 tokens, and needles by depth."""
@@ -177,13 +177,10 @@ def main(
     dev: Dev = False,
 ) -> None:
     """Run the comparison, or go on with it, part by part."""
-    from vestige.bench.store import SAMPLES as RECORDS
-
     for name, run in chosen(parts(essays, longbench, split_of(dev)), part).items():
         folder = out / name
         benched(run.config, folder, model=run.model, command=COMMAND, label=name)
-        records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
-        found = losses(records)
+        found = losses(records_of(folder))
         (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
         for budget, picture in pictures(found, f"{run.model}, {name}").items():
             (folder / f"scores-{budget}.svg").write_text(picture)

@@ -16,7 +16,7 @@ from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
 from vestige.bench.rows import Row
 from vestige.recipes import equal
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen
+from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of
 from vestige.recipes.standing import picture, table, verdict
 
 MODEL = "smollm2-135m"
@@ -48,16 +48,15 @@ CANDIDATE_PRESSES = (
 CHOOSING_BUDGETS, CHOOSING_SAMPLES = ("0.25", "0.1"), 3
 
 
-def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, equal.Part]:
-    """Return the judged runs, by length.
+def parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal.Part]:
+    """Return the judged runs, on the test split, by length.
 
     Args:
         model: Whose caches are weighed.
         essays: Haystacks.
-        split: Of the samples.
     """
     names, peers = (RETENTION, *RIVALS, *CONTROLS), list(map(_press, PRESSES))
-    common = _common(essays, split) | {"samples": SAMPLES}
+    common = _common(essays, "test") | {"samples": SAMPLES}
     return {
         str(length): equal.part(model, names, budgets, length, peers=peers, **common)
         for length, budgets in BUDGETS.items()
@@ -85,13 +84,11 @@ def _press(name: str) -> str:
 
 def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     """Write the verdict and the pictures of all lengths that have results."""
-    from vestige.bench.store import SAMPLES as RECORDS
     from vestige.bench.store import write_atomically
 
     rows: list[Row] = []
     for name, one in made.items():
-        if (file := out / name / RECORDS).exists():
-            rows += verdict(map(json.loads, file.read_text().splitlines()), RETENTION, one.budget_of)
+        rows += verdict(records_of(out / name), RETENTION, one.budget_of)
     write_atomically(out / "verdict.json", json.dumps(rows, indent=1) + "\n")
     write_atomically(out / "verdict.md", f"# Retention gates\n\nRemade by `{COMMAND}`.\n\n{table(rows, RETENTION)}")
     for length in {row["length"] for row in rows}:

@@ -1,5 +1,6 @@
 """What the recipes share: their options, a choice among their parts, and a run with a bar that goes on with itself."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -7,7 +8,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Row
+from vestige.bench.rows import Record, Row
 
 Out = Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")]
 Essays = Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")]
@@ -31,6 +32,14 @@ def chosen(known: Mapping[str, _T], names: Sequence[str] | None) -> dict[str, _T
     if wrong := set(names or ()) - known.keys():
         raise typer.BadParameter(f"unknown part {', '.join(sorted(wrong))}; available: {', '.join(known)}")
     return {name: known[name] for name in names or known}
+
+
+def records_of(folder: Path) -> list[Record]:
+    """Return what a run has finished, sample by sample; nothing if it never began."""
+    from vestige.bench.store import SAMPLES
+
+    file = folder / SAMPLES
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def benched(config: BenchConfig, folder: Path, *, model: str, command: str, label: str) -> list[Row]:
