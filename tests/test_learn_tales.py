@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vestige.bench import tasks
+from vestige.bench import sources, tasks
 from vestige.bench.erase import stories
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import SPLITS, Order
 from vestige.learn import vocabulary
 from vestige.learn.tales import tale as tales
 
@@ -59,8 +59,17 @@ def test_nothing_is_about_what_benchmarks_ask_for():
     assert not {*words} & {*asked, "special", "magic", "hidden", "quiz", "mentioned", "provided", "variables", "var"}
 
 
-def test_no_value_has_the_shape_of_a_benchmarks():
-    uuid = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-")
-    for seed in range(200):
-        told = tales.tale(random.Random(seed), PROSE)
-        assert not [one.answer for one in told.asked if uuid.match(one.answer)]
+def test_no_name_or_value_is_a_word_that_benchmarks_draw():
+    pytest.importorskip("wonderwords")
+    drawn = {word for split in SPLITS for word in sources.words(split).all()}
+    lists = [value for value in vars(vocabulary).values() if isinstance(value, tuple)]
+    ours = {word for listed in lists for word in listed if isinstance(word, str) and word.isalpha()}
+    assert len(ours) > 80 and not drawn & {word.lower() for word in ours}
+
+
+def test_no_name_or_value_has_the_shape_of_a_benchmarks():
+    shapes = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-|\d{7}$|[a-z]+-[a-z]+$")
+    for seed in range(300):
+        rng = random.Random(seed)
+        values = [relation.value(rng) for relation in vocabulary.RELATIONS]
+        assert not [one for one in (*values, vocabulary.subject(rng)) if shapes.match(one)]

@@ -64,23 +64,16 @@ def load(make: Callable[[Mapping[str, Any]], M], folder: Path, name: str, what: 
         written = json.loads(shape.read_text()).items()
         module = make({key: tuple(x) if isinstance(x, list) else x for key, x in written})
         module.load_state_dict({key: x.float() for key, x in load_file(weights).items()})
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        RuntimeError,
-        InputError,
-        SafetensorError,
-    ) as error:
+    except _BROKEN as error:
         raise ModelError(f"{what} in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from None
     return module
 
 
 def owner(model: PreTrainedModel) -> dict[str, str]:
     """Return the fields of a shape that say whose it is."""
-    return {"base": check(model).fingerprint(), "model": model.config.name_or_path or ""}
+    name = model.config.name_or_path or ""
+    is_folder = Path(name).is_dir()  # whose path is nobody else's business
+    return {"base": check(model).fingerprint(), "model": Path(name).name if is_folder else name}
 
 
 def require_fit(shape: Shape, model: PreTrainedModel, what: str) -> None:

@@ -135,9 +135,9 @@ class _Run:
         self.step += 1
         shown = {name: int(value) if name == TOKENS else plain(value) for name, value in parts.items()}
         record: dict[str, Any] = {"step": self.step, **shown, "lr": lr, "grad_norm": norm}
-        record["seconds"] = round(time.perf_counter() - started, 3)
         if self.config.validates(self.step):
             record["validation"] = self._validate()
+        record["seconds"] = round(time.perf_counter() - started, 3)
         self.rng = torch.get_rng_state()
         return record
 

@@ -14,7 +14,8 @@ METRICS = "metrics.jsonl"
 
 Record = Mapping[str, Any]
 """``step`` (done, from 1), ``loss`` and its other parts, ``lr``, ``grad_norm`` (before clipping), ``seconds`` of the
-step, ``tokens`` if the task counts them, ``validation`` where there was one. A figure that is not finite is null."""
+step and its validation, ``tokens`` if the task counts them, ``validation`` where there was one. A figure that is not
+finite is null."""
 
 
 class Metrics:

@@ -154,9 +154,12 @@ class RetentionTask(TaleTask):
         return {**parts, "tokens": parts["loss"].new_tensor(float(packed.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
-        """Return how answers fare when pairs are really evicted: on tales about texts that are not trained on."""
+        """Return how answers fare when pairs are really evicted: on tales about texts that are not trained on.
+
+        The gates compute as they do in use, in the model's dtype.
+        """
         budget = Budget.fraction(self.options.budget)
-        policy = Retention(gates=self.gates, budget=budget, share=self.options.share)
+        policy = Retention(gates=self.gates.for_inference(self.model.dtype), budget=budget, share=self.options.share)
         return judged(self.model, policy, self.to_validate())
 
     def identity(self) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Made-up texts in which a few things matter later: stated in prose, in tables, lists, code or talk, then asked for.
 
 What is asked must be remembered over everything that stands behind it, and nothing tells in advance what it will be. No
-template and no word of a benchmark of ours is among these; a test compares both sides.
+template of a benchmark of ours is among these, and no value or name that one draws; tests compare both sides.
 """
 
 import random
