@@ -235,7 +235,7 @@ def small():
 
 def test_gates_meet_kvzip_and_the_best_of_the_field_at_equal_bytes_on_the_test_split(small):
     runs = retention.parts(small)
-    assert set(runs) == {"2048", "1024", "4096"}
+    assert set(runs) == {*map(str, retention.BUDGETS), *(f"{length}-presses" for length in retention.BUDGETS)}
     for name, budgets in (("2048", {"0.25", "0.1", "0.05"}), ("1024", {"0.1"}), ("4096", {"0.1"})):
         run = runs[name]
         assert run.config.split == "test" and run.config.samples == 20 and run.config.lengths == (int(name),)
@@ -243,8 +243,12 @@ def test_gates_meet_kvzip_and_the_best_of_the_field_at_equal_bytes_on_the_test_s
         assert {(policy, fraction) for (policy, _, _), fraction in run.fractions.items()} == set(
             product(methods, budgets)
         )
-        peers = {(arm.policy, arm.budget) for arm in run.config.arms if arm.peer is not None}
+        pressed = runs[f"{name}-presses"].config
+        peers = {(arm.policy, arm.budget) for arm in pressed.arms}
         assert len(peers) == 3 * len(budgets) and {budget for _, budget in peers} == budgets
+        assert "dialogue/recall" not in pressed.tasks  # whose later texts presses hold whole
+        alike = ("split", "samples", "lengths", "essays", "answer_room", "seed")
+        assert all(getattr(pressed, field) == getattr(run.config, field) for field in alike)
     assert "kvzip(share=model)" in retention.RIVALS and len(retention.RIVALS) == 4
 
 
@@ -257,7 +261,7 @@ def test_rivals_are_chosen_on_dev_from_all_that_need_no_question():
     assert tried == POLICIES.keys() - apart
     known = tried | {"kvzip"}
     assert all(name.partition("(")[0] in known for name in retention.RIVALS)
-    assert set(retention.PRESSES) <= set(retention.CANDIDATE_PRESSES)
+    assert retention.PRESSES.keys() <= set(retention.CANDIDATE_PRESSES)
 
 
 def kept(policy: str, budget: str, *scores: float) -> list[dict]:

@@ -13,27 +13,36 @@ from vestige.testing import random_ids, tiny
 
 MODEL = tiny("llama", vocab_size=128, max_position_embeddings=8192)
 WHOLE = ("full", "none", "1.0")
-PLAIN = equal.weight(MODEL, "full")
+PLAIN = equal.plain_pair(MODEL)
 
 
 @pytest.mark.parametrize("name", [*indexmem.MEMORIES])
 @pytest.mark.parametrize("policy", indexmem.FIELD)
 def test_methods_weigh_what_was_measured(policy, name):
     own = equal.weight(MODEL, policy, name)
-    made = policies.make(policy, Budget.fraction(equal.share(own, PLAIN, 400, 0.5)))
+    made = policies.make(policy, Budget.fraction(equal.kept_fraction(own, PLAIN, 400, 0.5)))
     cache = KVCache(MODEL, made, memory=memory.make(name))
     with attach(MODEL), torch.no_grad():
         prefill(MODEL, random_ids(MODEL, 1, 400), cache, chunk=400)
     rows = sum(layer.rows for layer in cache.evictable)
-    aimed = 0.5 * 400 * PLAIN.pair * rows
+    aimed = 0.5 * 400 * PLAIN * rows
     assert aimed - (own.pair + 1) * rows <= cache.report().kv_bytes <= aimed
 
 
 def test_a_cache_that_keeps_everything_weighs_its_pairs():
-    assert equal.Weight(pair=2.0 * 16 * 4 + 4, fixed=0.0) == PLAIN
+    assert PLAIN == 2 * 16 * 4
+    assert equal.weight(MODEL, "full") == equal.Weight(pair=PLAIN + 4, fixed=0.0)
     indexed = equal.weight(MODEL, "indexmem")
-    assert indexed.pair == PLAIN.pair + 4 * 4 + 4 and indexed.fixed == 0
+    assert indexed.pair == PLAIN + 4 + 4 * 4 + 4 and indexed.fixed == 0
     assert equal.weight(MODEL, "snapkv").fixed == 32 * 2 * 16 * 4  # the latest queries of two heads each
+
+
+def test_what_weighs_more_than_the_budget_beside_its_pairs_is_left_out_and_named():
+    part = equal.part(MODEL, ("expected_attention", "keydiff"), ("0.5", "0.05"), 200, tasks=("niah",))
+    assert {(policy, fraction) for (policy, _, _), fraction in part.fractions.items()} == {
+        ("expected_attention", "0.5"), ("keydiff", "0.5"), ("keydiff", "0.05"),
+    }  # fmt: skip
+    assert part.impossible == ("expected_attention, memory none, at 0.05",)
 
 
 def test_the_runs_are_what_was_asked_for():

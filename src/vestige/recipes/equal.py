@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from vestige.reading import prefill
 
 Key = tuple[str, str, str]
 """Policy, memory and budget of an arm."""
-_READ = 64
+_LENGTH = 64
+_LEAST = 1e-4  # budgets have four digits
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,38 @@ def weight(model: PreTrainedModel, policy: str, memory: str = "none") -> Weight:
     Raises:
         VestigeError: There is no such method, or it has no weights for the model.
     """
-    made = policies.make(policy, None if policy == "full" else Budget.fraction(1.0))
-    cache = KVCache(model, made, memory=memories.make(memory))
-    with attach(model), torch.no_grad():
-        prefill(model, torch.arange(_READ, device=model.device)[None] + 2, cache)
+    cache = _read(model, policy, memory)
     whole = cache.footprint()
     fixed = whole.fixed_bytes - cache.slack * whole.pair_bytes
     return Weight(pair=whole.pair_bytes / whole.rows, fixed=fixed / whole.rows)
 
 
-def share(of: Weight, plain: Weight, length: int, fraction: float) -> float:
-    """Return the share of the pairs that weighs as much as ``fraction`` of them with nothing beside them.
+def plain_pair(model: PreTrainedModel) -> float:
+    """Return the bytes of a pair in transformers' own cache: keys and values, the mean over all rows."""
+    cache = _read(model, "full", "none")
+    return cache.report().full_kv_bytes / (cache.footprint().rows * _LENGTH)
+
+
+def _read(model: PreTrainedModel, policy: str, memory: str) -> KVCache:
+    made = policies.make(policy, None if policy == "full" else Budget.fraction(1.0))
+    cache = KVCache(model, made, memory=memories.make(memory))
+    with attach(model), torch.no_grad():
+        prefill(model, torch.arange(_LENGTH, device=model.device)[None] + 2, cache)
+    return cache
+
+
+def kept_fraction(of: Weight, plain: float, length: int, fraction: float) -> float:
+    """Return the fraction of the pairs that weighs as much as ``fraction`` of them with nothing beside them.
+
+    It is negative if what no eviction frees weighs more than that.
 
     Args:
         of: The method.
-        plain: A cache that keeps everything.
+        plain: Bytes of a pair with nothing beside it.
         length: Tokens of the text.
         fraction: Of its pairs.
     """
-    return (fraction * plain.pair - of.fixed / length) / of.pair
+    return (fraction * plain - of.fixed / length) / of.pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +88,8 @@ class Part:
 
     config: BenchConfig
     fractions: Mapping[Key, str]
+    impossible: tuple[str, ...] = ()
+    """Arms that are left out: what no eviction frees of them weighs more than they may."""
 
     def budget_of(self, record: Record) -> str:
         """Return the fraction that a record is compared under; "1.0" for what evicts nothing."""
@@ -87,7 +104,6 @@ def part(
     length: int,
     *,
     memories: Sequence[str] = ("none",),
-    peers: Sequence[str] = (),
     **config: Any,
 ) -> Part:
     """Return a run of the full cache, and of methods at budgets at which all weigh the same.
@@ -95,22 +111,24 @@ def part(
     Args:
         model: Whose caches are weighed.
         names: Policies.
-        fractions: Of all pairs; peers hold just these.
+        fractions: Of all pairs, in transformers' own cache.
         length: Tokens of the texts.
         memories: Each beside each policy.
-        peers: Names of peers.
         config: What else :class:`BenchConfig` takes.
     """
-    plain, found = weight(model, "full"), dict[Key, tuple[Arm, str]]()
-    for name in names:
-        for memory in memories:
-            own = weight(model, name, memory)
-            for fraction in fractions:
-                budget = f"{share(own, plain, length, float(fraction)):.4f}"
-                (arm,) = cross((name,), (budget,), memories=(memory,))
-                found[name, memory, budget] = arm, fraction
+    plain, found, impossible = plain_pair(model), dict[Key, tuple[Arm, str]](), []
+    for name, memory in product(names, memories):
+        own = weight(model, name, memory)
+        for fraction in fractions:
+            kept = kept_fraction(own, plain, length, float(fraction))
+            if kept < _LEAST:
+                impossible.append(f"{name}, memory {memory}, at {fraction}")
+                continue
+            (arm,) = cross((name,), (budget := f"{kept:.4f}",), memories=(memory,))
+            found[name, memory, budget] = arm, fraction
     arms = (*cross(("full",), ()), *(arm for arm, _ in found.values()))
-    if peers:
-        arms += cross((), fractions, peers=peers)
-    made = BenchConfig(arms=arms, lengths=(length,), **config)
-    return Part(config=made, fractions={key: fraction for key, (_, fraction) in found.items()})
+    return Part(
+        config=BenchConfig(arms=arms, lengths=(length,), **config),
+        fractions={key: fraction for key, (_, fraction) in found.items()},
+        impossible=tuple(impossible),
+    )

@@ -24,13 +24,14 @@ def verdict(records: Iterable[Record], ours: str, budget_of: Callable[[Record], 
         cells.setdefault(at, {}).setdefault(Method.of(record["arm"]), {})[record["task"], record["index"]] = record
     rows = []
     for (length, budget), methods in cells.items():
-        if budget == "1.0":
+        full = next((cell for method, cell in cells.get((length, "1.0"), {}).items() if method.policy == "full"), {})
+        if budget == "1.0" or not full:
             continue
-        full = next(cell for method, cell in cells[length, "1.0"].items() if method.policy == "full")
         own = next((cell for method, cell in methods.items() if method.policy == ours), {})
-        for method, cell in methods.items():
+        for method, found in methods.items():
             named_by = {"policy": method.policy, "share": method.share, "peer": method.peer}
-            rows.append({"length": length, "budget": budget} | named_by | _row(cell, full, own))
+            if cell := {key: record for key, record in found.items() if key in full}:
+                rows.append({"length": length, "budget": budget} | named_by | _row(cell, full, own))
     return sorted(rows, key=lambda row: (row["length"], -float(row["budget"]), -row["score"]))
 
 
@@ -43,6 +44,7 @@ def _row(cell: dict[Any, Record], full: dict[Any, Record], ours: dict[Any, Recor
         "kv_bytes": sum(record["kv_bytes"] for record in cell.values()) / len(cell),
         "score": mean,
         "score_ci95": resampled(list(scores.values())),
+        "full": whole,
         "of_full": mean / whole if whole else None,
         "ours_above": sum(above) / len(above) if above else None,
         "ours_above_ci95": resampled(above),
@@ -82,6 +84,7 @@ def picture(rows: Sequence[Row], length: int, title: str) -> str:
         Line(label=one.label, look=look[one], points=tuple(sorted(found, key=lambda point: point.x)))
         for one, found in drawn.items()
     ]
-    some = next(row for row in rows if row["length"] == length and row["of_full"])
-    full = Point(x=0, y=some["score"] / some["of_full"])
-    return line_chart(f"{title}, {length:,} tokens, all tasks", lines, Axis(label="MB kept", log=True), level=full)
+    full = max((row for row in rows if row["length"] == length), key=lambda row: row["n"])["full"]
+    return line_chart(
+        f"{title}, {length:,} tokens, all tasks", lines, Axis(label="MB kept", log=True), level=Point(x=0, y=full)
+    )
