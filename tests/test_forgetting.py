@@ -106,7 +106,7 @@ class Same:
 @pytest.mark.parametrize("eraser", [Drop(), Learned()], ids=["drop", "learned"])
 @pytest.mark.parametrize("wanted", [False, True])
 def test_erasers_that_keep_positions_free_the_memory_if_asked_to(eraser, wanted, monkeypatch):
-    monkeypatch.setattr(Learned, "made_for", lambda self, model: Same())
+    monkeypatch.setattr(Learned, "weights_for", lambda self, model: Same())
     ids, span = random_ids(MODEL, 1, 40), Span(26, 34)  # some are held
     cache, whole = read(ids), read(ids, policy=policies.Full())
     expected = without(cache, whole, [span] if wanted else [])

@@ -396,10 +396,10 @@ def test_the_same_model_loaded_again_is_the_same_model(kept):
     assert KVCache.load(kept, tiny("llama")).seen == (40,)
 
 
-@pytest.mark.parametrize("number", [0, 3, 5, "4", None])
+@pytest.mark.parametrize("number", [0, 4, 6, "5", None])
 def test_an_unknown_format_is_named(kept, number):
     edit(kept, format=number)
-    assert f"has format {number}, this version of vestige reads 4" in refused(kept)
+    assert f"has format {number}, this version of vestige reads 5" in refused(kept)
 
 
 def test_a_policy_that_this_version_does_not_have_is_named(kept, monkeypatch):
@@ -434,8 +434,8 @@ def test_json_that_was_edited_is_refused(kept, case):
 
 
 ENTRIES = (
-    "format", "model", "policy", "needs", "ring_sizes", "writers", "lengths", "pins", "erased", "seen", "ring_floor",
-    "prepared", "peak_kv_bytes", "evict_s", "schedule", "layers", "sha256",
+    "format", "model", "policy", "trained", "needs", "ring_sizes", "writers", "lengths", "pins", "erased", "seen",
+    "ring_floor", "prepared", "peak_kv_bytes", "evict_s", "schedule", "layers", "sha256",
 )  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def test_an_erasure_by_learning_writes_new_index_keys_and_leaves_what_was_asked(
     ids = random_ids(MODEL, 1, 30)
     cache = read(MODEL, ids, policy(APART, Budget.tokens(20)))
     before = cache.fork()
-    monkeypatch.setattr(Learned, "made_for", lambda self, model: Biased(model))
+    monkeypatch.setattr(Learned, "weights_for", lambda self, model: Biased(model))
     erase(cache, Span(10, 14), Learned(), model=MODEL, input_ids=ids)
     for old, new in zip(before.evictable, cache.evictable, strict=True):
         inside = (old.columns["positions"] >= 10) & (old.columns["positions"] < 14)

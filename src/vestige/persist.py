@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from vestige import ragged
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.errors import CacheFileError, InputError
+from vestige.errors import CacheFileError, InputError, ModelError
 from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer, Step
 from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
+from vestige.models import check
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policy import Policy
 from vestige.recording import Recording
@@ -36,8 +37,9 @@ from vestige.records import kind_of
 from vestige.remains import Absorbed, Memory, Remains
 from vestige.schedule import Schedule
 from vestige.spans import Span
+from vestige.weights import digest
 
-FORMAT = 4
+FORMAT = 5
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"
 
 
@@ -56,6 +58,7 @@ def save(cache: KVCache, path: Path) -> None:
         "model": cache.anatomy.fingerprint(),
         "policy": _policy_to_json(cache.policy),
         "memory": _memory_to_json(cache.memory),
+        "trained": [digest(one, cache.anatomy.model) for one in (cache.policy, cache.memory)],
         "absorbed": {b: [[one.start, one.end] for one in row] for b, row in cache.absorbed.ranges.items()},
         "needs": sorted(cache.recording.needs),
         "ring_sizes": dict(cache.recording.ring_sizes),
@@ -166,9 +169,15 @@ def _foreign_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel, path: Path) -> KVCache:
-    cache = KVCache(model, _policy_from_json(books["policy"]), memory=_memory_from_json(books["memory"]))
-    if books["model"] != cache.anatomy.fingerprint():
+    if books["model"] != check(model).fingerprint():
         raise CacheFileError(f"{path} was made for another model or other weights than {model.config.name_or_path!r}")
+    policy, memory = _policy_from_json(books["policy"]), _memory_from_json(books["memory"])
+    try:
+        cache = KVCache(model, policy, memory=memory)
+    except ModelError as error:
+        raise CacheFileError(f"{path} needs trained weights that cannot be had: {error}") from None
+    if books["trained"] != [digest(one, model) for one in (policy, memory)]:
+        raise CacheFileError(f"{path} was written with other trained weights than lie there now")
     for name in ("prepared", "peak_kv_bytes", "evict_s", "annotate_s"):
         setattr(cache, name, books[name])
     recording = Recording.of([cache.policy, *map(_policy_from_json, books["writers"])])

@@ -1,5 +1,6 @@
 """Small trained modules that belong to one model: written as safetensors and JSON, refused where they do not fit."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -67,6 +68,14 @@ def load(make: Callable[[Mapping[str, Any]], M], folder: Path, name: str, what: 
     except _BROKEN as error:
         raise ModelError(f"{what} in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from None
     return module
+
+
+def digest(module: nn.Module) -> str:
+    """Return a hash of a module's weights."""
+    found = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        found.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def owner(model: PreTrainedModel) -> dict[str, str]:

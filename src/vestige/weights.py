@@ -3,11 +3,13 @@
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import PreTrainedModel
 
+from vestige import trained
 from vestige.errors import ModelError
 from vestige.models import check
 
@@ -15,6 +17,19 @@ SHIPPED = Path(__file__).parent / "learn" / "weights"
 """What comes with the package: a folder for each kind and model, ``<kind>-<fingerprint of the model>``."""
 M = TypeVar("M")
 _FILES = ("*.safetensors", "*.json")
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """A policy, memory or eraser that works with trained weights."""
+
+    def weights_for(self, model: PreTrainedModel) -> nn.Module:
+        """Return the weights it works with on a model."""
+
+
+def digest(one: object, model: PreTrainedModel) -> str:
+    """Return a hash of the trained weights that a policy, memory or eraser works with; empty if it needs none."""
+    return trained.digest(one.weights_for(model)) if isinstance(one, Trained) else ""
 
 
 def folder_of(kind: str, name: str | None, model: PreTrainedModel) -> Path:
@@ -61,15 +76,36 @@ class Shelf(Generic[M]):
 
     def __init__(self, kind: str, read: Callable[[Path, PreTrainedModel], M]) -> None:
         self.kind, self.read = kind, read
-        self._known: weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, M]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, tuple[Any, M]]]
+        self._known = weakref.WeakKeyDictionary()
 
-    def get(self, name: str | None, model: PreTrainedModel) -> M:
-        """Return the weights of a name for a model.
+    def get(self, name: str | M | None, model: PreTrainedModel) -> M:
+        """Return the weights of a name for a model; weights at hand are returned as they are.
 
         Raises:
             ModelError: As :func:`folder_of`, or they cannot be read, or are another model's.
         """
+        if not isinstance(name, str | None):
+            return name
         known = self._known.setdefault(model, {})
         if name not in known:
-            known[name] = self.read(folder_of(self.kind, name, model), model)
-        return known[name]
+            known[name] = _stamp(name, model), self.read(folder_of(self.kind, name, model), model)
+        return known[name][1]
+
+    def look_again(self, name: str | M | None, model: PreTrainedModel) -> M:
+        """Return the same, read anew if the model was moved or the folder written since.
+
+        Raises:
+            ModelError: As :meth:`get`.
+        """
+        known = self._known.setdefault(model, {})
+        if isinstance(name, str | None) and name in known and known[name][0] != _stamp(name, model):
+            del known[name]
+        return self.get(name, model)
+
+
+def _stamp(name: str | None, model: PreTrainedModel) -> tuple[Any, ...]:
+    """Return what weights that were read depend on beside their name."""
+    folder = Path(name or "")
+    files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []
+    return model.device, model.dtype, tuple(file.stat().st_mtime_ns for file in files)

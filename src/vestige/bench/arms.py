@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from transformers import PreTrainedModel
+
 from vestige import memory as memories_of
 from vestige import policies
 from vestige.bench import peers as others
@@ -12,6 +14,7 @@ from vestige.errors import InputError, PolicyError
 from vestige.policy import Policy
 from vestige.remains import Memory
 from vestige.select import share_of
+from vestige.weights import digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,16 @@ class Arm:
         assert self.peer is None
         budget = None if self.policy == "full" else Budget.parse(self.budget)
         return policies.make(self.policy, budget, share=self.share, seed=seed)
+
+    def weights(self, model: PreTrainedModel) -> str:
+        """Return a hash of the trained weights at work; empty if there are none.
+
+        Raises:
+            ModelError: There are none for this model.
+        """
+        if self.peer is not None:
+            return ""
+        return " ".join(filter(None, (digest(one, model) for one in (self.make_policy(seed=0), self.make_memory()))))
 
     def make_memory(self) -> Memory | None:
         """Return what remains of the evicted; raises as the command line would."""

@@ -91,6 +91,7 @@ class _Runner:
         self.progress, self.done, self.total = progress, 0, total
         self.failures: dict[tuple[str, int, Arm], Record] = {}
         self.left_out: dict[tuple[str, int, Arm], Record] = {}
+        self.trained: dict[Arm, str] = {}
         self.peer = peers.OpenPeers(renderer.model)
 
     def run(self, group: list[Item]) -> None:
@@ -172,10 +173,18 @@ class _Runner:
         """Return the record that is there.
 
         Raises:
-            InputError: It was made from other data.
+            InputError: It was made from other data or with other weights.
         """
         sample = item.sample
-        return self.store.known(sample.task, sample.length, sample.index, arm.key, item.digest)
+        return self.store.known(sample.task, sample.length, sample.index, arm.key, item.digest, self._trained(arm))
+
+    def _trained(self, arm: Arm) -> str:
+        if arm not in self.trained:
+            try:
+                self.trained[arm] = arm.weights(self.renderer.model)
+            except VestigeError:
+                self.trained[arm] = ""  # running it says what is wrong
+        return self.trained[arm]
 
     def _record(self, arm: Arm, item: Item, outcome: Outcome, batch: int) -> Record:
         turns = [
@@ -201,6 +210,7 @@ class _Runner:
             "kept_fraction": outcome.held / outcome.full if outcome.full else 1.0,
             "batch": batch if arm.peer is None else 1,
             "digest": item.digest,
+            "trained": self._trained(arm),
             **self.origin,
         }
 

@@ -54,17 +54,24 @@ class Store:
         """Return the record of a sample and arm, or None if it is still to do."""
         return self.records.get(_key(task, length, index, arm))
 
-    def known(self, task: str, length: int, index: int, arm: Mapping[str, Any], digest: str) -> Record | None:
+    def known(
+        self, task: str, length: int, index: int, arm: Mapping[str, Any], digest: str, weights: str = ""
+    ) -> Record | None:
         """Return the record of a sample and arm, or None if it is still to do.
 
         Raises:
-            InputError: It was made from other data than those of this digest.
+            InputError: It was made from other data than those of this digest, or with other trained weights.
         """
         record = self.has(task, length, index, arm)
         if record is not None and record["digest"] != digest:
             raise InputError(
                 f"sample {index} of {task} in {self.folder} was made from another text "
                 "or other answers; the data have changed: name a new --out"
+            )
+        if record is not None and record.get("trained", weights) != weights:
+            raise InputError(
+                f"sample {index} of {task} in {self.folder} was made with other trained weights of {arm['policy']}; "
+                "name a new --out"
             )
         return record
 

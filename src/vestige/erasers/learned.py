@@ -38,22 +38,20 @@ class Learned(Eraser):
     def edit(self, scene: Scene) -> Edit:
         """Run the spans, then write: nothing is changed before all pairs are there."""
         at = torch.cat([torch.arange(span.start, span.end) for span in scene.spans])
-        with self.made_for(scene.model).applied(scene.model):
+        with self.weights_for(scene.model).applied(scene.model):
             new = rerun(scene.model, scene.cache, at)
         release = Release.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
         (write_whole if self.whole else write)(scene.cache, at, new)
         release.carry_out()
         return Edit(recomputed=len(at) + release.read, memory=release.outcome)
 
-    def made_for(self, model: PreTrainedModel) -> Adapter:
-        """Return the adapter for a model; read once.
+    def weights_for(self, model: PreTrainedModel) -> Adapter:
+        """Return the adapter for a model.
 
         Raises:
             ModelError: There is none, or it does not fit.
         """
-        if isinstance(self.adapter, Adapter):
-            return self.adapter
-        return _SHELF.get(self.adapter, model)
+        return _SHELF.look_again(self.adapter, model)
 
 
 _SHELF = Shelf("eraser", Adapter.load)

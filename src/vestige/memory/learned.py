@@ -44,7 +44,15 @@ class LearnedMemory(Memory):
         if isinstance(self.latent, Latent):
             self.latent.require_fit(model)
             return self
-        return replace(self, latent=_SHELVES[self.kind].get(self.latent, model))
+        return replace(self, latent=_SHELVES[self.kind].look_again(self.latent, model))
+
+    def weights_for(self, model: PreTrainedModel) -> Latent:
+        """Return the weights for a model.
+
+        Raises:
+            ModelError: As :meth:`made_for`.
+        """
+        return self.made_for(model).weights
 
     @property
     def releases(self) -> bool:

@@ -64,7 +64,7 @@ class IndexMem(Policy):
             ModelError: There is none, it is damaged, or another model's.
             PolicyError: All heads of a layer have one score, and are to compete with each other.
         """
-        made = self.made_for(model)
+        made = self.weights_for(model)
         if made is self.indexer:  # others were looked at when they were read
             made.require_fit(model)
         if not made.config.apart and self.share != "head":
@@ -73,18 +73,18 @@ class IndexMem(Policy):
                 "use share='head', or one trained with scores apart"
             )
 
-    def made_for(self, model: PreTrainedModel) -> Indexer:
-        """Return the indexer for a model: one at hand as it is, others read once.
+    def weights_for(self, model: PreTrainedModel) -> Indexer:
+        """Return the indexer for a model.
 
         Raises:
             ModelError: As :meth:`bind`.
         """
-        return self.indexer if isinstance(self.indexer, Indexer) else _SHELF.get(self.indexer, model)
+        return _SHELF.look_again(self.indexer, model)
 
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return each row's part of the index keys, and that nobody asked yet; nothing where another layer leads."""
         assert written.hidden is not None and written.model is not None, "the cache shows both"
-        indexer, shape = self.made_for(written.model), written.keys.shape[:3]
+        indexer, shape = _SHELF.get(self.indexer, written.model), written.keys.shape[:3]
         if indexer.leader(written.layer_idx, self.reuse) != written.layer_idx:
             return {name: written.keys.new_empty(*shape, 0) for name in self.annotations}
         keys = indexer.at(written.layer_idx).index_keys(written.hidden)  # (batch, groups, new, size)
@@ -98,7 +98,7 @@ class IndexMem(Policy):
 
     def watch_layer(self, glance: LayerGlance) -> None:
         """Write down what new queries ask for."""
-        indexer = self.made_for(glance.model)
+        indexer = _SHELF.get(self.indexer, glance.model)
         if indexer.leader(glance.layer_idx, self.reuse) != glance.layer_idx:
             return
         assert glance.hidden is not None, "the cache shows it"
@@ -133,7 +133,7 @@ class IndexMem(Policy):
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return log shares of what is asked for, plus the log of the head's scale; the leader's, if there is one."""
         assert seen.model is not None, "the cache shows it"
-        indexer = self.made_for(seen.model)
+        indexer = _SHELF.get(self.indexer, seen.model)
         leader = indexer.leader(seen.layer_idx, self.reuse)
         if leader != seen.layer_idx:
             return seen.earlier[leader]

@@ -52,24 +52,22 @@ class Retention(Policy):
         Raises:
             ModelError: There are none, they are damaged, or they are another model's.
         """
-        made = self.made_for(model)
+        made = self.weights_for(model)
         if made is self.gates:  # others were looked at when they were read
             made.require_fit(model)
 
-    def made_for(self, model: PreTrainedModel) -> Gates:
-        """Return the gates for a model: those at hand as they are, others read once, to compute in its dtype.
+    def weights_for(self, model: PreTrainedModel) -> Gates:
+        """Return the gates for a model: those at hand as they are, others to compute in its dtype.
 
         Raises:
             ModelError: As :meth:`bind`.
         """
-        if isinstance(self.gates, Gates):
-            return self.gates
-        return _SHELF.get(self.gates, model)
+        return _SHELF.look_again(self.gates, model)
 
     def annotate(self, written: Written) -> Mapping[str, Tensor]:
         """Return log beta of new pairs, ``batch kv_heads new``, float32."""
         assert written.hidden is not None and written.model is not None, "the cache shows both"
-        return {"log_beta": self.made_for(written.model)(written.layer_idx, written.hidden)}
+        return {"log_beta": _SHELF.get(self.gates, written.model)(written.layer_idx, written.hidden)}
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return the log of what each pair is worth to the next ``horizon`` queries."""
