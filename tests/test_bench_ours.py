@@ -135,7 +135,7 @@ def test_one_reading_is_one_long_forward():
     hook = MODEL.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)
     try:
         arms = [policy(name) for name in sorted(POLICIES)]
-        arms = [arm for arm in arms if ours.can_share(arm) and not isinstance(arm, Prepares)]
+        arms = [arm for arm in arms if ours.company(arm) is None and not isinstance(arm, Prepares)]
         assert len(arms) > 10
         reading = ours.read(MODEL, [one], arms)
         for arm in arms:
@@ -274,12 +274,16 @@ def test_a_budget_below_the_protected_is_an_error_that_names_both():
         ours.run(MODEL, short, policy("snapkv", Budget.fraction(0.05)))
 
 
-def test_a_policy_that_looks_at_every_query_would_slow_a_shared_reading_down():
-    class Looks(policies.KNorm):
-        def watch(self, glance):
-            pass
-
-    assert not ours.can_share(Looks(budget=Budget.tokens(50)))
+def test_policies_that_look_at_every_query_share_a_reading_with_their_like_alone():
+    """It is slow: nobody else's times shall have it."""
+    budget = Budget.tokens(50)
+    assert ours.company(policies.KNorm(budget=budget)) is None
+    assert ours.company(policies.H2O(budget=budget)) == ours.company(policies.H2O(budget=Budget.tokens(60), sink=1))
+    most, mean = (policies.IndexMem(budget=budget, reduction=reduction) for reduction in ("max", "mean"))
+    assert (
+        len({ours.company(one) for one in (most, mean, policies.H2O(budget=budget), policies.KNorm(budget=budget))})
+        == 4
+    )
 
 
 def test_a_policy_that_writes_beside_the_pairs_does_so_in_a_shared_reading():

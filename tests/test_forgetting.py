@@ -87,7 +87,32 @@ def test_pairs_that_an_eraser_replaced_cannot_be_had_again(monkeypatch):
     with attach(MODEL):
         erase(cache, Span(8, 13), Drop(), model=MODEL, input_ids=ids)
         assert forget(cache, Span(10, 20), model=MODEL) is Forgotten.IMPOSSIBLE
-        assert forget(cache, Span(13, 20), model=MODEL) is Forgotten.SUBTRACTED
+        assert forget(cache, Span(13, 20), model=MODEL) is Forgotten.IMPOSSIBLE, "it was made with them in view"
+        assert forget(cache, Span(3, 8), model=MODEL) is Forgotten.SUBTRACTED
+
+
+@pytest.mark.parametrize("memory", [MEMORY, SLOTS], ids=["linear", "slots"])
+def test_what_was_read_behind_an_eviction_cannot_be_had_again(memory):
+    """Its pairs were made with only some of the text in view; a replay would subtract other ones."""
+    ids = random_ids(MODEL, 1, 60)
+    cache = KVCache(MODEL, KEPT, memory=memory)
+    with attach(MODEL), torch.no_grad():
+        prefill(MODEL, ids, cache, chunk=24)
+        before = [layer.remains for layer in cache.evictable]
+        for span in (Span(26, 30), Span(20, 25)):
+            assert forget(cache, span, model=MODEL) is Forgotten.IMPOSSIBLE
+        assert all(layer.remains is one for layer, one in zip(cache.evictable, before, strict=True))
+        assert forget(cache, Span(8, 13), model=MODEL) is Forgotten.SUBTRACTED
+
+
+def test_what_was_taken_back_cannot_be_had_again():
+    ids = random_ids(MODEL, 1, 40)
+    cache = read(ids)
+    with attach(MODEL), torch.no_grad():
+        cache.crop(-14)  # 26 to 29 were absorbed
+        prefill(MODEL, random_ids(MODEL, 1, 8, seed=1), cache)
+        assert forget(cache, Span(26, 29), model=MODEL) is Forgotten.IMPOSSIBLE
+        assert forget(cache, Span(8, 13), model=MODEL) is Forgotten.SUBTRACTED
 
 
 class Same:
@@ -123,3 +148,15 @@ def test_what_was_taken_out_leaves_the_ranges():
     assert absorbed.ranges == {0: (Span(2, 5), Span(14, 20)), 1: (Span(0, 3),)}
     absorbed.remove(Span(0, 5))
     assert absorbed.ranges == {0: (Span(14, 20),), 1: ()}
+
+
+def test_what_can_be_read_again_follows_the_rows():
+    absorbed = Absorbed()
+    absorbed.add(0, torch.tensor([4, 5]), 20)
+    absorbed.add(1, torch.tensor([2]), 30)
+    absorbed.add(0, torch.tensor([9]), 50)
+    assert absorbed.replayable == {0: 20, 1: 30}
+    twin = absorbed.copy()
+    absorbed.crop([45, 25])
+    assert absorbed.replayable == {0: 20, 1: 25} and twin.replayable == {0: 20, 1: 30}
+    assert absorbed.select([1, 1, 0]).replayable == {0: 25, 1: 25, 2: 20}

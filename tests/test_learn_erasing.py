@@ -15,7 +15,7 @@ from vestige.learn.erasing import steering
 from vestige.learn.erasing.facts import facts
 from vestige.learn.erasing.samples import EraserOptions, SampleMaker, Texts
 from vestige.learn.erasing.task import EraserTask
-from vestige.learn.prose import prose_of
+from vestige.learn.prose import prose_of, usable
 from vestige.testing import random_ids, tiny
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
@@ -146,9 +146,11 @@ def test_validation_tells_exact_match_by_kind(task):
 
 
 def test_texts_without_sentences_are_refused():
-    assert prose_of([Document("a", " ".join(PROSE)), Document("b", "no end")]) == [PROSE]
-    with pytest.raises(InputError, match="12 sentences or more"):
-        prose_of([Document("a", "no end")])
+    long, other, short = Document("a", " ".join(PROSE)), Document("c", " ".join(PROSE[::-1])), Document("b", "no end")
+    assert prose_of(usable([long, short, other])) == [PROSE, PROSE[::-1]]
+    for few, count in (([short], "none among 1"), ([long, short], "1 among 2"), ([long, long], "1 among 2")):
+        with pytest.raises(InputError, match=f"two texts of 12 sentences or more.*{count}"):
+            usable(few)
 
 
 @pytest.mark.parametrize(

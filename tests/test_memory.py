@@ -458,7 +458,7 @@ def test_ranges_are_those_of_the_set_of_positions():
     for step in range(12):
         b, longest = 2 * (step % 2), 40 - 3 * step
         positions = torch.randint(longest, (step,), generator=generator, dtype=torch.int32)
-        noted.add(b, positions)
+        noted.add(b, positions, longest)
         expected[b] |= set(positions.tolist())
         for row, known in noted.ranges.items():
             assert {p for span in known for p in range(span.start, span.end)} == expected[row]
@@ -471,7 +471,7 @@ def test_ranges_are_those_of_the_set_of_positions():
 
 def test_ranges_follow_their_batch_rows():
     noted = Absorbed()
-    noted.add(1, torch.tensor([3, 4, 9]))
+    noted.add(1, torch.tensor([3, 4, 9]), 12)
     assert noted.ranges == {1: (Span(3, 5), Span(9, 10))}
     assert noted.select([1, 0, 1]).ranges == {0: noted.ranges[1], 2: noted.ranges[1]}
 

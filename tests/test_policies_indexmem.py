@@ -18,10 +18,11 @@ MODEL = tiny("llama")
 APART, SHARED = random_indexer(MODEL), random_indexer(MODEL, apart=False, heads=2)
 EITHER = pytest.mark.parametrize("indexer", [APART, SHARED], ids=["apart", "shared"])
 ROOMY = Budget.tokens(64)
+SINK = 1
 
 
 def policy(indexer: Indexer = APART, budget: Budget = ROOMY, **options) -> IndexMem:
-    return IndexMem(budget=budget, indexer=indexer, **{"sink": 1, "window": 2} | options)
+    return IndexMem(budget=budget, indexer=indexer, **{"sink": SINK, "window": 2} | options)
 
 
 @torch.no_grad()
@@ -91,8 +92,13 @@ def test_the_streamed_mean_is_the_dense_one_over_all_that_saw_a_pair(indexer, mo
         torch.testing.assert_close(layer.view("asked_for")[0, ..., 0], asks.sum(1), atol=1e-3, rtol=1e-3)
         scores = scored(cache, layer)
         mean = asks.sum(1) / torch.arange(23, 0, -1)
-        expected = mean.log_softmax(-1) + indexer.log_scale(layer.layer_idx)[:, None]
+        expected = log_shares(mean) + indexer.log_scale(layer.layer_idx)[:, None]
         torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-3)
+
+
+def log_shares(asked_for: torch.Tensor) -> torch.Tensor:
+    """Return log shares of what is asked for of all tokens but the sinks, as an indexer is trained."""
+    return asked_for - asked_for[:, SINK:].logsumexp(-1, keepdim=True)
 
 
 def scored(cache, layer) -> torch.Tensor:
@@ -106,7 +112,7 @@ def test_scores_are_log_shares_of_what_is_asked_for_plus_the_log_of_the_heads_sc
     ids = random_ids(MODEL, 1, 23)
     cache = read(MODEL, ids, policy(indexer))
     for layer in cache.evictable:
-        expected = seen_by(dense(MODEL, ids, indexer, layer.layer_idx), 0, 23).log_softmax(-1)
+        expected = log_shares(seen_by(dense(MODEL, ids, indexer, layer.layer_idx), 0, 23))
         expected = expected + indexer.log_scale(layer.layer_idx)[:, None]
         torch.testing.assert_close(scored(cache, layer), expected, atol=3e-2, rtol=2e-3)
 
@@ -120,6 +126,46 @@ def test_pads_ask_for_nothing(indexer):
         for one, many in zip(alone.evictable, together.evictable, strict=True):
             notes = many.view("asked_for")[b].float()
             torch.testing.assert_close(notes[:, pads:], one.view("asked_for")[0].float(), atol=2e-2, rtol=2e-3)
+
+
+@EITHER
+def test_pads_of_a_later_turn_ask_for_nothing_and_hide_nothing(indexer):
+    """They lie in the midst of a cache that evicted nothing yet."""
+    ids = random_ids(MODEL, 2, 36)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, :10] = 0
+    together = read(MODEL, ids[:, :20], policy(indexer), 20)
+    alone = read(MODEL, ids[1:, :20], policy(indexer), 20)
+    with attach(MODEL), torch.no_grad():
+        prefill(MODEL, ids[:, 20:], together, attention_mask=mask)
+        prefill(MODEL, ids[1:, 30:], alone)
+    for one, many in zip(alone.evictable, together.evictable, strict=True):
+        notes = many.view("asked_for")[1].float()
+        real = torch.cat([notes[:, :20], notes[:, 30:]], 1)
+        torch.testing.assert_close(real, one.view("asked_for")[0].float(), atol=2e-2, rtol=2e-3)
+
+
+def test_how_much_sinks_are_asked_for_takes_no_room_from_the_rest():
+    """They take no part in training, so nothing tells how much a query asks for them."""
+    cache = read(MODEL, random_ids(MODEL, 1, 23), policy())
+    layer = cache.evictable[0]
+    before = scored(cache, layer)
+    layer.view("asked_for")[0, 0, :SINK, 0] += 4
+    after = scored(cache, layer)
+    assert torch.equal(after[:, SINK:], before[:, SINK:]) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_one_score_for_a_layer_needs_rows_that_hold_the_same_tokens(tokens):
+    ids = random_ids(MODEL, 1, 40)
+    own = policy(SHARED, Budget.tokens(9), share="head")
+    evicted = KVCache(MODEL, KNorm(budget=Budget.tokens(12), sink=2, window=4), observers=[own])
+    with attach(MODEL), torch.no_grad():
+        prefill(MODEL, ids, evicted)
+    cache = evicted.fork(own)
+    with attach(MODEL), torch.no_grad(), pytest.raises(PolicyError, match="must hold the same tokens"):
+        for start in range(0, 10, tokens):
+            prefill(MODEL, ids[:, start : start + tokens], cache)
 
 
 @EITHER
@@ -220,7 +266,7 @@ def test_layers_that_follow_keep_what_their_leader_keeps_and_store_no_index(inde
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reuse": 0}, "reuse must be at least 1"),
+        ({"reuse": 0}, "reuse must be an integer of at least 1"),
         ({"reuse": 2, "share": "model"}, "reuse needs share='head'"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 TRAIN = (
-    "--steps", "3", "--batch", "2", "--dim", "4", "--width", "8", "--length", "500", "--least", "450", "--joint", "1",
+    "--steps", "3", "--batch", "2", "--dim", "4", "--width", "8", "--length", "500", "--least", "450", "--alone", "1",
     "--validate-every", "2", "--save-every", "2", "--validation", "2",
 )  # fmt: skip
 
@@ -23,7 +23,7 @@ def test_training_makes_weights_with_a_card_that_run_takes(vestige, roomy, texts
         and card["memory"]["width"] == 8
         and card["memories"] == ["linear", "slots"]
     )
-    assert card["indexer"]["apart"] == (apart == "--apart") and card["options"]["joint"] == 2
+    assert card["indexer"]["apart"] == (apart == "--apart") and card["options"]["alone"] == 2
     assert card["command"].startswith("vestige train indexmem") and "answers" in card["validation"]
     asked = ("--context", "story.txt", "--question", "Who?", "--max-new-tokens", "3", "--budget", "0.25")
     for memory in card["memories"]:
@@ -42,12 +42,14 @@ def test_training_makes_weights_with_a_card_that_run_takes(vestige, roomy, texts
         (("--data", "texts", "--memory", "magic"), "unknown trained memory 'magic'; available: linear, slots"),
         (("--data", "texts", "--schedule", "magic"), "unknown schedule 'magic'"),
         (("--data", "texts", "--aware", "2"), "aware must lie in [0, 1]"),
-        (("--data", "story.txt"), "12 sentences or more"),
+        (("--data", "texts", "--steps", "5", "--alone", "5"), "memories would learn nothing"),
+        (("--data", "story.txt"), "two texts of 12 sentences or more, one of them to validate on; there is none"),
+        (("--data", "texts/0.txt"), "there is 1 among 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(vestige, folders, texts, arguments, said):
     result = vestige("train", "indexmem", "--model", folders.chat, "--out", "made", *arguments)
-    assert result.code == 2 and said in result.err
+    assert result.code == 2 and said in result.complaint()
 
 
 def test_weights_of_another_model_are_refused_in_one_line(vestige, folders, roomy, texts, place):

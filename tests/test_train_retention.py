@@ -31,9 +31,10 @@ def test_training_makes_gates_with_a_card_that_run_takes(vestige, roomy, texts, 
         (("--data", "texts", "--length", "5000"), "5000 tokens do not fit the model's 512 positions"),
         (("--data", "texts", "--warm-by", "magic"), "unknown warm-by 'magic'; available: answers, replay"),
         (("--data", "texts", "--capacity", "0"), "capacity must be above 0"),
-        (("--data", "story.txt"), "12 sentences or more"),
+        (("--data", "story.txt"), "two texts of 12 sentences or more, one of them to validate on; there is none"),
+        (("--data", "texts/0.txt"), "there is 1 among 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(vestige, folders, texts, arguments, said):
     result = vestige("train", "retention", "--model", folders.chat, "--out", "made", *arguments)
-    assert result.code == 2 and said in result.err
+    assert result.code == 2 and said in result.complaint()

@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "indexmem": (
         "--steps", "3", "--batch", "2", "--dim", "4", "--width", "8", "--length", "500", "--least", "450",
-        "--joint", "1", "--validation", "1", "--save-every", "1",
+        "--alone", "1", "--validation", "1", "--save-every", "1",
     ),
 }  # fmt: skip
 WEIGHTS = {
@@ -57,8 +57,11 @@ def process(command):
 
 
 def curve(folder: str) -> list[tuple[float, ...]]:
-    """Return what each step of a run came to, its clock left out."""
-    return [tuple(x for name, x in record.items() if name not in ("seconds", "validation")) for record in read(folder)]
+    """Return what each step of a run came to, its clock left out; what did not learn yet counts as -1."""
+    return [
+        tuple(-1.0 if x is None else x for name, x in record.items() if name not in ("seconds", "validation"))
+        for record in read(folder)
+    ]
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

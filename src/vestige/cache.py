@@ -225,8 +225,7 @@ class KVCache(Cache):
         for name in _SHARED:
             setattr(twin, name, getattr(self, name))
         twin.schedule = Schedule(**vars(self.schedule))
-        twin.ring_floor, twin.fed = list(self.ring_floor), self.fed.copy()
-        twin.absorbed = Absorbed(dict(self.absorbed.ranges))
+        twin.ring_floor, twin.fed, twin.absorbed = list(self.ring_floor), self.fed.copy(), self.absorbed.copy()
         twin.layers = [
             layer.copy_to(twin) if isinstance(layer, RaggedLayer) else copy_layer(layer) for layer in self.layers
         ]
@@ -457,6 +456,7 @@ class KVCache(Cache):
         gone = self.fed.crop(tokens_to_remove)
         self.ring_floor = [max(f, s - self.recording.longest) for f, s in zip(self.ring_floor, self.seen, strict=True)]
         self.seen = tuple(s - g for s, g in zip(self.seen, gone, strict=True))
+        self.absorbed.crop(self.seen)
         self.erased = tuple(Span(s.start, min(s.end, max(self.seen))) for s in self.erased if s.start < max(self.seen))
         for evictable in self.evictable:
             evictable.crop(tokens_to_remove)

@@ -209,7 +209,7 @@ def train_indexmem(
     lr: LearningRate = 1e-3,
     warmup: Warmup = None,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: wsd, cosine or constant.")] = "wsd",
-    joint: Annotated[int | None, typer.Option(help="First steps, of the indexer alone; default: half.", min=0)] = None,
+    alone: Annotated[int | None, typer.Option(help="First steps, of the indexer alone; default: half.", min=0)] = None,
     length: Length = 1024,
     least: Least = 160,
     asked: Asked = 4,
@@ -249,9 +249,9 @@ def train_indexmem(
     from vestige.learn.indexmem.training import IndexMemTraining
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed, schedule)
-    alone = steps // 2 if joint is None else joint
+    first = steps // 2 if alone is None else alone
     options = IndexMemOptions(
-        length=length, least=least, asked=asked, teacher=teacher_of(teacher), aware=aware, joint=alone * batch,
+        length=length, least=least, asked=asked, teacher=teacher_of(teacher), aware=aware, alone=first * batch,
         memory_weight=memory_weight, budget=budget, seed=seed,
     )  # fmt: skip
     training = IndexMemTraining(

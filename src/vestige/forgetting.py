@@ -36,7 +36,8 @@ class Release:
         """Return what it takes to forget some spans, which every batch row has seen.
 
         The ids up to the last one's end are read again, in one piece and with nothing evicted, to have their pairs once
-        more. They are those that were absorbed, up to rounding, if nothing had been evicted when they were first read.
+        more. They are those that were absorbed, up to rounding, if nothing had been evicted when they were first read;
+        if something had, the spans cannot be forgotten.
 
         Args:
             cache: Not changed.
@@ -49,7 +50,6 @@ class Release:
             return Release(cache, tuple(spans), found.pop() if found else Forgotten.EXACT)
         end = spans[-1].end
         twin = KVCache(model, Full())
-        twin.erased = cache.erased
         with torch.no_grad():
             reread(model, twin, [row[:end] for row in fed_rows(cache)], chunk=end)
         return Release(cache, tuple(spans), Forgotten.SUBTRACTED, end, _without(cache, twin, spans))
@@ -74,7 +74,7 @@ def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedMod
 
     Returns:
         ``EXACT`` if none of their pairs was ever absorbed, ``SUBTRACTED`` if those that were are out now, at the cost
-        of reading up to their end once more, else ``IMPOSSIBLE``.
+        of reading up to their end once more, else ``IMPOSSIBLE``, and then nothing is changed.
     """
     release = Release.of(cache, (spans,) if isinstance(spans, Span) else sorted(spans), model)
     release.carry_out()
@@ -83,10 +83,11 @@ def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedMod
 
 def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
     """Return whether pairs can be subtracted: not from a memory that is no plain sum, nor pairs that no reading gives
-    again, of embeddings or of what an eraser had replaced."""
-    fed = not bool((cache.ids[cache.real] < 0).any())
-    replaced = any(one.start < span.end and span.start < one.end for one in cache.erased for span in spans)
-    return cache.ready is not None and cache.ready.releases and fed and not replaced
+    again, of embeddings, behind what an eraser changed, or read when something had been evicted already."""
+    fed, end = not bool((cache.ids[cache.real] < 0).any()), spans[-1].end
+    changed = any(one.start < end for one in cache.erased)
+    replayable = all(end <= most for most in cache.absorbed.replayable.values())
+    return cache.ready is not None and cache.ready.releases and fed and not changed and replayable
 
 
 def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, Remains]:

@@ -198,18 +198,18 @@ def blocks(
         asking: What the queries ask with.
         keys: Of one batch row, all groups at the same positions.
         at: Position of each query, ascending.
-        positions: Position of each key, ascending; -1 for pads, which nobody sees.
+        positions: Position of each key, ascending but for pads, wherever these are: -1, and nobody sees them.
 
     Yields:
         Which queries, and :func:`asked` in float32; -inf where a query does not see a key.
     """
-    pads = int((positions < 0).sum())
+    order, pads = positions.cummax(0).values, positions < 0
     for start in range(0, len(at), QUERY_BLOCK):
         part = slice(start, start + QUERY_BLOCK)
         seen = torch.stack([at[part][0], at[part][-1]]).to(positions.dtype)
-        early, end = torch.searchsorted(positions, seen, right=True).tolist()
+        early, end = torch.searchsorted(order, seen, right=True).tolist()
         found = asked(IndexQueries(asking.queries[:, :, part], asking.gates[:, :, part]), keys[:, :end]).float()
-        found[..., :pads] = -torch.inf
+        found.masked_fill_(pads[:end], -torch.inf)
         found[..., early:].masked_fill_(positions[early:end] > at[part, None], -torch.inf)
         yield part, found
 

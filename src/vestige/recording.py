@@ -37,7 +37,7 @@ class Recording:
             PolicyError: Two policies would write different things into one side array.
         """
         recording = [one for one in observers if isinstance(one, Annotates | Watches | WatchesLayers)]
-        distinct = {_hand(one): one for one in recording}.values()
+        distinct = {hand(one): one for one in recording}.values()
         owners: dict[str, Policy] = {}
         for policy in distinct:
             for name in policy.annotations:
@@ -99,7 +99,7 @@ class Recording:
                 f"this cache recorded {_told(self.needs | self.annotations, self.ring_sizes)}; "
                 "name the policy in KVCache(..., observers=[...]) before reading"
             )
-        if isinstance(policy, Annotates) and _hand(policy) not in map(_hand, self.writers):
+        if isinstance(policy, Annotates) and hand(policy) not in map(hand, self.writers):
             options = ", ".join(policy.annotated_with) or "options"
             raise PolicyError(
                 f"what this cache keeps beside its pairs ({', '.join(sorted(policy.annotations))}) was written with "
@@ -107,7 +107,7 @@ class Recording:
             )
 
 
-def _hand(policy: Policy | Annotates) -> tuple[object, ...]:
+def hand(policy: Policy | Annotates) -> tuple[object, ...]:
     """Return what bears on what a policy writes: its class and the options that it names."""
     return (type(policy), *(getattr(policy, name) for name in policy.annotated_with))
 

@@ -34,7 +34,7 @@ class Forgotten(Enum):
     REBUILT = "rebuilt"
     """The memory was made anew by replaying the ids without the span: what erasers do."""
     IMPOSSIBLE = "impossible"
-    """Pairs of the span were absorbed, and no sum can be taken apart again."""
+    """Pairs of the span were absorbed and stay: the memory is no sum, or nothing gives those very pairs again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +213,15 @@ class Absorbed:
     """
 
     ranges: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    replayable: dict[int, int] = field(default_factory=dict)
+    """Tokens of a batch row that were read before anything was evicted, and never taken back: reading them once more
+    gives their pairs again."""
 
-    def add(self, batch_idx: int, positions: Int[Tensor, " gone"]) -> None:
-        """Note positions of a batch row, in any order and repeated as they come."""
+    def add(self, batch_idx: int, positions: Int[Tensor, " gone"], seen: int) -> None:
+        """Note positions of a batch row that has seen so many tokens; in any order and repeated as they come."""
         if not len(positions):
             return
+        self.replayable.setdefault(batch_idx, seen)
         before = self.ranges.get(batch_idx, ())
         length = max([int(positions.max()) + 1, *(span.end for span in before[-1:])])
         taken = torch.zeros(length + 2, dtype=torch.int8, device=positions.device)  # 0 at both ends
@@ -226,6 +230,10 @@ class Absorbed:
             taken[span.start + 1 : span.end + 1] = 1
         edges = taken.diff().nonzero()[:, 0].tolist()
         self.ranges[batch_idx] = tuple(map(Span, edges[::2], edges[1::2]))
+
+    def crop(self, seen: Sequence[int]) -> None:
+        """Note that tokens were taken back, to so many of each batch row."""
+        self.replayable = {b: min(most, seen[b]) for b, most in self.replayable.items()}
 
     def remove(self, span: Span) -> None:
         """Note that nothing of a span is there any more, in any batch row."""
@@ -238,6 +246,13 @@ class Absorbed:
         """Return whether any position of a span is among them, in any batch row."""
         return any(one.start < span.end and span.start < one.end for row in self.ranges.values() for one in row)
 
+    def copy(self) -> "Absorbed":
+        """Return the same, for a fork."""
+        return Absorbed(dict(self.ranges), dict(self.replayable))
+
     def select(self, batch_rows: Sequence[int]) -> "Absorbed":
         """Return the ranges of these batch rows, in this order."""
-        return Absorbed({new: self.ranges[old] for new, old in enumerate(batch_rows) if old in self.ranges})
+        old_of = [(new, old) for new, old in enumerate(batch_rows) if old in self.ranges]
+        return Absorbed(
+            {new: self.ranges[old] for new, old in old_of}, {new: self.replayable[old] for new, old in old_of}
+        )

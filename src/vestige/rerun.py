@@ -165,7 +165,7 @@ def write(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) 
 
     Side arrays that a policy gathers while queries pass stay as they are.
     """
-    gathered = {name for one in cache.recording.writers if isinstance(one, Policy) for name in one.gathered}
+    gathered = _gathered(cache)
     for layer in cache.evictable:
         slots, source = slots_of(layer, at.to(layer.device))
         for name, column in new[layer.layer_idx].flat().items():
@@ -174,11 +174,18 @@ def write(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) 
 
 
 def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) -> None:
-    """Put new pairs of all these tokens into the cache, those that were evicted included, until the next settle."""
+    """Put new pairs of all these tokens into the cache, those that were evicted included, until the next settle.
+
+    Side arrays that a policy gathers while queries pass stay as they are where a pair was held.
+    """
+    gathered = _gathered(cache)
     for layer in cache.evictable:
         fresh = new[layer.layer_idx].flat()
         fresh["positions"] = at.to(layer.device, torch.int32).repeat(layer.rows)
         stored = len(layer.columns["positions"])
+        old, source = slots_of(layer, at.to(layer.device))
+        for name in gathered & fresh.keys():
+            fresh[name] = fresh[name].index_copy(0, source, layer.columns[name][old].to(fresh[name].dtype))
         slots, lengths = layer.live_slots()
         held = layer.columns["positions"][slots]
         row = ragged.row_ids(lengths, layer.device)
@@ -190,6 +197,11 @@ def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pa
         for name, column in layer.columns.items():
             layer.columns[name] = torch.cat([column, fresh[name].to(column.dtype)])
         layer.keep(sources[order], torch.bincount(all_rows, minlength=layer.rows).tolist())
+
+
+def _gathered(cache: KVCache) -> set[str]:
+    """Return the names of side arrays that policies gather while queries pass."""
+    return {name for one in cache.recording.writers if isinstance(one, Policy) for name in one.gathered}
 
 
 def slots_of(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:

@@ -82,7 +82,7 @@ def evict(
     if absorbed is not None:
         _absorb(layers, live, masks)
         for b in range(len(room)):
-            absorbed.add(b, at[~kept & (grid.batch == b)[grid.row]])
+            absorbed.add(b, at[~kept & (grid.batch == b)[grid.row]], seen[b])
     for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True):
         layer.keep(slots[mask], ragged.counts_per_row(mask, lengths), coming)
     return tuple(grid.batch[grid.row][~kept].unique().tolist())

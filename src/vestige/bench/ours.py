@@ -1,6 +1,6 @@
 """Running our own arms: one reading serves every policy that acts after it, on forks of its cache."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,7 @@ from vestige.cache import KVCache
 from vestige.clock import now
 from vestige.policy import Policy, Prepares, Watches, WatchesLayers
 from vestige.reading import announce, finish, forward, pad_left, prefill
+from vestige.recording import hand
 from vestige.remains import Memory
 from vestige.report import Report
 
@@ -45,9 +46,12 @@ class Reading:
         return self.prepared[unlimited]
 
 
-def can_share(policy: Policy) -> bool:
-    """Return whether a policy may work on a fork of a reading that others observe too: it does not slow them down."""
-    return not isinstance(policy, Watches | WatchesLayers)
+def company(policy: Policy) -> Hashable:
+    """Return what policies have in common that may work on forks of one reading: none slows the others down.
+
+    Those that look at every query are alone with those that look for the same.
+    """
+    return hand(policy) if isinstance(policy, Watches | WatchesLayers) else None
 
 
 def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:

@@ -1,6 +1,6 @@
 """How accurate, how small, how fast: every sample through every arm, ours and peers', in one resumable run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,18 @@ class _Runner:
 
     def run(self, group: list[Item]) -> None:
         """Run a group through every arm that still lacks it."""
-        reading: ours.Reading | None = None
+        readings: dict[Hashable, ours.Reading] = {}
         todo = {arm: self._lacking(arm, group) for arm in self.config.arms}
-        sharing = [arm for arm, items in todo.items() if items == group and self._can_share(arm, group)]
+        sharing = {
+            arm: self._company(arm) for arm, items in todo.items() if items == group and self._shares(arm, group)
+        }
         for arm, items in todo.items():
             self.progress(self.done, self.total, f"{group[0].sample.task} {arm.name}")
-            if arm in sharing and reading is None:
-                observers = [shared.make_policy(self.config.seed) for shared in sharing]
-                reading = ours.read(self.renderer.model, [item.job for item in group], observers)
+            if arm in sharing and (company := sharing[arm]) not in readings:
+                observers = [one.make_policy(self.config.seed) for one in sharing if sharing[one] == company]
+                readings[company] = ours.read(self.renderer.model, [item.job for item in group], observers)
             if items:
-                self._run_arm(arm, items, reading if arm in sharing else None)
+                self._run_arm(arm, items, readings[sharing[arm]] if arm in sharing else None)
             self.done += len(group)
         self.progress(self.done, self.total, group[0].sample.task)
 
@@ -154,12 +156,12 @@ class _Runner:
             keep = peers.pairs_to_keep(arm.peer, arm.budget, model, seen=seen, length=length)
             yield self.peer(arm.peer).run(replace(item.job, keep=keep))
 
-    def _can_share(self, arm: Arm, group: list[Item]) -> bool:
-        if arm.peer is not None:
-            return False
+    def _shares(self, arm: Arm, group: list[Item]) -> bool:
         width = max(len(item.job.turns[0].context) for item in group)
-        whole = self.config.chunk is None or self.config.chunk >= width
-        return whole and ours.can_share(arm.make_policy(self.config.seed))
+        return arm.peer is None and (self.config.chunk is None or self.config.chunk >= width)
+
+    def _company(self, arm: Arm) -> Hashable:
+        return ours.company(arm.make_policy(self.config.seed))
 
     def _lacking(self, arm: Arm, group: list[Item]) -> list[Item]:
         """Return the samples that an arm must run, none if it failed: of ours whole batches, so that bits repeat."""

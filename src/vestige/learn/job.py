@@ -14,6 +14,7 @@ from vestige.learn.config import LoopConfig
 from vestige.learn.documents import Document, read, split
 from vestige.learn.loop import Tell, Trained, train
 from vestige.learn.parallel import Processes
+from vestige.learn.prose import usable
 from vestige.learn.task import Task
 
 HELD_OUT = 0.1
@@ -124,7 +125,7 @@ class Training(ABC):
         Raises:
             InputError: The data cannot be used.
         """
-        return split(read(self.data, field=self.field), share=HELD_OUT)
+        return split(usable(read(self.data, field=self.field)), share=HELD_OUT)
 
     @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:

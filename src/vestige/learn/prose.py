@@ -17,14 +17,21 @@ def sentences(text: str) -> list[str]:
     return [one for one in found if 20 <= len(one) <= 400]
 
 
-def prose_of(documents: Sequence[Document]) -> list[list[str]]:
-    """Return the sentences of every document that has enough of them.
+def usable(documents: Sequence[Document]) -> list[Document]:
+    """Return the documents that have enough sentences.
 
     Raises:
-        InputError: None has.
+        InputError: Fewer than two different ones have, and one is to validate on.
     """
-    found = [sentences(document.text) for document in documents]
-    long = [text for text in found if len(text) >= SHORTEST]
-    if not long:
-        raise InputError(f"no text to train or validate on has {SHORTEST} sentences or more")
+    long = [one for one in documents if len(sentences(one.text)) >= SHORTEST]
+    if (count := len({one.text for one in long})) < 2:
+        raise InputError(
+            f"training takes two texts of {SHORTEST} sentences or more, one of them to validate on; there is "
+            f"{count or 'none'} among {len(documents)}"
+        )
     return long
+
+
+def prose_of(documents: Sequence[Document]) -> list[list[str]]:
+    """Return the sentences of every document."""
+    return [sentences(document.text) for document in documents]

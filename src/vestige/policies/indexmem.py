@@ -52,8 +52,8 @@ class IndexMem(Policy):
         super().__post_init__()
         if self.reduction not in REDUCTIONS:
             raise PolicyError(unknown("reduction", str(self.reduction), REDUCTIONS))
-        if self.reuse < 1:
-            raise PolicyError(f"reuse must be at least 1, got {self.reuse!r}")
+        if not isinstance(self.reuse, int) or self.reuse < 1:
+            raise PolicyError(f"reuse must be an integer of at least 1, got {self.reuse!r}")
         if self.reuse > 1 and self.share != "head":
             raise PolicyError("layers that keep the same tokens keep equally many: reuse needs share='head'")
 
@@ -114,10 +114,7 @@ class IndexMem(Policy):
                 self._note(notes, found[0])
             return
         if not all(torch.equal(positions, rows[0][2]) for _, _, positions in rows):
-            raise PolicyError(
-                "this indexer has one score for all heads of a layer, which must hold the same tokens, but another "
-                "policy has evicted pairs of each head; use an indexer trained with scores apart"
-            )
+            raise PolicyError(_UNLIKE)
         keys = torch.cat([part for part, _, _ in rows], -1)
         found = self._found(asking, keys[None], glance.at, rows[0][2])
         for _, notes, _ in rows:
@@ -136,11 +133,19 @@ class IndexMem(Policy):
         indexer = _SHELF.get(self.indexer, seen.model)
         leader = indexer.leader(seen.layer_idx, self.reuse)
         if leader != seen.layer_idx:
+            if seen.earlier[leader].shape != seen.positions.shape:
+                raise PolicyError(
+                    "with reuse neighbouring layers must hold the same tokens, but another policy evicted"
+                )
             return seen.earlier[leader]
+        if not indexer.config.apart:
+            _require_alike(seen)
         scores, scales = torch.empty(len(seen.positions), device=seen.keys.device), indexer.log_scale(seen.layer_idx)
         for row in seen.rows():
             worth = self._worth(seen, row.pairs, seen.seen[row.batch])
-            scores[row.pairs] = worth.log_softmax(0) + scales[row.kv_head]
+            counted = worth[seen.positions[row.pairs] >= self.sink]  # sinks took no part in training
+            whole = (counted if len(counted) else worth).logsumexp(0)
+            scores[row.pairs] = worth - whole + scales[row.kv_head]
         return scores
 
     def _found(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
@@ -167,8 +172,23 @@ def _asked_at_once(asking: IndexQueries, glance: LayerGlance, apart: bool) -> Fl
         queries, gates = (x[:, :, 0][glance.heads] for x in (asking.queries, asking.gates))
         return ((queries * keys[:, None]).sum(-1).relu_() * gates).sum(1)
     rows = int(glance.heads[-1]) + 1
+    if len(keys) % rows:
+        raise PolicyError(_UNLIKE)
     whole = keys.view(rows, -1, keys.shape[1]).transpose(0, 1).flatten(1)  # the rows of a layer hold the same tokens
     return asked(asking, whole[None])[0, 0].repeat(rows)
 
 
+def _require_alike(seen: Observation) -> None:
+    """Raise a PolicyError unless all heads of a layer hold the same tokens."""
+    first: dict[int, Tensor] = {}
+    for row in seen.rows():
+        held = seen.positions[row.pairs]
+        if not torch.equal(held, first.setdefault(row.batch, held)):
+            raise PolicyError(_UNLIKE)
+
+
+_UNLIKE = (
+    "this indexer has one score for all heads of a layer, which must hold the same tokens, but another policy has "
+    "evicted pairs of each head; use an indexer trained with scores apart"
+)
 _SHELF = Shelf("indexmem", Indexer.load)

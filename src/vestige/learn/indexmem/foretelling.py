@@ -4,13 +4,14 @@ Source: IndexMem, arXiv 2605.25475: teacher and student are pooled over queries 
 a softmax over keys, and compared by ``KL(teacher || student)``; first tokens, which are always kept, take no part.
 Ours: a teacher of the queries behind the text, which are what reads pairs after an eviction, beside the paper's of the
 text's own; and the gradient of a maximum through its winner alone, so that nothing of all queries times all keys is
-held.
+held. Within a group of heads attention is added up before it is made a distribution, and what a question's reply looks
+at is foretold where the question was read.
 """
 
 from typing import Literal, cast, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -35,7 +36,7 @@ def teacher_of(name: str) -> Teacher:
 
 
 def foretelling(
-    indexer: Indexer, layers: list[Layer], text: int, asking: int, *, teacher: Teacher, sink: int
+    indexer: Indexer, layers: list[Layer], text: int, told: slice, *, teacher: Teacher, sink: int
 ) -> Float[Tensor, ""]:
     """Return how unlike what the indexer foretells is to what is looked at, the mean over layers and scores.
 
@@ -43,16 +44,20 @@ def foretelling(
         indexer: Gets the gradients.
         layers: What each layer made of a text and what stands behind it.
         text: Tokens of the text: what is told apart.
-        asking: Tokens from the first on whose queries the indexer sees: the text's, or those of a question too.
-        teacher: What is to be foretold: what stands behind ``asking`` looks at, or what the text itself does.
+        told: What is to be foretold, by the queries before it: a reply, or all that stands behind the text.
+        teacher: Whether that is what is foretold, or what those queries themselves look at.
         sink: First tokens that take no part.
     """
     losses = []
     for layer in layers:
         own = indexer.at(layer.layer_idx)
-        wanted = looked_at(layer, text, asking, sink) if teacher == "answers" else looked_at_within(layer, text, sink)
-        wanted = wanted.view(own.groups, -1, wanted.shape[1]).mean(1)
-        said = asked_for(own, layer, text, asking)[:, sink:].log_softmax(-1)
+        if teacher == "answers":
+            paid = looked_at(layer, text, told, sink)
+        else:
+            paid = looked_at_within(layer, text, told.start, sink)
+        wanted = paid.view(own.groups, -1, paid.shape[1]).mean(1)  # a head that looks at sinks has little to say
+        wanted = wanted / wanted.sum(-1, keepdim=True).clamp_min(1e-30)
+        said = asked_for(own, layer, text, told.start)[:, sink:].log_softmax(-1)
         losses.append(kl_div(said, wanted, reduction="none").sum(-1).mean())
     return torch.stack(losses).mean()
 
@@ -62,8 +67,7 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
     keys = indexer.index_keys(layer.hidden[:text])
     found = indexer.index_queries(layer.hidden[:asking])
     with torch.no_grad():
-        at = torch.arange(asking, device=keys.device)
-        _, winner = most(found, keys, at, at[:text])
+        winner = _most(found, keys)[1]
     groups = torch.arange(len(keys), device=keys.device)[:, None]
     chosen = IndexQueries(
         found.queries.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
@@ -73,22 +77,35 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
 
 
 @torch.no_grad()
-def looked_at(layer: Layer, text: int, behind: int, sink: int) -> Float[Tensor, "heads counted"]:
-    """Return the most attention that any token from ``behind`` on pays to each token of a text, made a distribution."""
-    logits = layer.logits(behind, layer.queries.shape[1])
-    paid = (logits - layer.weigh(logits)[..., None]).amax(1)[:, sink:text].exp()
-    return paid / paid.sum(-1, keepdim=True).clamp_min(1e-30)
+def asked_most(indexer: LayerIndexer, layer: Layer, text: int) -> Float[Tensor, "groups text"]:
+    """Return the most that any query of a text asks for each of its tokens."""
+    keys = indexer.index_keys(layer.hidden[:text])
+    return _most(indexer.index_queries(layer.hidden[:text]), keys)[0]
+
+
+def _most(
+    asking: IndexQueries, keys: Float[Tensor, "groups text size"]
+) -> tuple[Float[Tensor, "groups text"], Int[Tensor, "groups text"]]:
+    at = torch.arange(asking.queries.shape[2], device=keys.device)
+    return most(asking, keys, at, at[: keys.shape[1]])
 
 
 @torch.no_grad()
-def looked_at_within(layer: Layer, text: int, sink: int) -> Float[Tensor, "heads counted"]:
-    """Return the softmax over the tokens of a text of the most that any of its queries makes of each."""
+def looked_at(layer: Layer, text: int, told: slice, sink: int) -> Float[Tensor, "heads counted"]:
+    """Return the most attention that any of some later tokens pays to each token of a text but the first."""
+    logits = layer.logits(told.start, layer.queries.shape[1])[:, : told.stop - told.start]
+    return (logits - layer.weigh(logits)[..., None]).amax(1)[:, sink:text].exp()
+
+
+@torch.no_grad()
+def looked_at_within(layer: Layer, text: int, asking: int, sink: int) -> Float[Tensor, "heads counted"]:
+    """Return the softmax over a text's tokens of the largest product of each with the first ``asking`` queries."""
     heads = layer.queries.shape[0]
     largest = torch.full((heads, text), -torch.inf, device=layer.keys.device)
     keys = layer.keys[:, :text].repeat_interleave(heads // len(layer.keys), 0)
-    places = torch.arange(text, device=keys.device)
+    places = torch.arange(asking, device=keys.device)
     for at in places.split(_BLOCK):
-        end = int(at[-1]) + 1
+        end = min(int(at[-1]) + 1, text)
         logits = layer.scale.capped(layer.queries[:, at] @ keys[:, :end].mT * layer.scale.scaling)
         logits = logits.masked_fill(places[:end] > at[:, None], -torch.inf)
         largest[:, :end] = torch.maximum(largest[:, :end], logits.amax(1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from vestige.indexer import Indexer
 from vestige.kernels.partial import Added, Partial, merge
 from vestige.latent import Latent
-from vestige.learn.indexmem.foretelling import asked_for
+from vestige.learn.indexmem.foretelling import asked_most
 from vestige.learn.indexmem.seen import Layer
 from vestige.memory.linear import Linear
 from vestige.memory.slots import Slots
@@ -60,19 +60,30 @@ def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> Pa
 
 @torch.no_grad()
 def chosen(
-    indexer: Indexer, layers: Sequence[Layer], text: int, share: float, *, sink: int, window: int
+    indexer: Indexer, layers: Sequence[Layer], text: int, fraction: float, *, sink: int, window: int
 ) -> list[Bool[Tensor, "kv_heads text"]]:
-    """Return which pairs of a text each KV head keeps by what the indexer says of the text alone: a share of them,
-    first and latest tokens among them."""
-    kept = []
+    """Return which pairs of a text are kept by what the indexer says of the text alone, as the policy would choose.
+
+    Args:
+        indexer: With scores apart all pairs of the model compete, else each KV head keeps as many.
+        layers: What each layer made of the text.
+        text: Tokens of the text.
+        fraction: Of the pairs that is kept.
+        sink: First tokens, which are kept.
+        window: Latest tokens, which are kept.
+    """
+    room = min(max(round(fraction * text), sink + window), text)
+    scores = []
     for layer in layers:
-        scores = asked_for(indexer.at(layer.layer_idx), layer, text, text)
-        scores[:, :sink], scores[:, max(text - window, 0) :] = torch.inf, torch.inf
-        room = min(max(round(share * text), sink + window), text)
-        best = scores.topk(room, -1).indices
-        stays = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
-        kept.append(stays.expand(len(layer.keys), -1))
-    return kept
+        asked = asked_most(indexer.at(layer.layer_idx), layer, text)
+        share = asked - asked[:, sink:].logsumexp(-1, keepdim=True) + indexer.log_scale(layer.layer_idx)[:, None]
+        share[:, :sink], share[:, max(text - window, 0) :] = torch.inf, torch.inf
+        scores.append(share)
+    rows = torch.cat(scores)
+    competing = rows.view(1, -1) if indexer.config.apart else rows
+    best = competing.topk(room * rows.numel() // competing.shape[0] // text, -1).indices
+    stays = torch.zeros_like(competing, dtype=torch.bool).scatter_(1, best, True).view_as(rows)
+    return list(stays.split([len(layer.keys) for layer in layers]))
 
 
 def _joined(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"], left: Partial) -> Tensor:

@@ -17,7 +17,7 @@ from vestige.budget import Budget
 from vestige.errors import InputError
 from vestige.indexer import Indexer
 from vestige.latent import Latent
-from vestige.learn.indexmem.foretelling import Teacher, foretelling, teacher_of
+from vestige.learn.indexmem.foretelling import Teacher, foretelling, looked_at, teacher_of
 from vestige.learn.indexmem.restoring import chosen, remembering, restoring
 from vestige.learn.indexmem.seen import seen
 from vestige.learn.tales.held import judged
@@ -49,8 +49,8 @@ class IndexMemOptions:
     """What the indexer foretells: what is behind a text looks at, or as in the paper what the text itself does."""
     aware: float = 0.5
     """Share of the texts whose first question the indexer sees too, and then foretells its answer."""
-    joint: int = 0
-    """Sequences, of the first, that only the indexer learns from; a multiple of the batch."""
+    alone: int = 0
+    """Sequences, the first ones, that only the indexer learns from; a multiple of the batch."""
     memory_weight: float = 0.3
     """Of the memories' errors."""
     sink: int = 4
@@ -65,8 +65,10 @@ class IndexMemOptions:
         teacher_of(self.teacher)
         if not 0 <= self.aware <= 1 or not 0 < self.budget <= 1:
             raise InputError(f"aware must lie in [0, 1] and budget in (0, 1], got {self.aware} and {self.budget}")
-        if min(self.joint, self.sink, self.window, self.memory_weight) < 0 or self.asked < 1:
-            raise InputError("joint, sink, window and memory_weight must not be negative, and asked at least 1")
+        if not math.isfinite(self.memory_weight):
+            raise InputError(f"memory_weight must be a number, got {self.memory_weight}")
+        if min(self.alone, self.sink, self.window, self.memory_weight) < 0 or self.asked < 1:
+            raise InputError("alone, sink, window and memory_weight must not be negative, and asked at least 1")
 
 
 class IndexMemTask(TaleTask):
@@ -121,9 +123,10 @@ class IndexMemTask(TaleTask):
         return self._all
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
-        """Return the loss of a sequence in its parts; a memory's part is its error as a share of that without it."""
+        """Return the loss of a sequence in its parts; a memory's is its error as a share of that without it, NaN while
+        it does not learn."""
         packed = self.sequence("train", index)
-        parts = over_documents(packed, lambda one: self._of(one, remember=index >= self.options.joint))
+        parts = over_documents(packed, lambda one: self._of(one, remember=index >= self.options.alone))
         loss = parts["index"] + self.options.memory_weight * parts.pop("memory")
         return {"loss": loss, **parts, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
 
@@ -158,31 +161,45 @@ class IndexMemTask(TaleTask):
         options, text = self.options, one.text
         sink = min(options.sink, text - 1)
         aware = bool(torch.rand(()) < options.aware)
-        asking = int(one.answers[0]) if aware else text
-        share = drawn_share()
+        told = _first_reply(one) if aware else slice(text, one.ids.shape[1])
+        fraction = drawn_share()
         layers = seen(self.model, one.ids)
-        index = foretelling(self.indexer, layers, text, asking, teacher=options.teacher, sink=sink)
+        index = foretelling(self.indexer, layers, text, told, teacher=options.teacher, sink=sink)
         latents = list(self.latents.values())
         if not remember:  # every parameter has a gradient in every step
-            nothing = torch.stack([_nothing(latent) for latent in latents])
-            return {"index": index, "memory": nothing.sum(), **dict(zip(self.latents, nothing.detach(), strict=True))}
-        kept = chosen(self.indexer, layers, text, share, sink=sink, window=options.window)
+            nothing = torch.stack([index.new_zeros(()), *map(_nothing, latents)]).sum()
+            return {"index": index, "memory": nothing, **dict.fromkeys(self.latents, index.new_tensor(math.nan))}
+        kept = chosen(self.indexer, layers, text, fraction, sink=sink, window=options.window)
         errors, without = restoring(latents, layers, kept)
         left = (errors / without.clamp_min(1e-12)).detach()
         return {"index": index, "memory": errors.sum(), **dict(zip(self.latents, left, strict=True))}
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Set the indexer's scales: the log of the median norm of a value after the output projection."""
+        """Set the indexer's scales: what all shares of a KV head are worth together.
+
+        The log of how much attention is paid behind a text to all of it but its first tokens, each token counting with
+        the most that it gets, times the median norm of a value after the output projection.
+        """
         anatomy = check(self.model)
         norms: dict[int, list[Tensor]] = {}
-        for index in range(_MEASURED):
-            for layer in seen(self.model, self.sequence("measured", index).ids):
+        paid: dict[int, list[Tensor]] = {}
+        for one in (one for i in range(_MEASURED) for one in self.sequence("measured", i).documents()):
+            behind = slice(one.text, one.ids.shape[1])
+            for layer in seen(self.model, one.ids):
                 found = anatomy.output(layer.layer_idx).norms(layer.values[None])[0].mean(-1)  # over the query group
                 norms.setdefault(layer.layer_idx, []).append(found)
+                looked = looked_at(layer, one.text, behind, min(self.options.sink, one.text - 1)).sum(-1)
+                paid.setdefault(layer.layer_idx, []).append(looked.view(len(layer.keys), -1).mean(1))
         for place, layer_idx in enumerate(self.indexer.config.layers):
-            medians = torch.cat(norms[layer_idx], 1).median(1).values
-            self.indexer.log_scales[place, : len(medians)] = medians.clamp_min(math.exp(-20)).log()
+            worth = torch.cat(norms[layer_idx], 1).median(1).values * torch.stack(paid[layer_idx]).mean(0)
+            self.indexer.log_scales[place, : len(worth)] = worth.clamp_min(math.exp(-20)).log()
+
+
+def _first_reply(one: Alone) -> slice:
+    """Return the places that say the answer to a document's first question."""
+    ends = [*(one.answers.diff() > 1).nonzero()[:1, 0].tolist(), len(one.answers) - 1]
+    return slice(int(one.answers[0]), int(one.answers[ends[0]]) + 1)
 
 
 def _nothing(module: nn.Module) -> Tensor:

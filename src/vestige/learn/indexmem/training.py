@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vestige.errors import InputError
 from vestige.indexer import Indexer
 from vestige.latent import Kind, Latent
 from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask
@@ -55,6 +56,14 @@ class IndexMemTraining(Training):
     decays: bool = False
     asks: bool = False
     validation: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memories and self.options.alone >= self.loop.steps * self.loop.batch:
+            raise InputError(
+                f"memories would learn nothing: the indexer learns alone in the first {self.options.alone} sequences, "
+                f"and there are {self.loop.steps * self.loop.batch}"
+            )
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Run:
         sides = self.sides()
