@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 
+from vestige.bench import ours
 from vestige.bench.config import BenchConfig
 from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.tasks import TASKS
@@ -312,8 +313,24 @@ def test_gates_are_trained_in_ways_that_differ_in_one_thing():
 
 
 def test_ways_are_shown_by_budget():
-    shown = ablations.table({"at-once": {"0.25": 0.5, "1.0": 1.0}})
-    assert shown.splitlines()[2] == "| at-once | 0.50 |  |  | 1.00 |"
+    rows = [{"policy": "full", "budget": "1.0", "score": score} for score in (1.0, 0.5)]
+    rows += [{"policy": "one", "budget": "0.25", "score": score} for score in (0.5, 1.0)]
+    rows += [{"policy": "one", "budget": "0.05", "score": None}]  # it failed
+    shown = ablations.table(rows, {"one": "at-once"}).splitlines()
+    assert shown[2:] == ["| full | 0.75 | 0.75 | 0.75 |", "| at-once | 0.75 |  |  |"]
+
+
+def test_gates_are_compared_once_they_are_done(tmp_path):
+    (tmp_path / "at-once" / "gates").mkdir(parents=True)
+    assert not ablations.is_done(tmp_path / "at-once")  # killed while it wrote
+    (tmp_path / "at-once" / "gates" / "card.json").touch()
+    assert ablations.is_done(tmp_path / "at-once")
+    names = [ablations.policy_of(way, tmp_path) for way in ("at-once", "per-head")]
+    run = ablations.compared(names, None, "test")
+    assert {(arm.share, arm.budget) for arm in run.arms[1:]} == {
+        (share, budget) for share in ("model", "head") for budget in ablations.BUDGETS
+    }
+    assert len({ours.company(arm.make_policy(seed=0)) for arm in run.arms}) == 3  # no gates read what others wrote
 
 
 # Dilution.

@@ -19,6 +19,7 @@ from vestige.reading import announce, finish, forward, pad_left, prefill
 from vestige.recording import hand
 from vestige.remains import Memory
 from vestige.report import Report
+from vestige.weights import Trained
 
 ONE_PIECE = 2**20
 
@@ -49,9 +50,9 @@ class Reading:
 def company(policy: Policy) -> Hashable:
     """Return what policies have in common that may work on forks of one reading: none slows the others down.
 
-    Those that look at every query are alone with those that look for the same.
+    Those that look at every query, or at every token with trained weights, are alone with those that do the same.
     """
-    return hand(policy) if isinstance(policy, Watches | WatchesLayers) else None
+    return hand(policy) if isinstance(policy, Watches | WatchesLayers | Trained) else None
 
 
 def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:

@@ -52,7 +52,8 @@ class IndexMem(Policy):
         super().__post_init__()
         if self.reduction not in REDUCTIONS:
             raise PolicyError(unknown("reduction", str(self.reduction), REDUCTIONS))
-        if not isinstance(self.reuse, int) or self.reuse < 1:
+        reuse: object = self.reuse  # whatever a user without a type checker gave
+        if not isinstance(reuse, int) or reuse < 1:
             raise PolicyError(f"reuse must be an integer of at least 1, got {self.reuse!r}")
         if self.reuse > 1 and self.share != "head":
             raise PolicyError("layers that keep the same tokens keep equally many: reuse needs share='head'")

@@ -3,13 +3,17 @@
 ``make results-gates DATA=DIR ESSAYS=DIR`` trains and compares them, and goes on with what is there after an interrupt.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
 
-from vestige.bench.arms import Arm, cross
+from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
+from vestige.bench.rows import Row
+from vestige.learn.card import CARD
 from vestige.recipes.retention import ANSWER_ROOM, MODEL
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
 
@@ -44,29 +48,43 @@ def training(way: str, data: tuple[str, ...], field: str) -> Any:
     return RetentionTraining(data=data, field=field, loop=loop, options=options, tied=tied)
 
 
-def trained(way: str, data: tuple[str, ...], field: str, folder: Path) -> Path:
-    """Return the folder of the gates of one way, trained if they are not there yet."""
+def trained(way: str, data: tuple[str, ...], field: str, folder: Path) -> None:
+    """Train gates in one way, or go on with it, unless they are done.
+
+    Raises:
+        typer.Exit: It was interrupted; its last checkpoint is kept.
+    """
     from rich.console import Console
 
     from vestige import show
     from vestige.download import load
     from vestige.learn.job import Job
 
-    if not (folder / "gates").exists():
-        network, tokenizer = load(MODEL)
-        with show.training_bar(Console(stderr=True)) as tell:
-            job = Job(out=folder, name=MODEL, command=COMMAND, resume=folder.exists(), tell=tell)
-            training(way, data, field).run(network, tokenizer, job)
-    return folder / "gates"
+    if is_done(folder):
+        return
+    network, tokenizer = load(MODEL)
+    with show.training_bar(Console(stderr=True)) as tell:
+        job = Job(out=folder, name=MODEL, command=COMMAND, resume=folder.exists(), tell=tell)
+        done = training(way, data, field).run(network, tokenizer, job)
+    if not done.finished:
+        raise typer.Exit(130)
 
 
-def compared(gates: Path, way: str, essays: Path | None, split: str) -> BenchConfig:
-    """Return the run of one way's gates."""
-    share = WAYS[way].get("share", "model")
-    arms: tuple[Arm, ...] = cross((f"retention(gates={gates})",), BUDGETS, shares=(share,))
+def is_done(folder: Path) -> bool:
+    """Return whether gates were trained to the end: their card is written last."""
+    return (folder / "gates" / CARD).exists()
+
+
+def policy_of(way: str, gates: Path) -> str:
+    """Return the policy that works with one way's gates, where they are trained."""
+    return f"retention(gates={gates / way / 'gates'}, share={WAYS[way].get('share', 'model')})"
+
+
+def compared(policies: Iterable[str], essays: Path | None, split: str) -> BenchConfig:
+    """Return the run of all gates that are done, beside the full cache."""
     return BenchConfig(
         tasks=TASKS,
-        arms=(*cross(("full",), ()), *arms),
+        arms=(*cross(("full",), ()), *cross(tuple(policies), BUDGETS)),
         lengths=(2048,),
         samples=SAMPLES,
         split=split,
@@ -75,11 +93,24 @@ def compared(gates: Path, way: str, essays: Path | None, split: str) -> BenchCon
     )
 
 
-def table(scores: dict[str, dict[str, float]]) -> str:
-    """Return Markdown: a row for each way, a column for each budget, the mean over tasks and samples."""
-    lines = [f"| trained | {' | '.join(BUDGETS)} | full |", f"| --- |{' ---: |' * (len(BUDGETS) + 1)}"]
+def table(rows: Iterable[Row], ways: Mapping[str, str]) -> str:
+    """Return Markdown: a row for each way, a column for each budget, the mean over tasks of as many samples.
+
+    Args:
+        rows: Of the run.
+        ways: What each policy is called.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["score"] is not None:
+            named = scores.setdefault(ways.get(row["policy"], row["policy"]), {})
+            named.setdefault(row["budget"], []).append(row["score"])
+    lines = [f"| trained | {' | '.join(BUDGETS)} |", f"| --- |{' ---: |' * len(BUDGETS)}"]
     for way, found in scores.items():
-        cells = [f"{found[budget]:.2f}" if budget in found else "" for budget in (*BUDGETS, "1.0")]
+        cells = [
+            f"{mean(found[at]):.2f}" if (at := budget if way != "full" else "1.0") in found else ""
+            for budget in BUDGETS
+        ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -93,20 +124,15 @@ def main(
     part: Parts = None,
     dev: Dev = False,
 ) -> None:
-    """Train gates in each way, or go on with it, and compare them."""
+    """Train gates in each way, or go on with it, and compare all that are done."""
     from vestige.bench.store import write_atomically
 
-    scores: dict[str, dict[str, float]] = {}
     for way in chosen(WAYS, part):
-        made = trained(way, tuple(data), field, gates / way)
-        config = compared(made, way, essays, split_of(dev))
-        rows = benched(config, out / way, model=MODEL, command=COMMAND, label=way)
-        for row in rows:
-            found = scores.setdefault(way, {})
-            found[row["budget"]] = found.get(row["budget"], 0.0) + row["score"] / len(TASKS)
-    write_atomically(
-        out / "ablations.md", f"# Gates trained in other ways\n\nRemade by `{COMMAND}`.\n\n{table(scores)}"
-    )
+        trained(way, tuple(data), field, gates / way)
+    ways = {policy_of(way, gates): way for way in WAYS if is_done(gates / way)}
+    rows = benched(compared(ways, essays, split_of(dev)), out, model=MODEL, command=COMMAND, label="gates")
+    said = f"# Gates trained in other ways\n\nRemade by `{COMMAND}`.\n\n{table(rows, ways)}"
+    write_atomically(out / "ablations.md", said)
 
 
 if __name__ == "__main__":
