@@ -21,7 +21,9 @@ from vestige.policies import Retention
 from vestige.testing import attention, random_ids, tiny
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
-SMALL = RetentionOptions(length=800, least=500, others=8, moments=16, capacity=0.2, budget=0.5)
+SMALL = RetentionOptions(
+    length=800, least=500, others=8, moments=16, capacity=0.2, budget=0.5, warm_loss="lives", forgets="gradually"
+)
 
 
 class Fixed(Gates):

@@ -396,6 +396,12 @@ def test_the_same_model_loaded_again_is_the_same_model(kept):
     assert KVCache.load(kept, tiny("llama")).seen == (40,)
 
 
+def test_the_same_model_in_another_dtype_is_named(kept):
+    assert "was made in torch.float32, but the model computes in torch.bfloat16" in refused(
+        kept, tiny("llama").to(torch.bfloat16)
+    )
+
+
 @pytest.mark.parametrize("number", [0, 4, 6, "5", None])
 def test_an_unknown_format_is_named(kept, number):
     edit(kept, format=number)
@@ -434,8 +440,8 @@ def test_json_that_was_edited_is_refused(kept, case):
 
 
 ENTRIES = (
-    "format", "model", "policy", "trained", "needs", "ring_sizes", "writers", "lengths", "pins", "erased", "seen",
-    "ring_floor", "prepared", "peak_kv_bytes", "evict_s", "schedule", "layers", "sha256",
+    "format", "model", "dtype", "policy", "trained", "needs", "ring_sizes", "writers", "lengths", "pins", "erased",
+    "seen", "ring_floor", "prepared", "peak_kv_bytes", "evict_s", "schedule", "layers", "sha256",
 )  # fmt: skip
 
 

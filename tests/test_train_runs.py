@@ -19,7 +19,7 @@ COMMANDS = {
     ),
     "retention": (
         "--steps", "3", "--batch", "2", "--width", "8", "--length", "500", "--least", "450", "--warm", "1",
-        "--validation", "1", "--save-every", "1",
+        "--warm-loss", "lives", "--forgets", "gradually", "--validation", "1", "--save-every", "1",
     ),
     "retention at once": (
         "--steps", "3", "--batch", "2", "--width", "8", "--length", "500", "--least", "450", "--warm", "1",

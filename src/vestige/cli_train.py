@@ -155,16 +155,20 @@ def train_retention(
     warmup: Warmup = None,
     length: Length = 1024,
     least: Least = 160,
-    capacity: Annotated[float, typer.Option(help="Pairs to keep: below 1 a share of a text, else tokens.")] = 0.05,
-    capacity_weight: Annotated[float, typer.Option(help="Of the price of keeping more.")] = 1.0,
-    text_weight: Annotated[float, typer.Option(help="Of going on with the text itself, against answers.")] = 0.25,
-    warm: Annotated[int, typer.Option(help="First steps that learn what later tokens look at.", min=0)] = 0,
+    capacity: Annotated[
+        float, typer.Option(help="If gradually: pairs to keep, below 1 a share of a text, else tokens.")
+    ] = 0.05,
+    capacity_weight: Annotated[float, typer.Option(help="If gradually: of the price of keeping more.")] = 1.0,
+    text_weight: Annotated[float, typer.Option(help="If gradually: of going on with the text itself.")] = 0.25,
+    warm: Annotated[
+        int | None, typer.Option(help="First steps that learn what later tokens look at; default: an eighth.", min=0)
+    ] = None,
     warm_by: Annotated[str, typer.Option(help="Which later tokens: answers (and questions) or replay.")] = "answers",
-    warm_loss: Annotated[str, typer.Option(help="How: lives (regression) or ranking (worth lost).")] = "lives",
+    warm_loss: Annotated[str, typer.Option(help="How: ranking (worth lost) or lives (regression).")] = "ranking",
     asked: Asked = 4,
     forgets: Annotated[
-        str, typer.Option(help="In training: gradually (with age) or at_once (behind a text, to several budgets).")
-    ] = "gradually",
+        str, typer.Option(help="In training: at_once (behind a text, to several budgets) or gradually (with age).")
+    ] = "at_once",
     share: Annotated[str, typer.Option(help="Whose pairs compete for room: model, layer or head.")] = "model",
     width: Annotated[int, typer.Option(help="Of the gates' inner layers.", min=1)] = 128,
     depth: Annotated[int, typer.Option(help="Inner layers of the gates.", min=1)] = 2,
@@ -187,9 +191,10 @@ def train_retention(
     from vestige.select import share_of
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
+    first = steps // 8 if warm is None else warm
     options = RetentionOptions(
         length=length, least=least, capacity=capacity, capacity_weight=capacity_weight, text_weight=text_weight,
-        warm=warm * batch, warm_by=warm_by, warm_loss=warm_loss, asked=asked, forgets=forgets, share=share_of(share),
+        warm=first * batch, warm_by=warm_by, warm_loss=warm_loss, asked=asked, forgets=forgets, share=share_of(share),
         budget=budget, seed=seed,
     )  # fmt: skip
     training = RetentionTraining(

@@ -56,6 +56,7 @@ def save(cache: KVCache, path: Path) -> None:
     books = {
         "format": FORMAT,
         "model": cache.anatomy.fingerprint(),
+        "dtype": str(cache.anatomy.model.dtype),
         "policy": _policy_to_json(cache.policy),
         "memory": _memory_to_json(cache.memory),
         "trained": [digest(one, cache.anatomy.model) for one in (cache.policy, cache.memory)],
@@ -174,6 +175,8 @@ def _foreign_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel, path: Path) -> KVCache:
     if books["model"] != check(model).fingerprint():
         raise CacheFileError(f"{path} was made for another model or other weights than {model.config.name_or_path!r}")
+    if books["dtype"] != str(model.dtype):
+        raise CacheFileError(f"{path} was made in {books['dtype']}, but the model computes in {model.dtype}")
     policy, memory = _policy_from_json(books["policy"]), _memory_from_json(books["memory"])
     try:
         cache = KVCache(model, policy, memory=memory)

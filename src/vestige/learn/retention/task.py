@@ -2,7 +2,8 @@
 
 Source: TRIM-KV, arXiv 2512.03324 (forward KL to the same model with full attention, plus the next token's cross
 entropy); DBTrimKV, arXiv 2605.09649 (one limit over all layers and heads). Differs: answers count for themselves, and
-beside them only some places of the texts; the limit is a share of each document's length unless it is given in tokens.
+beside them only some places of the texts; the two parts of their loss are added, where the paper takes the mean; the
+limit is a share of each document's length unless it is given in tokens.
 Our own: a warm start (:mod:`~vestige.learn.retention.warm`), and forgetting at once (``evicted.py``).
 """
 
@@ -66,13 +67,13 @@ class RetentionOptions:
     multiple of the batch."""
     warm_by: str = "answers"
     """Which later tokens: those of the questions and answers, or of a replay of the text, as in KVzip."""
-    warm_loss: str = "lives"
+    warm_loss: str = "ranking"
     """How: by regression on lives that follow from what is looked at, or by what a ranking of all pairs loses."""
     asked: int = 4
     """Most questions about one text."""
-    forgets: str = "gradually"
+    forgets: str = "at_once"
     """How attention forgets while it is trained: gradually, with age, as in the papers; or at once behind a text, as an
-    eviction does, to any of several budgets."""
+    eviction does, to any of several budgets. Capacity, others, moments and text_weight are of the former alone."""
     share: Share = "model"
     """Whose pairs compete for room: those of the model, of each layer or of each head."""
     seed: int = 0
