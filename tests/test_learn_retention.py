@@ -196,6 +196,22 @@ def test_lives_are_in_the_order_of_worth_and_so_many_outlive_the_text():
     assert int((found > torch.tensor(50.0).log()).sum()) == 20
 
 
+def test_pairs_live_by_their_worth_among_those_that_they_compete_with():
+    """Where each head has room of its own, the best of a head that nobody looks at outlives the text, too."""
+    model = tiny("llama")
+    gates, ids = random_gates(model), random_ids(model, 1, 40)
+    worth, entered = asked(model, ids, 30)
+    worth = worth * torch.logspace(0, -3, len(worth))[:, None]
+    alone = [regression(gates, (worth, entered), 0.2, groups).detach() for groups in ((len(worth),), (1,) * len(worth))]
+    lasting = keep.log_lives(keep.said(gates, entered)).detach()
+    expected = [
+        torch.nn.functional.smooth_l1_loss(row, lives(paid[None], 0.2)[0])
+        for row, paid in zip(lasting, worth, strict=True)
+    ]
+    assert float(alone[1]) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    assert float(alone[0]) != pytest.approx(float(alone[1]), rel=1e-3)
+
+
 def test_a_replay_is_what_kvzip_looks_at_and_its_states_are_those_of_the_text():
     model = tiny("llama")
     ids = random_ids(model, 1, 20)
@@ -248,13 +264,13 @@ def test_gates_learn_what_later_tokens_look_at_without_gradients_through_the_mod
     model = tiny("llama")
     gates, ids = Gates.fresh(model, width=16), random_ids(model, 1, 20)
     looked = replayed(model, ids) if kind == "replay" else asked(model, ids, 14)
-    first = regression(gates, looked, 0.2)
+    first = regression(gates, looked, 0.2, (len(looked[0]),))
     first.backward()
     assert all(weight.grad is None for weight in model.parameters())
     step = torch.optim.Adam(gates.parameters(), lr=0.02)
     for _ in range(30):
         step.zero_grad()
-        last = regression(gates, looked, 0.2)
+        last = regression(gates, looked, 0.2, (len(looked[0]),))
         last.backward()
         step.step()
     assert float(last.detach()) < 0.5 * float(first.detach())

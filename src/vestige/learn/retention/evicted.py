@@ -45,7 +45,14 @@ class Fading:
 
     log_kept: Mapping[int, Float[Tensor, "_kv_heads text"]]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: AttentionScale) -> Tensor:
+    def attend(
+        self,
+        query: Float[Tensor, "1 heads new head_dim"],
+        keys: Float[Tensor, "1 kv_heads tokens head_dim"],
+        values: Float[Tensor, "1 kv_heads tokens value_dim"],
+        layer_idx: int,
+        scale: AttentionScale,
+    ) -> Float[Tensor, "1 heads new value_dim"]:
         """Attend causally, in blocks of queries that are computed again for the backward pass."""
         log_kept = self.log_kept[layer_idx].repeat_interleave(query.shape[1] // keys.shape[1], 0)
         before = keys.shape[2] - query.shape[2]

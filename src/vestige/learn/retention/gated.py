@@ -32,7 +32,14 @@ BLOCK = 256
 class Attends(Protocol):
     """How the full-attention layers of a model attend for a while."""
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: AttentionScale) -> Tensor:
+    def attend(
+        self,
+        query: Float[Tensor, "1 heads new head_dim"],
+        keys: Float[Tensor, "1 kv_heads tokens head_dim"],
+        values: Float[Tensor, "1 kv_heads tokens value_dim"],
+        layer_idx: int,
+        scale: AttentionScale,
+    ) -> Float[Tensor, "1 heads new value_dim"]:
         """Return the attention of queries over pairs, ``1 heads new value_dim``.
 
         Args:
@@ -68,7 +75,14 @@ class Gating:
         """Return log beta of every row of all layers."""
         return torch.cat([self.log_beta[layer_idx][0] for layer_idx in sorted(self.log_beta)])
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: AttentionScale) -> Tensor:
+    def attend(
+        self,
+        query: Float[Tensor, "1 heads new head_dim"],
+        keys: Float[Tensor, "1 kv_heads tokens head_dim"],
+        values: Float[Tensor, "1 kv_heads tokens value_dim"],
+        layer_idx: int,
+        scale: AttentionScale,
+    ) -> Float[Tensor, "1 heads new value_dim"]:
         """Attend causally within each document, in blocks of queries that are computed again for the backward pass."""
         log_beta = self.log_beta.get(layer_idx)
         blocks = [

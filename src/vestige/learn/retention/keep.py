@@ -16,12 +16,12 @@ from vestige.select import Share
 
 SOFTNESS = 0.5
 """How far around the limit pairs are kept in part, in logarithms of lives."""
-_FASTEST = -1e-9
+_SLOWEST = -1e-9  # as a log beta: beyond it gradients vanish
 
 
 def log_lives(log_beta: Float[Tensor, "rows text"]) -> Float[Tensor, "rows text"]:
     """Return ``-log(-log beta)``: the logarithm of the tokens over which a pair's retention falls to 1/e."""
-    return -torch.log(-log_beta.clamp_max(_FASTEST))
+    return -torch.log(-log_beta.clamp_max(_SLOWEST))
 
 
 def said(gates: Gates, states: Mapping[int, Tensor]) -> Float[Tensor, "rows text"]:

@@ -180,7 +180,7 @@ class RetentionTask(TaleTask):
         if self.options.warm_loss == "ranking":
             return {"loss": ranking(self.gates, looked, drawn_share(), self._groups)}
         share = self.options.capacity
-        return {"loss": regression(self.gates, looked, share if share < 1 else min(share / text, 1.0))}
+        return {"loss": regression(self.gates, looked, share if share < 1 else min(share / text, 1.0), self._groups)}
 
     def _evicted(self, one: Alone) -> Parts:
         """Return how far answers are from the full model's once some of a text is forgotten, at once."""

@@ -6,11 +6,14 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vestige.errors import InputError
 from vestige.gates import Gates
 from vestige.learn.job import Job, Training
 from vestige.learn.loop import Trained
 from vestige.learn.prose import prose_of
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
+
+_MOST_BIAS = 18.0  # the papers'; at 20.7 nothing is left of a gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,11 @@ class RetentionTraining(Training):
     tied: bool = True
     bias: float = 6.0
     validation: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.bias <= _MOST_BIAS:
+            raise InputError(f"bias must be at most {_MOST_BIAS:g}, or gates live too long to learn; got {self.bias}")
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
         sides = self.sides()

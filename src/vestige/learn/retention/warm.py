@@ -33,16 +33,17 @@ Looked = tuple[Float[Tensor, "rows text"], dict[int, Float[Tensor, "1 text hidde
 """What each pair of a text is worth, and what entered each layer when it was read."""
 
 
-def regression(gates: Gates, looked: Looked, capacity: float) -> Float[Tensor, ""]:
+def regression(gates: Gates, looked: Looked, capacity: float, groups: Iterable[int]) -> Float[Tensor, ""]:
     """Return how far the logarithms of lives, ``-log(-log beta)``, are from what pairs are worth.
 
     Args:
         gates: Get the gradients.
         looked: Of :func:`replayed` or :func:`asked`.
-        capacity: Share of all pairs that shall outlive the text.
+        capacity: Share of the pairs of a group that shall outlive the text.
+        groups: Rows that compete with each other, as in :func:`~vestige.learn.retention.keep.log_kept`.
     """
     worth, entered = looked
-    wanted = lives(worth, capacity)
+    wanted = torch.cat([lives(rows, capacity) for rows in worth.split(list(groups))])
     return smooth_l1_loss(log_lives(said(gates, entered)), wanted)
 
 

@@ -55,7 +55,7 @@ class TaleTask:
         self.model = model.requires_grad_(False).eval()
         self.maker = SequenceMaker(tokenizer, length=length, least=least, others=others, asked=asked, seed=seed)
         self.prose, self.held, self.validation = prose, held, validation
-        self._to_validate: list[Held] = []
+        self._to_validate: list[Held] | None = None
 
     @property
     def num_samples(self) -> None:
@@ -68,7 +68,7 @@ class TaleTask:
 
     def to_validate(self) -> list[Held]:
         """Return tales about texts that are not trained on; looked for once."""
-        if not self._to_validate:
+        if self._to_validate is None:
             self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
         return self._to_validate
 
