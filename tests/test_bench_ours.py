@@ -362,8 +362,9 @@ def talk_by_hand(job: Job, arm, chunk: int = 500) -> tuple[list[tuple[int, ...]]
 
 @pytest.mark.parametrize(
     ("name", "budget", "chunk"),
-    [("full", None, None), ("snapkv", 15, None), ("keydiff", 0.3, None), ("tova", 15, None), ("snapkv", 0.3, 16)],
-)
+    [("full", None, None), ("snapkv", 15, None), ("keydiff", 0.3, None), ("tova", 15, None), ("snapkv", 0.3, 16),
+     ("retention", 15, None), ("retention", 0.3, 16), ("indexmem", 15, None)],
+)  # fmt: skip
 def test_a_dialogue_is_the_one_built_by_hand(name, budget, chunk):
     arm = policy(name, Budget.fraction(budget) if isinstance(budget, float) else budget and Budget.tokens(budget))
     talk = job(*TALK)
@@ -394,7 +395,7 @@ def test_the_token_that_ended_a_reply_is_not_read_again():
     assert outcome.seen == sum(len(t.context) for t in TALK) + 5 + 4 + sum(map(len, replies[:2])) - unread
 
 
-@pytest.mark.parametrize(("name", "share"), [("snapkv", "head"), ("keydiff", "model")])
+@pytest.mark.parametrize(("name", "share"), [("snapkv", "head"), ("keydiff", "model"), ("retention", "model")])
 def test_every_turn_is_evicted_down_to_the_budget(name, share):
     talks = [job(*TALK[:turns]) for turns in (1, 2, 3)]
     tokens = [ours.run(MODEL, [talk], policy(name, share=share))[0].held for talk in talks]

@@ -104,6 +104,23 @@ def test_the_loss_reaches_the_gates_and_nothing_else(task):
     assert all(weight.grad is None for weight in task.model.parameters())
 
 
+@pytest.mark.parametrize("forgets", ["at_once", "gradually"])
+def test_a_bfloat16_model_teaches_float32_gates(chatter, forgets):
+    tokenizer = chatter[1]
+    small = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "seed": 6}
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny("llama", dtype=dtype, **small)
+        torch.manual_seed(0)
+        gates, options = Gates.fresh(model, width=16), replace(SMALL, forgets=forgets)
+        one = RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], options, validation=2)
+        loss = one.loss(0)["loss"]
+        loss.backward()
+        losses.append(float(loss.detach()))
+        assert all(weight.dtype == weight.grad.dtype == torch.float32 for weight in gates.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
     packed = task.maker.sequence(("train", 0), task.prose)
     monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)

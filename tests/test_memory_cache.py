@@ -138,6 +138,18 @@ def test_an_exact_memory_is_as_good_as_the_pairs_in_bfloat16():
     assert (got - expected).norm() < 0.05 * (without - expected).norm()
 
 
+@pytest.mark.parametrize("name", ["linear", "slots"])
+def test_a_trained_memory_says_in_bfloat16_what_it_says_in_float32(name):
+    said = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny("llama", dtype=dtype)
+        kept = policies.StreamingLLM(budget=Budget.tokens(12), sink=2, window=4)
+        cache = KVCache(model, kept, memory=memory.make(name))
+        said.append(conversation(model, cache, *left_padded(model, [40, 26], seed=2)).float())
+        without = conversation(model, KVCache(model, kept), *left_padded(model, [40, 26], seed=2)).float()
+    assert (said[1] - said[0]).norm() < 0.3 * (said[1] - without).norm()
+
+
 def test_gradients_of_a_question_are_those_of_full_attention():
     ids = random_ids(LLAMA, 1, 40)
     embedded = LLAMA.get_input_embeddings()(random_ids(LLAMA, 1, 3, seed=1)).detach()
