@@ -1,6 +1,7 @@
 """Trained weights are part of what was made with them: other ones are neither served by mistake nor mixed in."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,12 +65,17 @@ def test_a_saved_cache_is_not_gone_on_with_other_weights(case, tmp_path):
         persist.load(tmp_path / "kept", MODEL)
 
 
+def one_case(folder: Path) -> BenchConfig:
+    """Return a run of one sample through the full cache and the gates that lie in the folder."""
+    case = {"task": "lamps", "context": "The keeper is Ada. " * 9, "question": "Who?", "answer": "Ada", "length": 90}
+    (folder / "cases.jsonl").write_text(json.dumps(case | {"max_new_tokens": 2}))
+    arms = (Arm(policy="full", share="head"), Arm(policy=f"retention(gates={folder}/made)", budget="0.5"))
+    return BenchConfig(tasks=("cases",), arms=arms, cases=folder / "cases.jsonl")
+
+
 def test_a_run_does_not_go_on_with_other_weights(tmp_path, chatter):
     model, tokenizer = chatter
-    case = {"task": "lamps", "context": "The keeper is Ada. " * 9, "question": "Who?", "answer": "Ada", "length": 90}
-    (tmp_path / "cases.jsonl").write_text(json.dumps(case | {"max_new_tokens": 2}))
-    arms = (Arm(policy="full", share="head"), Arm(policy=f"retention(gates={tmp_path}/made)", budget="0.5"))
-    config = BenchConfig(tasks=("cases",), arms=arms, cases=tmp_path / "cases.jsonl")
+    config = one_case(tmp_path)
     for seed, said in ((0, None), (0, None), (1, "other trained weights of retention")):
         random_gates(model, seed=seed).save(tmp_path / "made")
         if said is None:
@@ -77,3 +83,10 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path, chatter):
             continue
         with pytest.raises(InputError, match=said):
             bench(config, model, tokenizer, name="tiny", out=tmp_path / "out", resume=True)
+
+
+def test_gates_of_another_model_are_a_failed_row_beside_the_others(tmp_path, chatter):
+    write(tmp_path / "made", 0)
+    full, other = bench(one_case(tmp_path), *chatter, name="tiny", out=tmp_path / "out")
+    assert full["n"] == 1 and full["score"] is not None
+    assert other["score"] is None and "retention gates made for another model" in other["error"]

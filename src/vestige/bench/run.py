@@ -105,7 +105,10 @@ class _Runner:
             self.progress(self.done, self.total, f"{group[0].sample.task} {arm.name}")
             if arm in sharing and (company := sharing[arm]) not in readings:
                 observers = [one.make_policy(self.config.seed) for one in sharing if sharing[one] == company]
-                readings[company] = ours.read(self.renderer.model, [item.job for item in group], observers)
+                try:
+                    readings[company] = ours.read(self.renderer.model, [item.job for item in group], observers)
+                except VestigeError:  # each alone says what is wrong with it
+                    sharing = {one: other for one, other in sharing.items() if other != company}
             if items:
                 self._run_arm(arm, items, readings[sharing[arm]] if arm in sharing else None)
             self.done += len(group)
