@@ -75,7 +75,7 @@ results-memory: $(VENV)/.stamp-test ## what a memory of the evicted is worth at 
 	$(BIN)/python -m vestige.recipes.memory --out results/memory $(if $(ESSAYS),--essays "$(ESSAYS)")
 	$(BIN)/vestige report results/memory results/memory/*/* --out results/memory
 
-results-retention: $(VENV)/.stamp-test peers ## retention gates beside the field (3 hours; goes on after an interrupt): ESSAYS=DIR PART=name
+results-retention: $(VENV)/.stamp-test peers ## retention gates beside the field (3 hours on two cores; goes on after an interrupt): ESSAYS=DIR PART=name
 	$(BIN)/python -m vestige.recipes.retention --out results/retention $(RETENTION_ARGS)
 
 results-retention-dev: $(VENV)/.stamp-test peers ## what their rivals are chosen by, on the dev split: ESSAYS=DIR PART=name

@@ -37,7 +37,9 @@ PRESSES: dict[str, int | None] = {"KVzip": 5, "LeverageScore": None, "Compactor"
 """Of kvpress, and of how many samples of each task, if not of all: KVzip takes half a minute for one."""
 PRESSED = TASKS[:-1]
 """What presses are judged by: they compress the first text of a conversation only, and hold all later ones whole."""
-SAMPLES, ANSWER_ROOM = 20, 16
+SAMPLES: dict[int, int] = {2048: 20, 1024: 20, 4096: 10}
+"""Of each task, by length."""
+ANSWER_ROOM = 16
 COMMAND = "make results-retention ESSAYS=DIR"
 NOTES = (
     "Presses hold a share of the pairs, and KVzip's, which masks, frees none of them. They are judged by all tasks but "
@@ -63,9 +65,9 @@ def parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal
         model: Whose caches are weighed.
         essays: Haystacks.
     """
-    names, common = (RETENTION, *RIVALS, *CONTROLS), _common(essays, "test") | {"samples": SAMPLES}
-    made = {}
+    names, made = (RETENTION, *RIVALS, *CONTROLS), {}
     for length, budgets in BUDGETS.items():
+        common = _common(essays, "test") | {"samples": SAMPLES[length]}
         made[str(length)] = equal.part(model, names, budgets, length, **common)
         arms = [
             replace(arm, samples=n) for name, n in PRESSES.items() for arm in cross((), budgets, peers=(_press(name),))
