@@ -440,8 +440,8 @@ def test_json_that_was_edited_is_refused(kept, case):
 
 
 ENTRIES = (
-    "format", "model", "dtype", "policy", "trained", "needs", "ring_sizes", "writers", "lengths", "pins", "erased",
-    "seen", "ring_floor", "prepared", "peak_kv_bytes", "evict_s", "schedule", "layers", "sha256",
+    "format", "model", "dtype", "policy", "trained", "replayable", "needs", "ring_sizes", "writers", "lengths", "pins",
+    "erased", "seen", "ring_floor", "prepared", "peak_kv_bytes", "evict_s", "schedule", "layers", "sha256",
 )  # fmt: skip
 
 

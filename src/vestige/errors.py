@@ -49,3 +49,9 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"unknown {kind} {name!r}{hint} available: {', '.join(valid)}"
+
+
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raise a PolicyError unless an option is a whole number that is large enough."""
+    if not (isinstance(value, int) and value >= least):
+        raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")

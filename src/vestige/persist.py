@@ -60,10 +60,8 @@ def save(cache: KVCache, path: Path) -> None:
         "policy": _policy_to_json(cache.policy),
         "memory": _memory_to_json(cache.memory),
         "trained": [digest(one, cache.anatomy.model) for one in (cache.policy, cache.memory)],
-        "absorbed": {
-            b: [cache.absorbed.replayable[b], [[one.start, one.end] for one in row]]
-            for b, row in cache.absorbed.ranges.items()
-        },
+        "absorbed": {b: [[one.start, one.end] for one in row] for b, row in cache.absorbed.ranges.items()},
+        "replayable": cache.absorbed.replayable,
         "needs": sorted(cache.recording.needs),
         "ring_sizes": dict(cache.recording.ring_sizes),
         "writers": [_policy_to_json(one) for one in cache.recording.writers if isinstance(one, Policy)],
@@ -190,8 +188,10 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
     cache.recording = replace(recording, needs=frozenset(books["needs"]), ring_sizes=books["ring_sizes"])
     cache.lengths = books["lengths"] and tuple(books["lengths"])
     cache.pins, cache.erased = (tuple(Span(*span) for span in books[name]) for name in ("pins", "erased"))
-    absorbed = {int(b): (most, tuple(Span(*x) for x in row)) for b, (most, row) in books["absorbed"].items()}
-    cache.absorbed = Absorbed({b: row for b, (_, row) in absorbed.items()}, {b: m for b, (m, _) in absorbed.items()})
+    cache.absorbed = Absorbed(
+        {int(b): tuple(Span(*x) for x in row) for b, row in books["absorbed"].items()},
+        {int(b): tokens for b, tokens in books["replayable"].items()},
+    )
     cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
     cache.schedule = Schedule(**books["schedule"])
     if books["seen"]:

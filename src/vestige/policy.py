@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.budget import Budget
-from vestige.errors import PolicyError, unknown
+from vestige.errors import PolicyError, require_whole, unknown
 from vestige.observe import Glance, LayerGlance, Observation
 from vestige.output import OutputProjection
 from vestige.select import SCALES, Grid, Scale, Share, share_of
@@ -72,8 +72,7 @@ class Policy(ABC):
         if self.scale not in SCALES:
             raise PolicyError(unknown("scale", str(self.scale), SCALES))
         for name, least in (("sink", 0), ("window", 0), ("every", 1)):
-            if not (isinstance(value := getattr(self, name), int) and value >= least):
-                raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
+            require_whole(name, getattr(self, name), least)
         for name in ("floor", "first_share", "recent_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PolicyError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")

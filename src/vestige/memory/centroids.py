@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vestige.errors import PolicyError
+from vestige.errors import require_whole
 from vestige.kernels.partial import Partial
 from vestige.kernels.weighted import attend_weighted
 from vestige.memory.storage import Dtype, check_dtype, restored, stored
@@ -40,8 +40,7 @@ class Centroids(Memory):
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
         for name in ("centroids", "rounds"):
-            if not (isinstance(value := getattr(self, name), int) and value >= 1):
-                raise PolicyError(f"{name} must be an integer of at least 1, got {value!r}")
+            require_whole(name, getattr(self, name), 1)
 
     def empty(self, rows: int, head_dim: int, value_dim: int, device: torch.device | str) -> State:
         """Return the state of rows that absorbed nothing."""

@@ -1,15 +1,15 @@
 """Keep what a trained indexer says later queries will ask for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige.errors import PolicyError, unknown
+from vestige.errors import PolicyError, require_whole, unknown
 from vestige.indexer import Indexer, IndexQueries, asked, most, total
 from vestige.observe import LayerGlance, Observation
 from vestige.policy import Policy, Written
@@ -52,9 +52,7 @@ class IndexMem(Policy):
         super().__post_init__()
         if self.reduction not in REDUCTIONS:
             raise PolicyError(unknown("reduction", str(self.reduction), REDUCTIONS))
-        reuse: object = self.reuse  # whatever a user without a type checker gave
-        if not isinstance(reuse, int) or reuse < 1:
-            raise PolicyError(f"reuse must be an integer of at least 1, got {self.reuse!r}")
+        require_whole("reuse", self.reuse, 1)
         if self.reuse > 1 and self.share != "head":
             raise PolicyError("layers that keep the same tokens keep equally many: reuse needs share='head'")
 
@@ -114,8 +112,7 @@ class IndexMem(Policy):
                 found = self._found(own, keys[None], glance.at, positions)
                 self._note(notes, found[0])
             return
-        if not all(torch.equal(positions, rows[0][2]) for _, _, positions in rows):
-            raise PolicyError(_UNLIKE)
+        _require_alike([positions for _, _, positions in rows])
         keys = torch.cat([part for part, _, _ in rows], -1)
         found = self._found(asking, keys[None], glance.at, rows[0][2])
         for _, notes, _ in rows:
@@ -140,7 +137,8 @@ class IndexMem(Policy):
                 )
             return seen.earlier[leader]
         if not indexer.config.apart:
-            _require_alike(seen)
+            for b in range(len(seen.seen)):
+                _require_alike([seen.positions[row.pairs] for row in seen.rows() if row.batch == b])
         scores, scales = torch.empty(len(seen.positions), device=seen.keys.device), indexer.log_scale(seen.layer_idx)
         for row in seen.rows():
             worth = self._worth(seen, row.pairs, seen.seen[row.batch])
@@ -179,13 +177,10 @@ def _asked_at_once(asking: IndexQueries, glance: LayerGlance, apart: bool) -> Fl
     return asked(asking, whole[None])[0, 0].repeat(rows)
 
 
-def _require_alike(seen: Observation) -> None:
-    """Raise a PolicyError unless all heads of a layer hold the same tokens."""
-    first: dict[int, Tensor] = {}
-    for row in seen.rows():
-        held = seen.positions[row.pairs]
-        if not torch.equal(held, first.setdefault(row.batch, held)):
-            raise PolicyError(_UNLIKE)
+def _require_alike(rows: Sequence[Int[Tensor, " _held"]]) -> None:
+    """Raise a PolicyError unless all heads of a layer, in one batch row, hold the same tokens."""
+    if not all(torch.equal(row, rows[0]) for row in rows):
+        raise PolicyError(_UNLIKE)
 
 
 _UNLIKE = (

@@ -132,3 +132,8 @@ def part(
         fractions={key: fraction for key, (_, fraction) in found.items()},
         impossible=tuple(impossible),
     )
+
+
+def left_out(parts: Mapping[str, Part]) -> list[str]:
+    """Return a paragraph for each arm that cannot be as small as it should."""
+    return [f"Cannot be that small: {one}." for part in parts.values() for one in part.impossible]

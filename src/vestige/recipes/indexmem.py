@@ -126,8 +126,7 @@ def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     """Write the verdicts, gains and pictures of all parts that have results."""
     from vestige.bench.store import write_atomically
 
-    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`."], list[tuple[Record, str]]()
-    said += [f"Cannot be that small: {one}." for part in made.values() for one in part.impossible]
+    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`.", *equal.left_out(made)], list[tuple[Record, str]]()
     for name, one in made.items():
         if not (records := records_of(out / name)):
             continue

@@ -17,7 +17,7 @@ from vestige import memory
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
 from vestige.bench.rows import Record, Row, resampled
-from vestige.recipes.running import Dev, Essays, Out, benched, split_of
+from vestige.recipes.running import Dev, Essays, Out, benched, records_of, split_of
 
 MODEL = "smollm2-135m"
 TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1")
@@ -127,12 +127,9 @@ def table(rows: Iterable[Row]) -> str:
 
 def summary(out: Path) -> None:
     """Write ``gains.json`` and ``gains.md`` from all runs in a folder."""
-    from vestige.bench.store import SAMPLES as RECORDS
     from vestige.bench.store import write_atomically
 
-    records = [
-        json.loads(line) for file in sorted(out.glob(f"*/*/{RECORDS}")) for line in file.read_text().splitlines()
-    ]
+    records = [record for folder in sorted(out.glob("*/*/")) for record in records_of(folder)]
     rows = gains(records)
     write_atomically(out / "gains.json", json.dumps(rows, indent=1) + "\n")
     said = "What a memory adds to the mean score, beside the same policy without one."

@@ -104,12 +104,9 @@ def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     for length in map(str, BUDGETS):
         records = records_of(out / length) + records_of(out / f"{length}-presses")
         rows += verdict(records, RETENTION, made[length].budget_of)
-    notes = f"{NOTES}\n\n" + "".join(
-        f"Cannot be that small: {one}.\n\n" for part in made.values() for one in part.impossible
-    )
     write_atomically(out / "verdict.json", json.dumps(rows, indent=1) + "\n")
-    said = f"# Retention gates\n\nRemade by `{COMMAND}`. {notes}{table(rows, RETENTION)}"
-    write_atomically(out / "verdict.md", said)
+    said = ["# Retention gates", f"Remade by `{COMMAND}`. {NOTES}", *equal.left_out(made), table(rows, RETENTION)]
+    write_atomically(out / "verdict.md", "\n\n".join(said))
     for at in {row["length"] for row in rows}:
         write_atomically(out / f"scores-{at}.svg", picture(rows, at, MODEL))
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from vestige.kernels import AttentionScale, loop
-from vestige.learn.retention.gated import BLOCK, attending
+from vestige.learn.retention.gated import BLOCK, Attended, Keys, Queries, Values, attending
 from vestige.learn.retention.states import entering
 
 
@@ -45,14 +45,7 @@ class Fading:
 
     log_kept: Mapping[int, Float[Tensor, "_kv_heads text"]]
 
-    def attend(
-        self,
-        query: Float[Tensor, "1 heads new head_dim"],
-        keys: Float[Tensor, "1 kv_heads tokens head_dim"],
-        values: Float[Tensor, "1 kv_heads tokens value_dim"],
-        layer_idx: int,
-        scale: AttentionScale,
-    ) -> Float[Tensor, "1 heads new value_dim"]:
+    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
         """Attend causally, in blocks of queries that are computed again for the backward pass."""
         log_kept = self.log_kept[layer_idx].repeat_interleave(query.shape[1] // keys.shape[1], 0)
         before = keys.shape[2] - query.shape[2]

@@ -27,19 +27,17 @@ NAME = "vestige_gated"
 BLOCK = 256
 """Queries whose logits exist at a time."""
 
+Queries = Float[Tensor, "1 heads new head_dim"]
+Keys = Float[Tensor, "1 kv_heads tokens head_dim"]
+Values = Float[Tensor, "1 kv_heads tokens value_dim"]
+Attended = Float[Tensor, "1 heads new value_dim"]
+
 
 @runtime_checkable
 class Attends(Protocol):
     """How the full-attention layers of a model attend for a while."""
 
-    def attend(
-        self,
-        query: Float[Tensor, "1 heads new head_dim"],
-        keys: Float[Tensor, "1 kv_heads tokens head_dim"],
-        values: Float[Tensor, "1 kv_heads tokens value_dim"],
-        layer_idx: int,
-        scale: AttentionScale,
-    ) -> Float[Tensor, "1 heads new value_dim"]:
+    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
         """Return the attention of queries over pairs, ``1 heads new value_dim``.
 
         Args:
@@ -75,14 +73,7 @@ class Gating:
         """Return log beta of every row of all layers."""
         return torch.cat([self.log_beta[layer_idx][0] for layer_idx in sorted(self.log_beta)])
 
-    def attend(
-        self,
-        query: Float[Tensor, "1 heads new head_dim"],
-        keys: Float[Tensor, "1 kv_heads tokens head_dim"],
-        values: Float[Tensor, "1 kv_heads tokens value_dim"],
-        layer_idx: int,
-        scale: AttentionScale,
-    ) -> Float[Tensor, "1 heads new value_dim"]:
+    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
         """Attend causally within each document, in blocks of queries that are computed again for the backward pass."""
         log_beta = self.log_beta.get(layer_idx)
         blocks = [
