@@ -33,4 +33,4 @@ def stored(name: str, exact: Tensor, dtype: Dtype) -> dict[str, Tensor]:
 def restored(state: State, name: str) -> Tensor:
     """Return in float32 what :func:`stored` put into a state."""
     narrow = state[name]
-    return narrow.float() * state[f"{name}_scale"].view(-1, *[1] * (narrow.ndim - 1))
+    return narrow * state[f"{name}_scale"].view(-1, *[1] * (narrow.ndim - 1))  # widened on the way: one pass
