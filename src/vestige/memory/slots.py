@@ -39,33 +39,31 @@ class Slots(LearnedMemory):
         """Return the state of rows that absorbed nothing."""
         width = self.weights.config.width
         keys, values = (torch.zeros(rows, width, size, device=device) for size in (head_dim, value_dim))
-        nothing = self._state(torch.zeros(rows, width, device=device), keys, values)
+        nothing = self._state(log_count(torch.zeros(rows, width, device=device)), keys, values)
         return {**nothing, **self._clock(rows, device)}
 
     def recall(self, state: State, asked: Asked) -> Partial:
         """Return attention over the slots."""
-        reading = self.weights.at(asked.layer_idx).reading
-        assert reading is not None, "linear memories have a gate instead"
-        factor, offset = reading.unbind()
         pairs = restored(state, "keys"), restored(state, "values"), state["log_mass"]
-        read = attend_weighted(asked.queries * factor, *pairs, asked.scale)
-        return Partial(read.output, read.lse + offset)
+        return attend_weighted(asked.queries, *pairs, asked.scale)
 
     def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)
+        assert layer.reading is not None, "linear memories have a gate instead"
+        factor, offset = layer.reading.unbind()
         before, lives, clock = self._advanced(layer, state, evicted, sign)
         shares = layer.project(evicted.keys).softmax(-1) * lives
-        mass, added = before[:, None] * state["log_mass"].exp(), sign * shares.sum(1)
+        mass, added = before[:, None] * (state["log_mass"] - offset).exp(), sign * shares.sum(1)
         total = mass + added
         gone = (total <= _GONE * mass) | (clock["count"] == 0)[:, None]
         keys, values = (
             _moved(restored(state, name), sign * shares.mT @ new, added, total).masked_fill(gone[..., None], 0.0)
-            for name, new in (("keys", evicted.keys), ("values", evicted.values))
+            for name, new in (("keys", evicted.keys * factor), ("values", evicted.values))
         )
-        return {**self._state(total.masked_fill(gone, 0.0), keys, values), **clock}
+        return {**self._state(log_count(total.masked_fill(gone, 0.0)) + offset, keys, values), **clock}
 
-    def _state(self, mass: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        log_mass = log_count(mass)  # as it is read, at every token
+    def _state(self, log_mass: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Return slots as they are read, trained factor and offset included, since that happens at every token."""
         return {"log_mass": log_mass, **stored("keys", keys, self.dtype), **stored("values", values, self.dtype)}
 
 
