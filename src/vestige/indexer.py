@@ -183,7 +183,10 @@ class Indexer(nn.Module):
 
 def asked(asking: IndexQueries, keys: Float[Tensor, "groups held size"]) -> Float[Tensor, "groups new held"]:
     """Return how much each query asks for each key: ReLU of their products, summed over index heads by their gates."""
-    return ((asking.queries @ keys[:, None].mT).relu() * asking.gates[..., None]).sum(1)
+    products, gates = (asking.queries @ keys[:, None].mT).relu_(), asking.gates[..., None]
+    learns = products.requires_grad or gates.requires_grad
+    weighed = products * gates if learns else products.mul_(gates)  # no second tensor of queries times keys
+    return weighed[:, 0] if weighed.shape[1] == 1 else weighed.sum(1)
 
 
 def blocks(
@@ -204,12 +207,14 @@ def blocks(
         Which queries, and :func:`asked` in float32; -inf where a query does not see a key.
     """
     order, pads = positions.cummax(0).values, positions < 0
+    padded = bool(pads.any())
     for start in range(0, len(at), QUERY_BLOCK):
         part = slice(start, start + QUERY_BLOCK)
         seen = torch.stack([at[part][0], at[part][-1]]).to(positions.dtype)
         early, end = torch.searchsorted(order, seen, right=True).tolist()
         found = asked(IndexQueries(asking.queries[:, :, part], asking.gates[:, :, part]), keys[:, :end]).float()
-        found.masked_fill_(pads[:end], -torch.inf)
+        if padded:
+            found.masked_fill_(pads[:end], -torch.inf)
         found[..., early:].masked_fill_(positions[early:end] > at[part, None], -torch.inf)
         yield part, found
 
@@ -219,11 +224,22 @@ def most(
     keys: Float[Tensor, "groups held size"],
     at: Int[Tensor, " new"],
     positions: Int[Tensor, " held"],
-) -> tuple[Float[Tensor, "groups held"], Int[Tensor, "groups held"]]:
-    """Return the most that any query asks for each key, and which query that is; -inf for what none sees.
+) -> Float[Tensor, "groups held"]:
+    """Return the most that any query asks for each key, -inf for what none sees; arguments as for :func:`blocks`."""
+    best = torch.full(keys.shape[:2], -torch.inf, device=keys.device)
+    for _, found in blocks(asking, keys, at, positions):
+        end = found.shape[2]
+        best[:, :end] = torch.maximum(best[:, :end], found.amax(1))
+    return best
 
-    Arguments as :func:`blocks` takes them.
-    """
+
+def by_whom(
+    asking: IndexQueries,
+    keys: Float[Tensor, "groups held size"],
+    at: Int[Tensor, " new"],
+    positions: Int[Tensor, " held"],
+) -> Int[Tensor, "groups held"]:
+    """Return which query asks most for each key, 0 for what none sees; arguments as for :func:`blocks`."""
     best = torch.full(keys.shape[:2], -torch.inf, device=keys.device)
     winner = torch.zeros(keys.shape[:2], dtype=torch.long, device=keys.device)
     for part, found in blocks(asking, keys, at, positions):
@@ -232,7 +248,7 @@ def most(
         better = top > best[:, :end]
         best[:, :end] = torch.where(better, top, best[:, :end])
         winner[:, :end] = torch.where(better, index + part.start, winner[:, :end])
-    return best, winner
+    return winner
 
 
 def total(

@@ -149,7 +149,7 @@ class IndexMem(Policy):
 
     def _found(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
         given = (asking, keys.float(), at, positions)
-        return total(*given) if self.reduction == "mean" else most(*given)[0]
+        return total(*given) if self.reduction == "mean" else most(*given)
 
     def _note(self, notes: Float[Tensor, "held _kinds"], found: Float[Tensor, " held"]) -> None:
         if self.reduction == "mean":

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from vestige.errors import InputError, unknown
-from vestige.indexer import Indexer, IndexQueries, LayerIndexer, asked, most
+from vestige.indexer import Indexer, IndexQueries, LayerIndexer, asked, by_whom, most
 from vestige.learn.indexmem.seen import Layer
 
 Teacher = Literal["answers", "text"]
@@ -67,7 +67,7 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
     keys = indexer.index_keys(layer.hidden[:text])
     found = indexer.index_queries(layer.hidden[:asking])
     with torch.no_grad():
-        winner = _most(found, keys)[1]
+        winner = by_whom(found, keys, *_places(asking, keys))
     groups = torch.arange(len(keys), device=keys.device)[:, None]
     chosen = IndexQueries(
         found.queries.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
@@ -80,14 +80,15 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
 def asked_most(indexer: LayerIndexer, layer: Layer, text: int) -> Float[Tensor, "groups text"]:
     """Return the most that any query of a text asks for each of its tokens."""
     keys = indexer.index_keys(layer.hidden[:text])
-    return _most(indexer.index_queries(layer.hidden[:text]), keys)[0]
+    return most(indexer.index_queries(layer.hidden[:text]), keys, *_places(text, keys))
 
 
-def _most(
-    asking: IndexQueries, keys: Float[Tensor, "groups text size"]
-) -> tuple[Float[Tensor, "groups text"], Int[Tensor, "groups text"]]:
-    at = torch.arange(asking.queries.shape[2], device=keys.device)
-    return most(asking, keys, at, at[: keys.shape[1]])
+def _places(
+    asking: int, keys: Float[Tensor, "groups text size"]
+) -> tuple[Int[Tensor, " asking"], Int[Tensor, " text"]]:
+    """Return the positions of queries and of keys, which are the first of them."""
+    at = torch.arange(asking, device=keys.device)
+    return at, at[: keys.shape[1]]
 
 
 @torch.no_grad()
