@@ -84,8 +84,8 @@ results-retention-dev: $(VENV)/.stamp-test peers ## what their rivals are chosen
 results-dilution: $(VENV)/.stamp-test ## whether eviction can beat the full cache among distractors (half an hour): ESSAYS=DIR
 	$(BIN)/python -m vestige.recipes.dilution --out results/retention $(if $(ESSAYS),--essays "$(ESSAYS)")
 
-results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA=DIR ESSAYS=DIR PART=name
-	$(BIN)/python -m vestige.recipes.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(RETENTION_ARGS)
+results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA="DIR FILE.jsonl" FIELD=name ESSAYS=DIR PART=name
+	$(BIN)/python -m vestige.recipes.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(if $(FIELD),--field $(FIELD)) $(RETENTION_ARGS)
 
 results-indexmem: $(VENV)/.stamp-test ## IndexMem beside the field, memories on and off (3 hours; goes on after an interrupt): ESSAYS=DIR PART=name
 	$(BIN)/python -m vestige.recipes.indexmem --out results/indexmem $(RETENTION_ARGS)
