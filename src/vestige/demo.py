@@ -13,7 +13,7 @@ from vestige.download import load
 from vestige.erase_text import EraseConfig, EraseResult, erase_text
 from vestige.run import RunConfig, RunResult, run
 
-MODEL, POLICY, SHARE, BUDGET, CHUNK = "smollm2-135m", "keydiff", "model", "0.5", 1024
+MODEL, POLICY, SHARE, BUDGET, CHUNK = "smollm2-135m", "retention", "model", "0.1", 1024
 DOCUMENT = "harbour.txt"
 QUESTIONS = (
     "What is the pass phrase for the night gate?",
