@@ -184,81 +184,70 @@ class Indexer(nn.Module):
 def asked(asking: IndexQueries, keys: Float[Tensor, "groups held size"]) -> Float[Tensor, "groups new held"]:
     """Return how much each query asks for each key: ReLU of their products, summed over index heads by their gates."""
     products, gates = (asking.queries @ keys[:, None].mT).relu_(), asking.gates[..., None]
-    learns = products.requires_grad or gates.requires_grad
-    weighed = products * gates if learns else products.mul_(gates)  # no second tensor of queries times keys
+    weighed = products * gates if torch.is_grad_enabled() else products.mul_(gates)  # one tensor of queries times keys
     return weighed[:, 0] if weighed.shape[1] == 1 else weighed.sum(1)
 
 
-def blocks(
-    asking: IndexQueries,
-    keys: Float[Tensor, "groups held size"],
-    at: Int[Tensor, " new"],
-    positions: Int[Tensor, " held"],
-) -> Iterator[tuple[slice, Float[Tensor, "groups _block _end"]]]:
-    """Yield, for blocks of queries, how much they ask for the keys up to the last that any of them sees.
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Queries and the keys that they are compared with, in blocks of queries, causally.
 
     Args:
         asking: What the queries ask with.
         keys: Of one batch row, all groups at the same positions.
         at: Position of each query, ascending.
         positions: Position of each key, ascending but for pads, wherever these are: -1, and nobody sees them.
-
-    Yields:
-        Which queries, and :func:`asked` in float32; -inf where a query does not see a key.
     """
-    order, pads = positions.cummax(0).values, positions < 0
-    padded = bool(pads.any())
-    for start in range(0, len(at), QUERY_BLOCK):
-        part = slice(start, start + QUERY_BLOCK)
-        seen = torch.stack([at[part][0], at[part][-1]]).to(positions.dtype)
-        early, end = torch.searchsorted(order, seen, right=True).tolist()
-        found = asked(IndexQueries(asking.queries[:, :, part], asking.gates[:, :, part]), keys[:, :end]).float()
-        if padded:
-            found.masked_fill_(pads[:end], -torch.inf)
-        found[..., early:].masked_fill_(positions[early:end] > at[part, None], -torch.inf)
-        yield part, found
 
+    asking: IndexQueries
+    keys: Float[Tensor, "groups held size"]
+    at: Int[Tensor, " new"]
+    positions: Int[Tensor, " held"]
 
-def most(
-    asking: IndexQueries,
-    keys: Float[Tensor, "groups held size"],
-    at: Int[Tensor, " new"],
-    positions: Int[Tensor, " held"],
-) -> Float[Tensor, "groups held"]:
-    """Return the most that any query asks for each key, -inf for what none sees; arguments as for :func:`blocks`."""
-    best = torch.full(keys.shape[:2], -torch.inf, device=keys.device)
-    for _, found in blocks(asking, keys, at, positions):
-        end = found.shape[2]
-        best[:, :end] = torch.maximum(best[:, :end], found.amax(1))
-    return best
+    def most(self) -> Float[Tensor, "groups held"]:
+        """Return the most that any query asks for each key; -inf for what none sees."""
+        best = self._each(-torch.inf)
+        for _, found in self._blocks():
+            end = found.shape[2]
+            best[:, :end] = torch.maximum(best[:, :end], found.amax(1))
+        return best
 
+    def by_whom(self) -> Int[Tensor, "groups held"]:
+        """Return which query asks most for each key; 0 for what none sees."""
+        best, winner = self._each(-torch.inf), self._each(0)
+        for part, found in self._blocks():
+            top, index = found.max(1)
+            end = top.shape[1]
+            better = top > best[:, :end]
+            best[:, :end] = torch.where(better, top, best[:, :end])
+            winner[:, :end] = torch.where(better, index + part.start, winner[:, :end])
+        return winner
 
-def by_whom(
-    asking: IndexQueries,
-    keys: Float[Tensor, "groups held size"],
-    at: Int[Tensor, " new"],
-    positions: Int[Tensor, " held"],
-) -> Int[Tensor, "groups held"]:
-    """Return which query asks most for each key, 0 for what none sees; arguments as for :func:`blocks`."""
-    best = torch.full(keys.shape[:2], -torch.inf, device=keys.device)
-    winner = torch.zeros(keys.shape[:2], dtype=torch.long, device=keys.device)
-    for part, found in blocks(asking, keys, at, positions):
-        top, index = found.max(1)
-        end = top.shape[1]
-        better = top > best[:, :end]
-        best[:, :end] = torch.where(better, top, best[:, :end])
-        winner[:, :end] = torch.where(better, index + part.start, winner[:, :end])
-    return winner
+    def total(self) -> Float[Tensor, "groups held"]:
+        """Return the sum over all queries that see a key of how much they ask for it."""
+        sums = self._each(0.0)
+        for _, found in self._blocks():
+            sums[:, : found.shape[2]] += found.masked_fill_(found == -torch.inf, 0.0).sum(1)
+        return sums
 
+    def _each(self, first: float | int) -> Tensor:
+        """Return a number for each key, of the kind that ``first`` is."""
+        return torch.full(self.keys.shape[:2], first, device=self.keys.device)
 
-def total(
-    asking: IndexQueries,
-    keys: Float[Tensor, "groups held size"],
-    at: Int[Tensor, " new"],
-    positions: Int[Tensor, " held"],
-) -> Float[Tensor, "groups held"]:
-    """Return the sum over all queries that see a key of how much they ask for it; arguments as for :func:`blocks`."""
-    sums = torch.zeros(keys.shape[:2], device=keys.device)
-    for _, found in blocks(asking, keys, at, positions):
-        sums[:, : found.shape[2]] += found.masked_fill_(found == -torch.inf, 0.0).sum(1)
-    return sums
+    def _blocks(self) -> Iterator[tuple[slice, Float[Tensor, "groups _block _end"]]]:
+        """Yield which queries, and how much they ask for the keys up to the last that any of them sees.
+
+        That is :func:`asked` in float32; -inf where a query does not see a key.
+        """
+        order, pads = self.positions.cummax(0).values, self.positions < 0
+        padded = bool(pads.any())
+        for start in range(0, len(self.at), QUERY_BLOCK):
+            part = slice(start, start + QUERY_BLOCK)
+            at, asking = self.at[part], IndexQueries(self.asking.queries[:, :, part], self.asking.gates[:, :, part])
+            seen = torch.stack([at[0], at[-1]]).to(self.positions.dtype)
+            early, end = torch.searchsorted(order, seen, right=True).tolist()
+            found = asked(asking, self.keys[:, :end]).float()
+            if padded:
+                found.masked_fill_(pads[:end], -torch.inf)
+            found[..., early:].masked_fill_(self.positions[early:end] > at[:, None], -torch.inf)
+            yield part, found

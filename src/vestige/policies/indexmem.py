@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError, require_whole, unknown
-from vestige.indexer import Indexer, IndexQueries, asked, most, total
+from vestige.indexer import Comparison, Indexer, IndexQueries, asked
 from vestige.observe import LayerGlance, Observation
 from vestige.policy import Policy, Written
 from vestige.weights import Shelf
@@ -148,8 +148,8 @@ class IndexMem(Policy):
         return scores
 
     def _found(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
-        given = (asking, keys.float(), at, positions)
-        return total(*given) if self.reduction == "mean" else most(*given)
+        compared = Comparison(asking, keys.float(), at, positions)
+        return compared.total() if self.reduction == "mean" else compared.most()
 
     def _note(self, notes: Float[Tensor, "held _kinds"], found: Float[Tensor, " held"]) -> None:
         if self.reduction == "mean":

@@ -43,9 +43,9 @@ ANSWER_ROOM = 16
 COMMAND = "make results-retention ESSAYS=DIR"
 NOTES = (
     "Presses hold a share of the pairs, and KVzip's, which masks, frees none of them. They are judged by all tasks but "
-    "dialogue/recall, whose later texts they never compress. Where a method has fewer samples than that, the "
-    "first texts of dialogue/recall were too short for the sinks and the window that it protects. The last two columns "
-    "compare samples with themselves."
+    "dialogue/recall, whose later texts they never compress. Where another method has fewer samples than ours, "
+    "the first texts of dialogue/recall were too short for the sinks and the window that it protects. The last two "
+    "columns compare samples with themselves."
 )
 
 CANDIDATES = (

@@ -11,12 +11,12 @@ at is foretold where the question was read.
 from typing import Literal, cast, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from vestige.errors import InputError, unknown
-from vestige.indexer import Indexer, IndexQueries, LayerIndexer, asked, by_whom, most
+from vestige.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, asked
 from vestige.learn.indexmem.seen import Layer
 
 Teacher = Literal["answers", "text"]
@@ -67,7 +67,7 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
     keys = indexer.index_keys(layer.hidden[:text])
     found = indexer.index_queries(layer.hidden[:asking])
     with torch.no_grad():
-        winner = by_whom(found, keys, *_places(asking, keys))
+        winner = _compared(found, keys).by_whom()
     groups = torch.arange(len(keys), device=keys.device)[:, None]
     chosen = IndexQueries(
         found.queries.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
@@ -80,15 +80,13 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
 def asked_most(indexer: LayerIndexer, layer: Layer, text: int) -> Float[Tensor, "groups text"]:
     """Return the most that any query of a text asks for each of its tokens."""
     keys = indexer.index_keys(layer.hidden[:text])
-    return most(indexer.index_queries(layer.hidden[:text]), keys, *_places(text, keys))
+    return _compared(indexer.index_queries(layer.hidden[:text]), keys).most()
 
 
-def _places(
-    asking: int, keys: Float[Tensor, "groups text size"]
-) -> tuple[Int[Tensor, " asking"], Int[Tensor, " text"]]:
-    """Return the positions of queries and of keys, which are the first of them."""
-    at = torch.arange(asking, device=keys.device)
-    return at, at[: keys.shape[1]]
+def _compared(asking: IndexQueries, keys: Float[Tensor, "groups text size"]) -> Comparison:
+    """Return queries beside the keys of the first of the tokens that ask."""
+    at = torch.arange(asking.queries.shape[2], device=keys.device)
+    return Comparison(asking, keys, at, at[: keys.shape[1]])
 
 
 @torch.no_grad()
