@@ -54,8 +54,27 @@ def test_what_is_evicted_gets_nothing_and_what_is_left_gets_more():
         sinks = explain(model, full, cache, asked, [Span(0, 2)])
     assert sinks.held_share == 1.0 and sinks.attention_held == 1.0
     assert sinks.dilution_kept < sinks.dilution_full < 1.0
+    row = found.as_dict()
+    assert row["evidence"] == [0, 1, 5, 6] and all(layer["held"] == [[0, 1]] * 2 for layer in row["layers"])
     row = sinks.as_dict()
     assert row["dilution_kept"] == sinks.dilution_kept and len(row["layers"]) == len(full.evictable)
+
+
+def test_attention_to_what_is_left_is_that_of_a_model_that_cannot_see_the_rest():
+    model = tiny("llama")
+    ids, asked = random_ids(model, 1, 12), random_ids(model, 1, 3, seed=1)
+    cache, evidence = read(model, ids, STREAMING), torch.tensor([1, 5, 9])
+    with attach(model):
+        paid = attention_to(model, cache, asked, evidence)
+    seen = torch.ones(15, 15, dtype=torch.bool).tril()
+    seen[12:, 2:8] = False  # what is evicted is so only for what comes after it
+    model.set_attn_implementation("eager")
+    mask = torch.zeros(15, 15).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        weights = model(torch.cat([ids, asked], 1), attention_mask=mask, output_attentions=True).attentions
+    for layer, got in zip(cache.evictable, paid, strict=True):
+        own = weights[layer.layer_idx][0, :, 12:][:, :, evidence].unflatten(0, (layer.kv_heads, -1))
+        torch.testing.assert_close(got, own.mean((1, 2)), atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_be_explained_is_refused():

@@ -10,10 +10,13 @@ from conftest import random_gates
 from vestige import Budget, InputError, PolicyError
 from vestige.gates import Gates
 from vestige.learn import LoopConfig, train
+from vestige.learn.indexmem.task import IndexMemOptions
+from vestige.learn.indexmem.training import IndexMemTraining
 from vestige.learn.retention import flat, keep
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.gated import Gating, gated
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
+from vestige.learn.retention.training import RetentionTraining
 from vestige.learn.retention.warm import asked, lives, ranking, regression, replayed
 from vestige.learn.tales.sequences import SequenceMaker
 from vestige.learn.tales.tale import KINDS, tale
@@ -286,6 +289,42 @@ def task(chatter):
     torch.manual_seed(0)
     gates = Gates.fresh(model, width=16, bias=2.0)
     return RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], SMALL, validation=2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma4", "gpt_oss"])
+def test_no_answer_depends_on_another_document_whatever_layers_there_are(chatter, name):
+    tokenizer = chatter[1]
+    more = {"vocab_size_per_layer_input": len(tokenizer)} if name == "gemma4" else {}
+    model = tiny(name, vocab_size=len(tokenizer), max_position_embeddings=1024, **more)
+    task = RetentionTask(model, tokenizer, random_gates(model), [PROSE], [PROSE], replace(SMALL, length=1000, least=96))
+    packed = next(one for i in range(9) if len((one := task.sequence("train", i)).texts) > 1)
+    other = replace(packed, ids=packed.ids.clone())
+    end = int((packed.starts > 0).nonzero()[0])
+    other.ids[:, :end] = torch.randint(9, 99, (1, end), generator=torch.Generator().manual_seed(0))
+    at = torch.cat([packed.others, packed.answers])
+    logits, log_beta = task._logits(packed, at, task.gates)
+    changed, others = task._logits(other, at, task.gates)
+    torch.testing.assert_close(logits[at >= end], changed[at >= end], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits[at < end], changed[at < end])
+    torch.testing.assert_close(log_beta[:, end:], others[:, end:], atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_part_of_a_training_is_whole_steps():
+    loop, data = LoopConfig(steps=4, batch=2), ("texts",)
+    with pytest.raises(InputError, match="whole steps of 2"):
+        RetentionTraining(data=data, loop=loop, options=replace(SMALL, warm=3))
+    with pytest.raises(InputError, match="whole steps of 2"):
+        IndexMemTraining(data=data, loop=loop, options=IndexMemOptions(alone=3))
+
+
+def test_texts_that_differ_anywhere_are_other_data(chatter):
+    tokenizer = chatter[1]
+    model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    books = [
+        RetentionTask(model, tokenizer, random_gates(model), [prose], [PROSE], SMALL).identity()
+        for prose in (PROSE, PROSE[:-1], [*PROSE[:-1], "Another end."])
+    ]
+    assert books[0] != books[1] != books[2] != books[0]
 
 
 def test_the_loss_reaches_the_gates_and_nothing_else(task):

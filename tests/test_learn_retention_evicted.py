@@ -97,7 +97,7 @@ def test_a_hard_limit_is_the_eviction_that_the_policy_does(block, monkeypatch):
 
 def test_the_loss_reaches_the_gates_and_nothing_else(task):
     parts = task.loss(0)
-    assert parts.keys() == {"loss", "kl", "ce", "tokens"}
+    assert parts.keys() == {"loss", "kl", "ce", "kept", "tokens"} and 0 < float(parts["kept"]) < 1
     parts["loss"].backward()
     for name, parameter in task.gates.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

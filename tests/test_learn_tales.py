@@ -53,6 +53,15 @@ def test_no_statement_question_or_reply_is_phrased_like_a_benchmarks(essays, nam
             assert not asked.fullmatch(turn.question) and not asked.fullmatch(turn.answer_prefix)
 
 
+def test_what_is_asked_of_a_setting_stands_in_the_text_word_for_word():
+    quoted = 0
+    for seed in range(60):
+        text, asked = tales.assignments(random.Random(seed), ["One.", "Two.", "Three.", "Four."])
+        assert all(f"{one.prefix} {one.answer}" in text for one in asked)
+        quoted += '"' in asked[0].answer
+    assert 0 < quoted < 60
+
+
 def test_nothing_is_about_what_benchmarks_ask_for():
     words = " ".join([*STATED, *ASKED, *(relation.what for relation in vocabulary.RELATIONS)]).lower().split()
     asked = {*(kind for kind, _ in stories.HABITS), "favourite", "stock", "door", "locker", "badge"}

@@ -95,6 +95,12 @@ def test_a_cache_keeps_exactly_the_best(share, group):
     assert torch.equal(kept, best.view_as(scores))
 
 
+def test_a_pair_weighs_four_bytes_more_for_its_retention():
+    weights = [read(policy, random_ids(MODEL, 1, 20)).footprint() for policy in (retention(), policies.Full())]
+    rows = weights[0].rows
+    assert weights[0].pair_bytes - weights[1].pair_bytes == 4 * rows
+
+
 def test_chunks_turns_and_single_tokens_write_the_same():
     ids = random_ids(MODEL, 1, 30)
     whole = read(retention(Budget.tokens(64)), ids)

@@ -1,6 +1,7 @@
 """Published runs say what they promise, and take only what was chosen on dev."""
 
 import json
+from dataclasses import asdict
 from itertools import product
 
 import pytest
@@ -303,14 +304,21 @@ def test_the_summary_of_gates_is_of_what_is_there(small, tmp_path):
     assert not (tmp_path / "scores-1024.svg").exists()
 
 
-def test_gates_are_trained_in_ways_that_differ_in_one_thing():
+def test_gates_are_trained_in_ways_that_differ_from_their_baseline_in_what_they_are_named_for():
     made = {way: ablations.training(way, ("texts",), "text") for way in ablations.WAYS}
-    first = made["at-once"]
-    assert first.options.forgets == "at_once" and first.tied and first.options.share == "model"
-    for way, training in made.items():
-        assert training.loop == first.loop and training.options.length == first.options.length
-        assert (way == "at-once") == (training == first)
-    assert made["without-capacity"].options.capacity_weight == 0 and made["gradually"].options.capacity_weight == 1
+
+    def changed(way: str, baseline: str) -> set[str]:
+        one, other = made[way], made[baseline]
+        assert one.loop == other.loop and (one.width, one.depth, one.bias) == (other.width, other.depth, other.bias)
+        options = {name for name, value in asdict(one.options).items() if value != getattr(other.options, name)}
+        return options | ({"tied"} if one.tied != other.tied else set())
+
+    assert changed("per-layer", "at-once") == changed("per-head", "at-once") == {"tied", "share"}
+    assert changed("start-alone", "at-once") == {"warm"}
+    assert changed("start-by-lives", "start-alone") == {"warm_loss"}
+    assert changed("start-by-replay", "start-alone") == {"warm_by"}
+    assert changed("gradually", "at-once") == {"forgets"}
+    assert changed("without-capacity", "gradually") == {"capacity_weight"}
 
 
 def test_ways_are_shown_by_budget():

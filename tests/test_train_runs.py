@@ -90,7 +90,13 @@ def test_a_run_that_was_gone_on_with_has_the_bits_of_one_that_went_through(proce
 
 
 @pytest.mark.parametrize(
-    ("kind", "option", "value"), [("eraser", "lr", "0.5"), ("retention", "bias", "3"), ("indexmem", "width", "9")]
+    ("kind", "option", "value"),
+    [
+        ("eraser", "lr", "0.5"),
+        ("retention", "bias", "3"),
+        ("retention", "dtype", "bfloat16"),
+        ("indexmem", "width", "9"),
+    ],
 )
 def test_a_finished_run_is_not_begun_again_and_other_options_are_refused(vestige, command, place, kind, option, value):
     assert vestige(*command(kind, "made")).code == 0

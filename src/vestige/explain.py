@@ -29,6 +29,8 @@ Held = Bool[Tensor, "kv_heads evidence"]
 class Explanation:
     """One question's attention to its evidence, with all pairs and with those kept; by layer."""
 
+    evidence: Int[Tensor, " evidence"]
+    """Positions of its tokens."""
     full: tuple[Paid, ...]
     kept: tuple[Paid, ...]
     held: tuple[Held, ...]
@@ -54,9 +56,9 @@ class Explanation:
         return left_of(self.full, self.held)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers for JSON."""
+        """Return plain numbers for JSON; by layer a number, or the positions of the pairs held, for each KV head."""
         return {
-            "evidence_tokens": self.full[0].shape[1],
+            "evidence": self.evidence.tolist(),
             "dilution_full": self.dilution_full,
             "dilution_kept": self.dilution_kept,
             "held_share": self.held_share,
@@ -66,6 +68,7 @@ class Explanation:
                     "attention_full": _means(full),
                     "attention_kept": _means(kept),
                     "held_share": held.float().mean(1).tolist(),
+                    "held": [self.evidence[row].tolist() for row in held],
                 }
                 for full, kept, held in zip(self.full, self.kept, self.held, strict=True)
             ],
@@ -142,6 +145,7 @@ def explain(
     if not len(evidence):
         raise InputError(f"no token of the evidence is among the {cache.seen[0]} that were read")
     return Explanation(
+        evidence=evidence,
         full=attention_to(model, full, ids, evidence),
         kept=attention_to(model, cache, ids, evidence),
         held=held_of(cache, evidence),

@@ -60,6 +60,8 @@ class RunConfig:
             require_text(question, "--question")
         if self.explain and (self.cache is not None or not self.questions):
             raise InputError("--explain needs a text to read (--context or --prompt) and a --question")
+        if self.explain and self.memory != "none":
+            raise InputError("--explain counts attention to pairs, not to what a memory holds: leave --memory out")
         for name in ("chunk", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")

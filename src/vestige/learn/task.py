@@ -7,8 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vestige.errors import InputError
+from vestige.models import check
 
 LOSS, TOKENS = "loss", "tokens"
 """The part that is minimised, and the one that is counted and not averaged."""
@@ -54,6 +56,11 @@ class Task(Protocol):
 
         Name what cannot be seen in the parameters: model id, config hash, data, sizes.
         """
+
+
+def identity_of(model: PreTrainedModel) -> dict[str, str]:
+    """Return the part of an identity that says which model is read: its weights, and the dtype it computes in."""
+    return {"model": check(model).fingerprint(), "dtype": str(model.dtype)}
 
 
 def trainables(module: nn.Module) -> dict[str, nn.Parameter]:

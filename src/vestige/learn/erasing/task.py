@@ -19,7 +19,7 @@ from vestige.adapter import Adapter
 from vestige.learn.erasing import steering
 from vestige.learn.erasing.samples import Asked, EraserOptions, Sample, SampleMaker, Texts
 from vestige.learn.order import seed_of
-from vestige.models import check
+from vestige.learn.task import identity_of
 
 Logits = Float[Tensor, "fed vocab"]
 Figures = dict[str, Float[Tensor, ""]]
@@ -93,12 +93,12 @@ class EraserTask:
         """Return the model, the adapter's shape, the options and the data."""
         config = self.adapter.config
         return {
-            "model": check(self.model).fingerprint(),
+            **identity_of(self.model),
             "rank": config.rank,
             "alpha": config.alpha,
             "modules": len(config.modules),
             "options": asdict(self.options),
-            "documents": [seed_of(*text[:3]) for text in (*self.texts.prose, *self.held.prose)],
+            "documents": [seed_of(*text) for text in (*self.texts.prose, *self.held.prose)],
             "questions": [seed_of(one.text) for one in (*self.texts.questions, *self.held.questions)],
         }
 

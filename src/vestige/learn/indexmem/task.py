@@ -150,11 +150,10 @@ class IndexMemTask(TaleTask):
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the shapes, the options and the data."""
         return {
-            "model": check(self.model).fingerprint(),
+            **super().identity(),
             "indexer": asdict(self.indexer.config),
             "latents": [asdict(latent.config) for latent in self.latents.values()],
             "options": asdict(self.options),
-            "documents": self.documents(),
         }
 
     def _of(self, one: Alone, *, remember: bool) -> dict[str, Tensor]:

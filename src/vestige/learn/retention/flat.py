@@ -1,8 +1,9 @@
-"""Training retention gates in one function, to be read from top to bottom; :class:`RetentionTask` is the one to use.
+"""Training retention gates as the papers do, in one function, to be read from top to bottom.
 
-Both come to the same loss. Left out here: blocks (a T x T matrix for each layer is held for the backward pass),
-counting at some moments rather than at all, sliding layers, the warm start, forgetting at once, competition within
-layers or heads, validation, resuming, several processes, the learning rate's schedule, and all checks.
+:class:`RetentionTask` is the one to use; with ``forgets="gradually"`` both come to the same loss. Left out here: blocks
+(a T x T matrix for each layer is held for the backward pass), counting at some moments rather than at all, sliding
+layers, the warm start, forgetting at once, competition within layers or heads, validation, resuming, several processes,
+the learning rate's schedule, and all checks.
 """
 
 from collections.abc import Iterable

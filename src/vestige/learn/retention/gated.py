@@ -1,7 +1,7 @@
 """Attention that forgets as gates say, softly, so that they can be trained: ``softmax(q.k + (t - i) log beta_i)``.
 
 For training alone: afterwards attention is the ordinary one over the pairs that are kept. Several documents may lie
-behind each other in one sequence; none sees another.
+behind each other in one sequence; in full-attention layers, which are the ones that gates are for, none sees another.
 
 Source: TRIM-KV, arXiv 2512.03324: retention is added to the logits.
 """

@@ -4,11 +4,13 @@ Source: TRIM-KV, arXiv 2512.03324 (forward KL to the same model with full attent
 entropy); DBTrimKV, arXiv 2605.09649 (one limit over all layers and heads). Differs: answers count for themselves, and
 beside them only some places of the texts; the two parts of their loss are added, where the paper takes the mean; the
 limit is a share of each document's length unless it is given in tokens.
-Our own: a warm start (:mod:`~vestige.learn.retention.warm`), and forgetting at once (``evicted.py``).
+Our own: a warm start (:mod:`~vestige.learn.retention.warm`), and forgetting at once (``evicted.py``). What the
+papers do, ``forgets="gradually"``, stands in one function in ``flat.py``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -166,10 +168,9 @@ class RetentionTask(TaleTask):
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the shape of the gates, the options and the data."""
         return {
-            "model": check(self.model).fingerprint(),
+            **super().identity(),
             "gates": asdict(self.gates.config),
             "options": asdict(self.options),
-            "documents": self.documents(),
         }
 
     def _looked_at(self, one: Alone) -> Parts:
@@ -193,7 +194,7 @@ class RetentionTask(TaleTask):
         fading = Fading(dict(zip(self.gates.config.layers, rows, strict=True)))
         logits = asked_behind(self.model, whole, behind, at, fading)
         parts = _unlike(logits, wanted, behind[0, at + 1])
-        return {"loss": parts["kl"] + parts["ce"], **parts}
+        return {"loss": parts["kl"] + parts["ce"], **parts, "kept": kept.detach().exp().mean()}
 
     def _faded(self, packed: Packed) -> Parts:
         """Return how far answers and texts are from the full model's while attention fades with age, and its price."""
@@ -212,11 +213,29 @@ class RetentionTask(TaleTask):
         self, packed: Packed, at: Int[Tensor, " some"], gates: Gates | None
     ) -> tuple[Float[Tensor, "some vocab"], Float[Tensor, "rows tokens"] | None]:
         """Return log probabilities of the next token at some places, and log beta of all pairs."""
-        gating = Gating(packed.starts, gates)
-        with gated(self.model, gating):
-            out = self.model(input_ids=packed.ids, position_ids=gating.positions, use_cache=False, logits_to_keep=at)
-        logits: Tensor = out.logits[0].float().log_softmax(-1)
-        return logits, None if gates is None else gating.packed_log_beta()
+        logits, log_beta, places = [], [], []
+        for begin, end in self._readings(packed):
+            inside = ((at >= begin) & (at < end)).nonzero()[:, 0]
+            gating = Gating(packed.starts[begin:end] - begin, gates)
+            given = {"position_ids": gating.positions, "use_cache": False, "logits_to_keep": at[inside] - begin}
+            with gated(self.model, gating):
+                out = self.model(input_ids=packed.ids[:, begin:end], **given)
+            logits.append(out.logits[0].float().log_softmax(-1))
+            places.append(inside)
+            if gates is not None:
+                log_beta.append(gating.packed_log_beta())
+        return torch.cat(logits)[torch.cat(places).argsort()], torch.cat(log_beta, 1) if log_beta else None
+
+    def _readings(self, packed: Packed) -> list[tuple[int, int]]:
+        """Return from where to where to read at once: all, or where layers look across documents, each of these.
+
+        Attention that gates are trained for never does; whether sliding and linear layers do is up to each model.
+        """
+        begins = packed.starts.unique_consecutive().tolist()
+        anatomy = check(self.model)
+        if len(anatomy.evictable) == anatomy.config.num_hidden_layers:
+            begins = begins[:1]
+        return list(pairwise([*begins, len(packed.starts)]))
 
     def _capacity(self, packed: Packed, log_beta: Tensor | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the price of keeping more than there is room for, and the share of all pairs that is kept."""

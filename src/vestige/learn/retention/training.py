@@ -13,6 +13,11 @@ from vestige.learn.loop import Trained
 from vestige.learn.prose import prose_of
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
 
+_WHAT = {
+    "gradually": "retention gates as in DBTrimKV (arXiv 2605.09649): what each pair is worth, from when it is written",
+    "at_once": "retention gates shaped as in DBTrimKV (arXiv 2605.09649), trained by soft evictions of our own: what "
+    "each pair is worth, from when it is written",
+}
 _MOST_BIAS = 18.0  # the papers'; at 20.7 nothing is left of a gradient
 
 
@@ -38,6 +43,10 @@ class RetentionTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.options.warm % self.loop.batch:
+            raise InputError(
+                f"the {self.options.warm} sequences of the warm start must be whole steps of {self.loop.batch}"
+            )
         if not self.bias <= _MOST_BIAS:
             raise InputError(f"bias must be at most {_MOST_BIAS:g}, or gates live too long to learn; got {self.bias}")
 
@@ -52,7 +61,7 @@ class RetentionTraining(Training):
             self.loop,
             gates,
             self.weights,
-            what="retention gates after DBTrimKV (arXiv 2605.09649): what each pair is worth, from when it is written",
+            what=_WHAT[self.options.forgets],
             documents=[one for side in sides for one in side],
             options=asdict(self.options),
             gates={"width": self.width, "depth": self.depth, "tied": self.tied, "bias": self.bias},

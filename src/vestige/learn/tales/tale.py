@@ -97,8 +97,9 @@ def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
     for place, (name, value) in zip(at, values.items(), strict=True):
         lines.insert(place, form.format(n=name, v=value))
     question = rng.choice(ASK_ASSIGNED)
+    before, quote = form.split("{v}")[0].rstrip(' "'), '"' if '"' in form else ""
     asked = [
-        Asked(question=question.format(n=n), prefix=form.split("{v}")[0].format(n=n), answer=v)
+        Asked(question=question.format(n=n), prefix=before.format(n=n), answer=f"{quote}{v}{quote}")
         for n, v in values.items()
     ]
     return "\n".join(lines), asked
@@ -151,7 +152,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Sequence[str]], Made], float]] =
 }
 """How to make each kind, and how often it comes."""
 
-ASSIGNED = ("{n} = {v}", "set {n} to {v}", "{n}: {v}", 'const {n} = "{v}";', "let {n} be {v}", "export {n}={v}")
+ASSIGNED = ("{n} = {v}", "set {n} to {v}", "{n}: {v}", 'const {n} = "{v}";', "let {n} be {v}", "{n} := {v};")
 ASK_ASSIGNED = ("What is {n} set to?", "What does {n} hold?", "Give the value of {n}.")
 TOLD = (
     "By the way, {s}'s {what} is {v}.",

@@ -1,6 +1,7 @@
 """What all tasks on tales have in common: a stream of sequences, and tales to validate on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from vestige.errors import InputError
 from vestige.learn.order import seed_of
 from vestige.learn.tales.held import Held, held_tales
 from vestige.learn.tales.sequences import Alone, Packed, SequenceMaker
+from vestige.learn.task import identity_of
 from vestige.models import check
 
 Parts = dict[str, Tensor]
@@ -72,9 +74,12 @@ class TaleTask:
             self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
         return self._to_validate
 
-    def documents(self) -> list[int]:
-        """Return what tells the texts from others, for an identity."""
-        return [seed_of(*text[:3]) for text in (*self.prose, *self.held)]
+    def identity(self) -> Mapping[str, Any]:
+        """Return the model and the data; tasks add their shapes and options."""
+        return {
+            **identity_of(self.model),
+            "documents": [seed_of(*text) for text in (*self.prose, *self.held)],
+        }
 
 
 def over_documents(packed: Packed, of: Callable[[Alone], Mapping[str, Tensor]]) -> Parts:
