@@ -81,7 +81,7 @@ results-retention: $(VENV)/.stamp-test peers ## retention gates beside the field
 results-retention-dev: $(VENV)/.stamp-test peers ## what their rivals are chosen by, on the dev split: ESSAYS=DIR PART=name
 	$(BIN)/python -m vestige.recipes.retention --dev --out out/retention-dev $(RETENTION_ARGS)
 
-results-dilution: $(VENV)/.stamp-test ## whether eviction can beat the full cache among distractors (half an hour): ESSAYS=DIR
+results-dilution: $(VENV)/.stamp-test ## whether eviction can beat the full cache among distractors (half an hour; goes on after an interrupt): ESSAYS=DIR
 	$(BIN)/python -m vestige.recipes.dilution --out results/retention $(if $(ESSAYS),--essays "$(ESSAYS)")
 
 results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA="DIR FILE.jsonl" FIELD=name ESSAYS=DIR PART=name

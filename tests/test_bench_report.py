@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 
 from bench_report_rows import RULER, dialogue_rows, many_rows, niah_rows, row, speed_rows, uneven
-from vestige.bench.report import load_rows, make_report, report
-from vestige.bench.report.methods import Method, looks
+from vestige.bench.report import load_rows, make_report, plots, report
+from vestige.bench.report.methods import KNOWN, Method, looks
 from vestige.bench.report.rows import budget_key, means
 from vestige.errors import InputError
 
@@ -187,6 +187,14 @@ def test_a_report_of_failed_rows_alone_lists_them():
 def test_a_speed_row_that_failed_is_listed():
     made = make_report([*speed_rows()[:2], {"length": 9, "batch": 1, "policy": "p", "peer": "p", "error": "no room"}])
     assert "| speed | 9 | p |" in made.markdown and "no room" in made.html
+
+
+def test_a_picture_that_stands_alone_names_its_lines():
+    method = Method(policy="kvzip(share=model)", share="model")
+    line = plots.Line(label=method.label, look=looks([method])[method], points=(plots.Point(x=1, y=0.5),))
+    bare, named = (plots.line_chart("t", [line], plots.Axis(label="x"), legend=legend) for legend in (False, True))
+    assert ">kvzip(share=model)<" in named and ">kvzip(share=model)<" not in bare
+    assert method.family == "kvzip" and line.look.color == KNOWN["kvzip"][0]
 
 
 def test_runs_that_differ_in_protocol_share_no_picture():

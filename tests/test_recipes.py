@@ -351,10 +351,15 @@ def test_dilution_is_measured_beside_the_full_cache_of_the_same_sample(chatter):
         tasks=("ruler/niah_multikey_2",), arms=(), lengths=(480,), samples=1, answer_room=retention.ANSWER_ROOM
     )
     seen = list(dilution.measure(config, model, tokenizer))
-    assert {(one.method, one.budget) for one in seen} == {(m, b) for m in dilution.METHODS for b in dilution.BUDGETS}
-    assert len({(one.score_full, one.dilution_full) for one in seen}) == 1
-    assert all(0 <= one.dilution <= 1 for one in seen)
-    assert all(one.dilution != one.dilution_full for one in seen if one.budget in ("0.25", "0.1"))
+    arms = {(one["arm"]["policy"], one["arm"]["budget"]) for one in seen}
+    assert arms == {(method, budget) for method in dilution.METHODS for budget in dilution.BUDGETS}
+    assert len({(one["score_full"], one["dilution_full"]) for one in seen}) == 1
+    assert all(0 <= one["dilution"] <= 1 for one in seen)
+    assert all(one["dilution"] != one["dilution_full"] for one in seen if one["arm"]["budget"] in ("0.25", "0.1"))
+    known = [one["arm"] for one in seen]
+    assert not list(dilution.measure(config, model, tokenizer, done=lambda task, length, index, arm: arm in known))
+    assert len(list(dilution.measure(config, model, tokenizer, done=lambda *at: at[3] in known[1:]))) == len(known)
     (row,) = [row for row in dilution.rows_of(seen) if row["method"] == "retention" and row["budget"] == "0.1"]
     assert row["n"] == 1 and row["gain"] == row["score"] - row["score_full"]
+    assert ">retention, share model<" in dilution.picture([row], row["task"])
     assert f"| retention | 0.1 | 1 | {row['score_full']:.2f} |" in dilution.table([row])

@@ -6,9 +6,8 @@ texts are RULER's with three other keys among essays, and one that has a needle 
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,7 +20,7 @@ from vestige.bench.config import BenchConfig
 from vestige.bench.items import Item
 from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
-from vestige.bench.rows import Row, resampled
+from vestige.bench.rows import Record, Row, resampled
 from vestige.budget import Budget
 from vestige.explain import attention_to, share_of
 from vestige.policies import Full
@@ -38,24 +37,27 @@ LENGTH, SAMPLES = 1024, 50
 COMMAND = "make results-dilution ESSAYS=DIR"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """One sample under one method and budget: its score, and what share of attention goes past the needle."""
+def measure(
+    config: BenchConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    done: Callable[[str, int, int, dict[str, Any]], Any] = lambda *_: None,
+) -> Iterator[Record]:
+    """Yield what each method makes of each sample: scores, and shares of attention that go past the needle.
 
-    task: str
-    method: str
-    budget: str
-    score: float
-    score_full: float
-    dilution: float
-    dilution_full: float
-
-
-def measure(config: BenchConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Seen]:
-    """Yield what each method makes of each sample; attention is that of the question and the full cache's reply."""
+    Args:
+        config: Which samples.
+        model: Is asked.
+        tokenizer: The model's.
+        done: By task, length, number of the sample, and arm: whether that was measured. Attention is that of the
+            question and the full cache's reply, so a sample is left out only if all its arms were.
+    """
     made = {(name, budget): policies.make(name, Budget.parse(budget)) for name in METHODS for budget in BUDGETS}
     renderer = Renderer(tokenizer, model)
     for item in items.collect(config, renderer):
+        at_all = {"task": item.sample.task, "length": item.sample.length, "index": item.sample.index}
+        if all(done(*at_all.values(), _arm(*one)) for one in made):
+            continue
         turn = item.job.turns[0]
         at = span_of([renderer.text([token]) for token in turn.context], item.sample.turns[0].answers[0])
         assert at, "a needle's value stands in its text"
@@ -69,15 +71,17 @@ def measure(config: BenchConfig, model: PreTrainedModel, tokenizer: PreTrainedTo
                 cache = reading.ready_for(model, policy)[0].fork(policy)
                 announce(cache, len(turn.context) + len(turn.question), 1)
                 finish(model, cache, reading.ids)
-                yield Seen(
-                    task=item.sample.task,
-                    method=name,
-                    budget=budget,
-                    score=_answered(renderer, item, policy, reading)[0],
-                    score_full=score_full,
-                    dilution=1 - share_of(attention_to(model, cache, asked, needle)),
-                    dilution_full=dilution_full,
-                )
+                yield at_all | {
+                    "arm": _arm(name, budget),
+                    "score": _answered(renderer, item, policy, reading)[0],
+                    "score_full": score_full,
+                    "dilution": 1 - share_of(attention_to(model, cache, asked, needle)),
+                    "dilution_full": dilution_full,
+                }
+
+
+def _arm(name: str, budget: str) -> dict[str, Any]:
+    return {"policy": name, "share": None, "memory": "none", "budget": budget, "peer": None}
 
 
 def _answered(renderer: Renderer, item: Item, policy: Policy, reading: ours.Reading) -> tuple[float, list[int]]:
@@ -86,16 +90,16 @@ def _answered(renderer: Renderer, item: Item, policy: Policy, reading: ours.Read
     return METRICS[turn.metric](renderer.text(reply), turn), [token for token in reply if token not in item.job.stop]
 
 
-def rows_of(seen: Iterable[Seen]) -> list[Row]:
+def rows_of(records: Iterable[Record]) -> list[Row]:
     """Return by task, method and budget the mean scores and dilutions, and the gain over the full cache."""
-    groups: dict[tuple[str, str, str], list[Seen]] = {}
-    for one in seen:
-        groups.setdefault((one.task, one.method, one.budget), []).append(one)
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for one in records:
+        groups.setdefault((one["task"], one["arm"]["policy"], one["arm"]["budget"]), []).append(one)
     rows = []
     for (task, method, budget), group in groups.items():
-        gains = [one.score - one.score_full for one in group]
+        gains = [one["score"] - one["score_full"] for one in group]
         means = {
-            name: sum(getattr(one, name) for one in group) / len(group)
+            name: sum(one[name] for one in group) / len(group)
             for name in ("score", "score_full", "dilution", "dilution_full")
         }
         rows.append(
@@ -109,7 +113,7 @@ def rows_of(seen: Iterable[Seen]) -> list[Row]:
 def table(rows: Iterable[Row]) -> str:
     """Return Markdown of :func:`rows_of`."""
     lines = [
-        "| task | method | budget | samples | full | score | gain | dilution, full | dilution |",
+        "| task | method | budget | samples | full | score | gain | attention to the needle, full | kept |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -117,9 +121,30 @@ def table(rows: Iterable[Row]) -> str:
         lines.append(
             f"| {row['task']} | {row['method']} | {row['budget']} | {row['n']} | {row['score_full']:.2f} "
             f"| {row['score']:.2f} | {row['gain']:+.2f} ({low:+.2f} to {high:+.2f}) "
-            f"| {row['dilution_full']:.3f} | {row['dilution']:.3f} |"
+            f"| {1 - row['dilution_full']:.2%} | {1 - row['dilution']:.2%} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def picture(rows: Sequence[Row], task: str) -> str:
+    """Return an SVG: by how much each method's score is above the full cache's, by budget."""
+    from vestige.bench.report.methods import Method, looks
+    from vestige.bench.report.plots import Axis, Line, Point, line_chart
+
+    drawn: dict[Method, list[Point]] = {}
+    for row in rows:
+        if row["task"] == task:
+            point = Point(x=float(row["budget"]), y=row["gain"], interval=tuple(row["gain_ci95"]))
+            share = "model"  # both methods' heads and layers compete
+            drawn.setdefault(Method.of({"policy": row["method"], "share": share}), []).append(point)
+    look = looks(drawn)
+    lines = [
+        Line(label=one.label, look=look[one], points=tuple(sorted(found, key=lambda point: point.x)))
+        for one, found in drawn.items()
+    ]
+    above = Axis(label="score above the full cache's", limits=(-0.6, 0.4))
+    kept = Axis(label="share of the pairs kept", whole=True, percent=True)
+    return line_chart(f"{task}, {LENGTH:,} tokens", lines, kept, above, legend=True)
 
 
 def main(
@@ -128,10 +153,10 @@ def main(
     samples: Annotated[int, typer.Option(help="Of each task.")] = SAMPLES,
     dev: Dev = False,
 ) -> None:
-    """Measure, print the table, and write it."""
+    """Measure, or go on with it, print the table, and write it with its pictures."""
     from rich.progress import track
 
-    from vestige.bench.store import write_atomically
+    from vestige.bench.store import Store, write_atomically
     from vestige.download import load
 
     config = BenchConfig(
@@ -143,11 +168,15 @@ def main(
         answer_room=ANSWER_ROOM,
         essays=essays,
     )
-    total = len(TASKS) * samples * len(METHODS) * len(BUDGETS)
-    rows = rows_of(track(measure(config, *load(MODEL)), "dilution", total))
-    out.mkdir(parents=True, exist_ok=True)
+    store = Store(out / "dilution", {"split": config.split, "length": LENGTH, "samples": samples}, resume=True)
+    left = len(TASKS) * samples * len(METHODS) * len(BUDGETS) - len(store.records)
+    for record in track(measure(config, *load(MODEL), done=store.has), "dilution", left):
+        store.append(record)
+    rows = rows_of(store.records.values())
     write_atomically(out / "dilution.json", json.dumps(rows, indent=1) + "\n")
     write_atomically(out / "dilution.md", f"# Dilution\n\nRemade by `{COMMAND}`.\n\n{table(rows)}")
+    for task in TASKS:
+        write_atomically(out / f"dilution-{task.rpartition('/')[2]}.svg", picture(rows, task))
     print(table(rows))
 
 

@@ -147,6 +147,7 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
         lines,
         Axis(label="tokens read before", log=True, whole=True),
         Axis(label="edit, milliseconds", log=True),
+        legend=True,
     )
 
 

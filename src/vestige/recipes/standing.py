@@ -82,9 +82,13 @@ def picture(rows: Sequence[Row], length: int, title: str) -> str:
     look = looks(drawn)
     lines = [
         Line(label=one.label, look=look[one], points=tuple(sorted(found, key=lambda point: point.x)))
-        for one, found in drawn.items()
+        for one, found in ((one, drawn[one]) for one in look)
     ]
     full = max((row for row in rows if row["length"] == length), key=lambda row: row["n"])["full"]
     return line_chart(
-        f"{title}, {length:,} tokens, all tasks", lines, Axis(label="MB kept", log=True), level=Point(x=0, y=full)
+        f"{title}, {length:,} tokens, all tasks",
+        lines,
+        Axis(label="MB kept", log=True),
+        level=Point(x=0, y=full),
+        legend=True,
     )

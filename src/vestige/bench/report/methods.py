@@ -13,6 +13,7 @@ from typing import Any, Literal
 Kind = Literal["full", "own", "peer", "control"]
 _RANK: dict[str, int] = {"full": 0, "own": 1, "peer": 1, "control": 2}
 _SHARES = ("head", "layer", "model")
+_SHARED = re.compile(r"\(share=\w+\)$")
 _CONTROLS = ("random", "streamingllm")
 _ALIASES = {"dynamiccache": "full", "dynamic": "full", "nopress": "full", "none": "full"}
 
@@ -59,8 +60,8 @@ class Method:
 
     @property
     def family(self) -> str:
-        """``snapkv`` for ours and for ``kvpress:SnapKVPress``."""
-        name = (self.peer or self.policy).rpartition(":")[2]
+        """``snapkv`` for ours, with whatever share, and for ``kvpress:SnapKVPress``."""
+        name = _SHARED.sub("", (self.peer or self.policy).rpartition(":")[2])
         short = re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("press") or name
         return _ALIASES.get(short, short)
 

@@ -80,7 +80,15 @@ class Axis:
 SCORE = Axis(label="score", limits=(0.0, 1.0))
 
 
-def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis = SCORE, *, level: Point | None = None) -> str:
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x: Axis,
+    y: Axis = SCORE,
+    *,
+    level: Point | None = None,
+    legend: bool = False,
+) -> str:
     """Return lines with intervals.
 
     Args:
@@ -89,8 +97,9 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis = SCORE, *, l
         x: The horizontal axis.
         y: The vertical axis.
         level: The full cache: a horizontal line, and a band for its interval; its ``x`` does not matter.
+        legend: Say beside the lines which is which, where no page around the picture does.
     """
-    with _figure(4.9, 3.6) as figure:
+    with _figure(7.2 if legend else 4.9, 3.6) as figure:
         axes = figure.subplots()
         if level is not None:
             axes.axhline(level.y, color="black", linewidth=1.2, zorder=2)
@@ -103,6 +112,8 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis = SCORE, *, l
             _draw(axes, line, shift)
         _title(figure, title)
         axes.set(xlabel=x.label, ylabel=y.label)
+        if legend:
+            _name(figure, lines, level)
         words = [f"{line.label}: {_said(line.points[0], y)} to {_said(line.points[-1], y)}" for line in lines]
         full = [] if level is None else [f"full cache: {_said(level, y)}"]
         return _svg(figure, f"{title}. {y.label} against {x.label}. {'; '.join(full + words)}")
@@ -208,6 +219,15 @@ def swatch(look: Look) -> str:
         axes.plot((0, 1, 2), (0, 0, 0), markevery=[1], **_stroke(look), **_marker(look))
         axes.set(xlim=(0, 2), ylim=(-1, 1))
         return _svg(figure, "")
+
+
+def _name(figure: Any, lines: Sequence[Line], level: Point | None) -> None:
+    """Put a legend beside what is drawn."""
+    from matplotlib.lines import Line2D
+
+    full = [] if level is None else [Line2D([], [], color="black", linewidth=1.2, label="full cache")]
+    drawn = [Line2D([], [], label=line.label, **_stroke(line.look), **_marker(line.look)) for line in lines]
+    figure.legend(handles=[*full, *drawn], loc="outside right upper", frameon=False, handlelength=3)
 
 
 def _draw(axes: Any, line: Line, shift: float) -> None:
