@@ -55,8 +55,8 @@ def measure(
     made = {(name, budget): policies.make(name, Budget.parse(budget)) for name in METHODS for budget in BUDGETS}
     renderer = Renderer(tokenizer, model)
     for item in items.collect(config, renderer):
-        at_all = {"task": item.sample.task, "length": item.sample.length, "index": item.sample.index}
-        if all(done(*at_all.values(), _arm(*one)) for one in made):
+        task, length, index = item.sample.task, item.sample.length, item.sample.index
+        if all(done(task, length, index, _arm(*one)) for one in made):
             continue
         turn = item.job.turns[0]
         at = span_of([renderer.text([token]) for token in turn.context], item.sample.turns[0].answers[0])
@@ -71,7 +71,10 @@ def measure(
                 cache = reading.ready_for(model, policy)[0].fork(policy)
                 announce(cache, len(turn.context) + len(turn.question), 1)
                 finish(model, cache, reading.ids)
-                yield at_all | {
+                yield {
+                    "task": task,
+                    "length": length,
+                    "index": index,
                     "arm": _arm(name, budget),
                     "score": _answered(renderer, item, policy, reading)[0],
                     "score_full": score_full,
