@@ -184,10 +184,7 @@ BAD_ANYWHERE = {
     "three sources": ((*RUN, "--context", "story.txt", "--cache", "folder"), "exactly one of"),
     "cache and policy": ((*ASK, "--cache", "folder", *EVICT), "brings its policy and budget along"),
     "cache and memory": ((*ASK, "--cache", "folder", "--memory", "moments"), "and its memory; leave .*--memory out"),
-    "explain a memory": (
-        (*ASK, "--context", "story.txt", "--explain", "x", "--memory", "moments"),
-        "leave --memory out",
-    ),
+    "explain memory": ((*ASK, "--context", "story.txt", "--explain", "x", "--memory", "moments"), "leave --memory out"),
     "explain a cache": ((*ASK, "--cache", "folder", "--explain", "x"), "--explain needs a text to read"),
     "save into a full folder": ((*RUN, "--save", "full"), "full exists and is not empty"),
     "save onto a file": ((*RUN, "--save", "story.txt"), "story.txt exists"),

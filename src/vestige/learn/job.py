@@ -119,6 +119,11 @@ class Training(ABC):
         if self.validation < 1:
             raise InputError("validation must be at least 1")
 
+    def require_whole_steps(self, sequences: int, what: str) -> None:
+        """Raise an InputError unless the first so many sequences, learned from otherwise, fill their steps."""
+        if sequences % self.loop.batch:
+            raise InputError(f"the {sequences} sequences of {what} must be whole steps of {self.loop.batch}")
+
     def sides(self) -> tuple[list[Document], list[Document]]:
         """Return the documents to train and to validate on.
 

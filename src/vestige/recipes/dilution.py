@@ -131,8 +131,8 @@ def table(rows: Iterable[Row]) -> str:
 
 def picture(rows: Sequence[Row], task: str) -> str:
     """Return an SVG: by how much each method's score is above the full cache's, by budget."""
-    from vestige.bench.report.methods import Method, looks
-    from vestige.bench.report.plots import Axis, Line, Point, line_chart
+    from vestige.bench.report.methods import Method
+    from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
 
     drawn: dict[Method, list[Point]] = {}
     for row in rows:
@@ -140,14 +140,9 @@ def picture(rows: Sequence[Row], task: str) -> str:
             point = Point(x=float(row["budget"]), y=row["gain"], interval=tuple(row["gain_ci95"]))
             share = "model"  # both methods' heads and layers compete
             drawn.setdefault(Method.of({"policy": row["method"], "share": share}), []).append(point)
-    look = looks(drawn)
-    lines = [
-        Line(label=one.label, look=look[one], points=tuple(sorted(found, key=lambda point: point.x)))
-        for one, found in drawn.items()
-    ]
     above = Axis(label="score above the full cache's", limits=(-0.6, 0.4))
     kept = Axis(label="share of the pairs kept", whole=True, percent=True)
-    return line_chart(f"{task}, {LENGTH:,} tokens", lines, kept, above, legend=True)
+    return line_chart(f"{task}, {LENGTH:,} tokens", lines_of(drawn), kept, above, legend=True)
 
 
 def main(

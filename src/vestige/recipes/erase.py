@@ -131,20 +131,18 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: Of :func:`vestige.bench.erase.latency.latency`.
     """
-    from vestige.bench.report.methods import Method, looks
-    from vestige.bench.report.plots import Axis, Line, Point, line_chart
+    from vestige.bench.report.methods import Method
+    from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
 
     drawn: dict[Method, list[Point]] = {}
     for row in rows:
         if row["method"] != BOUNDS[0]:
             point = Point(x=row["length"], y=1e3 * row["edit_s"])
             drawn.setdefault(Method(policy=row["method"]), []).append(point)
-    look = looks(drawn)
-    lines = [Line(label=one.label, look=look[one], points=tuple(points)) for one, points in drawn.items()]
     before, span = rows[0]["before"], rows[0]["span"]
     return line_chart(
         f"Erasing {span} tokens behind the first {before}",
-        lines,
+        lines_of(drawn),
         Axis(label="tokens read before", log=True, whole=True),
         Axis(label="edit, milliseconds", log=True),
         legend=True,

@@ -71,23 +71,17 @@ def table(rows: Iterable[Row], ours: str) -> str:
 
 def picture(rows: Sequence[Row], length: int, title: str) -> str:
     """Return an SVG: the mean score of each method by measured bytes."""
-    from vestige.bench.report.methods import looks
-    from vestige.bench.report.plots import Axis, Line, Point, line_chart
+    from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
 
     drawn: dict[Method, list[Point]] = {}
     for row in rows:
         if row["length"] == length:
             point = Point(x=row["kv_bytes"] / 1e6, y=row["score"], interval=tuple(row["score_ci95"]))
             drawn.setdefault(Method.of(row), []).append(point)
-    look = looks(drawn)
-    lines = [
-        Line(label=one.label, look=look[one], points=tuple(sorted(found, key=lambda point: point.x)))
-        for one, found in ((one, drawn[one]) for one in look)
-    ]
     full = max((row for row in rows if row["length"] == length), key=lambda row: row["n"])["full"]
     return line_chart(
         f"{title}, {length:,} tokens, all tasks",
-        lines,
+        lines_of(drawn),
         Axis(label="MB kept", log=True),
         level=Point(x=0, y=full),
         legend=True,

@@ -9,12 +9,12 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vestige.bench.report.methods import Look, plain
+from vestige.bench.report.methods import Look, Method, looks, plain
 from vestige.errors import InputError
 
 _STYLE: Any = {
@@ -78,6 +78,14 @@ class Axis:
 
 
 SCORE = Axis(label="score", limits=(0.0, 1.0))
+
+
+def lines_of(drawn: Mapping[Method, Sequence[Point]]) -> list[Line]:
+    """Return a line for each method, in the order of a legend, each from left to right."""
+    return [
+        Line(label=method.label, look=look, points=tuple(sorted(drawn[method], key=lambda point: point.x)))
+        for method, look in looks(drawn).items()
+    ]
 
 
 def line_chart(

@@ -59,10 +59,7 @@ class IndexMemTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.options.alone % self.loop.batch:
-            raise InputError(
-                f"the {self.options.alone} sequences of the indexer alone must be whole steps of {self.loop.batch}"
-            )
+        self.require_whole_steps(self.options.alone, "the indexer alone")
         if self.memories and self.options.alone >= self.loop.steps * self.loop.batch:
             raise InputError(
                 f"memories would learn nothing: the indexer learns alone in the first {self.options.alone} sequences, "

@@ -43,10 +43,7 @@ class RetentionTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.options.warm % self.loop.batch:
-            raise InputError(
-                f"the {self.options.warm} sequences of the warm start must be whole steps of {self.loop.batch}"
-            )
+        self.require_whole_steps(self.options.warm, "the warm start")
         if not self.bias <= _MOST_BIAS:
             raise InputError(f"bias must be at most {_MOST_BIAS:g}, or gates live too long to learn; got {self.bias}")
 
