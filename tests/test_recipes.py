@@ -10,6 +10,7 @@ from vestige.bench import ours
 from vestige.bench.config import BenchConfig
 from vestige.bench.erase.rows import aggregate
 from vestige.bench.erase.tasks import TASKS
+from vestige.bench.rows import Record
 from vestige.erasers import ERASERS
 from vestige.policies import POLICIES
 from vestige.recipes import (
@@ -321,12 +322,19 @@ def test_gates_are_trained_in_ways_that_differ_from_their_baseline_in_what_they_
     assert changed("without-capacity", "gradually") == {"capacity_weight"}
 
 
-def test_ways_are_shown_by_budget():
-    rows = [{"policy": "full", "budget": "1.0", "score": score} for score in (1.0, 0.5)]
-    rows += [{"policy": "one", "budget": "0.25", "score": score} for score in (0.5, 1.0)]
-    rows += [{"policy": "one", "budget": "0.05", "score": None}]  # it failed
-    shown = ablations.table(rows, {"one": "at-once"}).splitlines()
-    assert shown[2:] == ["| full | 0.75 | 0.75 | 0.75 |", "| at-once | 0.75 |  |  |"]
+def test_ways_are_shown_by_budget_beside_what_they_differ_from():
+    def records(policy: str, budget: str, *scores: float) -> list[Record]:
+        arm = {"policy": policy, "budget": budget}
+        return [{"arm": arm, "task": "t", "index": index, "score": score} for index, score in enumerate(scores)]
+
+    made = [*records("full", "1.0", 1.0, 0.5), *records("a", "0.25", 0.5, 1.0), *records("b", "0.25", 1.0, 1.0)]
+    shown = ablations.table([*made, *records("b", "0.05", 0.0)], {"a": "at-once", "b": "gradually"}).splitlines()
+    assert shown[2:] == [
+        "| full |  | 0.75 | 0.75 | 0.75 |",
+        "| at-once |  | 0.75 |  |  |",
+        "| gradually | at-once | 1.00, +0.25 (+0.00 to +0.50) |  | 0.00 |",
+    ]
+    assert set(ablations.BASELINES) | set(ablations.BASELINES.values()) < set(ablations.WAYS)
 
 
 def test_gates_are_compared_once_they_are_done(tmp_path):

@@ -12,14 +12,15 @@ import typer
 
 from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Row
+from vestige.bench.rows import Record, resampled
 from vestige.learn.card import CARD
 from vestige.recipes.retention import ANSWER_ROOM, MODEL
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, split_of
+from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 
 STEPS, WARM, LENGTH, LEAST, ASKED = 300, 100, 1536, 500, 16
+FIRST = "at-once"
 WAYS: dict[str, dict[str, Any]] = {
-    "at-once": {},
+    FIRST: {},
     "per-layer": {"tied": False, "share": "layer"},
     "per-head": {"tied": False, "share": "head"},
     "start-alone": {"warm": STEPS},
@@ -29,10 +30,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "without-capacity": {"forgets": "gradually", "capacity_weight": 0.0},
 }
 """What is different in each way from the first, which trains as the shipped gates were trained."""
-BASELINES = (
-    "at-once is trained as the shipped gates were, for a quarter of the steps. The others differ from it in what they "
-    "are named for, but start-by-lives and start-by-replay from start-alone, and without-capacity from gradually."
+SAID = (
+    f"{FIRST} is trained as the shipped gates were, for a quarter of the steps; the others differ from the one beside "
+    "them in what they are named for, and are compared with it on the same samples."
 )
+BASELINES = {"start-by-lives": "start-alone", "start-by-replay": "start-alone", "without-capacity": "gradually"}
+"""What a way differs from in nothing but what it is named for, where that is not the first."""
 TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1", "dialogue/retrieval")
 BUDGETS, SAMPLES = ("0.25", "0.1", "0.05"), 20
 COMMAND = "make results-gates DATA=DIR ESSAYS=DIR"
@@ -97,26 +100,35 @@ def compared(policies: Iterable[str], essays: Path | None, split: str) -> BenchC
     )
 
 
-def table(rows: Iterable[Row], ways: Mapping[str, str]) -> str:
-    """Return Markdown: a row for each way, a column for each budget, the mean over tasks of as many samples.
+def table(records: Iterable[Record], ways: Mapping[str, str]) -> str:
+    """Return Markdown: a row for each way, for each budget the mean over tasks of as many samples, and how far it is
+    above what it differs from on the same samples, with the 95 % interval by resampling them.
 
     Args:
-        rows: Of the run.
+        records: Of the run.
         ways: What each policy is called.
     """
-    scores: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row["score"] is not None:
-            named = scores.setdefault(ways.get(row["policy"], row["policy"]), {})
-            named.setdefault(row["budget"], []).append(row["score"])
-    lines = [f"| trained | {' | '.join(BUDGETS)} |", f"| --- |{' ---: |' * len(BUDGETS)}"]
-    for way, found in scores.items():
-        cells = [
-            f"{mean(found[at]):.2f}" if (at := budget if way != "full" else "1.0") in found else ""
-            for budget in BUDGETS
-        ]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+    scores: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for record in records:
+        way = ways.get(record["arm"]["policy"], record["arm"]["policy"])
+        for budget in BUDGETS if way == "full" else (record["arm"]["budget"],):
+            scores.setdefault((way, budget), {})[record["task"], record["index"]] = float(record["score"])
+    lines = [f"| trained | beside | {' | '.join(BUDGETS)} |", f"| --- | --- |{' ---: |' * len(BUDGETS)}"]
+    for way in dict.fromkeys(way for way, _ in scores):
+        other = BASELINES.get(way, FIRST) if way in WAYS and way != FIRST else ""
+        cells = [_cell(scores.get((way, at), {}), scores.get((other, at), {})) for at in BUDGETS]
+        lines.append(f"| {way} | {other} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(scores: Mapping[Any, float], baseline: Mapping[Any, float]) -> str:
+    if not scores:
+        return ""
+    above = [score - baseline[key] for key, score in scores.items() if key in baseline]
+    if not above:
+        return f"{mean(scores.values()):.2f}"
+    low, high = resampled(above) or (0.0, 0.0)
+    return f"{mean(scores.values()):.2f}, {mean(above):+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def main(
@@ -134,8 +146,8 @@ def main(
     for way in chosen(WAYS, part):
         trained(way, tuple(data), field, gates / way)
     ways = {policy_of(way, gates): way for way in WAYS if is_done(gates / way)}
-    rows = benched(compared(ways, essays, split_of(dev)), out, model=MODEL, command=COMMAND, label="gates")
-    said = f"# Gates trained in other ways\n\nRemade by `{COMMAND}`. {BASELINES}\n\n{table(rows, ways)}"
+    benched(compared(ways, essays, split_of(dev)), out, model=MODEL, command=COMMAND, label="gates")
+    said = f"# Gates trained in other ways\n\nRemade by `{COMMAND}`. {SAID}\n\n{table(records_of(out), ways)}"
     write_atomically(out / "ablations.md", said)
 
 
