@@ -21,7 +21,7 @@ ERASE_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(QA),--qa "$(QA)") $(if 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-dilution results-gates results-indexmem results-indexmem-dev results-memory results-retention results-retention-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
+.PHONY: help setup test check demo matrix matrix-newest results-bench results-bench-dev results-erase results-erase-dev results-erase-speed results-laprox results-laprox-dev results-dilution results-gates results-indexmem results-indexmem-dev results-indexmem-speed results-memory results-retention results-restored results-retention-dev results-speed peers test-peers clean $(OLD_TRANSFORMERS:%=matrix-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -92,6 +92,13 @@ results-indexmem: $(VENV)/.stamp-test ## IndexMem beside the field, memories on 
 
 results-indexmem-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
 	$(BIN)/python -m vestige.recipes.indexmem --dev --out out/indexmem-dev $(RETENTION_ARGS)
+
+results-indexmem-speed: $(VENV)/.stamp-test ## what a memory costs while decoding, at equal bytes, on an idle machine (minutes)
+	rm -rf results/indexmem/speed
+	$(BIN)/vestige bench speed --length 4000 --budget 9MB --policy "indexmem(share=model)" --memory none,linear,slots,moments,centroids --blocks 11 --out results/indexmem/speed
+
+results-restored: $(VENV)/.stamp-test ## what memories give back of what evictors take from attention (half an hour; goes on after an interrupt): ESSAYS=DIR
+	$(BIN)/python -m vestige.recipes.restored --out results/indexmem $(if $(ESSAYS),--essays "$(ESSAYS)")
 
 results-erase: $(VENV)/.stamp-test ## erasers side by side (hours; goes on after an interrupt): ESSAYS=DIR QA=FILE PART=name
 	$(BIN)/python -m vestige.recipes.erase --out results/erase $(ERASE_ARGS)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from vestige import KVCache, attach, memory, policies, prefill
+from vestige.bench.arms import cross
+from vestige.bench.config import BenchConfig
 from vestige.budget import Budget
-from vestige.recipes import equal, indexmem, standing
+from vestige.recipes import equal, indexmem, restored, standing
 from vestige.testing import random_ids, tiny
 
 MODEL = tiny("llama", vocab_size=128, max_position_embeddings=8192)
@@ -115,3 +117,42 @@ def test_the_summary_is_of_what_is_there(tmp_path):
         assert shown in said
     assert "## map-4096" not in said and (tmp_path / "scores-map-1024.svg").exists()
     assert len(json.loads((tmp_path / "memories-aware.json").read_text())) == 1
+
+
+# What memories give back.
+
+
+def test_a_memory_that_keeps_each_pair_gives_back_what_an_eviction_took(chatter):
+    model, tokenizer = chatter
+    names = ("none", EXACT, "moments")
+    arms = cross(("random", "retention"), ("0.4", "0.1"), memories=names)
+    config = BenchConfig(tasks=("ruler/niah_single_1",), arms=arms, lengths=(480,), samples=1, answer_room=16)
+    found = {arm_of(one): one for one in restored.measure(config, model, tokenizer)}
+    assert len(found) == 12
+    for policy in ("random", "retention"):
+        plain = {budget: found[policy, "none", budget] for budget in ("0.4", "0.1")}
+        assert 0 < plain["0.4"]["lost"] < plain["0.1"]["lost"] < 1 and plain["0.4"]["error"] < plain["0.1"]["error"]
+        for budget, one in plain.items():
+            exact = found[policy, EXACT, budget]  # more centroids than pairs
+            assert exact["lost"] == one["lost"] and exact["error"] < 1e-6 < 1e-4 < one["error"]
+    known = [one["arm"] for one in found.values()]
+    assert not list(restored.measure(config, model, tokenizer, done=lambda task, length, index, arm: arm in known))
+    rows = {(row["policy"], row["budget"], row["memory"]): row for row in restored.rows_of(found.values())}
+    assert rows["random", "0.4", "none"]["left"] == 1.0 and rows["random", "0.4", EXACT]["left"] < 1e-2
+    said = restored.table(rows.values()).splitlines()
+    moments = rows["random", "0.4", "moments"]["left"]
+    assert len(said) == 6 and f"| {moments:.0%} ({moments:.0%} to {moments:.0%}) |" in said[2]
+
+
+EXACT = "centroids(centroids=300, dtype=float32)"
+
+
+def arm_of(record: dict) -> tuple[str, str, str]:
+    return record["arm"]["policy"], record["arm"]["memory"], record["arm"]["budget"]
+
+
+def test_the_better_and_the_worse_evictors_are_measured_beside_chance():
+    config = restored.compared()
+    assert config.split == "test" and config.lengths == (4096,) and config.tasks == indexmem.TASKS[1:3]
+    assert {arm.policy for arm in config.arms} == {*indexmem.REMEMBERING, "random"}
+    assert {arm.memory for arm in config.arms} == set(indexmem.MEMORIES)

@@ -17,7 +17,7 @@ from vestige.learn.indexmem.foretelling import asked_most
 from vestige.learn.indexmem.seen import Layer
 from vestige.memory.linear import Linear
 from vestige.memory.slots import Slots
-from vestige.remains import Asked, Evicted, Memory
+from vestige.remains import Evicted, Memory, Remains
 
 
 def restoring(
@@ -35,7 +35,7 @@ def restoring(
     for layer, stays in zip(layers, kept, strict=True):
         whole, left = (attended(layer, stays.shape[1], seen) for seen in (torch.ones_like(stays), stays))
         size = whole.output.square().mean()
-        found = [_joined(memory, layer, stays, left) for memory in memories]
+        found = [rejoined(left, _remains(memory, layer, stays), layer, stays.shape[1]) for memory in memories]
         errors.append(torch.stack([(one - whole.output).square().mean() / size for one in found]))
         plain.append((left.output - whole.output).square().mean() / size)
     return torch.stack(errors).mean(0), torch.stack(plain).mean()
@@ -86,11 +86,17 @@ def chosen(
     return list(stays.split([len(layer.keys) for layer in layers]))
 
 
-def _joined(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"], left: Partial) -> Tensor:
-    """Return attention over what is left together with what the memory makes of the rest."""
+def rejoined(left: Partial, remains: Remains, layer: Layer, text: int) -> Float[Tensor, "heads behind value_dim"]:
+    """Return attention of what stands behind a text over what is left together with what remains of the rest."""
+    recalled = remains.recall(layer.queries[None, :, text:], slice(0, len(layer.keys)), layer.scale)
+    both: Tensor = left.output + recalled.output if isinstance(recalled, Added) else merge(left, recalled)
+    return both[0]
+
+
+def _remains(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"]) -> Remains:
+    """Return what remains of the pairs that do not stay. All are handed over, those that stay marked as none."""
     kv_heads, text = stays.shape
     gone = ~stays
-    # All pairs are handed over, those that stay marked as none.
     evicted = Evicted(
         layer_idx=layer.layer_idx,
         counts=gone.sum(1),
@@ -99,10 +105,4 @@ def _joined(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"], 
         positions=torch.where(gone, torch.arange(text, device=gone.device), -1).to(torch.int32),
     )
     empty = memory.empty(kv_heads, layer.keys.shape[2], layer.values.shape[2], layer.keys.device)
-    queries = layer.queries[:, text:].reshape(kv_heads, -1, layer.queries.shape[2])
-    asked = Asked(layer_idx=layer.layer_idx, queries=queries, scale=layer.scale)
-    found = memory.recall(memory.absorb(empty, evicted), asked)
-    output = found.output.reshape(left.output.shape)
-    if isinstance(found, Added):
-        return left.output + output
-    return merge(left, Partial(output, found.lse.reshape(left.lse.shape)))
+    return Remains(memory=memory, layer_idx=layer.layer_idx, state=memory.absorb(empty, evicted))
