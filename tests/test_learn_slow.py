@@ -34,20 +34,21 @@ def test_the_learned_eraser_gets_better_on_texts_it_has_not_seen(tmp_path):
 
 
 @pytest.mark.slow
-def test_retention_gates_are_trained_from_one_command_in_under_three_minutes(vestige, place):
+@pytest.mark.parametrize(("weights", "folder"), [("retention", "gates"), ("indexmem", "indexmem")])
+def test_weights_are_trained_from_one_command_in_under_three_minutes(vestige, place, weights, folder):
     text = (files("vestige") / "data" / "harbour.txt").read_text(encoding="utf-8")
     (place / "texts").mkdir()
     paragraphs = text.split("\n\n")
     for start in range(0, len(paragraphs), 20):
         part = "\n\n".join(paragraphs[start : start + 20])
         (place / "texts" / f"{start}.txt").write_text(part, encoding="utf-8")
-    command = ("train", "retention", "--model", "smollm2-135m", "--data", "texts")
+    command = ("train", weights, "--model", "smollm2-135m", "--data", "texts")
     shape = ("--steps", "20", "--length", "768")
     began = time.monotonic()
     result = vestige(*command, *shape, "--validation", "4", "--out", "made", "--json")
     assert time.monotonic() - began < 180
     assert result.code == 0 and result.row["finished"], result.err
-    card = json.loads((place / "made" / "gates" / "card.json").read_text())
+    card = json.loads((place / "made" / folder / "card.json").read_text())
     assert card["steps"] == 20 and "loss" in card["validation"]
     losses = [json.loads(line)["loss"] for line in (place / "made" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 20 and all(map(math.isfinite, losses))
