@@ -16,6 +16,7 @@ SUITE := -n $(WORKERS) $(PYTEST_ARGS)
 MATRIX_SUITE := -m "not slow and not peers and not gpu" $(SUITE)
 
 LAPROX_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(LONGBENCH),--longbench "$(LONGBENCH)") $(if $(PART),--part $(PART))
+INDEXMEM_ARGS = $(RETENTION_ARGS) $(if $(DTYPE),--dtype $(DTYPE))
 RETENTION_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(PART),--part $(PART))
 ERASE_ARGS = $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(QA),--qa "$(QA)") $(if $(PART),--part $(PART))
 
@@ -87,18 +88,18 @@ results-dilution: $(VENV)/.stamp-test ## whether eviction can beat the full cach
 results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA="DIR FILE.jsonl" FIELD=name ESSAYS=DIR PART=name
 	$(BIN)/python -m vestige.recipes.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(if $(FIELD),--field $(FIELD)) $(RETENTION_ARGS)
 
-results-indexmem: $(VENV)/.stamp-test ## IndexMem beside the field, memories on and off (3 hours; goes on after an interrupt): ESSAYS=DIR PART=name
-	$(BIN)/python -m vestige.recipes.indexmem --out results/indexmem $(RETENTION_ARGS)
+results-indexmem: $(VENV)/.stamp-test ## IndexMem beside the field, memories on and off (3 hours; goes on after an interrupt): ESSAYS=DIR PART=name DTYPE=float32
+	$(BIN)/python -m vestige.recipes.indexmem --out results/indexmem $(INDEXMEM_ARGS)
 
 results-indexmem-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
-	$(BIN)/python -m vestige.recipes.indexmem --dev --out out/indexmem-dev $(RETENTION_ARGS)
+	$(BIN)/python -m vestige.recipes.indexmem --dev --out out/indexmem-dev $(INDEXMEM_ARGS)
 
 results-indexmem-speed: $(VENV)/.stamp-test ## what a memory costs while decoding, at equal bytes, on an idle machine (minutes)
 	rm -rf results/indexmem/speed
 	$(BIN)/vestige bench speed --length 4000 --budget 9MB --policy "indexmem(share=model)" --memory none,linear,slots,moments,centroids --blocks 11 --out results/indexmem/speed
 
 results-restored: $(VENV)/.stamp-test ## what memories give back of what evictors take from attention (half an hour; goes on after an interrupt): ESSAYS=DIR
-	$(BIN)/python -m vestige.recipes.restored --out results/indexmem $(if $(ESSAYS),--essays "$(ESSAYS)")
+	$(BIN)/python -m vestige.recipes.restored --out results/indexmem $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(DTYPE),--dtype $(DTYPE))
 
 results-erase: $(VENV)/.stamp-test ## erasers side by side (hours; goes on after an interrupt): ESSAYS=DIR QA=FILE PART=name
 	$(BIN)/python -m vestige.recipes.erase --out results/erase $(ERASE_ARGS)

@@ -75,6 +75,25 @@ def test_the_dtype_is_what_was_asked_for(folder, dtype, expected):
     assert model.dtype == expected
 
 
+@pytest.mark.parametrize(
+    ("made", "asked", "able", "hints"),
+    [
+        (torch.bfloat16, None, False, True),
+        (torch.bfloat16, None, True, False),
+        (torch.bfloat16, "bfloat16", False, False),
+        (torch.float32, None, False, False),
+    ],
+)
+def test_a_cpu_without_bfloat16_gets_a_hint_unless_the_dtype_was_asked_for(
+    made, asked, able, hints, tmp_path, monkeypatch, capsys
+):
+    tiny("llama", dtype=made, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    monkeypatch.setattr(download, "_has_bfloat16", lambda: able)
+    load(str(tmp_path / "model"), device="cpu", dtype=asked, progress=False)
+    assert ("--dtype float32" in capsys.readouterr().err) == hints
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "int8", torch.int8])
 def test_an_unknown_dtype_names_the_valid_ones(dtype):
     with pytest.raises(ModelError, match="valid: auto, bfloat16, float16, float32") as error:

@@ -87,7 +87,7 @@ def load(
         name: A named model, else a folder, else a hub id.
         device: Where to put the model; None is cuda if there is one, else cpu.
         dtype: One of DTYPES or a floating torch.dtype; None is "auto", the dtype of the checkpoint.
-        progress: Show progress bars on stderr while something is downloaded.
+        progress: Show progress bars on stderr while something is downloaded. Warnings are printed there in any case.
 
     Raises:
         ModelError: An unknown name, dtype or device, or a model that cannot be read.
@@ -102,7 +102,11 @@ def load(
     again = " (delete this folder to have it made again)" if name in NAMED else ""
     with _quiet(hub_bars=progress and not local), _plain_errors(f"cannot load the model in {source}{again}"):
         model, tokenizer = _read(source, dtype, local)
-        return model.to(device).eval(), tokenizer
+        model = model.to(device).eval()
+    first = next(model.parameters())
+    if dtype == "auto" and first.dtype == torch.bfloat16 and first.device.type == "cpu" and not _has_bfloat16():
+        print("vestige: this CPU has no bfloat16 arithmetic; --dtype float32 is many times as fast", file=sys.stderr)
+    return model, tokenizer
 
 
 def _make(model: NamedModel, folder: Path, bar: Progress) -> None:
@@ -338,6 +342,13 @@ def _read(source: str, dtype: "str | torch.dtype", local: bool) -> tuple[Any, An
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
         raise ModelError(f"{source} lacks {len(missing)} of the model's weights, {missing[0]} among them")
     return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+def _has_bfloat16() -> bool:
+    """Tell whether the CPU multiplies bfloat16 matrices; one from before AVX-512 takes 50 times as long."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _check_dtype(dtype: "str | torch.dtype | None") -> "str | torch.dtype":

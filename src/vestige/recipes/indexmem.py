@@ -13,6 +13,7 @@ import typer
 from transformers import PreTrainedModel
 
 from vestige.bench.rows import Record, Row, resampled
+from vestige.cli_options import Dtype
 from vestige.recipes import equal
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.recipes.standing import picture, table, verdict
@@ -146,13 +147,13 @@ def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     write_atomically(out / "verdict.md", "\n\n".join(said))
 
 
-def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False) -> None:
+def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False, dtype: Dtype = None) -> None:
     """Run the comparison, or go on with it, part by part."""
     from vestige.download import load
 
-    made = parts(load(MODEL)[0], essays, split_of(dev))
+    made = parts(load(MODEL, dtype=dtype)[0], essays, split_of(dev))
     for name, one in chosen(made, part).items():
-        benched(one.config, out / name, model=MODEL, command=COMMAND, label=name)
+        benched(one.config, out / name, model=MODEL, command=COMMAND, label=name, dtype=dtype)
     summary(out, made)
 
 

@@ -22,6 +22,7 @@ from vestige.bench.config import BenchConfig
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, resampled
 from vestige.cache import KVCache
+from vestige.cli_options import Dtype
 from vestige.explain import held_of
 from vestige.kernels.partial import Partial
 from vestige.learn.indexmem.restoring import attended, rejoined
@@ -145,17 +146,18 @@ def compared(essays: Path | None = None, split: str = "test") -> BenchConfig:
     )
 
 
-def main(out: Out, essays: Essays = None, dev: Dev = False) -> None:
+def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None) -> None:
     """Measure, or go on with it, print the table, and write it."""
     from rich.progress import track
 
     from vestige.bench.store import Store, write_atomically
     from vestige.download import load
 
-    config = compared(essays, split_of(dev))
-    store = Store(out / "restored", {"split": config.split, "length": LONG, "samples": SAMPLES}, resume=True)
+    config, (model, tokenizer) = compared(essays, split_of(dev)), load(MODEL, dtype=dtype)
+    books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}
+    store = Store(out / "restored", books, resume=True)
     left = len(config.tasks) * SAMPLES * len(config.arms) - len(store.records)
-    for record in track(measure(config, *load(MODEL), done=store.has), "restored", left):
+    for record in track(measure(config, model, tokenizer, done=store.has), "restored", left):
         store.append(record)
     rows = rows_of(store.records.values())
     write_atomically(out / "restored.json", json.dumps(rows, indent=1) + "\n")

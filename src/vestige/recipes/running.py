@@ -42,7 +42,9 @@ def records_of(folder: Path) -> list[Record]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def benched(config: BenchConfig, folder: Path, *, model: str, command: str, label: str) -> list[Row]:
+def benched(
+    config: BenchConfig, folder: Path, *, model: str, command: str, label: str, dtype: str | None = None
+) -> list[Row]:
     """Run a benchmark, or go on with it, print its table, and return its rows.
 
     Args:
@@ -51,6 +53,7 @@ def benched(config: BenchConfig, folder: Path, *, model: str, command: str, labe
         model: By name.
         command: That does it again.
         label: Beside the bar.
+        dtype: Of the model; default: the checkpoint's.
     """
     from rich.console import Console
 
@@ -58,7 +61,7 @@ def benched(config: BenchConfig, folder: Path, *, model: str, command: str, labe
     from vestige.bench.run import bench
     from vestige.download import load
 
-    network, tokenizer = load(model)
+    network, tokenizer = load(model, dtype=dtype)
     with show.reading_bar(Console(stderr=True), label) as advance:
         rows = bench(config, network, tokenizer, name=model, out=folder, resume=True, command=command, progress=advance)
     Console().print(show.bench_table(rows))
