@@ -1,6 +1,7 @@
 """Plugging in and out: three public hooks, nothing patched, everything restored; what does not fit is refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from vestige import (
     prefill,
 )
 from vestige.testing import REFUSED, TINY, left_padded, random_ids, tiny, tiny_vl
+from vestige.upstream import CACHE_NAME, OLD_NAME, cache_argument
 
 NAMES = [*TINY]
 
@@ -43,7 +45,7 @@ def test_detaching_leaves_model_and_config_as_they_were(name):
     ids = random_ids(model, 1, 30)
     with torch.no_grad(), attach(model):
         assert model.get_decoder().config._attn_implementation == "vestige"
-        model.generate(ids, past_key_values=evicting(model), max_new_tokens=6, do_sample=False)
+        model.generate(ids, **cache_argument(evicting(model)), max_new_tokens=6, do_sample=False)
     assert model.config.to_dict() == config
     assert model.get_decoder().config._attn_implementation == implementation
     assert hooks_of(model) == hooks
@@ -79,7 +81,7 @@ def test_only_the_text_config_of_a_vision_language_model_is_switched():
         with attach(model):
             assert model.config.text_config._attn_implementation == "vestige"
             assert model.config.vision_config._attn_implementation == vision
-            got = model(**inputs, past_key_values=KVCache(model, policies.Full())).logits
+            got = model(**inputs, **cache_argument(KVCache(model, policies.Full()))).logits
     assert torch.equal(got, expected)
 
 
@@ -89,11 +91,11 @@ def test_a_cache_on_a_model_that_is_not_attached_raises_at_the_first_update():
     cache = KVCache(model, policies.Full())
     with torch.no_grad():
         with pytest.raises(CacheError, match=r"not attached.*vestige.attach"):
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         with attach(model):
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         with pytest.raises(CacheError, match="not attached"):
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +110,7 @@ def test_an_attached_model_works_as_before_without_a_cache_and_with_a_dynamic_on
             expected = model(ids, attention_mask=mask).logits
         with attach(model):
             without = model(ids, attention_mask=mask, use_cache=False).logits
-            dynamic = model(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config)).logits
+            dynamic = model(ids, attention_mask=mask, **cache_argument(DynamicCache(config=model.config))).logits
     real = mask.bool()
     torch.testing.assert_close(without[real], expected[real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dynamic[real], expected[real], atol=1e-5, rtol=1e-5)
@@ -128,7 +130,7 @@ def test_static_quantised_and_foreign_caches_are_refused_where_they_arrive():
     with torch.no_grad(), attach(model):
         for cache in (StaticCache(config=model.config, max_cache_len=16), Foreign(config=model.config), quantised):
             with pytest.raises(CacheError, match=type(cache).__name__):
-                model(ids, past_key_values=cache)
+                model(ids, **cache_argument(cache))
         with pytest.raises(CacheError, match=r"takes a vestige.KVCache, got DynamicCache"):
             prefill(model, ids, DynamicCache(config=model.config))  # type: ignore[arg-type]
 
@@ -136,7 +138,7 @@ def test_static_quantised_and_foreign_caches_are_refused_where_they_arrive():
 def test_a_cache_of_another_model_is_refused():
     model, other = tiny("llama"), tiny("llama", seed=1)
     with torch.no_grad(), attach(model), attach(other), pytest.raises(CacheError, match="another model"):
-        other(random_ids(model, 1, 5), past_key_values=KVCache(model, policies.Full()))
+        other(random_ids(model, 1, 5), **cache_argument(KVCache(model, policies.Full())))
 
 
 REASONS = {"deepseek_v3": "MLA", "jetmoe": "repeats the cached keys", "diffllama": "subtracts", "bloom": "no attention"}
@@ -176,7 +178,7 @@ def test_transforms_after_update_that_no_list_knows_raise_at_the_handle(name, mo
         monkeypatch.setattr("vestige.attachment.check", lambda _: anatomy)
         monkeypatch.setattr("vestige.cache.check", lambda _: anatomy)
     with torch.no_grad(), attach(model), pytest.raises(CacheError, match=r"between storing and attending"):
-        model(random_ids(model, 1, 5), past_key_values=KVCache(model, policies.Full()))
+        model(random_ids(model, 1, 5), **cache_argument(KVCache(model, policies.Full())))
 
 
 def test_the_input_must_begin_where_the_cache_ends():
@@ -184,13 +186,13 @@ def test_the_input_must_begin_where_the_cache_ends():
     ids = random_ids(model, 1, 20)
     cache = KVCache(model, policies.Full())
     with torch.no_grad(), attach(model):
-        model(ids[:, :10], past_key_values=cache)
+        model(ids[:, :10], **cache_argument(cache))
         with pytest.raises(CacheError, match=r"begins at position 5, but the cache has seen 10"):
-            model(ids[:, 10:], position_ids=torch.arange(5, 15)[None], past_key_values=cache)
+            model(ids[:, 10:], position_ids=torch.arange(5, 15)[None], **cache_argument(cache))
         cache.crop(-3)
         with pytest.raises(CacheError, match="batch rows"):
-            model(random_ids(model, 2, 3), past_key_values=cache)
-        model(ids[:, 7:], position_ids=torch.arange(7, 20)[None], past_key_values=cache)
+            model(random_ids(model, 2, 3), **cache_argument(cache))
+        model(ids[:, 7:], position_ids=torch.arange(7, 20)[None], **cache_argument(cache))
     assert cache.seen == (20,)
     assert torch.equal(cache.ids, ids)
 
@@ -199,7 +201,7 @@ def test_pads_without_positions_are_refused():
     model = tiny("llama")
     ids, mask = left_padded(model, [6, 4])
     with torch.no_grad(), attach(model), pytest.raises(CacheError, match="position_ids"):
-        model(ids, attention_mask=mask, past_key_values=KVCache(model, policies.Full()))
+        model(ids, attention_mask=mask, **cache_argument(KVCache(model, policies.Full())))
 
 
 def test_a_forward_that_died_midway_is_noticed_at_the_next():
@@ -211,13 +213,13 @@ def test_a_forward_that_died_midway_is_noticed_at_the_next():
         raise RuntimeError("out of memory")
 
     with torch.no_grad(), attach(model):
-        model(ids[:, :4], past_key_values=cache)
+        model(ids[:, :4], **cache_argument(cache))
         hook = model.model.layers[1].self_attn.register_forward_hook(die)
         with pytest.raises(RuntimeError, match="out of memory"):
-            model(ids[:, 4:6], past_key_values=cache)
+            model(ids[:, 4:6], **cache_argument(cache))
         hook.remove()
         with pytest.raises(CacheError, match="died midway"):
-            model(ids[:, 6:], past_key_values=cache)
+            model(ids[:, 6:], **cache_argument(cache))
         with pytest.raises(CacheError, match="died midway"):
             cache.settle() if cache.policy.budget else cache.crop(-1)
 
@@ -232,10 +234,10 @@ def test_custom_masks_work_while_dense_and_are_refused_after_an_eviction():
         prefill(model, ids[:, :20], cache)
         assert cache.ragged
         with pytest.raises(CacheError, match="custom mask"):
-            model(ids[:, 20:24], attention_mask=bidirectional, past_key_values=cache.fork())
+            model(ids[:, 20:24], attention_mask=bidirectional, **cache_argument(cache.fork()))
         twin = cache.fork()
-        plain = model(ids[:, 20:24], past_key_values=cache).logits
-        masked = model(ids[:, 20:24], attention_mask=causal, past_key_values=twin).logits
+        plain = model(ids[:, 20:24], **cache_argument(cache)).logits
+        masked = model(ids[:, 20:24], attention_mask=causal, **cache_argument(twin)).logits
         assert torch.equal(plain, masked)
 
 
@@ -284,7 +286,7 @@ def test_policies_with_forwards_of_their_own_need_prefill():
     class Replaying(Policy):
         def prepare(self, model, cache, ids):
             replay = cache.fork(policies.Full())
-            model(ids[:, :3], past_key_values=replay)
+            model(ids[:, :3], **cache_argument(replay))
             calls.append((cache.held, ids.shape))
 
         def score(self, seen):
@@ -295,16 +297,16 @@ def test_policies_with_forwards_of_their_own_need_prefill():
     policy = Replaying(budget=Budget.tokens(10), sink=2, window=3)
     with torch.no_grad(), attach(model):
         with pytest.raises(PolicyError, match=r"Replaying.*vestige.prefill"):
-            model.generate(ids, past_key_values=KVCache(model, policy), max_new_tokens=3)
+            model.generate(ids, **cache_argument(KVCache(model, policy)), max_new_tokens=3)
         cache = KVCache(model, policy)
         prefill(model, ids, cache)
         assert calls == [(30 * 6, (1, 30))]
         assert cache.held == 10 * 6
         prefill(model, ids[:, :9], cache, chunk=20, settle=False)  # a question
-        model(ids[:, :1], past_key_values=cache)
-        model(ids[:, :25], past_key_values=cache)  # a second text, longer than a chunk, that no prefill reads
+        model(ids[:, :1], **cache_argument(cache))
+        model(ids[:, :25], **cache_argument(cache))  # a second text, longer than a chunk, that no prefill reads
         with pytest.raises(PolicyError, match=r"Replaying.*vestige.prefill"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_argument(cache))
 
 
 def test_a_budget_or_a_text_that_cannot_work_is_refused_before_anything_is_read():
@@ -329,8 +331,8 @@ def test_gradients_flow_through_the_cache():
     ids = random_ids(model, 1, 24)
     with attach(model):
         cache = KVCache(model, policies.Full())
-        first = model(ids[:, :12], past_key_values=cache).logits
-        second = model(ids[:, 12:], past_key_values=cache).logits
+        first = model(ids[:, :12], **cache_argument(cache)).logits
+        second = model(ids[:, 12:], **cache_argument(cache)).logits
         torch.cat([first, second], 1).square().mean().backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -347,9 +349,9 @@ def test_gradients_flow_through_a_cache_that_was_evicted():
         with torch.no_grad():
             prefill(model, ids[:, :30], cache)
         with torch.no_grad():
-            expected = model(ids[:, 30:], past_key_values=cache.fork()).logits
-        got = model(ids[:, 30:36], past_key_values=cache).logits
-        singly = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(36, 40)]
+            expected = model(ids[:, 30:], **cache_argument(cache.fork())).logits
+        got = model(ids[:, 30:36], **cache_argument(cache)).logits
+        singly = [model(ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(36, 40)]
         rest = torch.cat(singly, 1)
         torch.testing.assert_close(torch.cat([got, rest], 1), expected, atol=1e-5, rtol=1e-5)
         rest.square().mean().backward()
@@ -369,13 +371,30 @@ def test_a_hybrid_of_convolutions_and_attention_keeps_its_other_layers():
         expected = model.generate(ids, **options)
         with attach(model):
             cache = KVCache(model, policies.Full())
-            assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+            assert torch.equal(model.generate(ids, **cache_argument(cache), **options), expected)
             cache = evicting(model, tokens=12)
             prefill(model, ids, cache, chunk=8)
             twin = cache.fork()
             nxt = random_ids(model, 1, 2, seed=1)
-            got = model(nxt, past_key_values=cache).logits
-            assert torch.equal(model(nxt, past_key_values=twin).logits, got)
+            got = model(nxt, **cache_argument(cache)).logits
+            assert torch.equal(model(nxt, **cache_argument(twin)).logits, got)
     report = cache.report()
     assert [layer.layer_idx for layer in report.layers] == [1, 3]
     assert report.other_kv_bytes > 0 and report.kept_fraction < 0.4
+
+
+def test_the_cache_is_taken_under_every_name_that_transformers_has_for_it():
+    """Code written before 5.24 says ``past_key_values``, which newer ones rename only once the hooks have run."""
+    model = tiny("llama")
+    ids = random_ids(model, 1, 30)
+    held = []
+    with torch.no_grad(), attach(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in (OLD_NAME, CACHE_NAME):
+            cache = evicting(model)
+            model(ids[:, :20], **{name: cache})
+            model.generate(ids, **{name: cache}, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+            held.append((cache.seen, cache.report().held))
+    assert held[0] == held[1]
+    assert held[0][0] == (33,)
+    assert cache.report().held < cache.report().full

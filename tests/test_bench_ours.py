@@ -16,6 +16,7 @@ from vestige.reading import forward
 from vestige.report import Report
 from vestige.testing import random_ids, tiny
 from vestige.text import Frame
+from vestige.upstream import cache_argument
 
 ROWS = 4  # two layers of two KV heads
 SMALL = {"sink": 2, "window": 3}
@@ -63,7 +64,7 @@ class ByHand:
         if len(question) > 1:
             prefill(self.model, torch.tensor([question[:-1]]), self.cache, settle=False)
         ids = torch.cat([self.cache.ids, torch.tensor([question[-1:]] if len(question) > 1 else [question])], 1)
-        out = self.model.generate(ids, past_key_values=self.cache, max_new_tokens=new, do_sample=False)
+        out = self.model.generate(ids, **cache_argument(self.cache), max_new_tokens=new, do_sample=False)
         return tuple(out[0, ids.shape[1] :].tolist()), report
 
 

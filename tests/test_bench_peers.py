@@ -20,6 +20,7 @@ from vestige.bench.peers import PeerError, open_peer, presses
 from vestige.bench.peers.names import parse
 from vestige.bench.weigh import Scales, storage_bytes
 from vestige.testing import random_ids, tiny
+from vestige.upstream import cache_argument
 
 FAKE = """
 import json, os, sys, time
@@ -362,7 +363,7 @@ def test_a_quantised_cache_is_smaller_and_weighed_with_its_scales():
     (context,) = text(model, 128)
     for name in ("dynamic", "quantized", "quantized(nbits=2)"):
         cache = CachePeer(parse(f"transformers:{name}"), model)._cache()
-        model(torch.tensor([context]), past_key_values=cache)
+        model(torch.tensor([context]), **cache_argument(cache))
         sizes[name] = storage_bytes(cache.layers)
     numbers = 3 * 2 * 2 * 128 * 16
     groups = numbers // 64
@@ -432,7 +433,7 @@ def test_scales_leave_the_cache_as_it_was_and_keep_the_peak():
     model = tiny("llama")
     cache, scales = DynamicCache(config=model.config), Scales([0, 2])
     with scales.on(cache):
-        model(random_ids(model, 1, 12), past_key_values=cache)
+        model(random_ids(model, 1, 12), **cache_argument(cache))
         assert scales.weigh(cache, torch.zeros(1000)) == 2 * 2 * 12 * 2 * 16 * 4 + 4000
     assert "update" not in vars(cache)
     assert scales.heads == {0: 2, 2: 2} and scales.pair_bytes == {0: 256, 2: 256}

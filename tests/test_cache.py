@@ -11,6 +11,7 @@ from vestige import Budget, BudgetError, InputError, KVCache, PolicyError, Span,
 from vestige.policies import POLICIES
 from vestige.reading import finish
 from vestige.testing import TINY, left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 ROWS = 6  # of tiny("llama"): 3 layers x 2 KV heads
 EVICTING = sorted(set(POLICIES) - {"full"})
@@ -59,9 +60,9 @@ def test_held_follows_the_settle_rule_at_every_step(name, share):
         prefill(model, ids[:, 40:45], cache, settle=False)  # a question stays whole ...
         assert cache.held == limit + 5 * ROWS
         for generated in range(1, 5):
-            model(ids[:, 44 + generated : 45 + generated], past_key_values=cache)
+            model(ids[:, 44 + generated : 45 + generated], **cache_argument(cache))
             assert cache.held == limit + (5 + generated) * ROWS
-        model(ids[:, 49:50], past_key_values=cache)  # ... until `every` = 4 tokens were generated
+        model(ids[:, 49:50], **cache_argument(cache))  # ... until `every` = 4 tokens were generated
         assert cache.held == limit + ROWS
 
 
@@ -70,10 +71,10 @@ def test_a_prompt_under_plain_generate_is_settled_before_its_first_one_token_for
     ids = random_ids(model, 1, 30)
     cache = KVCache(model, policy())
     with torch.no_grad(), attach(model):
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        out = model.generate(ids, **cache_argument(cache), max_new_tokens=2, do_sample=False)
         assert cache.held == 10 * ROWS + ROWS
         turn = torch.cat([out, random_ids(model, 1, 20, seed=1)], 1)
-        model.generate(turn, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        model.generate(turn, **cache_argument(cache), max_new_tokens=2, do_sample=False)
     assert cache.seen == (turn.shape[1] + 1,)
     assert cache.held == 10 * ROWS + ROWS, "the second turn is evicted like the first"
 
@@ -86,7 +87,7 @@ def test_a_question_longer_than_a_chunk_is_settled_before_the_answer():
         prefill(model, ids[:, :20], cache, chunk=8)
         prefill(model, ids[:, 20:30], cache, chunk=8, settle=False)
         assert cache.held == (10 + 10) * ROWS
-        model(ids[:, 30:31], past_key_values=cache)
+        model(ids[:, 30:31], **cache_argument(cache))
     assert cache.held == (10 + 1) * ROWS
 
 
@@ -102,7 +103,7 @@ def test_a_budget_of_all_that_was_seen_changes_no_bit(name, share):
             prefill(model, ids[:, :-1], cache, chunk=6, attention_mask=mask[:, :-1])
             options = {"attention_mask": mask, "max_new_tokens": 12, "output_logits": True}
             out = model.generate(
-                ids, past_key_values=cache, do_sample=False, return_dict_in_generate=True, **options
+                ids, **cache_argument(cache), do_sample=False, return_dict_in_generate=True, **options
             )  # fmt: skip
             outputs.append((out.sequences, *out.logits, *contents(cache)))
             assert not cache.ragged
@@ -290,11 +291,11 @@ def test_a_fork_equals_a_copy_and_two_caches_do_not_touch_each_other(model_name,
         cache = KVCache(model, chosen)
         prefill(model, ids[:, :-1], cache, chunk=9, attention_mask=mask[:, :-1])
         before, twin = contents(cache), cache.fork()
-        first = model.generate(ids, past_key_values=twin, **options)
+        first = model.generate(ids, **cache_argument(twin), **options)
         assert same(before, contents(cache))
         assert cache.get_seq_length() == 29
-        second = model.generate(ids, past_key_values=copy.deepcopy(cache), **options)
-        third = model.generate(ids, past_key_values=cache, **options)
+        second = model.generate(ids, **cache_argument(copy.deepcopy(cache)), **options)
+        third = model.generate(ids, **cache_argument(cache), **options)
     assert torch.equal(first, second) and torch.equal(first, third)
     assert same(contents(twin), contents(cache))
     assert twin.report().held == cache.report().held
@@ -378,7 +379,7 @@ def test_beams_and_return_sequences_equal_those_of_a_dynamic_cache_or_of_masking
         expected = model.generate(ids, **options)
         with attach(model):
             cache = KVCache(model, policy(tokens=8, window=3) if evicted else policies.Full())
-            got = model.generate(ids, past_key_values=cache, **options)
+            got = model.generate(ids, **cache_argument(cache), **options)
     assert got.shape == expected.shape
     assert cache.ragged is evicted
     assert evicted or torch.equal(got, expected)
@@ -392,14 +393,14 @@ def test_beam_search_after_an_eviction_equals_beam_search_over_separate_caches()
         prefill(model, ids, cache)
         cache.batch_repeat_interleave(3)
         step = random_ids(model, 3, 1, seed=3)
-        model(step, past_key_values=cache, position_ids=torch.full((3, 1), 20))
+        model(step, **cache_argument(cache), position_ids=torch.full((3, 1), 20))
         cache.reorder_cache(torch.tensor([2, 0, 0]))
-        got = model(step, past_key_values=cache, position_ids=torch.full((3, 1), 21)).logits
+        got = model(step, **cache_argument(cache), position_ids=torch.full((3, 1), 21)).logits
         for b, source in enumerate((2, 0, 0)):
             alone = KVCache(model, policy(share="model"))
             prefill(model, ids, alone)
-            model(step[source : source + 1], past_key_values=alone)
-            expected = model(step[b : b + 1], past_key_values=alone).logits
+            model(step[source : source + 1], **cache_argument(alone))
+            expected = model(step[b : b + 1], **cache_argument(alone)).logits
             torch.testing.assert_close(got[b : b + 1], expected, atol=1e-5, rtol=1e-5)
     assert cache.ids.tolist() == torch.cat([ids.expand(3, -1), step[[2, 0, 0]], step], 1).tolist()
 
@@ -416,8 +417,8 @@ def test_selecting_batch_rows_keeps_the_rest_as_it_was():
         twin = KVCache(model, policy("snapkv", share="model", observed=4))
         prefill(model, ids[[0, 2]], twin, chunk=9, attention_mask=mask[[0, 2]])
         positions = torch.tensor(cache.seen)[:, None]
-        got = model(nxt, past_key_values=cache, position_ids=positions).logits
-        torch.testing.assert_close(model(nxt, past_key_values=twin, position_ids=positions).logits, got)
+        got = model(nxt, **cache_argument(cache), position_ids=positions).logits
+        torch.testing.assert_close(model(nxt, **cache_argument(twin), position_ids=positions).logits, got)
 
 
 def test_prompt_lookup_equals_greedy_decoding_when_nothing_is_evicted_and_stays_within_the_budget_else():
@@ -426,9 +427,9 @@ def test_prompt_lookup_equals_greedy_decoding_when_nothing_is_evicted_and_stays_
     with torch.no_grad(), attach(model):
         expected = model.generate(ids, max_new_tokens=20, do_sample=False)
         options = {"max_new_tokens": 20, "do_sample": False, "prompt_lookup_num_tokens": 4}
-        got = model.generate(ids, past_key_values=KVCache(model, policies.Full()), **options)
+        got = model.generate(ids, **cache_argument(KVCache(model, policies.Full())), **options)
         cache = KVCache(model, policy(tokens=10))
-        model.generate(ids, past_key_values=cache, **options)
+        model.generate(ids, **cache_argument(cache), **options)
     assert torch.equal(got, expected)
     assert cache.ragged
     assert cache.held <= (10 + 4 + 2 * 5) * ROWS

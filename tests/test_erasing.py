@@ -10,6 +10,7 @@ from vestige.remains import Forgotten
 from vestige.rerun import rerun, write
 from vestige.spans import within
 from vestige.testing import TINY, full_layers, left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 SPAN = Span(10, 16)
 CORRECTION = {"erratum": {"ids": (3, 4, 5)}}
@@ -431,10 +432,10 @@ def test_the_prompt_from_before_the_erase_is_recognised():
     cache = read(model, ids)
     done = erase(cache, SPAN, made("shift"), model=model, input_ids=ids)
     with attach(model), pytest.raises(CacheError, match=r"Erased\.input_ids"):
-        model.generate(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, max_new_tokens=1, pad_token_id=0)
+        model.generate(torch.cat([ids, ids[:, :1]], 1), **cache_argument(cache), max_new_tokens=1, pad_token_id=0)
     with attach(model):
         whole = torch.cat([done.input_ids, ids[:, :1]], 1)
-        out = model.generate(whole, past_key_values=cache, max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
+        out = model.generate(whole, **cache_argument(cache), max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
     assert out.shape[1] == 47
 
 

@@ -12,6 +12,7 @@ from vestige.adapter import Adapter
 from vestige.erasers.learned import Learned
 from vestige.rerun import rerun
 from vestige.testing import left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 SPAN = Span(10, 16)
 
@@ -54,9 +55,9 @@ def test_the_new_pairs_are_those_of_a_plain_forward_with_the_adapter_behind_the_
     erase(cache, SPAN, Learned(adapter=saved(model, tmp_path / "a")), model=model, input_ids=ids)
     plain = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :10], past_key_values=plain)
+        model(ids[:, :10], **cache_argument(plain))
         with adapter.applied(model):
-            model(ids[:, 10:16], past_key_values=plain)
+            model(ids[:, 10:16], **cache_argument(plain))
     for layer, expected in zip(cache.evictable, plain.layers, strict=True):
         torch.testing.assert_close(layer.view("keys")[:, :, 10:16], expected.keys[:, :, 10:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer.view("values")[:, :, 10:16], expected.values[:, :, 10:], atol=1e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vestige import Budget, KVCache, attach, policies, prefill
 from vestige.policies import POLICIES
 from vestige.testing import TINY, covering, left_padded, masked_logits, random_ids, tiny, tiny_vl, watch
+from vestige.upstream import cache_argument
 
 EVICTING = sorted(set(POLICIES) - {"full"})
 SMALL = {"sink": 2, "window": 3, "every": 4}
@@ -21,7 +22,7 @@ def decode(model, cache, mask, token, steps) -> tuple[list[Tensor], list[Tensor]
     for _ in range(steps):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = torch.tensor(cache.seen)[:, None]
-        out = model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        out = model(input_ids=token, attention_mask=mask, position_ids=positions, **cache_argument(cache)).logits
         tokens.append(token)
         logits.append(out)
         token = out[:, -1:].argmax(-1)
@@ -92,7 +93,7 @@ def test_a_vision_language_model_with_an_image_equals_masking(name):
     deaths = watch(cache)
     with torch.no_grad(), attach(model):
         out = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=12, do_sample=False,
+            **inputs, **cache_argument(cache), max_new_tokens=12, do_sample=False,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     fed = out.sequences[:, :-1]
@@ -111,7 +112,7 @@ def test_generate_evicts_and_equals_masking(name):
     deaths = watch(cache)
     with torch.no_grad(), attach(model):
         out = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=11, do_sample=False,
+            ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=11, do_sample=False,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         fed = out.sequences[:, :-1]
@@ -133,7 +134,7 @@ def test_greedy_generate_with_full_gives_the_tokens_of_a_dynamic_cache(name):
         with attention(model, plain):
             expected = model.generate(ids, **options)
         with attach(model):
-            got = model.generate(ids, past_key_values=KVCache(model, policies.Full()), **options)
+            got = model.generate(ids, **cache_argument(KVCache(model, policies.Full())), **options)
     assert torch.equal(got, expected)
 
 
@@ -167,7 +168,7 @@ def test_chunks_after_an_eviction_attend_causally_within_themselves():
     with torch.no_grad(), attach(model):
         for cache in (whole, single):
             prefill(model, ids[:, :30], cache)
-        together = model(ids[:, 30:], past_key_values=whole).logits
+        together = model(ids[:, 30:], **cache_argument(whole)).logits
         single.schedule.reading = True  # no settle between the tokens
-        apart = torch.cat([model(ids[:, i : i + 1], past_key_values=single).logits for i in range(30, 40)], 1)
+        apart = torch.cat([model(ids[:, i : i + 1], **cache_argument(single)).logits for i in range(30, 40)], 1)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)

@@ -18,6 +18,7 @@ from vestige.learn.retention.task import RetentionTask
 from vestige.policies import Retention
 from vestige.select import share_of
 from vestige.testing import random_ids, tiny
+from vestige.upstream import cache_argument
 
 AT_ONCE = replace(SMALL, forgets="at_once")
 
@@ -84,7 +85,7 @@ def test_a_hard_limit_is_the_eviction_that_the_policy_does(block, monkeypatch):
     cache = KVCache(model, Retention(gates=gates, budget=Budget.fraction(0.3)))
     with attach(model), torch.no_grad():
         prefill(model, ids[:, :40], cache)
-        expected = model(input_ids=ids[:, 40:], past_key_values=cache).logits[0].float().log_softmax(-1)
+        expected = model(input_ids=ids[:, 40:], **cache_argument(cache)).logits[0].float().log_softmax(-1)
     text = read(model, ids[:, :40])
     with torch.no_grad():
         log_beta = keep.said(gates, text.states)

@@ -19,6 +19,7 @@ from vestige.memory import MEMORIES, Centroids, Moments
 from vestige.policies import POLICIES
 from vestige.remains import Asked, Evicted, Forgotten, Memory, State, log_count
 from vestige.testing import TINY, left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 NAMES = sorted(set(MEMORIES) - {"none"})
 ESTIMATES = sorted(set(NAMES) - {"linear"})
@@ -160,7 +161,7 @@ def test_gradients_of_a_question_are_those_of_full_attention():
                 prefill(LLAMA, ids, cache)
             given = embedded.clone().requires_grad_()
             cache.schedule.reading = True
-            logits = LLAMA(inputs_embeds=given, past_key_values=cache).logits
+            logits = LLAMA(inputs_embeds=given, **cache_argument(cache)).logits
         (gradient,) = torch.autograd.grad(logits.square().sum(), given)
         gradients.append(gradient)
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)

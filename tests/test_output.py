@@ -8,6 +8,7 @@ from vestige.models import check
 from vestige.output import OutputProjection
 from vestige.policy import Written
 from vestige.testing import full_layers, random_ids, tiny
+from vestige.upstream import cache_argument
 
 
 def random(kv_heads: int = 2, group: int = 3, dtype: torch.dtype = torch.float32, size: int = 8):
@@ -116,7 +117,7 @@ def test_what_is_written_is_shown_with_the_projection_of_its_own_layer():
     model = tiny("llama")
     cache = KVCache(model, Notes(budget=None))
     with torch.no_grad(), attach(model):
-        model(random_ids(model, 2, 7), past_key_values=cache)
+        model(random_ids(model, 2, 7), **cache_argument(cache))
     assert [written.layer_idx for written in shown] == [0, 1, 2]
     for written in shown:
         assert written.output is cache.anatomy.output(written.layer_idx) and written.hidden is None

@@ -16,6 +16,7 @@ from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer
 from vestige.policies import POLICIES
 from vestige.testing import left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 SMALL = {"sink": 2, "window": 4, "every": 8}
 ARCHITECTURES = ("llama", "gemma3", "gpt_oss")  # plain; sliding layers beside; sliding layers and attention sinks
@@ -48,7 +49,7 @@ def go_on(model, cache: KVCache, steps: int) -> tuple[Tensor, Tensor]:
     out: Any = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=steps,
         do_sample=False,
         pad_token_id=0,

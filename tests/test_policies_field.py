@@ -18,6 +18,7 @@ from vestige.policies import h2o
 from vestige.policy import Written
 from vestige.select import Grid, select
 from vestige.testing import attention, left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 SMALL = {"sink": 1, "window": 3, "every": 4}
 
@@ -37,7 +38,7 @@ def generate(model, cache, steps: int) -> Tensor:
         for t in range(steps):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             at = torch.tensor(cache.seen)[:, None]
-            model(input_ids=ids[:, t : t + 1], attention_mask=mask, position_ids=at, past_key_values=cache)
+            model(input_ids=ids[:, t : t + 1], attention_mask=mask, position_ids=at, **cache_argument(cache))
     return ids
 
 
@@ -124,7 +125,7 @@ def test_h2o_counts_attention_also_while_gradients_are_on():
     ids = random_ids(model, 1, 12, seed=2)
     cache, plain = KVCache(model, made("h2o")), read(model, made("h2o"), ids)
     with attach(model):
-        model(input_ids=ids, past_key_values=cache).logits.sum().backward()
+        model(input_ids=ids, **cache_argument(cache)).logits.sum().backward()
     for one, other in zip(cache.evictable, plain.evictable, strict=True):
         assert not one.columns["received"].requires_grad
         torch.testing.assert_close(one.view("received"), other.view("received"))

@@ -13,6 +13,7 @@ from vestige.erasers import Learned
 from vestige.indexer import Indexer, IndexerConfig
 from vestige.policies import IndexMem, KNorm
 from vestige.testing import left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 MODEL = tiny("llama")
 APART, SHARED = random_indexer(MODEL), random_indexer(MODEL, apart=False, heads=2)
@@ -291,7 +292,7 @@ def test_after_an_eviction_only_what_is_asked_since_counts(indexer):
         prefill(MODEL, ids[:, :24], cache)
         first = [note.clone() for note in noted(cache)]
         for at in range(24, 29):
-            MODEL(ids[:, at : at + 1], past_key_values=cache)
+            MODEL(ids[:, at : at + 1], **cache_argument(cache))
     for before, after, positions in zip(first, noted(cache), held(cache), strict=True):
         assert (before[:, 0] == -torch.inf).all() and before[:, 1].isfinite().all()
         old = positions < 24

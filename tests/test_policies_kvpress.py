@@ -10,6 +10,7 @@ from torch import Tensor
 from vestige import Budget, CacheFileError, KVCache, ModelError, Phase, PolicyError, attach, check, policies, prefill
 from vestige.policies import from_kvpress
 from vestige.testing import left_padded, random_ids, tiny, tiny_vl
+from vestige.upstream import cache_argument
 
 SMALL = {"sink": 2, "window": 4, "every": 4}
 
@@ -56,7 +57,7 @@ def read(policy: Any, *, batch: int = 1, chunk: int = 16, steps: int = 5) -> KVC
         for start, end in ((0, 40), (40 + steps, 64)):
             prefill(model, ids[:, start:end], cache, chunk=chunk)
             for i in range(steps):
-                model(ids[:, i : i + 1], past_key_values=cache)
+                model(ids[:, i : i + 1], **cache_argument(cache))
     return cache
 
 

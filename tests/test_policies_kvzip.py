@@ -13,6 +13,7 @@ from vestige.policies.kvzip import REQUEST, KVzip
 from vestige.reading import finish, forward
 from vestige.testing import attention, full_layers, left_padded, random_ids, tiny
 from vestige.text import Frame
+from vestige.upstream import cache_argument
 
 ASK = (5, 9, 7)
 
@@ -208,7 +209,7 @@ def test_a_conversation_goes_on_within_its_budget():
             prefill(model, random_ids(model, 1, 20, seed=seed), cache, chunk=8)
             assert cache.held == 12 * cache.footprint().rows
             ids = torch.cat([cache.ids, random_ids(model, 1, 1, seed=9)], 1)
-            out = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+            out = model.generate(ids, **cache_argument(cache), max_new_tokens=6, do_sample=False)
             assert out.shape[1] == ids.shape[1] + 6
     assert cache.ragged
 
@@ -292,7 +293,7 @@ def test_a_model_that_was_fed_embeddings_has_nothing_to_replay():
     model = tiny("llama")
     cache = KVCache(model, zipped())
     with torch.no_grad(), attach(model):
-        model(inputs_embeds=model.get_input_embeddings()(random_ids(model, 1, 9)), past_key_values=cache)
+        model(inputs_embeds=model.get_input_embeddings()(random_ids(model, 1, 9)), **cache_argument(cache))
         with pytest.raises(PolicyError, match="replays token ids, but the model was fed embeddings"):
             prefill(model, random_ids(model, 1, 9), cache)
 
@@ -301,7 +302,7 @@ def test_a_prompt_that_no_prefill_read_is_refused_before_it_is_evicted():
     model = tiny("llama")
     ids = random_ids(model, 1, 30)
     with torch.no_grad(), attach(model), pytest.raises(PolicyError, match=r"vestige.prefill"):
-        model.generate(ids, past_key_values=KVCache(model, zipped(12)), max_new_tokens=3, do_sample=False)
+        model.generate(ids, **cache_argument(KVCache(model, zipped(12))), max_new_tokens=3, do_sample=False)
 
 
 @pytest.mark.parametrize("options", [{"replay_chunk": 0}, {"replay_chunk": -1}, {"quoted": -1}])

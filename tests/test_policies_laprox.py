@@ -12,6 +12,7 @@ from vestige.models import check
 from vestige.output import OutputProjection
 from vestige.policy import Written
 from vestige.testing import left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 TOKENS = Budget.tokens(12)
 
@@ -137,7 +138,7 @@ def test_room_is_made_while_decoding_from_the_latest_queries():
     ids, cache = random_ids(model, 1, 41), KVCache(model, laprox(every=5))
     with torch.no_grad(), attach(model):
         prefill(model, ids[:, :-1], cache)
-        model.generate(ids, past_key_values=cache, max_new_tokens=23, do_sample=False)
+        model.generate(ids, **cache_argument(cache), max_new_tokens=23, do_sample=False)
         assert cache.held <= (12 + 5) * 6
         cache.settle()
     assert cache.held == 12 * 6

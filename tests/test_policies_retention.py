@@ -22,6 +22,7 @@ from vestige import (
 from vestige.explain import held_by_kind
 from vestige.policies.retention import worth
 from vestige.testing import left_padded, random_ids, tiny, tiny_vl
+from vestige.upstream import cache_argument
 
 MODEL = tiny("llama")
 GATES = random_gates(MODEL)
@@ -108,7 +109,7 @@ def test_chunks_turns_and_single_tokens_write_the_same():
     with torch.no_grad(), attach(MODEL):
         prefill(MODEL, ids[:, :17], parts, chunk=5)
         for i in range(17, 30):
-            MODEL(input_ids=ids[:, i : i + 1], past_key_values=parts)
+            MODEL(input_ids=ids[:, i : i + 1], **cache_argument(parts))
     for one, other in zip(whole.evictable, parts.evictable, strict=True):
         torch.testing.assert_close(one.view("log_beta"), other.view("log_beta"), atol=1e-5, rtol=1e-4)
 
@@ -128,7 +129,7 @@ def test_an_image_competes_with_the_text_around_it():
     model, inputs = tiny_vl()
     cache = KVCache(model, retention(Budget.tokens(9), gates=random_gates(model)))
     with torch.no_grad(), attach(model):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(**inputs, **cache_argument(cache), max_new_tokens=3, do_sample=False)
     image = inputs["mm_token_type_ids"][0].bool()
     held = [layer.positions(row) for layer in cache.evictable for row in range(layer.rows)]
     of_image = [int(image[at[at < len(image)].long()].sum()) for at in held]

@@ -8,6 +8,7 @@ from packaging.version import Version
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, attach, policies, prefill
 from vestige.reading import announce, finish, forward, replay
 from vestige.testing import left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
 
@@ -21,11 +22,11 @@ def test_generating_from_exactly_these_ids_reads_all_but_the_last():
     ids = random_ids(model, 1, 30)
     with torch.no_grad(), attach(model):
         expected = model.generate(
-            ids, past_key_values=KVCache(model, policies.Full()), max_new_tokens=8, do_sample=False
+            ids, **cache_argument(KVCache(model, policies.Full())), max_new_tokens=8, do_sample=False
         )
         cache = KVCache(model, policies.Full())
         prefill(model, ids[:, :-1], cache, chunk=7)
-        got = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        got = model.generate(ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
     assert torch.equal(got, expected)
 
 
@@ -110,7 +111,7 @@ def test_generates_own_chunked_prefill_evicts_between_chunks():
         cache.schedule.chunk = 16
         most = []
         model.lm_head.register_forward_hook(lambda *_: most.append(cache.held))
-        model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, prefill_chunk_size=16)
+        model.generate(ids, **cache_argument(cache), max_new_tokens=3, do_sample=False, prefill_chunk_size=16)
     assert max(most) == (10 + 16) * 6
     assert cache.held == (10 + 2) * 6
 
@@ -123,11 +124,11 @@ def test_a_second_turn_in_chunks_works_where_transformers_feeds_it_once_and_is_r
         prefill(model, ids[:, :20], cache)
         options = {"max_new_tokens": 3, "do_sample": False, "prefill_chunk_size": 8}
         if NEWEST:
-            got = model.generate(ids, past_key_values=cache, **options)
+            got = model.generate(ids, **cache_argument(cache), **options)
             assert torch.equal(got, model.generate(ids, max_new_tokens=3, do_sample=False))
         else:
             with pytest.raises(CacheError, match=r"vestige.prefill"):
-                model.generate(ids, past_key_values=cache, **options)
+                model.generate(ids, **cache_argument(cache), **options)
 
 
 # Lengths that are announced for each batch row.
@@ -263,7 +264,7 @@ def test_a_padded_turn_behind_an_eviction_gives_the_logits_it_gives_when_all_are
         got = forward(model, turn, cache, mask)
         whole = {"attention_mask": torch.cat([torch.ones_like(ids), mask], 1)}
         whole["position_ids"] = (19 + mask.cumsum(1)).clamp_min(0)
-        expected = model(turn, past_key_values=fork, **whole).logits[:, -1]
+        expected = model(turn, **cache_argument(fork), **whole).logits[:, -1]
     assert cache.ragged and cache.seen == (26, 22)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 

@@ -14,6 +14,7 @@ from vestige.observe import Glance, LayerGlance, attention_weights
 from vestige.policy import Policy, Written
 from vestige.recording import Recording
 from vestige.testing import TINY, attention, full_layers, left_padded, random_ids, tiny
+from vestige.upstream import cache_argument
 
 SMALL = {"sink": 2, "window": 3, "every": 4}
 
@@ -128,7 +129,7 @@ def test_a_side_array_of_another_name_than_promised_is_refused():
         attach(model),
         pytest.raises(PolicyError, match=r"gave the side arrays \['remark'\], not \['note'\]"),
     ):
-        model(random_ids(model, 1, 5), past_key_values=cache)
+        model(random_ids(model, 1, 5), **cache_argument(cache))
 
 
 # Side arrays travel with their pairs.
@@ -175,7 +176,7 @@ def test_a_watcher_can_tell_the_attention_that_every_query_pays(name):
     with torch.no_grad(), attach(model):
         prefill(model, ids[:, :19], cache, chunk=7)
         for i in range(19, 24):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **cache_argument(cache))
     for layer, weights in eager(model, ids).items():
         expected = weights.sum(1).unflatten(0, (2, -1)).sum(1)  # (kv_heads, pairs)
         stored = next(x for x in cache.evictable if x.layer_idx == layer).view("mass")[0]

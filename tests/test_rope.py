@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from vestige import Budget, KVCache, ModelError, attach, check, policies
 from vestige.testing import TINY, random_ids, tiny, tiny_vl
+from vestige.upstream import cache_argument
 
 NAMES = sorted(TINY)
 
@@ -51,7 +52,7 @@ def test_queries_and_keys_are_turned_back_to_what_the_projections_gave(name):
     positions = torch.stack([torch.arange(12), torch.arange(30, 42)])
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), spied(model) as found:
-        model(ids, position_ids=positions, past_key_values=cache, attention_mask=torch.ones_like(ids))
+        model(ids, position_ids=positions, **cache_argument(cache), attention_mask=torch.ones_like(ids))
     for layer_idx in rope.layers:
         stored: Any = cache.layers[layer_idx]
         if name == "smollm3" and layer_idx == 3:  # has no RoPE: its code turned nothing
@@ -93,7 +94,7 @@ def test_a_key_moves_from_one_position_to_another():
     for start in (3, 90):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(random_ids(model, 1, 5), position_ids=torch.arange(start, start + 5)[None], past_key_values=cache)
+            model(random_ids(model, 1, 5), position_ids=torch.arange(start, start + 5)[None], **cache_argument(cache))
         keys.append(cache.layers[0].keys)
     here, there = (torch.arange(start, start + 5) for start in (3, 90))
     moved = rope.rotate(rope.unrotate(keys[0], here, 0), there, 0)

@@ -12,6 +12,7 @@ from vestige import BudgetError, CacheFileError, InputError, KVCache, PolicyErro
 from vestige.report import Report
 from vestige.run import RunConfig, run
 from vestige.text import Frame
+from vestige.upstream import cache_argument
 
 QUESTIONS = ("Who keeps lamp 16?", "How many lamps?", "Why?")
 
@@ -39,7 +40,7 @@ def plain_answer(model, tokenizer, story: str, question: str, tokens: int) -> st
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=tokens,
         do_sample=False,
     )

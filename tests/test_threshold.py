@@ -11,6 +11,7 @@ from test_select import Pair, Scene, comparable, oracle, random_scene
 from vestige import Budget, KVCache, PolicyError, Span, attach, policies, prefill
 from vestige.select import SCALES, SHARES
 from vestige.testing import covering, left_padded, masked_logits, random_ids, tiny, watch
+from vestige.upstream import cache_argument
 
 SMALL = {"sink": 2, "window": 3, "every": 4}
 ROWS = 6  # of tiny("llama"): 3 layers x 2 KV heads
@@ -101,7 +102,7 @@ def test_a_threshold_evicts_while_reading_in_chunks_and_while_decoding_and_equal
         assert all(pairs < read * ROWS for read, pairs in held[1:])
         logits, evicted = [], cache.held
         for i in range(32, 40):
-            logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+            logits.append(model(ids[:, i : i + 1], **cache_argument(cache)).logits)
         assert cache.held < evicted + 8 * ROWS
         expected = masked_logits(model, ids, covering(deaths, 40))[:, 32:]
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-5, rtol=1e-5)

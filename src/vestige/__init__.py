@@ -2,7 +2,7 @@
 
 >>> cache = vestige.KVCache(model, policies.SnapKV(budget=Budget.tokens(1024)))
 >>> with vestige.attach(model):
-...     out = model.generate(**inputs, past_key_values=cache)
+...     out = model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
 Names are loaded when they are first used, so that ``import vestige`` and ``vestige --help`` are quick. No submodule may
 have the name of a function listed here: importing it would take the function's place.

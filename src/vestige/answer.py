@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige.cache import KVCache
 from vestige.errors import InputError
 from vestige.reading import prefill
+from vestige.upstream import cache_argument
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def answer(
     out = generator.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - length),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

@@ -17,6 +17,7 @@ from vestige.cache import KVCache
 from vestige.errors import CacheError
 from vestige.models import Anatomy, check, entered
 from vestige.rerun import Overlay
+from vestige.upstream import cache_passed
 
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
 
@@ -100,7 +101,7 @@ def require_cache(cache: object) -> KVCache:
 
 def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Open a forward on the cache before masks and positions are made from it."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_passed(kwargs)
     if cache is None or type(cache) is DynamicCache or isinstance(cache, Overlay):
         return
     if not isinstance(cache, KVCache):
@@ -127,17 +128,17 @@ def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the cache the ids that the whole model was given."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_passed(kwargs)
     if isinstance(cache, KVCache):
         cache.ids_shown = kwargs.get("input_ids", args[0] if args else None)
 
 
 def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the layer what enters its attention, for policies that look at hidden states."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_passed(kwargs)
     ours = cache.cache if isinstance(cache, Overlay) else cache
     if isinstance(ours, KVCache) and "hidden" in ours.recording.needs:
-        layer: Any = cache.layers[module.layer_idx]  # type: ignore[union-attr]
+        layer: Any = cache.layers[module.layer_idx]
         layer.hidden = entered(args, kwargs)
 
 

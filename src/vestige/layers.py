@@ -69,7 +69,7 @@ class RaggedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True  # nothing is evicted between candidates being fed and some of them being taken back
     supports_early_init = False
 
     def __init__(self, cache: "KVCache", layer_idx: int) -> None:

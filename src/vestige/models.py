@@ -20,6 +20,7 @@ from vestige.errors import ModelError
 from vestige.output import OutputProjection
 from vestige.remains import Memory
 from vestige.rope import Rope, Rotation
+from vestige.upstream import CACHE_NAME
 
 TRANSFORMS_AFTER_UPDATE = {
     "diffllama": "it subtracts two attentions over halved heads of the cached keys",
@@ -272,7 +273,7 @@ def _keys_at(anatomy: Anatomy, layer_idx: int, angles: Any, positions: Tensor) -
         "hidden_states": token,
         "position_embeddings": angles(token, positions),
         "attention_mask": None,
-        "past_key_values": cache,
+        CACHE_NAME: cache,
     }
     with torch.no_grad():
         module(**given, **{name: {} for name in _required(module) if name not in given})

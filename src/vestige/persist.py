@@ -41,6 +41,7 @@ from vestige.weights import digest
 
 FORMAT = 5
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"
+_DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
 
 
 def save(cache: KVCache, path: Path) -> None:
@@ -165,6 +166,8 @@ def _foreign_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         elif isinstance(value, dict):
             tensors |= {f"{name}/{key}": x for key, x in value.items() if isinstance(x, Tensor)}
             plain[name] = {str(key): x for key, x in value.items() if isinstance(x, bool | int | None)}
+        elif isinstance(value, torch.dtype):
+            plain[name] = str(value)
         elif isinstance(value, bool | int | float | str | None):
             plain[name] = value
     return plain, tensors
@@ -231,7 +234,7 @@ def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor]
     for name, value in plain.items():
         if isinstance(value, dict):
             value = {int(key) if key.isdigit() else key: x for key, x in value.items()}
-        setattr(layer, name, value)
+        setattr(layer, name, _DTYPES.get(value, value) if isinstance(value, str) else value)
     for name, tensor in inner.items():
         attribute, _, key = name.partition("/")
         if key:
@@ -240,7 +243,7 @@ def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor]
             setattr(layer, attribute, tensor)
     first = next((x for x in inner.values() if x.is_floating_point()), None)
     if first is not None:
-        layer.dtype, layer.device = first.dtype, first.device
+        layer.device = first.device
 
 
 def _policy_to_json(policy: Policy) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vestige.cache import KVCache
 from vestige.errors import InputError
 from vestige.observe import Glance
 from vestige.policy import Prepares
+from vestige.upstream import cache_argument
 
 
 def prefill(
@@ -175,7 +176,7 @@ def forward(
     inputs: dict[str, Tensor | int] = {**padding(ids, cache, mask)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
+    out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **inputs)
     logits: Tensor = out.logits
     return logits[:, -1]
 

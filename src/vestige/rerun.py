@@ -21,6 +21,7 @@ from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
 from vestige.layers import RaggedLayer
 from vestige.policy import Policy
+from vestige.upstream import cache_argument
 
 _BLOCK = loop.QUERY_BLOCK
 
@@ -155,7 +156,7 @@ def rerun(
     ids = torch.stack([row[real][at.cpu()] for row, real in zip(cache.ids, cache.real, strict=True)])
     positions = at.expand(len(ids), -1)
     with contextlib.suppress(Enough):
-        cache.anatomy.decoder(input_ids=ids.to(at.device), position_ids=positions, past_key_values=overlay)
+        cache.anatomy.decoder(input_ids=ids.to(at.device), position_ids=positions, **cache_argument(overlay))
     layers: list[Any] = overlay.layers
     return {one.layer.layer_idx: one.pairs for one in layers if one.pairs is not None}
 

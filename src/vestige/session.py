@@ -28,6 +28,7 @@ from vestige.remains import Memory
 from vestige.report import Report
 from vestige.spans import Closing, Span
 from vestige.turns import Turns
+from vestige.upstream import cache_argument
 
 _BOOKS, _CACHE, FORMAT = "session.json", "cache", 1
 
@@ -255,7 +256,7 @@ class Session:
         out: Any = generator.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self.cache,
+            **cache_argument(self.cache),
             max_new_tokens=room,
             pad_token_id=pad,
             streamer=None if on_text is None else _Streamer(self.turns, on_text),

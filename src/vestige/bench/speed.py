@@ -29,6 +29,7 @@ from vestige.clock import now
 from vestige.errors import InputError, VestigeError
 from vestige.policy import Policy
 from vestige.reading import prefill
+from vestige.upstream import cache_argument
 
 _WARM_UP = 8
 LONG = 16_384
@@ -266,7 +267,7 @@ def _read_plain(model: PreTrainedModel, ids: Int[Tensor, "batch length"], chunk:
     """Read in chunks with nothing evicted, as a DynamicCache does."""
     cache = DynamicCache(config=model.config)
     for piece in ids.split(chunk, dim=1):
-        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=piece, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -308,7 +309,7 @@ def _time_decodes(
 def _decode(model: PreTrainedModel, cache: Cache, token: Int[Tensor, "batch 1"], steps: int) -> float:
     started = now(token.device)
     for _ in range(steps):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=token, **cache_argument(cache), use_cache=True).logits
         token = logits[:, -1:].argmax(-1)
     return now(token.device) - started
 

@@ -15,6 +15,7 @@ from vestige.clock import now
 from vestige.joining import join, joinable
 from vestige.policies import Full
 from vestige.reading import forward, padding, prefill
+from vestige.upstream import cache_argument
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Asked:
         if not fed.numel():
             return self.logits[:, None].float()
         with aside(self.cache) as cache:
-            later = self.model(input_ids=fed, past_key_values=cache, use_cache=True, **padding(fed, cache)).logits
+            later = self.model(input_ids=fed, **cache_argument(cache), use_cache=True, **padding(fed, cache)).logits
         return torch.cat([self.logits[:, None], later], 1).float()
 
 

@@ -15,6 +15,7 @@ from vestige.bench.weigh import Scales
 from vestige.clock import now
 from vestige.errors import InputError, VestigeError
 from vestige.models import check
+from vestige.upstream import cache_argument
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "hqq": {"nbits": 4, "axis_key": 1, "axis_value": 1},  # transformers' own axes, 0, do not suit hqq
@@ -113,7 +114,8 @@ class CachePeer(Peer):
 
     @torch.no_grad()
     def _feed(self, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        out = self.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = out.logits
         return logits[:, -1]
 
     def _tensor(self, ids: tuple[int, ...], copies: int) -> torch.Tensor:

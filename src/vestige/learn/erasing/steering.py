@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from vestige.adapter import Adapter
 from vestige.spans import Span
+from vestige.upstream import cache_argument
 
 Layer = tuple[Float[Tensor, "1 kv_heads _seen head_dim"], Float[Tensor, "1 kv_heads _seen value_dim"]]
 """Keys and values of one layer."""
@@ -31,7 +32,7 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "1 seen"], before: Sequence[La
     """
     cache = _cache(model, before)
     with torch.no_grad():
-        model.base_model(input_ids=ids, past_key_values=cache)
+        model.base_model(input_ids=ids, **cache_argument(cache))
     return _layers(cache)
 
 
@@ -51,7 +52,7 @@ def steer(
     for span in spans:
         cache = _cache(model, [(keys[:, :, : span.start], values[:, :, : span.start]) for keys, values in current])
         with attention(model, "eager"), adapter.applied(model):
-            model.base_model(input_ids=ids[:, span.start : span.end], past_key_values=cache)
+            model.base_model(input_ids=ids[:, span.start : span.end], **cache_argument(cache))
         current = [
             (
                 torch.cat([new[0], old[0][:, :, span.end :]], 2),
@@ -74,7 +75,7 @@ def logits_over(
         last: Logits wanted.
     """
     with attention(model, "eager"):
-        out = model(input_ids=ids, past_key_values=_cache(model, layers), logits_to_keep=last)
+        out = model(input_ids=ids, **cache_argument(_cache(model, layers)), logits_to_keep=last)
     logits: Tensor = out.logits[0]
     return logits.float()
 
@@ -91,7 +92,7 @@ def reply(
     said: list[int] = []
     with torch.no_grad():
         while len(said) < limit:
-            token = int(model(input_ids=fed, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+            token = int(model(input_ids=fed, **cache_argument(cache), logits_to_keep=1).logits[0, -1].argmax())
             said.append(token)
             if token in stop:
                 break

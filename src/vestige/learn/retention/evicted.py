@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from vestige.kernels import AttentionScale, loop
 from vestige.learn.retention.gated import BLOCK, Attended, Keys, Queries, Values, attending
 from vestige.learn.retention.states import entering
+from vestige.upstream import CACHE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Text:
     """Read a text."""
     with entering(model) as states:
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    return Text(cache=out.past_key_values, states=states)
+    return Text(cache=out[CACHE_NAME], states=states)
 
 
 def asked_behind(
@@ -89,7 +90,7 @@ def asked_behind(
         at: Places in ``ids``.
         fading: What is left of the text; None is all.
     """
-    given: dict[str, Any] = {"input_ids": ids, "past_key_values": copy.deepcopy(text.cache), "logits_to_keep": at}
+    given: dict[str, Any] = {"input_ids": ids, CACHE_NAME: copy.deepcopy(text.cache), "logits_to_keep": at}
     if fading is None:
         out = model(**given, use_cache=True)
     else:

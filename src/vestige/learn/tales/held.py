@@ -18,6 +18,7 @@ from vestige.policies import Full
 from vestige.policy import Policy
 from vestige.reading import prefill
 from vestige.remains import Memory
+from vestige.upstream import cache_argument
 
 Question = tuple[Tensor, Tensor]
 """Ids of a question, ``1 question``, and of its answer, `` answer``."""
@@ -90,7 +91,7 @@ def _answered(
         prefill(model, told.context.to(device), cache)
         for question, answer in told.asked:
             fed = torch.cat([question, answer[None, :-1]], 1).to(device)
-            out = model(input_ids=fed, past_key_values=cache.fork(), logits_to_keep=len(answer))
+            out = model(input_ids=fed, **cache_argument(cache.fork()), logits_to_keep=len(answer))
             logits, target = out.logits[0].float(), answer.to(device)
             exact = bool((logits.argmax(-1) == target).all())
             found.append((float(cross_entropy(logits, target)), exact))
