@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vestige import Budget, BudgetError, InputError, KVCache, PolicyError, Span, attach, policies, prefill
+from vestige import Budget, BudgetError, CacheError, InputError, KVCache, PolicyError, Span, attach, policies, prefill
 from vestige.policies import POLICIES
 from vestige.reading import finish
 from vestige.testing import TINY, left_padded, random_ids, tiny
@@ -364,10 +364,70 @@ def test_queries_lost_to_a_crop_are_not_taken_for_others():
         cropped.crop(-3)
         prefill(model, ids[:, :27], fresh)
     for layer, other in zip(cropped.evictable, fresh.evictable, strict=True):
-        (got,) = layer.rings["queries"].latest((27,), cropped.ring_floor)
-        (full,) = other.rings["queries"].latest((27,), fresh.ring_floor)
+        (got,) = layer.rings["queries"].latest((27,))
+        (full,) = other.rings["queries"].latest((27,))
         assert got.shape[1] == 5 and full.shape[1] == 8
         torch.testing.assert_close(got, full[:, -5:])
+
+
+@pytest.mark.parametrize("back", [12, 20])
+def test_records_of_several_lengths_know_what_a_crop_took_from_each(back):
+    """A short record has lost all its rows, a long one some."""
+    model, longer = tiny("llama"), policy("snapkv", 100, observed=16)
+    ids, chosen = random_ids(model, 1, 40), policy("snapkv", 14, observed=4)
+    with torch.no_grad(), attach(model):
+        cache = KVCache(model, chosen, observers=[longer])
+        prefill(model, ids, cache, settle=False)
+        cache.crop(-back)
+        for name, size in (("long", 16), ("short", 4)):
+            one = cache if name == "long" else cache.fork(chosen)
+            fresh = KVCache(model, longer if name == "long" else chosen)
+            prefill(model, ids[:, : 40 - back], fresh, settle=False)
+            (got,) = one.evictable[1].rings["queries"].latest(one.seen)
+            (full,) = fresh.evictable[1].rings["queries"].latest(fresh.seen)
+            left = min(max(16 - back, 0), size)
+            assert got.shape[1] == left
+            torch.testing.assert_close(got, full[:, full.shape[1] - left :])
+
+
+def test_a_settle_with_all_queries_taken_back_waits_for_the_next_ones():
+    model = tiny("llama")
+    ids = random_ids(model, 1, 50)
+    with torch.no_grad(), attach(model):
+        cache = KVCache(model, policy("snapkv", 14, observed=4))
+        prefill(model, ids, cache, settle=False)
+        cache.crop(-10)
+        held = cache.held
+        cache.settle()
+        assert cache.held == held, "there is nothing to judge by"
+        prefill(model, ids[:, 40:42], cache)
+        assert cache.held == 14 * cache.footprint().rows
+
+
+@pytest.mark.parametrize("tokens", [None, 14])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_forward_that_died_midway_can_be_taken_back(layer, tokens):
+    model = tiny("llama")
+    ids, nxt = random_ids(model, 1, 40), random_ids(model, 1, 3, seed=2)
+    cache = KVCache(model, policies.Full() if tokens is None else policy("snapkv", tokens, observed=4))
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), attach(model):
+        prefill(model, ids, cache)
+        twin = cache.fork()
+        hook = model.model.layers[layer].mlp.register_forward_hook(die)
+        with pytest.raises(KeyboardInterrupt):
+            prefill(model, nxt, cache, settle=False)
+        hook.remove()
+        if layer == 0:  # others have nothing of it
+            with pytest.raises(CacheError, match="died midway"):
+                cache.crop(-2)
+        cache.crop(-3)
+        assert cache.seen == (40,) and cache.held == twin.held
+        expected = prefill(model, nxt, twin, settle=False)
+        torch.testing.assert_close(prefill(model, nxt, cache, settle=False), expected)
 
 
 @pytest.mark.parametrize("evicted", [False, True])

@@ -194,6 +194,13 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
         Adapter.load(tmp_path / "a", tiny("llama", hidden_size=96, head_dim=24))
 
 
+def test_an_adapter_at_hand_of_another_model_is_refused():
+    model, ids = tiny("llama"), random_ids(tiny("llama"), 1, 40)
+    cache = read(model, ids)
+    with pytest.raises(ModelError, match="made for another model"):
+        erase(cache, SPAN, Learned(adapter=trained(tiny("llama", seed=1))), model=model, input_ids=ids)
+
+
 def test_a_model_without_a_shipped_eraser_is_told_how_to_get_one():
     model = tiny("llama")
     ids = random_ids(model, 1, 40)

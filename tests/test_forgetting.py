@@ -7,7 +7,7 @@ import torch
 
 from conftest import random_latent
 from vestige import Budget, KVCache, Span, attach, erase, forget, policies, prefill
-from vestige.erasers import Drop, Learned
+from vestige.erasers import Blend, Drop, Learned, Repair, Shift
 from vestige.memory import Linear, Moments, Slots
 from vestige.remains import Absorbed, Evicted, Forgotten
 from vestige.spans import within
@@ -61,6 +61,51 @@ def test_what_is_left_is_the_memory_that_never_had_the_spans(spans, memory):
         assert all(cache.forget(span) is Forgotten.EXACT for span in spans)
         assert forget(cache, spans[0], model=MODEL) is Forgotten.EXACT, "nothing is subtracted twice"
         same(cache, without(cache, whole, spans, memory))
+
+
+@pytest.mark.parametrize("memory", [MEMORY, SLOTS], ids=["linear", "slots"])
+def test_spans_that_overlap_are_forgotten_once(memory):
+    ids = random_ids(MODEL, 1, 40)
+    cache, whole = read(ids, memory), read(ids, memory, policy=policies.Full())
+    with attach(MODEL):
+        for span in (Span(8, 13), Span(10, 20), Span(6, 9)):
+            assert forget(cache, span, model=MODEL) is Forgotten.SUBTRACTED
+        same(cache, without(cache, whole, [Span(6, 20)], memory))
+
+
+def test_what_comes_to_pairs_that_are_out_already_cannot_be_told_from_them():
+    """Heads evict different tokens at different times: of a token that is out, a pair that was held may come later."""
+    ids = random_ids(MODEL, 1, 60)
+    cache = read(ids[:, :40])
+    with attach(MODEL), torch.no_grad():
+        assert forget(cache, Span(24, 34), model=MODEL) is Forgotten.SUBTRACTED  # 30 to 33 are held
+        prefill(MODEL, ids[:, 40:], cache)  # and go now
+        assert forget(cache, Span(24, 34), model=MODEL) is Forgotten.IMPOSSIBLE
+        assert forget(cache, Span(10, 20), model=MODEL) is Forgotten.SUBTRACTED
+        loaded = cache.fork()
+        assert forget(loaded, Span(24, 34), model=MODEL) is Forgotten.IMPOSSIBLE
+
+
+@pytest.mark.parametrize("eraser", [Shift(), Repair(), Blend()], ids=lambda one: type(one).__name__)
+def test_what_follows_a_span_that_closed_was_read_with_it_in_view_and_cannot_be_had_again(eraser):
+    ids = random_ids(MODEL, 1, 40)
+    cache = KVCache(MODEL, KEPT, memory=MEMORY)
+    with attach(MODEL), torch.no_grad():
+        prefill(MODEL, ids, cache, settle=False)
+        erase(cache, Span(10, 16), eraser, model=MODEL, input_ids=ids)
+        cache.settle()
+        assert forget(cache, Span(12, 20), model=MODEL) is Forgotten.IMPOSSIBLE
+        assert forget(cache, Span(4, 9), model=MODEL) is Forgotten.SUBTRACTED
+
+
+def test_slots_as_they_are_stored_by_default_forget_up_to_rounding():
+    ids, memory = random_ids(MODEL, 1, 40), Slots(latent=random_latent(MODEL, "slots"))
+    cache, whole = read(ids, memory), read(ids, memory, policy=policies.Full())
+    with attach(MODEL):
+        assert forget(cache, Span(8, 13), model=MODEL) is Forgotten.SUBTRACTED
+    for layer, state in zip(cache.evictable, without(cache, whole, [Span(8, 13)], memory), strict=True):
+        for name in state:
+            torch.testing.assert_close(layer.remains.state[name], state[name], atol=1e-2, rtol=1e-2)
 
 
 def test_a_span_of_which_nothing_was_absorbed_costs_nothing():

@@ -107,7 +107,7 @@ def test_the_ring_holds_the_latest_queries_in_order():
                 model(ids[:, i : i + 1], **cache_argument(cache))
         finally:
             RaggedLayer.show = record
-    (latest,) = cache.evictable[1].rings["queries"].latest(cache.seen, cache.ring_floor)
+    (latest,) = cache.evictable[1].rings["queries"].latest(cache.seen)
     assert torch.equal(latest, torch.cat(seen, 2)[0, :, -5:])
 
 

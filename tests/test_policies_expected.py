@@ -31,7 +31,7 @@ def compactor(**options: Any) -> policies.Compactor:
 
 def moments_of(cache: KVCache) -> list[tuple[Moments, ...]]:
     """Return, by layer, what a policy would be shown of each batch row."""
-    return [layer.rings["query_moments"].latest(cache.seen, cache.ring_floor) for layer in cache.evictable]
+    return [layer.rings["query_moments"].latest(cache.seen) for layer in cache.evictable]
 
 
 def assert_same_moments(left: Any, right: Any, tolerance: float = 1e-5) -> None:

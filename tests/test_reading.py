@@ -7,6 +7,7 @@ from packaging.version import Version
 
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, attach, policies, prefill
 from vestige.reading import announce, finish, forward, replay
+from vestige.records import Ring
 from vestige.testing import left_padded, random_ids, tiny
 from vestige.upstream import cache_argument
 
@@ -274,7 +275,7 @@ def test_a_padded_turn_behind_an_eviction_gives_the_logits_it_gives_when_all_are
 
 def traces(cache) -> list:
     """Return everything that a forward leaves in a cache, pairs and rings included, but for the slack of its rows."""
-    found = [cache.ids.tolist(), cache.real.tolist(), cache.seen, vars(cache.schedule).copy(), list(cache.ring_floor)]
+    found = [cache.ids.tolist(), cache.real.tolist(), cache.seen, vars(cache.schedule).copy()]
     found += [cache.step, cache.recording, cache.padded]
     for layer in cache.layers:
         found += [
@@ -284,7 +285,9 @@ def traces(cache) -> list:
         for row in range(getattr(layer, "rows", 0)):
             pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
             tensors += [column[pairs] for _, column in sorted(layer.columns.items())]
-        tensors += [ring.data for _, ring in sorted(getattr(layer, "rings", {}).items())]
+        rings = [ring for _, ring in sorted(getattr(layer, "rings", {}).items())]
+        found += [list(ring.floor) for ring in rings if isinstance(ring, Ring)]
+        tensors += [ring.data for ring in rings]
         found += [tensor.tolist() for tensor in tensors]
     return found
 

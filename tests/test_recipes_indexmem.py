@@ -9,6 +9,7 @@ import torch
 from vestige import KVCache, attach, memory, policies, prefill
 from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
+from vestige.bench.rows import MEANS, MEDIANS, aggregate
 from vestige.budget import Budget
 from vestige.recipes import equal, indexmem, restored, standing
 from vestige.testing import random_ids, tiny
@@ -65,10 +66,10 @@ def test_the_runs_are_what_was_asked_for():
 
 def test_a_map_has_the_needles_of_each_length_and_depth():
     part = indexmem.parts(MODEL)["agnostic"]
-    given = records(part, indexmem.OURS, "none", "0.1", 1, 0) + records(part, "full", "none", "1.0", 1, 1)
+    given = records(part, indexmem.OURS, "none", "0.1", 1, 0) + records(part, "full", "none", "1.0", 1)
     given += records(part, indexmem.OURS, "none", "0.05", 1)
-    placed = [record | {"task": "niah", "tags": {"depth": record["index"] / 4}} for record in given]
-    shown = indexmem.needles([(record, part.budget_of(record)) for record in placed])
+    failed = {"task": "niah", "length": 4096, "n": 0, "error": "no room", **given[0]["arm"]}
+    shown = indexmem.needles([(row, part.budget_of({"arm": row})) for row in [*rows_of(given), failed]])
     assert all(said in shown for said in ("25%", "4,096", ">indexmem", ">full", "1.00", "0.00"))
 
 
@@ -77,9 +78,29 @@ def records(part, policy: str, name: str, fraction: str, *scores: float) -> list
     key = next((key for key, value in part.fractions.items() if key[:2] == (policy, name) and value == fraction), None)
     arm = (whole if key is None else {"policy": policy, "memory": name, "budget": key[2]}) | {"share": None}
     return [
-        {"task": "t", "index": i, "length": 4096, "score": score, "kv_bytes": 1e6, "arm": arm | {"peer": None}}
+        {
+            "task": "niah",
+            "index": i,
+            "length": 4096,
+            "score": float(score),
+            "kv_bytes": 1e6,
+            "arm": arm | {"peer": None},
+        }
+        | {"tags": {"depth": i / 4}}
         for i, score in enumerate(scores)
     ]
+
+
+def rows_of(given: list[dict]) -> list[dict]:
+    """Return the rows of records that say no more than a verdict needs."""
+    unsaid = dict.fromkeys((*MEANS, *MEDIANS), 0.0) | {
+        "batch": 1,
+        "turns": [0],
+        "kept": [],
+        "note": None,
+        "revision": "",
+    }
+    return aggregate([unsaid | record for record in given], [], {})
 
 
 def test_a_memory_is_beside_the_same_policy_without_one_at_equal_bytes():
@@ -109,10 +130,13 @@ def test_the_summary_is_of_what_is_there(tmp_path):
         given += records(part, rest[0], "none", "0.1", 1, 1)
         given += records(part, rest[0], "moments", "0.1", 1, 0) if name.startswith("memories") else []
         (tmp_path / name).mkdir()
-        given = [record | {"task": "niah", "tags": {"depth": 0.5}} for record in given]
         (tmp_path / name / "samples.jsonl").write_text("\n".join(map(json.dumps, given)))
+        (tmp_path / name / "rows.json").write_text(json.dumps({"rows": rows_of(given)}))
     indexmem.summary(tmp_path, made)
     said = (tmp_path / "verdict.md").read_text()
+    (tmp_path / "agnostic" / "samples.jsonl").unlink()  # samples are not committed; what they came to is
+    indexmem.summary(tmp_path, made)
+    assert (tmp_path / "verdict.md").read_text() == said
     for shown in ("## agnostic", "## map-1024", "| moments | 2 | 1.00 | 0.50 | -0.50", "+0.50", "needles.svg"):
         assert shown in said
     assert "## map-4096" not in said and (tmp_path / "scores-map-1024.svg").exists()
@@ -136,7 +160,9 @@ def test_a_memory_that_keeps_each_pair_gives_back_what_an_eviction_took(chatter)
             exact = found[policy, EXACT, budget]  # more centroids than pairs
             assert exact["lost"] == one["lost"] and exact["error"] < 1e-6 < 1e-4 < one["error"]
     known = [one["arm"] for one in found.values()]
-    assert not list(restored.measure(config, model, tokenizer, done=lambda task, length, index, arm: arm in known))
+    assert not list(
+        restored.measure(config, model, tokenizer, known=lambda task, length, index, arm, *of: arm in known)
+    )
     rows = {(row["policy"], row["budget"], row["memory"]): row for row in restored.rows_of(found.values())}
     assert rows["random", "0.4", "none"]["left"] == 1.0 and rows["random", "0.4", EXACT]["left"] < 1e-2
     said = restored.table(rows.values()).splitlines()

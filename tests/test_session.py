@@ -156,6 +156,33 @@ def test_an_empty_message_is_refused_and_an_interrupt_takes_the_turn_back(talk, 
     assert talk.send(SAY[2], max_new_tokens=4)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_interrupt_in_the_midst_of_a_forward_takes_the_turn_back_too(talk, chatter, layer):
+    """Nearly all the time of a reply is spent there."""
+    model, twin, calls = chatter[0], talk.fork(), []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[layer].mlp.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        talk.send(SAY[2], max_new_tokens=9)
+    hook.remove()
+    assert talk.cache.seen == twin.cache.seen and talk.messages == twin.messages
+    assert talk.cache.schedule == twin.cache.schedule, "no speculation was seen"
+    assert talk.send(SAY[2], max_new_tokens=8) == twin.send(SAY[2], max_new_tokens=8)
+
+
+def test_a_message_of_a_short_talk_can_be_taken_out_under_a_fraction(chatter):
+    """A fraction that nobody announced a length for never asks for less than sink and window."""
+    session = Session(*chatter, policies.SnapKV(budget=Budget.fraction(0.1)))
+    for text in SAY:
+        session.send(text, max_new_tokens=3)
+    assert session.erase(message=0).exact and session.send("And lamp 7?", max_new_tokens=3)
+
+
 # Kept on disk.
 
 

@@ -87,6 +87,10 @@ class Adapter(nn.Module):
         shapes = [(module.out_features, module.in_features) for module in found.values()]
         return Adapter(config, shapes).to(model.device)
 
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """Raise a ModelError unless the adapter was made for a model, or its maker did not say for which."""
+        _require_base(self.config.base, model, "this adapter")
+
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
         """Switch the additions on."""
@@ -145,8 +149,7 @@ class Adapter(nn.Module):
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(f"the adapter in {folder} is damaged: {error!r}") from None
         names = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})
-        if base and base != check(model).fingerprint():
-            raise ModelError(f"the adapter in {folder} was made for another model or other weights")
+        _require_base(base, model, f"the adapter in {folder}")
         modules = dict(model.named_modules())
         pairs = [_fitting(modules.get(name), tensors, name, folder) for name in names]
         config = AdapterConfig(rank=rank, alpha=alpha, modules=tuple(names), base=base)
@@ -154,6 +157,11 @@ class Adapter(nn.Module):
         for (down, up), own_down, own_up in zip(pairs, adapter.down, adapter.up, strict=True):
             own_down.data, own_up.data = down.float(), up.float()
         return adapter.to(model.device)
+
+
+def _require_base(base: str, model: PreTrainedModel, what: str) -> None:
+    if base and base != check(model).fingerprint():
+        raise ModelError(f"{what} was made for another model or other weights")
 
 
 def _fitting(module: Any, tensors: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,6 @@ class KVCache(Cache):
         """What was erased and kept its positions: every replay of the ids leaves it out."""
         self.step: Step | None = None
         self.seen: tuple[int, ...] = ()
-        self.ring_floor: list[int] = []
         self.peak_kv_bytes = 0
         self.evict_s = 0.0
         self.annotate_s = 0.0
@@ -148,7 +147,8 @@ class KVCache(Cache):
     def settle(self, *, reading: bool = False, coming: int = 0) -> None:
         """Bring every batch row down to its limit: total, or between chunks total x the policy's reading slack.
 
-        Does nothing where held is within the limit: then no bit of the cache changes.
+        Does nothing where held is within the limit: then no bit of the cache changes. Waits for the next tokens where
+        the policy looks at the latest queries and all of them were taken back.
 
         Args:
             reading: Between chunks.
@@ -159,6 +159,11 @@ class KVCache(Cache):
             BudgetError: The protected pairs do not fit. The cache is unchanged.
         """
         if not self.policy.evicts or not self.seen or (reading and math.isinf(self.policy.reading_slack)):
+            return
+        looked_at = [
+            layer.rings[name] for layer in self.evictable for name in self.policy.ring_sizes if name in layer.rings
+        ]
+        if any(ring.blank(self.seen) for ring in looked_at):
             return
         self._check_whole()
         started = time.perf_counter()
@@ -225,7 +230,7 @@ class KVCache(Cache):
         for name in _SHARED:
             setattr(twin, name, getattr(self, name))
         twin.schedule = Schedule(**vars(self.schedule))
-        twin.ring_floor, twin.fed, twin.absorbed = list(self.ring_floor), self.fed.copy(), self.absorbed.copy()
+        twin.fed, twin.absorbed = self.fed.copy(), self.absorbed.copy()
         twin.layers = [
             layer.copy_to(twin) if isinstance(layer, RaggedLayer) else copy_layer(layer) for layer in self.layers
         ]
@@ -332,7 +337,6 @@ class KVCache(Cache):
                 "repeat its rows first with cache.batch_repeat_interleave(n)"
             )
         self.seen = self.seen or (0,) * batch
-        self.ring_floor = self.ring_floor or [0] * batch
         if check:
             check_positions(self.seen, positions, valid)
         if not self.schedule.reading and new > self.schedule.chunk:
@@ -400,7 +404,7 @@ class KVCache(Cache):
         """
         books = {name: getattr(self, name) for name in ("step", "seen", "recording", "fed", "schedule")}
         others = {i: copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
-        padded = [layer.padded_seen for layer in self.evictable]
+        padded = self.evictable[0].padded_seen
         self.recording = replace(self.recording, ring_sizes={}, watchers=(watch,), layer_watchers=())
         self.fed = self.fed.copy()
         self.schedule = replace(self.schedule, reading=True)
@@ -411,9 +415,7 @@ class KVCache(Cache):
                 setattr(self, name, value)
             for i, layer in others.items():
                 self.layers[i] = layer
-            for layer, before in zip(self.evictable, padded, strict=True):
-                layer.crop(before - layer.padded_seen)
-                layer.step_number = 0 if self.step is None else self.step.number
+            self._crop_layers(padded)
 
     def note_peak(self, extra: int = 0) -> None:
         """Remember the largest bytes so far; ``extra`` are those of a copy under construction."""
@@ -438,29 +440,40 @@ class KVCache(Cache):
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens). What was evicted is not restored.
 
-        A memory keeps what it absorbed of them.
+        A memory keeps what it absorbed of them. A forward that died midway can be taken back as any other.
 
         Raises:
             InputError: A positive number, or more tokens than were seen. The cache is unchanged.
+            CacheError: The last forward died midway, and its tokens are not all taken back, or the model has layers of
+                other kinds (sliding, linear), which cannot say how far they came. The cache is unchanged.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 counts candidates in a tensor
         padded = self.fed.ids.shape[1]
         if tokens_to_remove > 0 or -tokens_to_remove > padded:
             raise InputError(f"crop takes a number from {-padded} to 0: the tokens to remove; got {tokens_to_remove}")
-        self._check_whole()
+        left = padded + tokens_to_remove
         others: list[Any] = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
+        if others or any(layer.padded_seen < left for layer in self.evictable):
+            self._check_whole()
         for layer in others:
             layer.crop(tokens_to_remove)
         if tokens_to_remove == 0:
             return
-        gone = self.fed.crop(tokens_to_remove)
-        self.ring_floor = [max(f, s - self.recording.longest) for f, s in zip(self.ring_floor, self.seen, strict=True)]
-        self.seen = tuple(s - g for s, g in zip(self.seen, gone, strict=True))
+        before, gone = self.seen, self.fed.crop(tokens_to_remove)
+        self.seen = tuple(s - g for s, g in zip(before, gone, strict=True))
         self.absorbed.crop(self.seen)
         self.erased = tuple(Span(s.start, min(s.end, max(self.seen))) for s in self.erased if s.start < max(self.seen))
         for evictable in self.evictable:
-            evictable.crop(tokens_to_remove)
+            for ring in evictable.rings.values():
+                ring.crop(before, self.seen)
+        self._crop_layers(left)
         self.schedule.taken_back(-tokens_to_remove)
+
+    def _crop_layers(self, left: int) -> None:
+        """Take back all but the first ``left`` tokens of each layer, however many it stored."""
+        for layer in self.evictable:
+            layer.crop(left - layer.padded_seen)
+            layer.step_number = 0 if self.step is None else self.step.number
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace batch row b by batch row ``beam_idx[b]``, as beam search asks."""
@@ -480,7 +493,6 @@ class KVCache(Cache):
     def _reorder_books(self, rows: Tensor) -> None:
         order = rows.tolist()
         self.seen = tuple(self.seen[b] for b in order)
-        self.ring_floor = [self.ring_floor[b] for b in order]
         self.lengths = self.lengths and tuple(self.lengths[b] for b in order)
         self.absorbed = self.absorbed.select(order)
         self.fed.reorder(rows)

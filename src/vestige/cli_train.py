@@ -226,7 +226,10 @@ def train_indexmem(
     heads: Annotated[int, typer.Option(help="Index heads for each KV head.", min=1)] = 1,
     dim: Annotated[int, typer.Option(help="Of each KV head's part of the index key.", min=1)] = 8,
     memory: Annotated[
-        list[str] | None, typer.Option(help="A memory to train: linear or slots; may be repeated. Default: both.")
+        list[str] | None,
+        typer.Option(
+            help="A memory to train: linear or slots; may be repeated. Default: both; none: the indexer alone."
+        ),
     ] = None,
     width: Annotated[
         int | None, typer.Option(help="Of the memories' projections; default: 32, 16 slots.", min=1)
@@ -253,6 +256,7 @@ def train_indexmem(
     from vestige.learn.indexmem.task import IndexMemOptions
     from vestige.learn.indexmem.training import IndexMemTraining
 
+    kinds = () if memory == ["none"] else tuple(dict.fromkeys(map(kind_of, memory or KINDS)))
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed, schedule)
     first = steps // 2 if alone is None else alone
     options = IndexMemOptions(
@@ -261,7 +265,7 @@ def train_indexmem(
     )  # fmt: skip
     training = IndexMemTraining(
         data=tuple(data), field=field, loop=loop, options=options, heads=heads, dim=dim, apart=apart,
-        memories=tuple(dict.fromkeys(map(kind_of, memory or KINDS))), width=width, decays=decays, asks=asks,
+        memories=kinds, width=width, decays=decays, asks=asks,
         validation=validation,
     )  # fmt: skip
     _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)

@@ -61,8 +61,9 @@ def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
     new = ids.shape[1]
     cache.fed.add(ids, real)
     cache.seen = tuple(s + int(n) for s, n in zip(cache.seen or (0,) * len(ids), real.sum(1), strict=True))
-    cache.ring_floor = list(cache.seen)
     for layer in cache.evictable:
+        for ring in layer.rings.values():
+            ring.skip(cache.seen)
         layer.padded_seen += new
         if layer.is_initialized:
             layer.keep(*layer.live_slots())
@@ -93,9 +94,9 @@ def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: Closing, rope: Rope
     for name, ring in layer.rings.items():
         if not isinstance(ring, Ring):
             continue
-        fresh = torch.zeros_like(ring.data)
-        for b, rows in enumerate(ring.latest(cache.seen, cache.ring_floor)):
-            before = torch.arange(cache.seen[b] - rows.shape[1], cache.seen[b], device=rows.device)
+        fresh, begins = torch.zeros_like(ring.data), ring.begins(cache.seen)
+        for b, rows in enumerate(ring.latest(cache.seen)):
+            before = torch.arange(begins[b], cache.seen[b], device=rows.device)
             stays = ~within(before, closing.spans)
             rows, before = rows[:, stays], before[stays]
             after = closing.moved(before)
@@ -103,15 +104,13 @@ def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: Closing, rope: Rope
                 still = rope.unrotate(rows.float(), before, layer.layer_idx)
                 rows = rope.rotate(still, after, layer.layer_idx).to(ring.data.dtype)
             fresh[b][:, after % ring.size] = rows
-        layer.rings[name] = Ring(fresh)
+        layer.rings[name] = Ring(fresh, list(map(closing.at, begins)))
 
 
 def _close_books(cache: KVCache, closing: Closing) -> None:
-    longest = cache.recording.longest
-    floors = [max(f, s - longest) for f, s in zip(cache.ring_floor, cache.seen, strict=True)]
-    cache.ring_floor = [closing.at(floor) for floor in floors]
     places = torch.where(cache.real, cache.real.cumsum(1) - 1, -1)
     cache.fed.select(~within(places, closing.spans))
     cache.seen = tuple(map(closing.at, cache.seen))
+    cache.absorbed.moved(closing, len(cache.seen))
     cache.lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
     cache.pins, cache.erased = closing.over(cache.pins), closing.over(cache.erased)

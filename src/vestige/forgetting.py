@@ -37,7 +37,7 @@ class Release:
 
         The ids up to the last one's end are read again, in one piece and with nothing evicted, to have their pairs once
         more. They are those that were absorbed, up to rounding, if nothing had been evicted when they were first read;
-        if something had, the spans cannot be forgotten.
+        if something had, or an eraser has moved what comes before them, the spans cannot be forgotten.
 
         Args:
             cache: Not changed.
@@ -74,7 +74,8 @@ def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedMod
 
     Returns:
         ``EXACT`` if none of their pairs was ever absorbed, ``SUBTRACTED`` if those that were are out now, at the cost
-        of reading up to their end once more, else ``IMPOSSIBLE``, and then nothing is changed.
+        of reading up to their end once more, else ``IMPOSSIBLE``, and then nothing is changed. What is left is exact up
+        to how the memory rounds what it stores: of ``slots`` in float16 that were nearly emptied, a few percent.
     """
     release = Release.of(cache, (spans,) if isinstance(spans, Span) else sorted(spans), model)
     release.carry_out()
@@ -83,23 +84,26 @@ def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedMod
 
 def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
     """Return whether pairs can be subtracted: not from a memory that is no plain sum, nor pairs that no reading gives
-    again, of embeddings, behind what an eraser changed, or read when something had been evicted already."""
+    again (of embeddings, behind what an eraser changed, or read when something had been evicted already), nor beside
+    pairs of the same tokens, of other heads, that are out already."""
     fed, end = not bool((cache.ids[cache.real] < 0).any()), spans[-1].end
     changed = any(one.start < end for one in cache.erased)
     replayable = all(end <= most for most in cache.absorbed.replayable.values())
-    return cache.ready is not None and cache.ready.releases and fed and not changed and replayable
+    again = any(map(cache.absorbed.again, spans))
+    return cache.ready is not None and cache.ready.releases and fed and not changed and replayable and not again
 
 
 def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, Remains]:
-    """Return what remains without the pairs of spans that a cache no longer holds; a twin holds all of them."""
-    found = {}
+    """Return what remains without the pairs of spans that a cache no longer holds, and that are not out already; a twin
+    holds all of them."""
+    found, out = {}, cache.absorbed.released
     for layer, again in zip(cache.evictable, twin.evictable, strict=True):
         if layer.remains is None:
             continue
         slots, lengths = [], []
         for row in range(layer.rows):
             places = again.positions(row)
-            gone = within(places, spans) & ~torch.isin(places, layer.positions(row))
+            gone = within(places, spans) & ~within(places, out) & ~torch.isin(places, layer.positions(row))
             slots.append(again.starts[row] + gone.nonzero()[:, 0])
             lengths.append(int(gone.sum()))
         if sum(lengths):

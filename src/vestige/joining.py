@@ -32,7 +32,6 @@ def join(caches: Sequence[KVCache]) -> KVCache:
         raise CacheError(refusal)
     twin = KVCache(caches[0].anatomy.model, Full())
     twin.seen = tuple(n for cache in caches for n in cache.seen)
-    twin.ring_floor = [0] * len(twin.seen)
     twin.fed = Fed.beside([cache.fed for cache in caches])
     nothing = torch.empty(len(twin.seen), 0, dtype=torch.int32, device=twin.anatomy.device)
     twin.step = Step(1, nothing, twin.seen, padded=False, even=False)

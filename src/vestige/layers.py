@@ -127,7 +127,10 @@ class RaggedLayer(CacheLayerMixin):
         if self.hidden is not None:
             self.record("hidden", self.hidden[:, None], step)
         new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)
-        self._append(new, step)
+        fed = self._append(new, step)
+        self.lengths = [
+            length + n for length, n in zip(self.lengths, fed, strict=True)
+        ]  # last: an interrupt undoes all
         self.padded_seen += step.new
         self.step_number = step.number
         return self._handle(key_states), self._handle(value_states)
@@ -157,7 +160,8 @@ class RaggedLayer(CacheLayerMixin):
         """Drop the slots of the last ``-tokens_to_remove`` tokens; what was evicted before does not come back, and what
         a memory absorbed stays there.
 
-        The slots become slack, so nothing is copied. Called by the cache, which knows the new length of each row.
+        The slots become slack, so nothing is copied. Called by the cache, which knows the new length of each row, and
+        has the records of queries cropped.
         """
         if not self.is_initialized:
             return
@@ -291,7 +295,7 @@ class RaggedLayer(CacheLayerMixin):
         lengths: Sequence[int],
     ) -> Observation:
         """Return what a policy may see of this layer, packed."""
-        latest = {name: ring.latest(seen, self.cache.ring_floor) for name, ring in self.rings.items()}
+        latest = {name: ring.latest(seen) for name, ring in self.rings.items()}
         packed = {name: ragged.gather(column.detach(), slots) for name, column in self.columns.items()}
         return Observation(
             layer_idx=self.layer_idx,
@@ -334,7 +338,7 @@ class RaggedLayer(CacheLayerMixin):
         size = self.cache.recording.ring_sizes.get(name, 0)
         if size:
             if name not in self.rings:
-                self.rings[name] = kind_of(name).like(new, size)
+                self.rings[name] = kind_of(name).like(new, size, step.seen)
                 self.cache.note_peak()
             self.rings[name].record(new.detach(), step)
 
@@ -381,10 +385,9 @@ class RaggedLayer(CacheLayerMixin):
     def narrow(self, annotations: frozenset[str], ring_sizes: Mapping[str, int]) -> None:
         """Forget side arrays and rings beyond those named, and make rings as short as asked."""
         self.columns = {name: x for name, x in self.columns.items() if name in PAIR or name in annotations}
-        seen, floor = self.cache.seen, self.cache.ring_floor
         kept = {name: ring for name, ring in self.rings.items() if ring_sizes.get(name)}
         self.rings = {
-            name: ring if ring.size == ring_sizes[name] else ring.shrunk(ring_sizes[name], seen, floor)
+            name: ring if ring.size == ring_sizes[name] else ring.shrunk(ring_sizes[name], self.cache.seen)
             for name, ring in kept.items()
         }
 
@@ -411,7 +414,8 @@ class RaggedLayer(CacheLayerMixin):
 
     # Storage.
 
-    def _append(self, new: dict[str, Tensor], step: Step) -> None:
+    def _append(self, new: dict[str, Tensor], step: Step) -> list[int]:
+        """Write new pairs behind each row's, and return how many each row got."""
         fed = [step.new] * self.rows
         source: Tensor | None = None
         if self.ragged and step.padded:  # pads are not stored beside evicted rows
@@ -424,22 +428,21 @@ class RaggedLayer(CacheLayerMixin):
             self._rebuild(slots, list(self.lengths), coming=fed)
         self._room -= max(fed)
         autograd = torch.is_grad_enabled() and any(x.requires_grad for x in (*new.values(), *self.columns.values()))
-        before = self.lengths
-        self.lengths = [length + n for length, n in zip(before, fed, strict=True)]
         if self.uniform and source is None and not autograd:
             for name, x in new.items():
-                self._spread(name).narrow(2, before[0], step.new).copy_(x)
-            return
+                self._spread(name).narrow(2, self.lengths[0], step.new).copy_(x)
+            return fed
         self._capacity = self._capacity if source is None else 0
         if step.new == 1 and source is None and not autograd:  # autograd keeps the index, which counting up would spoil
-            slots = self._next_slots(before)
+            slots = self._next_slots()
         else:
-            ends = [start + length for start, length in zip(self.starts, before, strict=True)]
+            ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
             slots, self._tails = ragged.packed_slots(ends, fed, self.device), None
         for name, x in new.items():
             packed = x.reshape(-1, *self.columns[name].shape[1:])
             packed = packed if source is None else packed[source]
             self.columns[name] = ragged.append(self.columns[name], slots, packed.to(self.columns[name].dtype))
+        return fed
 
     def _spread(self, name: str) -> Shaped[Tensor, "batch kv_heads capacity *rest"]:
         """Return a column of a uniform layer as one tensor, slack and all, without copying it."""
@@ -451,10 +454,10 @@ class RaggedLayer(CacheLayerMixin):
             raise PolicyError(f"pairs already in the cache have no {name!r}; give the policy before reading")
         return like.new_empty(0, *like.shape[3:])
 
-    def _next_slots(self, lengths: Sequence[int]) -> Int[Tensor, " rows"]:
+    def _next_slots(self) -> Int[Tensor, " rows"]:
         """Return each row's next free slot, counted up in place: a decode step makes no index tensor."""
         if self._tails is None:
-            ends = [start + length for start, length in zip(self.starts, lengths, strict=True)]
+            ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
             self._tails = torch.tensor(ends, device=self.device)
         else:
             self._tails += 1

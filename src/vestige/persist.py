@@ -33,13 +33,13 @@ from vestige.models import check
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policy import Policy
 from vestige.recording import Recording
-from vestige.records import kind_of
+from vestige.records import QueryMoments, Ring
 from vestige.remains import Absorbed, Memory, Remains
 from vestige.schedule import Schedule
 from vestige.spans import Span
 from vestige.weights import digest
 
-FORMAT = 5
+FORMAT = 6
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"
 _DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
 
@@ -63,6 +63,7 @@ def save(cache: KVCache, path: Path) -> None:
         "trained": [digest(one, cache.anatomy.model) for one in (cache.policy, cache.memory)],
         "absorbed": {b: [[one.start, one.end] for one in row] for b, row in cache.absorbed.ranges.items()},
         "replayable": cache.absorbed.replayable,
+        "released": [[span.start, span.end] for span in cache.absorbed.released],
         "needs": sorted(cache.recording.needs),
         "ring_sizes": dict(cache.recording.ring_sizes),
         "writers": [_policy_to_json(one) for one in cache.recording.writers if isinstance(one, Policy)],
@@ -70,7 +71,6 @@ def save(cache: KVCache, path: Path) -> None:
         "pins": [[span.start, span.end] for span in cache.pins],
         "erased": [[span.start, span.end] for span in cache.erased],
         "seen": list(cache.seen),
-        "ring_floor": cache.ring_floor,
         "prepared": cache.prepared,
         "peak_kv_bytes": cache.peak_kv_bytes,
         "evict_s": cache.evict_s,
@@ -148,6 +148,7 @@ def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]
     tensors = {f"column.{name}": ragged.gather(column, slots) for name, column in layer.columns.items()}
     plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
     tensors |= {f"ring.{name}": ring.data for name, ring in layer.rings.items()}
+    plain["floors"] = {name: ring.floor for name, ring in layer.rings.items() if isinstance(ring, Ring)}
     tensors |= {f"memory.{name}": x for name, x in layer.remains.state.items()} if layer.remains else {}
     if layer.attention is not None:
         plain |= {"scaling": layer.attention.scaling, "softcap": layer.attention.softcap}
@@ -190,12 +191,15 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
     recording = Recording.of([cache.policy, *map(_policy_from_json, books["writers"])])
     cache.recording = replace(recording, needs=frozenset(books["needs"]), ring_sizes=books["ring_sizes"])
     cache.lengths = books["lengths"] and tuple(books["lengths"])
-    cache.pins, cache.erased = (tuple(Span(*span) for span in books[name]) for name in ("pins", "erased"))
+    cache.pins, cache.erased, released = (
+        tuple(Span(*span) for span in books[name]) for name in ("pins", "erased", "released")
+    )
     cache.absorbed = Absorbed(
         {int(b): tuple(Span(*x) for x in row) for b, row in books["absorbed"].items()},
         {int(b): tokens for b, tokens in books["replayable"].items()},
+        released,
     )
-    cache.seen, cache.ring_floor = tuple(books["seen"]), list(books["ring_floor"])
+    cache.seen = tuple(books["seen"])
     cache.schedule = Schedule(**books["schedule"])
     if books["seen"]:
         cache.fed.add(tensors["ids"].cpu(), tensors["real"].bool())
@@ -220,7 +224,10 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
     for name, tensor in inner.items():
         kind, _, own_name = name.partition(".")
         kinds[kind][own_name] = tensor
-    layer.rings = {name: kind_of(name)(x) for name, x in kinds["ring"].items()}
+    floors = plain["floors"]
+    layer.rings = {
+        name: Ring(x, floors[name]) if name in floors else QueryMoments(x) for name, x in kinds["ring"].items()
+    }
     if kinds["memory"]:
         memory = layer.cache.ready
         assert memory is not None, "states are saved with the memory that owns them"

@@ -54,7 +54,7 @@ def prefill(
     announce(cache, length, len(input_ids))
     schedule, total = cache.schedule, input_ids.shape[1]
     cache.prepared = cache.prepared and not settle
-    cache.reading_to = _ends(cache, input_ids, attention_mask)
+    outer, cache.reading_to = cache.reading_to, cache.reading_to or _ends(cache, input_ids, attention_mask)
     schedule.reading, schedule.chunk = True, chunk
     logits = torch.empty(0)
     try:
@@ -69,7 +69,7 @@ def prefill(
         if settle:
             finish(model, cache, input_ids)
     finally:
-        schedule.reading, cache.reading_to = False, None
+        schedule.reading, cache.reading_to = False, outer
     return logits
 
 

@@ -32,10 +32,19 @@ class Record(Protocol):
     def record(self, new: Float[Tensor, "batch heads new dim"], step: "Step") -> None:
         """Take in new rows, pads left out."""
 
-    def latest(self, seen: Sequence[int], floor: Sequence[int]) -> tuple[Any, ...]:
-        """Return what each batch row's policy may look at."""
+    def latest(self, seen: Sequence[int]) -> tuple[Any, ...]:
+        """Return what each batch row's policy may look at, of which so many tokens were seen."""
 
-    def shrunk(self, size: int, seen: Sequence[int], floor: Sequence[int]) -> "Record":
+    def blank(self, seen: Sequence[int]) -> bool:
+        """Return whether nothing is known of the tokens that some batch row has seen."""
+
+    def crop(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Forget the rows of tokens that were taken back: each batch row saw so many before, and sees so many now."""
+
+    def skip(self, seen: Sequence[int]) -> None:
+        """Go on behind tokens of which there are no rows."""
+
+    def shrunk(self, size: int, seen: Sequence[int]) -> "Record":
         """Return a smaller record."""
 
     def select(self, rows: Sequence[int]) -> "Record":
@@ -51,15 +60,18 @@ class Ring:
 
     Args:
         data: The slots.
+        floor: First position of each batch row whose row can still be there: a crop takes later ones away, which have
+            overwritten earlier ones.
     """
 
     data: Float[Tensor, "batch heads size dim"]
+    floor: list[int]
 
     @classmethod
-    def like(cls, new: Float[Tensor, "batch heads new dim"], size: int) -> "Ring":
-        """Return an empty ring for rows such as these."""
+    def like(cls, new: Float[Tensor, "batch heads new dim"], size: int, seen: Sequence[int]) -> "Ring":
+        """Return an empty ring for rows such as these, the first of which come behind so many tokens."""
         batch, heads, _, dim = new.shape
-        return cls(new.new_zeros(batch, heads, size, dim))
+        return cls(new.new_zeros(batch, heads, size, dim), list(seen))
 
     @property
     def size(self) -> int:
@@ -85,34 +97,50 @@ class Ring:
             valid = step.valid(b)[-self.size :]
             self.data[b][:, step.positions[b, valid].long() % self.size] = new[b][:, valid]
 
-    def latest(self, seen: Sequence[int], floor: Sequence[int]) -> tuple[Float[Tensor, "heads _latest dim"], ...]:
-        """Return each batch row's rows, oldest first.
+    def latest(self, seen: Sequence[int]) -> tuple[Float[Tensor, "heads _latest dim"], ...]:
+        """Return each batch row's rows, oldest first: fewer than ``size`` where some were never there or taken back.
 
         Args:
             seen: Tokens of each batch row.
-            floor: First position of each batch row whose row can still be there (a crop takes later ones away).
         """
         found = []
-        for b, end in enumerate(seen):
-            at = torch.arange(max(floor[b], end - self.size), end, device=self.data.device)
+        for b, (begin, end) in enumerate(zip(self.begins(seen), seen, strict=True)):
+            at = torch.arange(begin, end, device=self.data.device)
             found.append(self.data[b][:, at % self.size])
         return tuple(found)
 
-    def shrunk(self, size: int, seen: Sequence[int], floor: Sequence[int]) -> "Ring":
+    def begins(self, seen: Sequence[int]) -> list[int]:
+        """Return the position of each batch row's oldest row; where there is none, the number of tokens seen."""
+        return [min(max(floor, end - self.size), end) for floor, end in zip(self.floor, seen, strict=True)]
+
+    def blank(self, seen: Sequence[int]) -> bool:
+        """Return whether some batch row has seen tokens and has the row of none."""
+        return any(begin == end > 0 for begin, end in zip(self.begins(seen), seen, strict=True))
+
+    def crop(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Forget the rows of tokens that were taken back, and those that these had overwritten."""
+        self.floor = [min(begin, end) for begin, end in zip(self.begins(before), after, strict=True)]
+
+    def skip(self, seen: Sequence[int]) -> None:
+        """Go on behind tokens of which there are no rows."""
+        self.floor = list(seen)
+
+    def shrunk(self, size: int, seen: Sequence[int]) -> "Ring":
         """Return a smaller ring of the latest rows."""
-        smaller = self.data.new_zeros(*self.data.shape[:2], size, self.data.shape[3])
-        for b, (end, latest) in enumerate(zip(seen, self.latest(seen, floor), strict=True)):
-            kept = latest[:, -size:]
-            smaller[b][:, torch.arange(end - kept.shape[1], end, device=smaller.device) % size] = kept
-        return Ring(smaller)
+        smaller = Ring(self.data.new_zeros(*self.data.shape[:2], size, self.data.shape[3]), list(self.floor))
+        begins = smaller.begins(seen)
+        for b, (end, latest) in enumerate(zip(seen, self.latest(seen), strict=True)):
+            at = torch.arange(begins[b], end, device=self.data.device)
+            smaller.data[b][:, at % size] = latest[:, latest.shape[1] - len(at) :]
+        return smaller
 
     def select(self, rows: Sequence[int]) -> "Ring":
         """Return a ring of these batch rows, in this order, that shares no memory."""
-        return Ring(self.data[torch.tensor(rows, device=self.data.device)])
+        return Ring(self.data[torch.tensor(rows, device=self.data.device)], [self.floor[b] for b in rows])
 
     def copy(self) -> "Ring":
         """Return an equal ring that shares no memory."""
-        return Ring(self.data.clone())
+        return Ring(self.data.clone(), list(self.floor))
 
 
 class Moments(NamedTuple):
@@ -139,7 +167,7 @@ class QueryMoments:
     size: ClassVar[int] = 1
 
     @classmethod
-    def like(cls, new: Float[Tensor, "batch heads new dim"], size: int) -> "QueryMoments":
+    def like(cls, new: Float[Tensor, "batch heads new dim"], size: int, seen: Sequence[int]) -> "QueryMoments":
         """Return moments of no queries yet; size is 1."""
         batch, heads, _, dim = new.shape
         return cls(new.new_zeros(batch, heads, dim + 2, dim, dtype=torch.float32))
@@ -163,12 +191,22 @@ class QueryMoments:
         mean += shift * more / total
         count += more
 
-    def latest(self, seen: Sequence[int], floor: Sequence[int]) -> tuple[Moments, ...]:
+    def latest(self, seen: Sequence[int]) -> tuple[Moments, ...]:
         """Return each batch row's moments so far, whatever its length."""
         count = self.data[:, :, -1].clamp_min(1)[..., None]
         return tuple(Moments(x[:, -2], x[:, :-2] / n) for x, n in zip(self.data.clone(), count, strict=True))
 
-    def shrunk(self, size: int, seen: Sequence[int], floor: Sequence[int]) -> "QueryMoments":
+    def blank(self, seen: Sequence[int]) -> bool:
+        """Return False: moments of no queries are zeros."""
+        return False
+
+    def crop(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Change nothing: what was counted in stays."""
+
+    def skip(self, seen: Sequence[int]) -> None:
+        """Change nothing: what is not read is not counted."""
+
+    def shrunk(self, size: int, seen: Sequence[int]) -> "QueryMoments":
         """Return a copy: moments have one size."""
         return self.copy()
 

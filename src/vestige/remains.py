@@ -18,7 +18,7 @@ from vestige import ragged
 from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale
 from vestige.kernels.partial import Added, Partial
-from vestige.spans import Span
+from vestige.spans import Closing, Span
 
 State = Mapping[str, Tensor]
 """A memory's tensors by name, ``rows ...`` each; replaced, never changed in place."""
@@ -214,8 +214,10 @@ class Absorbed:
 
     ranges: dict[int, tuple[Span, ...]] = field(default_factory=dict)
     replayable: dict[int, int] = field(default_factory=dict)
-    """Tokens of a batch row that were read before anything was evicted, and never taken back: reading them once more
-    gives their pairs again."""
+    """Tokens of a batch row that were read before anything was evicted, and never taken back or moved: reading them
+    once more gives their pairs again."""
+    released: tuple[Span, ...] = ()
+    """Of which every pair that had been absorbed was taken out again, in all batch rows."""
 
     def add(self, batch_idx: int, positions: Int[Tensor, " gone"], seen: int) -> None:
         """Note positions of a batch row that has seen so many tokens; in any order and repeated as they come."""
@@ -235,8 +237,16 @@ class Absorbed:
         """Note that tokens were taken back, to so many of each batch row."""
         self.replayable = {b: min(most, seen[b]) for b, most in self.replayable.items()}
 
+    def moved(self, closing: Closing, batch: int) -> None:
+        """Note that spans, behind all that was absorbed, left each batch row: what follows was read with them in view,
+        and no replay without them gives its pairs."""
+        start = closing.spans[0].start
+        self.replayable = {b: min(self.replayable.get(b, start), start) for b in range(batch)}
+        self.released = closing.over(self.released)
+
     def remove(self, span: Span) -> None:
         """Note that nothing of a span is there any more, in any batch row."""
+        self.released = (*self.released, span)
         for batch_idx, ranges in self.ranges.items():
             cut = [Span(one.start, min(one.end, span.start)) for one in ranges if one.start < span.start]
             cut += [Span(max(one.start, span.end), one.end) for one in ranges if one.end > span.end]
@@ -244,15 +254,19 @@ class Absorbed:
 
     def overlaps(self, span: Span) -> bool:
         """Return whether any position of a span is among them, in any batch row."""
-        return any(one.start < span.end and span.start < one.end for row in self.ranges.values() for one in row)
+        return any(one.common(span) for row in self.ranges.values() for one in row)
+
+    def again(self, span: Span) -> bool:
+        """Return whether pairs of a span were absorbed that come beside others of it, which were taken out before."""
+        return any(self.overlaps(part) for one in self.released if (part := one.common(span)))
 
     def copy(self) -> "Absorbed":
         """Return the same, for a fork."""
-        return Absorbed(dict(self.ranges), dict(self.replayable))
+        return Absorbed(dict(self.ranges), dict(self.replayable), self.released)
 
     def select(self, batch_rows: Sequence[int]) -> "Absorbed":
         """Return the ranges of these batch rows, in this order."""
-        old_of = [(new, old) for new, old in enumerate(batch_rows) if old in self.ranges]
-        return Absorbed(
-            {new: self.ranges[old] for new, old in old_of}, {new: self.replayable[old] for new, old in old_of}
-        )
+        old_of = list(enumerate(batch_rows))
+        ranges = {new: self.ranges[old] for new, old in old_of if old in self.ranges}
+        replayable = {new: self.replayable[old] for new, old in old_of if old in self.replayable}
+        return Absorbed(ranges, replayable, self.released)

@@ -42,23 +42,30 @@ def reread(
         twin: Has read what comes before ``begin``.
         rows: The ids of each batch row, from the first on.
         begin: Where to begin, the same for all.
-        length: What to announce; None announces the rows' lengths for the time of reading.
+        length: What to announce; None announces nothing, and a fraction is one of what the rows will be.
         chunk: Tokens per forward.
     """
     end = max(map(len, rows))
     gaps = [Span(max(gap.start, begin), gap.end) for gap in twin.erased if begin < gap.end <= end]
-    at = begin
-    for gap in [*gaps, None]:
-        stop = end if gap is None else gap.start
-        if stop > at:
-            ids, mask = pad_left([row[at:stop].tolist() for row in rows], model.device)
-            announced = tuple(map(len, rows)) if length is None else tuple(length)
-            prefill(model, ids, twin, chunk=chunk, length=announced, attention_mask=mask, settle=stop == end)
-        if gap is not None:
-            pieces = [row[gap.start : gap.end].tolist() for row in rows]
-            ids, mask = pad_left(pieces, torch.device("cpu"))
-            editing.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
-            twin.settle(reading=True)
-            at = gap.end
-    if length is None:
-        twin.lengths = None
+    texts = _between(gaps, begin, end)
+    twin.reading_to = tuple(map(len, rows))
+    try:
+        for piece in sorted([*gaps, *texts], key=lambda one: one.start):
+            cut = [row[piece.start : piece.end].tolist() for row in rows]
+            if piece in gaps:
+                ids, mask = pad_left(cut, torch.device("cpu"))
+                editing.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+                continue
+            ids, mask = pad_left(cut, model.device)
+            last = piece == texts[-1]
+            prefill(model, ids, twin, chunk=chunk, length=length, attention_mask=mask, settle=last)
+            if not last:
+                twin.settle(reading=True)  # before the gap, while the latest queries are known
+    finally:
+        twin.reading_to = None
+
+
+def _between(gaps: Sequence[Span], begin: int, end: int) -> list[Span]:
+    """Return what stands between gaps, which are ascending and disjoint."""
+    starts, stops = [begin, *(gap.end for gap in gaps)], [*(gap.start for gap in gaps), end]
+    return [Span(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]

@@ -222,12 +222,13 @@ class Session:
 
     @contextmanager
     def _taken_back_on_error(self) -> Iterator[None]:
-        seen = max(self.cache.seen, default=0)
+        seen, schedule = max(self.cache.seen, default=0), replace(self.cache.schedule)
         try:
             yield
         except BaseException:
-            with suppress(CacheError):  # a forward that died midway cannot be taken back
+            with suppress(CacheError):  # layers of other kinds cannot take back a forward that died midway
                 self.cache.crop(seen - max(self.cache.seen, default=0))
+                self.cache.schedule = schedule  # this was no speculation, which every later turn would pay for
             raise
 
     def _between(self) -> list[int]:

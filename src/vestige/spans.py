@@ -28,6 +28,11 @@ class Span:
     def __len__(self) -> int:
         return self.end - self.start
 
+    def common(self, other: "Span") -> "Span | None":
+        """Return what two spans share, or None."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return Span(start, end) if start < end else None
+
 
 def within(positions: Int[Tensor, "*shape"], spans: Sequence[Span]) -> Bool[Tensor, "*shape"]:
     """Return which positions lie in any of the spans; pads (-1) lie in none."""

@@ -15,8 +15,16 @@ from vestige.models import check
 
 SHIPPED = Path(__file__).parent / "learn" / "weights"
 """What comes with the package: a folder for each kind and model, ``<kind>-<fingerprint of the model>``."""
-M = TypeVar("M")
+M = TypeVar("M", bound="Weights")
 _FILES = ("*.safetensors", "*.json")
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """Small trained weights."""
+
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """Raise a ModelError unless they were made for a model."""
 
 
 @runtime_checkable
@@ -96,10 +104,13 @@ class Shelf(Generic[M]):
         """Return the same, read anew if the model was moved or the folder written since.
 
         Raises:
-            ModelError: As :meth:`get`.
+            ModelError: As :meth:`get`, or weights at hand are another model's.
         """
+        if not isinstance(name, str | None):
+            name.require_fit(model)
+            return name
         known = self._known.setdefault(model, {})
-        if isinstance(name, str | None) and name in known and known[name][0] != _stamp(name, model):
+        if name in known and known[name][0] != _stamp(name, model):
             del known[name]
         return self.get(name, model)
 

@@ -10,6 +10,7 @@ from vestige.cache import KVCache
 from vestige.eraser import Edit, Eraser, Fate, Scene
 from vestige.remains import Forgotten
 from vestige.rereading import fed_rows, reread
+from vestige.schedule import Schedule
 from vestige.spans import Closing, Span
 
 
@@ -35,6 +36,7 @@ class Recompute(Eraser):
         twin = cache.fork() if begin else cache.emptied()
         if begin:
             twin.crop(begin - cache.seen[0])
+            twin.schedule = Schedule(prompt=begin)  # as if it had never read further
         twin.pins, twin.erased = closing.over(cache.pins), closing.over(cache.erased)
         left = [_without(row, scene.spans) for row in rows]
         lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)

@@ -41,9 +41,6 @@ class LearnedMemory(Memory):
         Raises:
             ModelError: There are none, they are damaged, or another model's.
         """
-        if isinstance(self.latent, Latent):
-            self.latent.require_fit(model)
-            return self
         return replace(self, latent=_SHELVES[self.kind].look_again(self.latent, model))
 
     def weights_for(self, model: PreTrainedModel) -> Latent:

@@ -63,10 +63,7 @@ class IndexMem(Policy):
             ModelError: There is none, it is damaged, or another model's.
             PolicyError: All heads of a layer have one score, and are to compete with each other.
         """
-        made = self.weights_for(model)
-        if made is self.indexer:  # others were looked at when they were read
-            made.require_fit(model)
-        if not made.config.apart and self.share != "head":
+        if not self.weights_for(model).config.apart and self.share != "head":
             raise PolicyError(
                 f"this indexer has one score for all heads of a layer, so share={self.share!r} has nothing to decide; "
                 "use share='head', or one trained with scores apart"

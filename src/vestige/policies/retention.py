@@ -52,9 +52,7 @@ class Retention(Policy):
         Raises:
             ModelError: There are none, they are damaged, or they are another model's.
         """
-        made = self.weights_for(model)
-        if made is self.gates:  # others were looked at when they were read
-            made.require_fit(model)
+        self.weights_for(model)
 
     def weights_for(self, model: PreTrainedModel) -> Gates:
         """Return the gates for a model: those at hand as they are, others to compute in its dtype.

@@ -100,47 +100,56 @@ def gains_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def needles(records: Iterable[tuple[Record, str]]) -> str:
+def needles(rows: Iterable[tuple[Row, str]]) -> str:
     """Return an SVG: how often each method finds a needle, by length and depth.
 
     Args:
-        records: Each with the fraction that it is compared under.
+        rows: Of the benchmark, each with the fraction that it is compared under.
     """
     from vestige.bench.report.methods import Method
     from vestige.bench.report.plots import heat_map
 
-    cells: dict[tuple[str, int, float], list[float]] = {}
-    for record, fraction in records:
-        if record["task"] == "niah" and fraction in (MAPPED, "1.0"):
-            at = Method.of(record["arm"]).label, record["length"], record["tags"]["depth"]
-            cells.setdefault(at, []).append(float(record["score"]))
-    methods = list(dict.fromkeys(method for method, _, _ in cells))
-    places = sorted({(length, depth) for _, length, depth in cells})
-    found = {at: sum(scores) / len(scores) for at, scores in cells.items()}
+    found: dict[tuple[str, int, float], float] = {}
+    for row, fraction in rows:
+        if row["task"] == "niah" and fraction in (MAPPED, "1.0") and row["n"]:
+            for place in row["parts"] or [row]:
+                found[Method.of(row).label, row["length"], place["tags"]["depth"]] = place["score"]
+    methods = list(dict.fromkeys(method for method, _, _ in found))
+    places = sorted({(length, depth) for _, length, depth in found})
     grid = [[found.get((method, *place)) for place in places] for method in methods]
     names = [f"{depth:.0%}\n{length:,}" for length, depth in places]
     title = f"{MODEL}, needles at a budget of {MAPPED}"
     return heat_map(title, grid, methods, names, ("method", "depth of the needle, and length"))
 
 
-def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
-    """Write the verdicts, gains and pictures of all parts that have results."""
+def summed_up(out: Path, name: str, part: equal.Part) -> list[Row]:
+    """Return a part's gains or verdict: of its samples, or where these are not kept, as it was last written."""
     from vestige.bench.store import write_atomically
 
-    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`.", *equal.left_out(made)], list[tuple[Record, str]]()
+    file = out / f"{name}.json"
+    if records := records_of(out / name):
+        remembers = name.startswith("memories")
+        rows = gains(records, part.budget_of) if remembers else verdict(records, OURS, part.budget_of)
+        write_atomically(file, json.dumps(rows, indent=1) + "\n")
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
+    """Write the verdicts, gains and pictures of all parts that have results."""
+    from vestige.bench.report.rows import read_rows
+    from vestige.bench.store import write_atomically
+
+    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`.", *equal.left_out(made)], list[tuple[Row, str]]()
     for name, one in made.items():
-        if not (records := records_of(out / name)):
+        if not (rows := summed_up(out, name, one)):
             continue
         if name in MAPS:
-            mapped += [(record, one.budget_of(record)) for record in records]
+            mapped += [(row, one.budget_of({"arm": row})) for row in read_rows(out / name)]
         if name.startswith("memories"):
-            rows = gains(records, one.budget_of)
             said.append(f"## {name}\n\n{gains_table(rows)}")
         else:
-            rows = verdict(records, OURS, one.budget_of)
             said.append(f"## {name}\n\n![scores by bytes](scores-{name}.svg)\n\n{table(rows, OURS)}")
             write_atomically(out / f"scores-{name}.svg", picture(rows, rows[0]["length"], f"{MODEL}, {name}"))
-        write_atomically(out / f"{name}.json", json.dumps(rows, indent=1) + "\n")
     if mapped:
         write_atomically(out / "needles.svg", needles(mapped))
         said.append("## Needles by depth and length\n\n![needles found](needles.svg)\n")

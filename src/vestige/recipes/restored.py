@@ -27,6 +27,7 @@ from vestige.explain import held_of
 from vestige.kernels.partial import Partial
 from vestige.learn.indexmem.restoring import attended, rejoined
 from vestige.learn.indexmem.seen import Layer, seen
+from vestige.models import check
 from vestige.reading import announce, finish
 from vestige.recipes.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
 from vestige.recipes.running import Dev, Essays, Out, split_of
@@ -41,7 +42,7 @@ def measure(
     config: BenchConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    done: Callable[[str, int, int, dict[str, Any]], Any] = lambda *_: None,
+    known: Callable[[str, int, int, dict[str, Any], str, str], Any] = lambda *_: None,
 ) -> Iterator[Record]:
     """Yield for each sample and arm the attention that went with the evicted, and the error of what is left.
 
@@ -49,12 +50,14 @@ def measure(
         config: Which samples and arms.
         model: Is asked.
         tokenizer: The model's.
-        done: By task, length, number of the sample, and arm: whether that was measured.
+        known: By task, length, number of the sample, arm, digest of the sample, and of the arm's trained weights:
+            whether that was measured.
     """
     renderer = Renderer(tokenizer, model)
+    trained = {arm: arm.weights(model) for arm in config.arms}
     for item in items.collect(config, renderer):
         task, length, index = item.sample.task, item.sample.length, item.sample.index
-        left = [arm for arm in config.arms if not done(task, length, index, arm.key)]
+        left = [arm for arm in config.arms if not known(task, length, index, arm.key, item.digest, trained[arm])]
         if not left:
             continue
         turn = item.job.turns[0]
@@ -73,6 +76,8 @@ def measure(
                     "length": length,
                     "index": index,
                     "arm": arm.key,
+                    "digest": item.digest,
+                    "trained": trained[arm],
                     **_compared(cache, layers, whole, text),
                 }
 
@@ -155,9 +160,10 @@ def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None)
 
     config, (model, tokenizer) = compared(essays, split_of(dev)), load(MODEL, dtype=dtype)
     books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}
+    books |= {"weights": check(model).fingerprint()}
     store = Store(out / "restored", books, resume=True)
     left = len(config.tasks) * SAMPLES * len(config.arms) - len(store.records)
-    for record in track(measure(config, model, tokenizer, done=store.has), "restored", left):
+    for record in track(measure(config, model, tokenizer, known=store.known), "restored", left):
         store.append(record)
     rows = rows_of(store.records.values())
     write_atomically(out / "restored.json", json.dumps(rows, indent=1) + "\n")

@@ -92,20 +92,15 @@ def _compared(asking: IndexQueries, keys: Float[Tensor, "groups text size"]) -> 
 @torch.no_grad()
 def looked_at(layer: Layer, text: int, told: slice, sink: int) -> Float[Tensor, "heads counted"]:
     """Return the most attention that any of some later tokens pays to each token of a text but the first."""
-    logits = layer.logits(told.start, layer.queries.shape[1])[:, : told.stop - told.start]
+    logits = layer.logits(told)
     return (logits - layer.weigh(logits)[..., None]).amax(1)[:, sink:text].exp()
 
 
 @torch.no_grad()
 def looked_at_within(layer: Layer, text: int, asking: int, sink: int) -> Float[Tensor, "heads counted"]:
     """Return the softmax over a text's tokens of the largest product of each with the first ``asking`` queries."""
-    heads = layer.queries.shape[0]
-    largest = torch.full((heads, text), -torch.inf, device=layer.keys.device)
-    keys = layer.keys[:, :text].repeat_interleave(heads // len(layer.keys), 0)
-    places = torch.arange(asking, device=keys.device)
-    for at in places.split(_BLOCK):
-        end = min(int(at[-1]) + 1, text)
-        logits = layer.scale.capped(layer.queries[:, at] @ keys[:, :end].mT * layer.scale.scaling)
-        logits = logits.masked_fill(places[:end] > at[:, None], -torch.inf)
-        largest[:, :end] = torch.maximum(largest[:, :end], logits.amax(1))
+    largest = torch.full((len(layer.queries), text), -torch.inf, device=layer.keys.device)
+    for start in range(0, asking, _BLOCK):
+        most = layer.logits(slice(start, min(start + _BLOCK, asking))).amax(1)[:, :text]
+        torch.maximum(largest[:, : most.shape[1]], most, out=largest[:, : most.shape[1]])
     return largest[:, sink:].softmax(-1)

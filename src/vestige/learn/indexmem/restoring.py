@@ -53,7 +53,7 @@ def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> Pa
     heads, tokens, _ = layer.queries.shape
     groups = heads // len(layer.keys)
     visible = torch.nn.functional.pad(seen, (0, tokens - text), value=True).repeat_interleave(groups, 0)
-    logits = layer.logits(text, tokens).masked_fill(~visible[:, None], -torch.inf)
+    logits = layer.logits(slice(text, tokens)).masked_fill(~visible[:, None], -torch.inf)
     lse = layer.weigh(logits)
     return Partial((logits - lse[..., None]).exp() @ layer.values.repeat_interleave(groups, 0), lse)
 

@@ -36,15 +36,19 @@ class Layer:
     values: Float[Tensor, "kv_heads tokens value_dim"]
     scale: AttentionScale
 
-    def logits(self, behind: int, end: int) -> Float[Tensor, "heads some end"]:
-        """Return scaled products of the queries from ``behind`` on with the keys before ``end``, causally."""
-        heads, tokens, _ = self.queries.shape
-        keys = self.keys[:, :end].repeat_interleave(heads // len(self.keys), 0)
-        found = self.scale.capped(self.queries[:, behind:] @ keys.mT * self.scale.scaling)
-        late = torch.arange(end, device=keys.device) > torch.arange(behind, tokens, device=keys.device)[:, None]
-        return found.masked_fill(late, -torch.inf)
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text and what stands behind it."""
+        return self.queries.shape[1]
 
-    def weigh(self, logits: Float[Tensor, "heads some end"]) -> Float[Tensor, "heads some"]:
+    def logits(self, asking: slice) -> Float[Tensor, "heads asking stop"]:
+        """Return scaled products of some queries with all keys up to theirs, causally."""
+        keys = self.keys[:, : asking.stop].repeat_interleave(len(self.queries) // len(self.keys), 0)
+        found = self.scale.capped(self.queries[:, asking] @ keys.mT * self.scale.scaling)
+        places = torch.arange(asking.stop, device=keys.device)
+        return found.masked_fill(places > places[asking, None], -torch.inf)
+
+    def weigh(self, logits: Float[Tensor, "heads asking stop"]) -> Float[Tensor, "heads asking"]:
         """Return the log of what the softmax of some logits divides by, sinks included."""
         lse = logits.logsumexp(-1)
         return lse if self.scale.sinks is None else torch.logaddexp(lse, self.scale.sinks[:, None])

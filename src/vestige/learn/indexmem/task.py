@@ -165,7 +165,7 @@ class IndexMemTask(TaleTask):
         layers = seen(self.model, one.ids)
         index = foretelling(self.indexer, layers, text, told, teacher=options.teacher, sink=sink)
         latents = list(self.latents.values())
-        if not remember:  # every parameter has a gradient in every step
+        if not remember or not latents:  # every parameter has a gradient in every step
             nothing = torch.stack([index.new_zeros(()), *map(_nothing, latents)]).sum()
             return {"index": index, "memory": nothing, **dict.fromkeys(self.latents, index.new_tensor(math.nan))}
         kept = chosen(self.indexer, layers, text, fraction, sink=sink, window=options.window)
