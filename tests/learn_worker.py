@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vestige.learn import LoopConfig, Trained, processes, train
+from vestige.learn import LoopConfig, Outcome, processes, train
 
 CONFIG = LoopConfig(steps=12, batch=4, lr=0.05, warmup=3, validate_every=4, save_every=3, seed=5)
 SAMPLES = 10
@@ -68,7 +68,7 @@ def trained(folder: Path, task: Points | None = None, config: LoopConfig = CONFI
     return task
 
 
-def run(folder: Path, task: Points, config: LoopConfig = CONFIG, **options: Any) -> Trained:
+def run(folder: Path, task: Points, config: LoopConfig = CONFIG, **options: Any) -> Outcome:
     """Train with this process among those that there are."""
     return train(task, config, folder, among=processes(), **options)
 

@@ -68,7 +68,7 @@ def passages(sample: EraseSample) -> list[str]:
 
 
 def asked(sample: EraseSample, kind: str) -> list[Question]:
-    return sample.of_kind(kind)
+    return [question for question in sample.questions if question.kind == kind]
 
 
 @pytest.mark.parametrize("name", NAMES)

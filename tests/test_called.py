@@ -64,8 +64,14 @@ def test_options_in_a_name_make_the_policy():
     [
         ("snapkv(kernels=7)", "policy 'snapkv' has no option 'kernels'; available: causal, every, first_share"),
         ("snapkv(budget=7)", "has no option 'budget'"),
-        ("snapkv(kernel=7.0)", "policy 'snapkv': kernel is of the kind of 5, got 7.0"),
-        ("snapkv(kernel=True)", "kernel is of the kind of 5, got True"),
+        ("snapkv(kernel=7.0)", "policy 'snapkv': kernel takes a whole number, got 7.0"),
+        ("snapkv(kernel=True)", "kernel takes a whole number, got True"),
+        ("snapkv(causal=1)", "causal takes True or False, got 1"),
+        ("knorm(threshold=abc)", "threshold takes a number or None, got 'abc'"),
+        ("xkv(profile=5)", "profile takes several in brackets, each a number or None, got 5"),
+        ("xkv(profile=[1, x])", "write it like xkv(option=value)"),
+        ("kvzip(request=[1, 0.5])", "request takes several in brackets, each a whole number or None, got (1, 0.5)"),
+        ("retention(gates=5)", "gates takes text or None, got 5"),
         ("snapkv(kernel=4)", "kernel odd"),
         ("snapkv(share=all)", "unknown share 'all'"),
         ("snap(kernel=3)", "unknown policy 'snap'"),
@@ -75,6 +81,12 @@ def test_a_wrong_option_is_named(text, message):
     with pytest.raises(PolicyError) as error:
         policies.make(text, BUDGET)
     assert message in str(error.value)
+
+
+def test_true_may_be_written_small_and_several_in_either_brackets():
+    assert policies.make("snapkv(causal=true)", BUDGET).causal is True
+    assert policies.make("xkv(profile=[1, 2.5])", BUDGET).profile == (1, 2.5)
+    assert policies.make("knorm(threshold=none)", BUDGET).threshold is None
 
 
 def test_a_whole_number_does_for_a_fraction_and_a_threshold_for_a_budget():

@@ -179,7 +179,7 @@ BAD_ANYWHERE = {
     "empty prompt": ((*ASK, "--prompt", ""), "--prompt is empty"),
     "empty question": (("run", "--prompt", "x", "--question", ""), "--question is empty"),
     "no question": (("run", "--prompt", "x"), "at least one --question"),
-    "no source": (ASK, "exactly one of --context FILE, --prompt TEXT and --cache DIR"),
+    "no source": (ASK, "exactly one of --context FILE and --prompt TEXT"),
     "two sources": ((*RUN, "--context", "story.txt"), "exactly one of"),
     "three sources": ((*RUN, "--context", "story.txt", "--cache", "folder"), "exactly one of"),
     "cache and policy": ((*ASK, "--cache", "folder", *EVICT), "brings its policy and budget along"),
@@ -210,6 +210,18 @@ BAD_ANYWHERE = {
     "speed: bad budget": (("bench", "speed", "--budget", "0.1,x"), "cannot read budget 'x'"),
     "speed: small budget": (("bench", "speed", "--budget", "20"), "20 pairs a row.* protect 36"),
     "speed: unknown share": (("bench", "speed", "--share", "all"), "unknown share 'all'.* available: head, layer"),
+    "bench: idle budget": (("bench", "niah", "--budget", "0.1", "--out", "new"), "--budget without a --policy that"),
+    "bench: idle memory": (
+        ("bench", "niah", "--memory", "none,moments", "--share", "head", "--out", "new"),
+        "--share and --memory without a --policy that evicts; policy full keeps everything",
+    ),
+    "train: no such data": (("train", "indexmem", "--data", "gone.txt", "--out", "new"), "no such .*: gone.txt"),
+    "train: full folder": (
+        ("train", "retention", "--data", "story.txt", "--out", "full"),
+        "full exists and is not empty",
+    ),
+    "threshold in words": ((*RUN, "--policy", "knorm(threshold=abc)"), "threshold takes a number or None, got 'abc'"),
+    "endless name": ((*RUN, "--save", "x" * 300), "cannot use x+: File name too long"),
     "unknown task": (("bench", "sped"), "unknown task 'sped'.* available: .*ruler"),
 }
 
@@ -238,6 +250,11 @@ def test_bad_input_is_one_line_and_exit_status_2(vestige, bad_place, monkeypatch
     assert tree(bad_place) == before
     if words[-1] != "--budget":
         assert re.search(message, vestige(*words, "--json").complaint())
+
+
+def test_a_conversation_that_was_kept_brings_its_options_along(vestige, bad_place):
+    said = vestige("chat", "--load", "folder", *EVICT).complaint()
+    assert "leave --policy, --budget, --share, --memory and --system out" in said
 
 
 # Bad input: found with the model at hand

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from importlib.resources import files
+from statistics import mean
 
 import pytest
 import torch
@@ -50,5 +51,8 @@ def test_weights_are_trained_from_one_command_in_under_three_minutes(vestige, pl
     assert result.code == 0 and result.row["finished"], result.err
     card = json.loads((place / "made" / folder / "card.json").read_text())
     assert card["steps"] == 20 and "loss" in card["validation"]
-    losses = [json.loads(line)["loss"] for line in (place / "made" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    steps = [json.loads(line) for line in (place / "made" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 20 and all(math.isfinite(step["loss"]) for step in steps)
+    if weights == "indexmem":  # the loss of gates has other parts once they are warm
+        first, last = (mean(step["index"] for step in some) for some in (steps[:5], steps[-5:]))
+        assert last < 0.95 * first

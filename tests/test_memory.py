@@ -506,7 +506,7 @@ def test_names_lead_to_classes_and_back():
         ("moments(mas=1)", "memory 'moments' has no option 'mas'; available: dtype, mass"),
         ("moments(dtype=float64)", "unknown dtype 'float64'.*available: float16, float32"),
         ("moments(mass=-1)", "mass must be a number of at least 0, got -1.0"),
-        ("moments(mass=many)", "mass is of the kind of 0.0, got 'many'"),
+        ("moments(mass=many)", "mass takes a number, got 'many'"),
         ("centroids(centroids=0)", "centroids must be an integer of at least 1, got 0"),
         ("centroids(rounds=0)", "rounds must be an integer of at least 1, got 0"),
         ("centroids(rounds=", "cannot read memory 'centroids\\(rounds='"),

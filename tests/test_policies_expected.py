@@ -76,7 +76,7 @@ def test_moments_over_chunks_turns_and_steps_equal_those_of_all_projected_querie
 def test_merging_is_exact_far_from_zero_where_sums_of_squares_are_not():
     generator = torch.Generator().manual_seed(0)
     queries = 300 + torch.randn(1, 2, 500, 8, generator=generator)
-    moments, at = QueryMoments.like(queries, 1), torch.arange(500)[None]
+    moments, at = QueryMoments.like(queries, 1, (0,)), torch.arange(500)[None]
     for start in range(0, 500, 7):
         part = dataclasses.replace(step_of(at), positions=at[:, start : start + 7])
         moments.record(queries[:, :, start : start + 7], part)
@@ -89,7 +89,7 @@ def test_merging_is_exact_far_from_zero_where_sums_of_squares_are_not():
 
 
 def step_of(positions: Tensor) -> Any:
-    from vestige.layers import Step
+    from vestige.step import Step
 
     return Step(1, positions, (0,), padded=False, even=True)
 

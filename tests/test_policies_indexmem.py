@@ -66,6 +66,9 @@ def read(model, ids, chosen, chunk: int = 64, mask=None) -> KVCache:
     return cache
 
 
+ASKED = indexing.asked
+
+
 # Importance.
 
 
@@ -73,9 +76,18 @@ def read(model, ids, chosen, chunk: int = 64, mask=None) -> KVCache:
 @pytest.mark.parametrize("chunk", [64, 7, 1])
 @pytest.mark.parametrize("block", [4, 256])
 def test_streamed_importance_is_the_dense_one(indexer, chunk, block, monkeypatch):
+    compared = []
+
+    def asked(asking, keys):
+        compared.append(asking.queries.shape[2])
+        return ASKED(asking, keys)
+
     monkeypatch.setattr(indexing, "QUERY_BLOCK", block)
+    monkeypatch.setattr(indexing, "asked", asked)
     ids = random_ids(MODEL, 1, 23)
     cache = read(MODEL, ids, policy(indexer), chunk)
+    assert max(compared, default=1) <= min(block, chunk), "nothing of all queries times all keys ever exists"
+    assert compared or chunk == 1
     for layer in cache.evictable:
         expected = seen_by(dense(MODEL, ids, indexer, layer.layer_idx), 0, 23)
         notes = layer.view("asked_for")[0].float()

@@ -15,8 +15,9 @@ from vestige.errors import ModelError
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale, loop
 from vestige.kernels.partial import Added, merge
-from vestige.layers import RaggedLayer, Step
+from vestige.layers import RaggedLayer
 from vestige.rerun import OverlayLayer
+from vestige.step import Step
 
 NAME = "vestige"
 """The name under which the attention function and its mask are registered."""

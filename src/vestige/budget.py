@@ -8,6 +8,8 @@ from typing import Literal
 from vestige.errors import BudgetError
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1.0}
+UNLIMITED = 2**40
+"""Pairs a row that nothing reaches, and that may be multiplied by rows."""
 _HALF_ULP = 1e-9  # 0.29 * 100 is 28.999999999999996: what a person calls 29 must stay 29
 
 
@@ -131,7 +133,7 @@ class Budget:
     @staticmethod
     def slacken(pairs: int, factor: float) -> int:
         """Return the limit between chunks: ``pairs`` times a policy's ``reading_slack``, inf meaning no limit."""
-        return 2**62 if math.isinf(factor) else Budget._floor(pairs * factor)
+        return UNLIMITED if math.isinf(factor) else Budget._floor(pairs * factor)
 
     @staticmethod
     def share_of(pairs: int, part: float) -> int:

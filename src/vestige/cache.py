@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from vestige import settling
-from vestige.budget import Budget, Footprint
+from vestige.budget import UNLIMITED, Budget, Footprint
 from vestige.errors import CacheError, InputError, PolicyError
 from vestige.fed import Fed, check_positions
 from vestige.foreign import copy_layer, tensors_of
-from vestige.layers import RaggedLayer, Step
+from vestige.layers import RaggedLayer
 from vestige.models import Anatomy, check
 from vestige.observe import Glance, Phase
 from vestige.policy import Policy, Prepares, Written
@@ -29,6 +29,7 @@ from vestige.report import LayerReport, Report
 from vestige.rope import Rope
 from vestige.schedule import Schedule
 from vestige.spans import Span
+from vestige.step import Step
 
 
 class KVCache(Cache):
@@ -160,10 +161,7 @@ class KVCache(Cache):
         """
         if not self.policy.evicts or not self.seen or (reading and math.isinf(self.policy.reading_slack)):
             return
-        looked_at = [
-            layer.rings[name] for layer in self.evictable for name in self.policy.ring_sizes if name in layer.rings
-        ]
-        if any(ring.blank(self.seen) for ring in looked_at):
+        if any(layer.lacks(self.policy.ring_sizes) for layer in self.evictable):
             return
         self._check_whole()
         started = time.perf_counter()
@@ -185,7 +183,7 @@ class KVCache(Cache):
         """
         budget, factor = self.policy.budget, self.policy.reading_slack if reading else 1.0
         if budget is None:
-            return [2**62] * len(self.seen)
+            return [UNLIMITED] * len(self.seen)
         footprint, protected = self.footprint(), self.policy.protected
         ends = self.reading_to or self.seen
         pairs = [
@@ -350,13 +348,9 @@ class KVCache(Cache):
             self.settle(coming=new)
         device = self.anatomy.device if ids is None else ids.device
         real = torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid.to(device)
-        starts = torch.tensor(self.seen, device=device)[:, None]
-        at = torch.where(real, starts + real.cumsum(1) - 1, -1).to(torch.int32)
-        even = valid is None and len(set(self.seen)) == 1
         number = self.step.number + 1 if self.step else 1
-        self.step = Step(number, at, self.seen, padded=valid is not None, even=even)
-        fed = (new,) * batch if valid is None else tuple(real.sum(1).tolist())
-        self.seen = tuple(s + n for s, n in zip(self.seen, fed, strict=True))
+        self.step = Step.of(number, self.seen, real, padded=valid is not None)
+        self.seen = tuple(s + n for s, n in zip(self.seen, self.step.fed, strict=True))
         self.schedule.fed(new)
         self.fed.add(ids, real)
 
@@ -386,17 +380,12 @@ class KVCache(Cache):
             values=values,
             output=self.anatomy.output(layer_idx) if "output" in self.recording.needs else None,
         )
-        found: dict[str, Tensor] = {}
-        for policy in self.recording.writers:
-            new = policy.annotate(written)
-            if new.keys() != policy.annotations:
-                raise PolicyError(f"{policy} gave the side arrays {sorted(new)}, not {sorted(policy.annotations)}")
-            found |= new
+        found = self.recording.annotate(written)
         self.annotate_s += time.perf_counter() - started
         return found
 
     @contextmanager
-    def aside(self, watch: Callable[[Glance], None]) -> Iterator[None]:
+    def aside(self, watch: Callable[[Glance], None] | None = None) -> Iterator[None]:
         """Take back at the end whatever is fed inside: only ``watch`` looks at it, and no settle happens.
 
         Args:
@@ -405,7 +394,8 @@ class KVCache(Cache):
         books = {name: getattr(self, name) for name in ("step", "seen", "recording", "fed", "schedule")}
         others = {i: copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
         padded = self.evictable[0].padded_seen
-        self.recording = replace(self.recording, ring_sizes={}, watchers=(watch,), layer_watchers=())
+        watchers = () if watch is None else (watch,)
+        self.recording = replace(self.recording, ring_sizes={}, watchers=watchers, layer_watchers=())
         self.fed = self.fed.copy()
         self.schedule = replace(self.schedule, reading=True)
         try:
@@ -438,14 +428,13 @@ class KVCache(Cache):
         self.peak_kv_bytes = 0
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens). What was evicted is not restored.
+        """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens), of a forward that died midway, too.
 
-        A memory keeps what it absorbed of them. A forward that died midway can be taken back as any other.
+        What was evicted is not restored, and a memory keeps what it absorbed of them.
 
         Raises:
             InputError: A positive number, or more tokens than were seen. The cache is unchanged.
-            CacheError: The last forward died midway, and its tokens are not all taken back, or the model has layers of
-                other kinds (sliding, linear), which cannot say how far they came. The cache is unchanged.
+            CacheError: The last forward died midway and would stay in part, or in layers of other kinds.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 counts candidates in a tensor
         padded = self.fed.ids.shape[1]
@@ -464,8 +453,7 @@ class KVCache(Cache):
         self.absorbed.crop(self.seen)
         self.erased = tuple(Span(s.start, min(s.end, max(self.seen))) for s in self.erased if s.start < max(self.seen))
         for evictable in self.evictable:
-            for ring in evictable.rings.values():
-                ring.crop(before, self.seen)
+            evictable.crop_records(before, self.seen)
         self._crop_layers(left)
         self.schedule.taken_back(-tokens_to_remove)
 

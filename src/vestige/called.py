@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import re
-from typing import Any, get_args
+from contextlib import suppress
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from vestige.errors import VestigeError, unknown
 
@@ -48,7 +50,7 @@ def parse(text: str, kind: str, error: type[VestigeError]) -> tuple[str, dict[st
 def fitted(
     options: dict[str, Any], cls: Any, name: str, kind: str, error: type[VestigeError], *, taken: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Return options as the fields of a dataclass want them: known, of the default's type, whole numbers as floats.
+    """Return options as the fields of a dataclass want them: known, of the field's type, whole numbers as floats.
 
     Args:
         options: By name.
@@ -63,14 +65,54 @@ def fitted(
     for option, value in options.items():
         if option not in fields:
             raise error(f"{kind} {name!r} has no option {option!r}; available: {', '.join(sorted(fields))}")
-        choices, default = get_args(fields[option].type), fields[option].default
-        if isinstance(default, str) and choices and value not in choices:
-            raise error(f"{kind} {name!r}: {unknown(option, str(value), choices)}")
-        value = float(value) if isinstance(default, float) and type(value) is int else value
-        if isinstance(default, bool | int | float | str) and type(value) is not type(default):
-            raise error(f"{kind} {name!r}: {option} is of the kind of {default!r}, got {value!r}")
-        found[option] = value
+        wanted = fields[option].type
+        if get_origin(wanted) is Literal and value not in get_args(wanted):
+            raise error(f"{kind} {name!r}: {unknown(option, str(value), get_args(wanted))}")
+        try:
+            found[option] = _as(value, wanted)
+        except ValueError:
+            raise error(f"{kind} {name!r}: {option} takes {_said(wanted)}, got {value!r}") from None
     return found
+
+
+_SAID = {bool: "True or False", int: "a whole number", float: "a number", str: "text", NoneType: "None"}
+
+
+def _as(value: Any, wanted: Any) -> Any:
+    """Return a value that was written down as one of a type; a whole number is a number, too.
+
+    Raises:
+        ValueError: It is none.
+    """
+    args = get_args(wanted)
+    if get_origin(wanted) is tuple and isinstance(value, tuple):
+        return tuple(_as(one, args[0]) for one in value)
+    if isinstance(wanted, UnionType):
+        for one in args:
+            with suppress(ValueError):
+                return _as(value, one)
+    if type(value) is wanted or (get_origin(wanted) is Literal and value in args):
+        return value
+    if wanted is float and type(value) is int:
+        return float(value)
+    raise ValueError(value)
+
+
+def _said(wanted: Any) -> str:
+    """Return what a type is called, of a union what can be written down."""
+    if get_origin(wanted) is tuple:
+        return f"several in brackets, each {_said(get_args(wanted)[0])}"
+    alternatives = [one for one in get_args(wanted) or (wanted,) if one in _SAID or get_origin(one) is tuple]
+    return " or ".join(_SAID.get(one) or _said(one) for one in alternatives)
+
+
+def _tupled(value: Any) -> Any:
+    """Return tuples for lists."""
+    return tuple(map(_tupled, value)) if isinstance(value, tuple | list) else value
+
+
+_CONSTANTS = {"true": "True", "false": "False", "none": "None"}
+"""As JSON and many a shell write them."""
 
 
 def _option(part: str) -> tuple[str, Any]:
@@ -83,7 +125,7 @@ def _option(part: str) -> tuple[str, Any]:
     if not option.isidentifier():
         raise ValueError(option)
     try:
-        return option, ast.literal_eval(value)
+        return option, _tupled(ast.literal_eval(_CONSTANTS.get(value, value)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         if re.fullmatch(r"[\w./:~@+-]+", value):
             return option, value

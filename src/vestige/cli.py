@@ -25,7 +25,7 @@ from vestige.cli_options import (
     print_json,
 )
 from vestige.cli_train import train
-from vestige.errors import VestigeError
+from vestige.errors import InputError, VestigeError
 
 if TYPE_CHECKING:
     from vestige.run import RunResult
@@ -170,6 +170,11 @@ def chat(
     from vestige.download import load
     from vestige.session import Session
 
+    if load_from is not None and (budget or share or system or policy != "full" or memory != "none"):
+        raise InputError(
+            "a conversation that was kept brings its policy, budget, memory and system message along; leave --policy, "
+            "--budget, --share, --memory and --system out"
+        )
     eraser, kept = erasers.make(method), memories.make(memory)
     chosen = policies.make(policy, None if budget is None else Budget.parse(budget), share=share, seed=seed)
     network, tokenizer = load(model, device=device, dtype=dtype)
@@ -260,6 +265,10 @@ def main() -> NoReturn:
         status = _complain(str(error))
     except KeyboardInterrupt:
         status = _complain("interrupted", 130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        status = _complain(f"cannot use {error.filename}: {error.strerror}")
     except Exception as error:  # typer brings its own click, so its errors are known by their shape
         if not hasattr(error, "format_message"):
             raise

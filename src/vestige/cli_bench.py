@@ -37,7 +37,7 @@ class TasksOrCommand(TyperGroup):
 
 bench = typer.Typer(
     cls=TasksOrCommand,
-    help="Measure accuracy, bytes and time (`vestige bench TASK...`, see `vestige bench --help`), or speed alone.",
+    help="Measure accuracy, bytes and time (`vestige bench TASK...`, see `vestige bench --help`), speed, or erasers.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -50,7 +50,8 @@ def tasks(
         typer.Argument(
             metavar="TASK...",
             help="ruler, niah, dialogue, longbench, longbench-e, longbench-v2, or: cases FILE.jsonl. A part of a task: "
-            "ruler/niah_single_1, longbench/multi_news. `vestige bench speed` times alone.",
+            "ruler/niah_single_1, longbench/multi_news. Other commands: `vestige bench speed`, `vestige bench erase`, "
+            "`vestige bench erase-speed`.",
         ),
     ],
     folder: Annotated[

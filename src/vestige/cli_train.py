@@ -60,9 +60,13 @@ def _carry_out(
     """Train, and say where the weights are, or how to go on."""
     from vestige import show
     from vestige.download import load
+    from vestige.learn.checkpoint import Checkpoints
+    from vestige.learn.documents import require_sources
     from vestige.learn.job import Job
     from vestige.learn.parallel import processes
 
+    require_sources(training.data)  # what is missing should not cost a download
+    Checkpoints(to, {}).check(resume=resume)
     among = processes()
     network, tokenizer = load(model, device=device if among.device is None else str(among.device), dtype=dtype)
     with show.training_bar(err) as tell:

@@ -58,7 +58,7 @@ class EraseConfig:
         """Return where the passage stands among the ids of the context."""
         offsets, tokens = frame.offsets(text), self.tokens()
         if tokens is not None:
-            return locate.counted(text, *tokens, offsets)
+            return locate.counted(*tokens, offsets)
         assert self.span_text is not None, "checked when the config was made"
         return locate.find(text, self.span_text, offsets)
 

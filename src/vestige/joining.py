@@ -7,8 +7,9 @@ import torch
 from vestige.cache import KVCache
 from vestige.errors import CacheError
 from vestige.fed import Fed
-from vestige.layers import RaggedLayer, Step
+from vestige.layers import RaggedLayer
 from vestige.policies import Full
+from vestige.step import Step
 
 
 def joinable(caches: Sequence[KVCache]) -> bool:

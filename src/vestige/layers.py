@@ -7,8 +7,8 @@ stored while the layer is dense and go with the first eviction.
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,43 +21,17 @@ from vestige.errors import CacheError, PolicyError
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale
 from vestige.observe import Observation, Phase
+from vestige.ragged import PAIR
 from vestige.records import Record, kind_of
 from vestige.remains import Evicted, Remains
-from vestige.watching import PAIR, show
+from vestige.step import Step
+from vestige.watching import show
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache
 
 _BLOCK = 1024
 """Queries whose moments are counted in at once."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward: what the decoder was given, the same for all layers.
-
-    Args:
-        number: Counts the cache's forwards, so that a layer can tell a new one from one it has stored.
-        positions: Position of each new token in its batch row; -1 for pads.
-        seen: Tokens of each batch row before this forward.
-    """
-
-    number: int
-    positions: Int[Tensor, "batch new"]
-    seen: tuple[int, ...]
-    padded: bool
-    """Whether any new token is a pad."""
-    even: bool
-    """Whether all batch rows have seen the same number of tokens, none of them pads in this forward."""
-
-    @property
-    def new(self) -> int:
-        """Tokens fed, pads included."""
-        return self.positions.shape[1]
-
-    def valid(self, batch: int) -> Int[Tensor, " valid"]:
-        """Return the indices of a batch row's new tokens that are not pads."""
-        return (self.positions[batch] >= 0).nonzero()[:, 0]
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -160,8 +134,8 @@ class RaggedLayer(CacheLayerMixin):
         """Drop the slots of the last ``-tokens_to_remove`` tokens; what was evicted before does not come back, and what
         a memory absorbed stays there.
 
-        The slots become slack, so nothing is copied. Called by the cache, which knows the new length of each row, and
-        has the records of queries cropped.
+        The slots become slack, so nothing is copied. Called by the cache, which knows the new length of each row.
+        Records of queries are cropped by themselves: what is fed aside is not recorded.
         """
         if not self.is_initialized:
             return
@@ -174,6 +148,11 @@ class RaggedLayer(CacheLayerMixin):
         self._capacity = self._capacity if len(set(left)) == 1 else 0
         self.lengths, self._tails = left, None
         self.padded_seen += tokens_to_remove
+
+    def crop_records(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Forget queries and hidden states of tokens that were taken back."""
+        for ring in self.rings.values():
+            ring.crop(before, after)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace batch row b by batch row ``beam_idx[b]``."""
@@ -341,6 +320,10 @@ class RaggedLayer(CacheLayerMixin):
                 self.rings[name] = kind_of(name).like(new, size, step.seen)
                 self.cache.note_peak()
             self.rings[name].record(new.detach(), step)
+
+    def lacks(self, names: Iterable[str]) -> bool:
+        """Return whether all that one of these records knew was taken back, so that nobody can look at it."""
+        return any(self.rings[name].blank(self.cache.seen) for name in names if name in self.rings)
 
     def show(self, query: Float[Tensor, "batch heads new head_dim"], step: Step, scale: AttentionScale) -> None:
         """Show new queries to what looks at every query, row by row; their own pairs are stored already."""

@@ -52,8 +52,8 @@ def tokens_at(text: str, start: int, end: int, offsets: Sequence[tuple[int, int]
     return Span(found[0], found[-1] + 1)
 
 
-def counted(text: str, first: int, last: int, offsets: Sequence[tuple[int, int]]) -> Span:
-    """Return tokens ``first`` to ``last`` (not included) of a text, which are counted without the chat text before it.
+def counted(first: int, last: int, offsets: Sequence[tuple[int, int]]) -> Span:
+    """Return tokens ``first`` to ``last`` (not included) of a text, counted without the chat text before it.
 
     Raises:
         InputError: The text has not so many.

@@ -183,9 +183,7 @@ def attention_weights(
         positions: Position of each pair; -1 for pads.
         scale: Factor, softcap and sinks of these heads.
     """
-    logits = queries.float() @ keys.float().T * scale.scaling
-    if scale.softcap is not None:
-        logits = scale.softcap * torch.tanh(logits / scale.softcap)
+    logits = scale.capped(queries.float() @ keys.float().T * scale.scaling)
     pads, late = positions < 0, (positions > at[:1]).nonzero()
     tail = int(late[0]) if len(late) else len(positions)  # no query is too early for what comes before
     if bool(pads.any()):

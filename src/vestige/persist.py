@@ -25,7 +25,7 @@ from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import CacheFileError, InputError, ModelError
 from vestige.kernels import AttentionScale
-from vestige.layers import RaggedLayer, Step
+from vestige.layers import RaggedLayer
 from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
@@ -37,6 +37,7 @@ from vestige.records import QueryMoments, Ring
 from vestige.remains import Absorbed, Memory, Remains
 from vestige.schedule import Schedule
 from vestige.spans import Span
+from vestige.step import Step
 from vestige.weights import digest
 
 FORMAT = 6
@@ -212,7 +213,7 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
         if isinstance(layer, RaggedLayer):
             _restore_ragged(layer, plain, inner)
         else:
-            _restore_foreign(layer, plain, inner, model)
+            _restore_foreign(layer, plain, inner)
     return cache
 
 
@@ -237,7 +238,7 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
     layer.restore(kinds["column"], plain["lengths"], plain["kv_heads"], plain["padded_seen"], plain["ragged"])
 
 
-def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor], model: PreTrainedModel) -> None:
+def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor]) -> None:
     for name, value in plain.items():
         if isinstance(value, dict):
             value = {int(key) if key.isdigit() else key: x for key, x in value.items()}

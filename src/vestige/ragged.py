@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+PAIR = ("keys", "values", "positions")
+"""Columns of every layer; the others are side arrays."""
+
 
 def cumulative(lengths: Sequence[int]) -> list[int]:
     """Return ``[0, l0, l0 + l1, ...]``: where packed rows begin, and the total last."""

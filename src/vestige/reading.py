@@ -55,6 +55,7 @@ def prefill(
     schedule, total = cache.schedule, input_ids.shape[1]
     cache.prepared = cache.prepared and not settle
     outer, cache.reading_to = cache.reading_to, cache.reading_to or _ends(cache, input_ids, attention_mask)
+    within = schedule.reading
     schedule.reading, schedule.chunk = True, chunk
     logits = torch.empty(0)
     try:
@@ -69,7 +70,7 @@ def prefill(
         if settle:
             finish(model, cache, input_ids)
     finally:
-        schedule.reading, cache.reading_to = False, outer
+        schedule.reading, cache.reading_to = within, outer
     return logits
 
 

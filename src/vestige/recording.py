@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from vestige.errors import PolicyError
 from vestige.models import Anatomy
 from vestige.observe import Glance, LayerGlance
-from vestige.policy import Annotates, Binds, Policy, Watches, WatchesLayers
+from vestige.policy import Annotates, Binds, Policy, Watches, WatchesLayers, Written
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,20 @@ class Recording:
                 anatomy.output(layer_idx)
         if self.turns:
             anatomy.rope()
+
+    def annotate(self, written: Written) -> dict[str, Tensor]:
+        """Return the side arrays of new pairs.
+
+        Raises:
+            PolicyError: A policy gave others than it declares.
+        """
+        found: dict[str, Tensor] = {}
+        for policy in self.writers:
+            new = policy.annotate(written)
+            if new.keys() != policy.annotations:
+                raise PolicyError(f"{policy} gave the side arrays {sorted(new)}, not {sorted(policy.annotations)}")
+            found |= new
+        return found
 
     def check(self, policy: Policy) -> None:
         """Raise a PolicyError if a policy needs what is not recorded."""

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vestige.layers import Step
-
+from vestige.step import Step
 
 OUTLIERS = 4
 """First tokens, whose queries and keys are unlike all others: statistics leave them out."""
@@ -29,7 +27,7 @@ class Record(Protocol):
     def nbytes(self) -> int:
         """Bytes of live storage."""
 
-    def record(self, new: Float[Tensor, "batch heads new dim"], step: "Step") -> None:
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
         """Take in new rows, pads left out."""
 
     def latest(self, seen: Sequence[int]) -> tuple[Any, ...]:
@@ -83,7 +81,7 @@ class Ring:
         """Bytes of live storage."""
         return self.data.nbytes
 
-    def record(self, new: Float[Tensor, "batch heads new dim"], step: "Step") -> None:
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
         """Remember the last of these rows, pads left out."""
         if step.even:
             last = step.seen[0] + step.new
@@ -177,7 +175,7 @@ class QueryMoments:
         """Bytes of live storage."""
         return self.data.nbytes
 
-    def record(self, new: Float[Tensor, "batch heads new dim"], step: "Step") -> None:
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
         """Count in queries that were turned back to what they were before RoPE."""
         counted = (step.positions >= OUTLIERS)[:, None, :, None]  # (batch, 1, new, 1)
         queries = new.float().masked_fill(~counted, 0.0)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vestige import ragged
@@ -140,13 +139,12 @@ class OverlayLayer(CacheLayerMixin):
         return torch.cat(blocks, 2)
 
 
-def rerun(
-    model: PreTrainedModel, cache: KVCache, at: Int[Tensor, " tokens"], *, until: int | None = None
-) -> dict[int, Pairs]:
+def rerun(cache: KVCache, at: Int[Tensor, " tokens"], *, until: int | None = None) -> dict[int, Pairs]:
     """Return the new pairs of tokens by layer index, up to layer ``until``. The cache is not changed.
 
+    Its model, which is attached, runs with whatever is applied to it at the moment.
+
     Args:
-        model: An attached model, with whatever is applied to it at the moment.
         cache: Has seen the tokens.
         at: Their positions, ascending, the same in every batch row.
         until: Last layer that is wanted.

@@ -53,9 +53,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.context, self.prompt, self.cache)) != 1:
-            raise InputError("give exactly one of --context FILE, --prompt TEXT and --cache DIR")
+            raise InputError("give exactly one of --context FILE and --prompt TEXT (of `run`, or --cache DIR)")
         if not self.questions and self.save is None:
-            raise InputError("give at least one --question, or --save to keep the reading")
+            raise InputError("give at least one --question (or, to `run`, --save DIR to keep the reading)")
         for question in self.questions:
             require_text(question, "--question")
         if self.explain and (self.cache is not None or not self.questions):
@@ -105,9 +105,9 @@ class RunResult:
     prefill_s: float
     budget: Budget | None
     policy: str
-    """Its name; a saved cache brings it along."""
+    """As it was named, options and all; a saved cache brings its name along."""
     memory: str = "none"
-    """Its name, as that of the policy."""
+    """As it was named, or its name, as that of the policy."""
     explained: tuple[Explained, ...] = ()
     """Of each question, if passages were named that the answers rest on."""
 
@@ -212,8 +212,8 @@ def ask(
         replace(report, peak_kv_bytes=peak),
         prefill_s,
         cache.policy.budget,
-        policies.name_of(cache.policy),
-        memories.name_of(cache.memory),
+        config.policy if config.cache is None else policies.name_of(cache.policy),
+        config.memory if config.cache is None else memories.name_of(cache.memory),
     )
 
 

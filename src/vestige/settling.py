@@ -11,15 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige import ragged
+from vestige.budget import UNLIMITED
 from vestige.errors import PolicyError
 from vestige.layers import RaggedLayer
 from vestige.observe import Observation, Phase
 from vestige.policy import Allots, Policy, Renews
 from vestige.remains import Absorbed
 from vestige.select import Grid, apportion, protected_per_row, select
-from vestige.spans import Span
-
-_UNLIMITED = 2**40
+from vestige.spans import Span, within
 
 
 def evict(
@@ -50,7 +49,7 @@ def evict(
     """
     live = [layer.live_slots() for layer in layers]
     grid = _grid(layers, [lengths for _, lengths in live])
-    limits = torch.tensor([min(n, _UNLIMITED) for n in room], device=grid.lengths.device)
+    limits = torch.tensor([min(n, UNLIMITED) for n in room], device=grid.lengths.device)
     rows = sum(layer.kv_heads for layer in layers)
     over = _held_per_batch_row(grid, len(room)) > limits * rows
     judged = over if policy.threshold is None else torch.ones_like(over)
@@ -63,7 +62,7 @@ def evict(
         positions.append(observation.positions)
     scores, at = torch.cat(list(parts.values())), torch.cat(positions)
     stays = _protected(policy, pins, at, seen, limits, grid) | ~judged[grid.batch][grid.row]
-    open_to = torch.where(over, limits, _UNLIMITED)
+    open_to = torch.where(over, limits, UNLIMITED)
     kept = select(
         scores,
         at,
@@ -147,7 +146,4 @@ def _protected(
     sinks, windows = zip(*map(policy.ends, limits.tolist()), strict=True)
     begins = [end - window for end, window in zip(seen, windows, strict=True)]
     first, last = (torch.tensor(x, device=positions.device)[grid.batch][grid.row] for x in (sinks, begins))
-    protected = (positions < first) | (positions >= last)
-    for span in pins:
-        protected |= (positions >= span.start) & (positions < span.end)
-    return protected
+    return (positions < first) | (positions >= last) | within(positions, pins)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 
@@ -106,3 +106,10 @@ def require_text(text: str, name: str) -> str:
     if not text.strip():
         raise InputError(f"{name} is empty")
     return text
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that end a reply: the generation config's, or the tokenizer's."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)

@@ -8,19 +8,18 @@ from torch import Tensor
 
 from vestige.kernels import AttentionScale
 from vestige.observe import Glance, LayerGlance
+from vestige.ragged import PAIR
+from vestige.step import Step
 
 if TYPE_CHECKING:
-    from vestige.layers import RaggedLayer, Step
-
-PAIR = ("keys", "values", "positions")
-"""Columns of every layer; the others are side arrays."""
+    from vestige.layers import RaggedLayer
 
 
 def show(
     layer: "RaggedLayer",
     query: Float[Tensor, "batch heads new head_dim"],
     hidden: Float[Tensor, "batch new hidden"] | None,
-    step: "Step",
+    step: Step,
     scale: AttentionScale,
 ) -> None:
     """Show new queries row by row, and layer by layer to those who want that; their own pairs are stored already.

@@ -111,7 +111,15 @@ def cross(
         memories_of.make(memory)
     for budget in budgets:
         Budget.parse(budget)
+    if set(names) <= {"full"}:
+        _require_no_use_of(budgets if not any(map(others.takes_budget, peers)) else (), shares, memories)
     return tuple(dict.fromkeys([*_own(names, budgets, shares, memories), *_foreign(peers, budgets)]))
+
+
+def _require_no_use_of(budgets: Sequence[str], shares: Sequence[str], memories: Sequence[str]) -> None:
+    given = {"--budget": budgets, "--share": shares, "--memory": [one for one in memories if one != "none"]}
+    if idle := [option for option, values in given.items() if values]:
+        raise InputError(f"{' and '.join(idle)} without a --policy that evicts; policy full keeps everything")
 
 
 def _own(names: Sequence[str], budgets: Sequence[str], shares: Sequence[str], memories: Sequence[str]) -> Iterator[Arm]:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.bench.job import Job, TurnIds
 from vestige.bench.sample import Turn
-from vestige.text import Frame
+from vestige.text import Frame, ends_of
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Renderer:
 
     def stop(self) -> tuple[int, ...]:
         """Return the ids that end a reply: the generation config's, or the tokenizer's."""
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        return tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+        return ends_of(self.model, self.tokenizer)
 
     def text(self, reply: Sequence[int]) -> str:
         """Return a reply as text."""

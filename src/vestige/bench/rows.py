@@ -43,6 +43,22 @@ def resampled(values: Sequence[float]) -> list[float] | None:
     return [low, high]
 
 
+def gain(both: Sequence[tuple[float, float]]) -> Row:
+    """Return what something adds to the mean score of samples, which are compared with themselves.
+
+    Args:
+        both: The score of each with it and without it.
+    """
+    differences = sorted(one - other for one, other in both)  # whatever order they come in, draws are the same
+    return {
+        "n": len(both),
+        "score": statistics.fmean(one for one, _ in both),
+        "without": statistics.fmean(other for _, other in both),
+        "gain": statistics.fmean(differences),
+        "gain_ci95": resampled(differences),
+    }
+
+
 def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapping[str, Any]) -> list[Row]:
     """Return a row per (task, length, arm), in the order in which they first appear.
 

@@ -42,7 +42,7 @@ class Blend(Eraser):
         count = math.ceil(self.share * len(suffix))
         if count:
             at = suffix[_changes(scene, twin, suffix).topk(count).indices.cpu().sort().values]
-            write(twin, at, rerun(scene.model, twin, at))
+            write(twin, at, rerun(twin, at))
         scene.cache.adopt(twin)
         return Edit(recomputed=len(suffix), suffix_recomputed=count)
 
@@ -50,7 +50,7 @@ class Blend(Eraser):
 def _changes(scene: Scene, cache: KVCache, at: Tensor) -> Tensor:
     """Return how far each token's keys in the probed layer are from those held, summed over rows."""
     layer = cache.evictable[min(1, len(cache.evictable) - 1)]
-    fresh = rerun(scene.model, cache, at, until=layer.layer_idx)[layer.layer_idx].keys
+    fresh = rerun(cache, at, until=layer.layer_idx)[layer.layer_idx].keys
     slots, source = slots_of(layer, at.to(layer.device))
     flat = fresh.reshape(-1, fresh.shape[-1])
     far = (layer.columns["keys"][slots].float() - flat[source].float()).square().sum(-1)

@@ -39,7 +39,7 @@ class Learned(Eraser):
         """Run the spans, then write: nothing is changed before all pairs are there."""
         at = torch.cat([torch.arange(span.start, span.end) for span in scene.spans])
         with self.weights_for(scene.model).applied(scene.model):
-            new = rerun(scene.model, scene.cache, at)
+            new = rerun(scene.cache, at)
         release = Release.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
         (write_whole if self.whole else write)(scene.cache, at, new)
         release.carry_out()

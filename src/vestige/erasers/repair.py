@@ -46,6 +46,6 @@ class Repair(Eraser):
             pieces.append(torch.arange(cut, cut + count) if self.where == "cut" else torch.arange(until - count, until))
         at = torch.cat(pieces)
         if len(at):
-            write(twin, at, rerun(scene.model, twin, at))
+            write(twin, at, rerun(twin, at))
         scene.cache.adopt(twin)
         return Edit(recomputed=len(at), suffix_recomputed=len(at))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vestige.learn.documents import read as read
     from vestige.learn.documents import split as split
     from vestige.learn.documents import windows as windows
-    from vestige.learn.loop import Trained as Trained
+    from vestige.learn.loop import Outcome as Outcome
     from vestige.learn.loop import train as train
     from vestige.learn.order import generator_of as generator_of
     from vestige.learn.order import seed_of as seed_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "config": ("LoopConfig",),
     "documents": ("Document", "lines_of", "read", "split", "windows"),
-    "loop": ("Trained", "train"),
+    "loop": ("Outcome", "train"),
     "order": ("generator_of", "seed_of"),
     "parallel": ("Processes", "processes"),
     "task": ("Task",),

@@ -63,6 +63,13 @@ def read(sources: Sequence[str | Path], *, field: str = "text", notice: Notice |
     return documents
 
 
+def require_sources(sources: Sequence[str | Path]) -> None:
+    """Raise an InputError if a file or folder among sources is missing."""
+    for source in sources:
+        if not _on_hub(source):
+            require_path(Path(source))
+
+
 def entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
     """Return the lines of a ``*.jsonl`` file or the rows of a set on the hub, without those for benchmarks only.
 

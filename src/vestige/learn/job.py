@@ -12,7 +12,7 @@ from vestige.errors import InputError
 from vestige.learn.card import write_card
 from vestige.learn.config import LoopConfig
 from vestige.learn.documents import Document, read, split
-from vestige.learn.loop import Tell, Trained, train
+from vestige.learn.loop import Outcome, Tell, train
 from vestige.learn.parallel import Processes
 from vestige.learn.prose import usable
 from vestige.learn.task import Task
@@ -60,7 +60,7 @@ class Job:
         what: str,
         documents: Sequence[Document],
         **more: Any,
-    ) -> Trained:
+    ) -> Outcome:
         """Train, and once all steps are done write the weights and their card.
 
         Args:
@@ -133,7 +133,7 @@ class Training(ABC):
         return split(usable(read(self.data, field=self.field)), share=HELD_OUT)
 
     @abstractmethod
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         """Train, and write the weights with their card once all steps are done; the model is frozen by this.
 
         Raises:

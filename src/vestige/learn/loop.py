@@ -31,7 +31,7 @@ Parts = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class Outcome:
     """What a run came to; the weights are in the task's module."""
 
     step: int
@@ -50,7 +50,7 @@ def train(
     resume: bool = False,
     among: Processes | None = None,
     tell: Tell | None = None,
-) -> Trained:
+) -> Outcome:
     """Train a task and return where it ended; the first Ctrl-C or SIGTERM ends it early, with a checkpoint.
 
     A resumed run ends with the same bits as one that was never interrupted, if it has as many processes of the same
@@ -88,7 +88,7 @@ def train(
                     run.save()
                 if tell and among.main:
                     tell(run.step, config.steps, record)
-            return Trained(step=run.step, finished=run.step == config.steps, checkpoint=run.save())
+            return Outcome(step=run.step, finished=run.step == config.steps, checkpoint=run.save())
     finally:
         if metrics:
             metrics.close()

@@ -1,7 +1,8 @@
 """Sentences of documents: what made-up texts are put among."""
 
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vestige.errors import InputError
 from vestige.learn.documents import Document
@@ -30,6 +31,26 @@ def usable(documents: Sequence[Document]) -> list[Document]:
             f"{count or 'none'} among {len(documents)}"
         )
     return long
+
+
+def stretch(
+    rng: random.Random, text: Sequence[str], room: int, count: Callable[[str], int], *, fewest: int
+) -> list[str]:
+    """Return sentences of a text from a random one on, going round.
+
+    Args:
+        rng: Says where to begin.
+        text: Its sentences.
+        room: So many tokens in all, or a sentence more.
+        count: Says how many tokens a sentence has.
+        fewest: Sentences, whatever they have.
+    """
+    at, total, found = rng.randrange(len(text)), 0, list[str]()
+    while len(found) < fewest or total < room:
+        found.append(text[at])
+        total += count(text[at])
+        at = (at + 1) % len(text)
+    return found
 
 
 def prose_of(documents: Sequence[Document]) -> list[list[str]]:

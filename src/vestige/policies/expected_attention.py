@@ -75,9 +75,7 @@ class ExpectedAttention(Policy):
         logits = keys @ mean.chunk(seen.kv_heads)[row.kv_head].T * scale.scaling  # (row_held, queries_per_kv)
         for head, c in enumerate(covariance.chunk(seen.kv_heads)[row.kv_head]):
             logits[:, head] += (keys @ c * keys).sum(-1) * (scale.scaling**2 / 2)
-        if scale.softcap is not None:
-            logits = scale.softcap * torch.tanh(logits / scale.softcap)
-        logits = logits.T.masked_fill(seen.positions[row.pairs] < self.sink, -torch.inf)
+        logits = scale.capped(logits).T.masked_fill(seen.positions[row.pairs] < self.sink, -torch.inf)
         if scale.sinks is None:
             return logits.softmax(-1)
         learned = scale.sinks.float()[:, None]

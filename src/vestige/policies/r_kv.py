@@ -78,9 +78,7 @@ class RKV(Policy):
         """Return pooled attention; every key is older than every query, so that no mask is needed."""
         scale = seen.attention
         assert scale is not None, "the cache records queries for every policy that needs them"
-        logits = queries @ keys.T * scale.scaling
-        if scale.softcap is not None:
-            logits = scale.softcap * torch.tanh(logits / scale.softcap)
+        logits = scale.capped(queries @ keys.T * scale.scaling)
         weights = logits.amax(0).softmax(-1)  # (latest, older)
         return max_pool1d(weights, self.kernel, stride=1, padding=self.kernel // 2).mean(0)
 

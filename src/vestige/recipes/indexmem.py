@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from transformers import PreTrainedModel
 
-from vestige.bench.rows import Record, Row, resampled
+from vestige.bench.rows import Record, Row, gain
 from vestige.cli_options import Dtype
 from vestige.recipes import equal
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
@@ -73,18 +73,7 @@ def gains(records: Iterable[Record], budget_of: Callable[[Record], str]) -> list
         both = [(score, without[key]) for key, score in cell.items() if key in without]
         if memory == "none" or not both:
             continue
-        rows.append(
-            {
-                "policy": policy,
-                "fraction": fraction,
-                "memory": memory,
-                "n": len(both),
-                "score": sum(one for one, _ in both) / len(both),
-                "without": sum(other for _, other in both) / len(both),
-                "gain": sum(one - other for one, other in both) / len(both),
-                "gain_ci95": resampled([one - other for one, other in both]),
-            }
-        )
+        rows.append({"policy": policy, "fraction": fraction, "memory": memory} | gain(both))
     return sorted(rows, key=lambda row: (REMEMBERING.index(row["policy"]), -float(row["fraction"]), row["memory"]))
 
 

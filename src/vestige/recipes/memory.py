@@ -16,7 +16,7 @@ import typer
 from vestige import memory
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Record, Row, resampled
+from vestige.bench.rows import Record, Row, gain
 from vestige.recipes.running import Dev, Essays, Out, benched, records_of, split_of
 
 MODEL = "smollm2-135m"
@@ -91,22 +91,8 @@ def gains(records: Iterable[Record]) -> list[Row]:
         both = [(given[key], without[key]) for key in given.keys() & without.keys()]
         for whose in (policy, ALL):
             pairs.setdefault((name, equal, fraction, whose), []).extend(both)
-    return [_gain(*key, both) for key, both in pairs.items() if both]
-
-
-def _gain(name: str, equal: str, fraction: float, policy: str, both: list[tuple[float, float]]) -> Row:
-    differences = sorted(one - other for one, other in both)
-    return {
-        "memory": name,
-        "equal": equal,
-        "fraction": fraction,
-        "policy": policy,
-        "n": len(both),
-        "score": sum(one for one, _ in both) / len(both),
-        "without": sum(other for _, other in both) / len(both),
-        "gain": sum(differences) / len(both),
-        "gain_ci95": resampled(differences),
-    }
+    names = ("memory", "equal", "fraction", "policy")
+    return [dict(zip(names, key, strict=True)) | gain(both) for key, both in pairs.items() if both]
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from vestige.bench.greedy import Decoded, decode
 from vestige.cache import KVCache
 from vestige.clock import now
-from vestige.joining import join, joinable
+from vestige.joining import join
 from vestige.policies import Full
 from vestige.reading import forward, padding, prefill
 from vestige.upstream import cache_argument
@@ -52,11 +52,11 @@ class Listeners:
     @contextmanager
     def asked(self, question: Int[Tensor, "1 question"]) -> Iterator["Asked"]:
         """Feed a question behind the contexts, for as long as it takes to hear the replies."""
-        with aside(self.cache) as cache:
+        with self.cache.aside():
             fed = question.expand(len(self.cache.seen), -1).to(self.model.device)
             started = now(self.model.device)
-            logits = prefill(self.model, fed, cache, settle=False)
-            yield Asked(self.model, cache, logits, now(self.model.device) - started)
+            logits = prefill(self.model, fed, self.cache, settle=False)
+            yield Asked(self.model, self.cache, logits, now(self.model.device) - started)
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Asked:
 
     def replies(self, limit: int, stop: Collection[int]) -> Decoded:
         """Return the greedy reply of each cache, of at most so many tokens."""
-        with aside(self.cache) as cache:
+        with self.cache.aside():
             return decode(
-                lambda token: forward(self.model, token, cache), self.logits, [limit] * len(self.logits), stop
+                lambda token: forward(self.model, token, self.cache), self.logits, [limit] * len(self.logits), stop
             )
 
     def forced(self, reply: tuple[int, ...]) -> Float[Tensor, "batch reply vocab"]:
@@ -87,20 +87,10 @@ class Asked:
         fed = torch.tensor([reply[:-1]] * len(self.logits), device=self.model.device)
         if not fed.numel():
             return self.logits[:, None].float()
-        with aside(self.cache) as cache:
-            later = self.model(input_ids=fed, **cache_argument(cache), use_cache=True, **padding(fed, cache)).logits
+        with self.cache.aside():
+            given = {**cache_argument(self.cache), **padding(fed, self.cache)}
+            later = self.model(input_ids=fed, use_cache=True, **given).logits
         return torch.cat([self.logits[:, None], later], 1).float()
-
-
-@contextmanager
-def aside(cache: KVCache) -> Iterator[KVCache]:
-    """Give a cache that evicts nothing to be fed, and take back what was; where that cannot be, give a fork."""
-    if not joinable((cache,)):  # a sliding window does not know any more what it had before
-        yield cache.fork()
-        return
-    before = cache.fed.ids.shape[1]
-    yield cache
-    cache.crop(before - cache.fed.ids.shape[1])
 
 
 def compare(clean_logits: Float[Tensor, "reply vocab"], logits: Float[Tensor, "reply vocab"]) -> Against:

@@ -76,17 +76,12 @@ class EraseSample:
         starts = [*(start for start, _ in self.passages), len(self.context)]
         return "".join(self.context[a:b] for a, b in zip(ends, starts, strict=True))
 
-    def of_kind(self, kind: Kind) -> list[Question]:
-        """Return the questions of one kind."""
-        return [question for question in self.questions if question.kind == kind]
-
 
 def what_is(
     kind: Kind,
     what: str,
     *answers: str,
     forbidden: Sequence[str] = (),
-    named: str | None = None,
     room: int = NUMBER_ROOM,
 ) -> Question:
     """Return the plainest question, with a reply that is begun: "What is the code?", "The code is".
@@ -96,15 +91,13 @@ def what_is(
         what: Asked for, such as "the code".
         answers: Any is right.
         forbidden: What must not be said.
-        named: How the reply calls it, if not like the question.
         room: Longest reply, in tokens.
     """
-    named = what if named is None else named
     return Question(
         kind=kind,
         text=f"What is {what}?",
         answers=answers,
-        answer_prefix=f"{named[0].upper()}{named[1:]} is",
+        answer_prefix=f"{what[0].upper()}{what[1:]} is",
         forbidden=tuple(forbidden),
         max_new_tokens=room,
     )

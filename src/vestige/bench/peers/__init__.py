@@ -62,15 +62,7 @@ class OpenPeers(ExitStack):
         return self._known[name]
 
 
-def open_peer(
-    name: str,
-    *,
-    model: Any,
-    folder: Path | str | None = None,
-    device: Any = None,
-    dtype: Any = None,
-    timeout_s: float | int = 3600.0,
-) -> Peer:
+def open_peer(name: str, *, model: Any, folder: Path | str | None = None, timeout_s: float | int = 3600.0) -> Peer:
     """Return a peer that is ready to run jobs. Close it, or use it with ``with``.
 
     Presses that are open at the same time share one process, which loads the model once, at the first job.
@@ -79,8 +71,6 @@ def open_peer(
         name: See :func:`check`.
         model: Runs the caches of transformers itself, attached or not; for presses it says what to load.
         folder: Where kvpress loads the model from; None is where this one was loaded from, the hub's cache included.
-        device: Where kvpress puts it; None is where this one is.
-        dtype: Of its weights; None is that of this one.
         timeout_s: Seconds that one job of kvpress may take, loading included.
 
     Raises:
@@ -94,5 +84,5 @@ def open_peer(
     from vestige.bench.peers.presses import PressPeer, Source
 
     home = model.name_or_path if folder is None else folder
-    source = Source.of(home, device or model.device, dtype or model.dtype)
+    source = Source.of(home, model.device, model.dtype)
     return PressPeer(parsed, source, timeout_s)

@@ -7,7 +7,7 @@ stage 1 quotes behind an anchor only; as an option the reply need not be right.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,9 @@ from vestige.learn.erasing.facts import facts
 from vestige.learn.erasing.questions import Question, distracted
 from vestige.learn.erasing.quotations import FEWEST, altered, neighbour
 from vestige.learn.order import seed_of
+from vestige.learn.prose import stretch
 from vestige.spans import Span, within
-from vestige.text import Frame
+from vestige.text import Frame, ends_of
 
 _QUOTED_WORDS = 4
 """Words that a quotation must get right."""
@@ -70,7 +71,7 @@ class EraserOptions:
 
     def __post_init__(self) -> None:
         if not 100 <= self.least <= self.most:
-            raise InputError(f"least and most must be tokens, at least 100, got {self.least} and {self.most}")
+            raise InputError(f"need 100 <= least <= most, in tokens, got {self.least} and {self.most}")
         if min(self.reply, self.free_reply) < 1 or self.tries < 1 or self.neighbours < 0:
             raise InputError("reply, free_reply and tries must be at least 1, neighbours not negative")
         weights = self.nll, self.kl, self.question_kl
@@ -145,8 +146,7 @@ class SampleMaker:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: EraserOptions) -> None:
         self.model, self.tokenizer, self.frame, self.options = model, tokenizer, Frame(tokenizer), options
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        self.stop = tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+        self.stop = ends_of(model, tokenizer)
 
     @torch.no_grad()
     def sample(self, name: tuple[str | int, ...], texts: Texts, *, neighbours: bool) -> Sample:
@@ -186,7 +186,7 @@ class SampleMaker:
     def _draft(self, rng: random.Random, texts: Texts, form: str) -> Draft:
         length = round(self.options.least * (self.options.most / self.options.least) ** rng.random())
         text, other = rng.choice(texts.prose), rng.choice(texts.prose)
-        chosen = list(self._cut(rng, text, length))
+        chosen = stretch(rng, text, length, self._tokens, fewest=FEWEST + 2)
         made: Draft | None = None
         if form == "neighbour":
             made = neighbour(rng, chosen, other)
@@ -196,13 +196,8 @@ class SampleMaker:
             made = distracted(rng, texts.questions, sum(map(len, chosen)))
         return made or facts(rng, chosen)
 
-    def _cut(self, rng: random.Random, text: Sequence[str], length: int) -> Iterator[str]:
-        """Yield sentences from a random one on, going round, of so many tokens in all, about."""
-        at, count, said = rng.randrange(len(text)), 0, 0
-        while count < length or said < FEWEST + 2:
-            yield text[at]
-            count += len(self.tokenizer(text[at], add_special_tokens=False)["input_ids"])
-            at, said = (at + 1) % len(text), said + 1
+    def _tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _worth(self, draft: Draft) -> Sample | None:
         """Return a draft, or its flipped one if the model believes what stays, as a sample; None if neither teaches."""

@@ -13,7 +13,7 @@ from vestige.learn.erasing import questions
 from vestige.learn.erasing.samples import EraserOptions, Texts
 from vestige.learn.erasing.task import EraserTask
 from vestige.learn.job import HELD_OUT, Job, Training
-from vestige.learn.loop import Trained
+from vestige.learn.loop import Outcome
 from vestige.learn.prose import prose_of
 
 
@@ -44,7 +44,7 @@ class EraserTraining(Training):
         if self.rank < 1:
             raise InputError("rank must be at least 1")
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         sides = self.sides()
         asked = questions.split(questions.read(self.qa), share=HELD_OUT)
         texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))

@@ -13,13 +13,13 @@ from vestige.indexer import Indexer
 from vestige.latent import Kind, Latent
 from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask
 from vestige.learn.job import Job, Training
-from vestige.learn.loop import Trained as Run
+from vestige.learn.loop import Outcome
 from vestige.learn.prose import prose_of
 
 
 @dataclass(frozen=True)
-class Trained:
-    """An indexer and memories, written side by side."""
+class Halves:
+    """Both halves of IndexMem, an indexer and memories, written side by side."""
 
     indexer: Indexer
     latents: Sequence[Latent]
@@ -66,7 +66,7 @@ class IndexMemTraining(Training):
                 f"and there are {self.loop.steps * self.loop.batch}"
             )
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Run:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         sides = self.sides()
         prose, held = (prose_of(side) for side in sides)
         torch.manual_seed(self.loop.seed)
@@ -80,7 +80,7 @@ class IndexMemTraining(Training):
         return job.carry_out(
             task,
             self.loop,
-            Trained(indexer, latents),
+            Halves(indexer, latents),
             self.weights,
             what="IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was",
             documents=[one for side in sides for one in side],

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige.errors import InputError
 from vestige.gates import Gates
 from vestige.learn.job import Job, Training
-from vestige.learn.loop import Trained
+from vestige.learn.loop import Outcome
 from vestige.learn.prose import prose_of
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
 
@@ -47,7 +47,7 @@ class RetentionTraining(Training):
         if not self.bias <= _MOST_BIAS:
             raise InputError(f"bias must be at most {_MOST_BIAS:g}, or gates live too long to learn; got {self.bias}")
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Trained:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         sides = self.sides()
         prose, held = (prose_of(side) for side in sides)
         torch.manual_seed(self.loop.seed)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.learn.order import seed_of
+from vestige.learn.prose import stretch
 from vestige.learn.tales.tale import Asked, tale
 from vestige.text import Frame
 from vestige.turns import Turns
@@ -211,12 +212,7 @@ class SequenceMaker:
 
     def cut(self, rng: random.Random, text: Sequence[str], room: int) -> list[str]:
         """Return sentences from a random one on, going round, of so many tokens in all, about."""
-        at, count, cut = rng.randrange(len(text)), 0, list[str]()
-        while len(cut) < _FEWEST or count < room:
-            cut.append(text[at])
-            count += len(self._ids(text[at]))
-            at = (at + 1) % len(text)
-        return cut
+        return stretch(rng, text, room, lambda one: len(self._ids(one)), fewest=_FEWEST)
 
     def _packed(self, rng: random.Random, documents: Sequence[Document]) -> Packed:
         starts, sizes, answers, texts = list[int](), list[int](), list[int](), list[int]()
