@@ -197,6 +197,24 @@ def attention_weights(
     return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
 
 
+def over_heads(seen: Observation, scores: Float[Tensor, " held"]) -> Float[Tensor, " held"]:
+    """Return each token's mean score over the KV heads that hold it, the same for all of them.
+
+    Args:
+        seen: The layer.
+        scores: Of its pairs.
+    """
+    means = torch.empty_like(scores)
+    for b, length in enumerate(seen.seen):
+        pairs = slice(*(seen.cu_seqlens[row * seen.kv_heads] for row in (b, b + 1)))
+        at = seen.positions[pairs].long()
+        total, holders = scores.new_zeros(2, length)
+        total.index_add_(0, at, scores[pairs])
+        holders.index_add_(0, at, torch.ones_like(scores[pairs]))
+        means[pairs] = total[at] / holders[at]
+    return means
+
+
 def pooled(scores: Float[Tensor, " row_held"], kernel: int, causal: bool = False) -> Float[Tensor, " row_held"]:
     """Return averages over ``kernel`` neighbouring pairs (odd), zeros beyond the ends.
 

@@ -3,19 +3,14 @@
 A folder is written beside its final place and renamed, so it is there completely or not at all.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +18,8 @@ from transformers import PreTrainedModel
 from vestige import ragged
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.errors import CacheFileError, InputError, ModelError
+from vestige.errors import CacheFileError, ModelError
+from vestige.files import new_folder
 from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer
 from vestige.memory import MEMORIES
@@ -52,8 +48,16 @@ def save(cache: KVCache, path: Path) -> None:
         InputError: The folder exists and is not empty, or cannot be written. Nothing is left behind.
         CacheFileError: The policy or the memory has no name that loading could find.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not empty; name a new folder")
+    with new_folder(path, "the cache") as work:
+        write(cache, work)
+
+
+def write(cache: KVCache, folder: Path) -> None:
+    """Write a cache into a folder that takes its place later, as part of something larger.
+
+    Raises:
+        CacheFileError: As :func:`save`.
+    """
     tensors, layers = _pack(cache)
     books = {
         "format": FORMAT,
@@ -79,28 +83,11 @@ def save(cache: KVCache, path: Path) -> None:
         "schedule": vars(cache.schedule),
         "layers": layers,
     }
-    work, made = None, [p for p in path.parents if not p.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        save_file(tensors, work / _TENSORS)
-        os.chmod(work / _TENSORS, 0o644)  # safetensors leaves it to its owner alone
-        books["sha256"] = _sha256(work / _TENSORS)
-        books["digest"] = _digest(books)
-        (work / _BOOKS).write_text(json.dumps(books, indent=1))
-        os.chmod(work, 0o755)  # mkdtemp makes it private
-        if path.exists():
-            path.rmdir()
-        os.replace(work, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write the cache to {path}: {error}") from None
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
-        if not path.exists():
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+    save_file(tensors, folder / _TENSORS)
+    (folder / _TENSORS).chmod(0o644)  # safetensors leaves it to its owner alone
+    books["sha256"] = _sha256(folder / _TENSORS)
+    books["digest"] = _digest(books)
+    (folder / _BOOKS).write_text(json.dumps(books, indent=1))
 
 
 def load(path: Path, model: PreTrainedModel) -> KVCache:

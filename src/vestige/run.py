@@ -19,6 +19,7 @@ from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import InputError
 from vestige.explain import Explanation, explain
+from vestige.files import require_new
 from vestige.policy import Policy
 from vestige.reading import prefill
 from vestige.report import Report
@@ -71,8 +72,8 @@ class RunConfig:
                 "a saved cache brings its policy and budget along, and its memory; leave --policy, --budget, --share "
                 "and --memory out"
             )
-        if self.save is not None and self.save.exists() and (not self.save.is_dir() or any(self.save.iterdir())):
-            raise InputError(f"{self.save} exists and is not empty; name a new folder for --save")
+        if self.save is not None:
+            require_new(self.save, " for --save")
         self.make_policy()
 
     def make_policy(self) -> Policy:

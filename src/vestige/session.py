@@ -1,9 +1,6 @@
 """A conversation over one cache, whose messages can be erased."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -14,13 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from vestige import erasers, locate
+from vestige import erasers, locate, persist
 from vestige.answer import check_room
 from vestige.attachment import attach
 from vestige.cache import KVCache
 from vestige.eraser import Eraser, EraseReport
 from vestige.erasing import erase
 from vestige.errors import CacheError, CacheFileError, InputError
+from vestige.files import new_folder
 from vestige.policies.full import Full
 from vestige.policy import Policy
 from vestige.reading import prefill
@@ -163,9 +161,6 @@ class Session:
         Raises:
             InputError: The folder exists and is not empty, or cannot be written.
         """
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path} exists and is not empty; name a new folder")
         books = {
             "format": FORMAT,
             "messages": [asdict(one) for one in self.messages],
@@ -173,21 +168,10 @@ class Session:
             "system": self.turns.system,
             "chunk": self.chunk,
         }
-        work = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            self.cache.save(work / _CACHE)
+        with new_folder(Path(path), "the conversation") as work:
+            (work / _CACHE).mkdir()
+            persist.write(self.cache, work / _CACHE)
             (work / _BOOKS).write_text(json.dumps(books, indent=1) + "\n")
-            os.chmod(work, 0o755)  # mkdtemp makes it private
-            if path.exists():
-                path.rmdir()
-            os.replace(work, path)
-        except OSError as error:
-            raise InputError(f"cannot write the conversation to {path}: {error}") from None
-        finally:
-            if work is not None:
-                shutil.rmtree(work, ignore_errors=True)
 
     @classmethod
     def load(

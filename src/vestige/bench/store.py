@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from vestige.bench.rows import Record, Row
 from vestige.errors import InputError
+from vestige.files import write_atomically
 
 BOOKS, SAMPLES, ROWS, SPEED = "bench.json", "samples.jsonl", "rows.json", "speed.json"
 ROWS_EVERY_S = 60.0
@@ -186,16 +187,6 @@ def keep_speed(folder: Path, rows: list[Row]) -> None:
         write_atomically(folder / SPEED, json.dumps({"rows": rows}, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: it is there completely or as it was."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        work.write_text(text, encoding="utf-8")
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def _key(task: str, length: int, index: int, arm: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vestige.bench.store import write_atomically
 from vestige.errors import InputError
+from vestige.files import write_atomically
 
 METRICS = "metrics.jsonl"
 

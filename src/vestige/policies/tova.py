@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.observe import Observation, observed_attention
+from vestige.observe import Observation, observed_attention, over_heads
 from vestige.policy import Policy
 from vestige.select import Scale
 
@@ -26,15 +26,8 @@ class TOVA(Policy):
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return the last query's attention to each token, the same for every KV head that holds it."""
-        mass = [torch.zeros(n, device=seen.keys.device) for n in seen.seen]
-        holders = [torch.zeros_like(m) for m in mass]
-        for row in seen.rows():
-            attention, _ = observed_attention(seen, row, observed=1)
-            at = seen.positions[row.pairs].long()
-            mass[row.batch].index_add_(0, at, attention.mean((0, 1)))
-            holders[row.batch].index_add_(0, at, torch.ones_like(at, dtype=torch.float32))
         scores = torch.empty(len(seen.positions), device=seen.keys.device)
         for row in seen.rows():
-            at = seen.positions[row.pairs].long()
-            scores[row.pairs] = mass[row.batch][at] / holders[row.batch][at]
-        return scores
+            attention, _ = observed_attention(seen, row, observed=1)
+            scores[row.pairs] = attention.mean((0, 1))
+        return over_heads(seen, scores)

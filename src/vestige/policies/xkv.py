@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.observe import Observation
+from vestige.observe import Observation, over_heads
 from vestige.policies.snapkv import SnapKV
 from vestige.policy import Policy
 from vestige.select import Grid, Scale, rescale
@@ -55,15 +55,7 @@ class XKV(Policy):
 
     def score(self, seen: Observation) -> Float[Tensor, " held"]:
         """Return SnapKV's score of each token, the same for every KV head that holds it."""
-        scores = self._scorer.score(seen)
-        for b, length in enumerate(seen.seen):
-            pairs = slice(*(seen.cu_seqlens[row * seen.kv_heads] for row in (b, b + 1)))
-            at = seen.positions[pairs].long()
-            total, holders = scores.new_zeros(2, length)
-            total.index_add_(0, at, scores[pairs])
-            holders.index_add_(0, at, torch.ones_like(scores[pairs]))
-            scores[pairs] = total[at] / holders[at]
-        return scores
+        return over_heads(seen, self._scorer.score(seen))
 
     def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
         """Return the window's pairs and those among the best of all layers, the same for each row of a layer."""

@@ -154,8 +154,9 @@ def main(
     """Measure, or go on with it, print the table, and write it with its pictures."""
     from rich.progress import track
 
-    from vestige.bench.store import Store, write_atomically
+    from vestige.bench.store import Store
     from vestige.download import load
+    from vestige.files import write_atomically
 
     config = BenchConfig(
         tasks=TASKS,

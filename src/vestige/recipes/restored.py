@@ -155,8 +155,9 @@ def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None)
     """Measure, or go on with it, print the table, and write it."""
     from rich.progress import track
 
-    from vestige.bench.store import Store, write_atomically
+    from vestige.bench.store import Store
     from vestige.download import load
+    from vestige.files import write_atomically
 
     config, (model, tokenizer) = compared(essays, split_of(dev)), load(MODEL, dtype=dtype)
     books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}

@@ -23,8 +23,8 @@ from vestige.bench.report.rows import (
     read_rows,
 )
 from vestige.bench.report.sections import sections, speed_methods, speed_sections
-from vestige.bench.store import write_atomically
 from vestige.errors import InputError
+from vestige.files import write_atomically
 
 __all__ = ["Report", "load_rows", "make_report", "read_rows", "report"]
 

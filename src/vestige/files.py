@@ -1,0 +1,66 @@
+"""Files and folders that are there completely or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vestige.errors import InputError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it: it is there completely or as it was."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        work.write_text(text, encoding="utf-8")
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def require_new(path: Path, hint: str = "") -> None:
+    """Raise an InputError unless nothing, or an empty folder, is in the place of a new folder.
+
+    Args:
+        path: The place.
+        hint: What the folder is for, such as " for --save".
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not empty; name a new folder{hint}")
+
+
+@contextmanager
+def new_folder(path: Path, what: str) -> Iterator[Path]:
+    """Give a folder to fill, which takes its place once all is in it.
+
+    Args:
+        path: Its place; folders above are made.
+        what: Is written, for the message.
+
+    Raises:
+        InputError: The place is taken, or cannot be written. Nothing is left behind.
+    """
+    require_new(path)
+    work, made = None, [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield work
+        work.chmod(0o755)  # mkdtemp makes it private
+        if path.exists():
+            path.rmdir()
+        os.replace(work, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {what} to {path}: {error}") from None
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+        if not path.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
