@@ -109,7 +109,7 @@ def test_the_same_rows_give_the_same_bytes_and_no_dates(made):
 
 def test_the_markdown_has_headline_tasks_failures_and_provenance(made):
     text = made.markdown
-    assert "| full | 0.90 (" in text and "[report.html](report.html)" in text
+    assert "| full | 0.90 (" in text and "are in the report.html that `vestige report` writes" in text
     for line in ("### ruler, mean of 2 tasks at 2,048 tokens", "### ruler/niah_single_1, at 2,048 tokens",
                  "## Failed rows", "| ruler/vt | 2,048 | tova | 0.1 | out of memory |", "* device: cpu, a made-up",
                  "* torch version: 2.13.0", "vestige bench ruler --out results"):  # fmt: skip

@@ -19,8 +19,11 @@ def markdown(title: str, summary: str, parts: Sequence[Part], *, page: str) -> s
     """
     how = "\n".join(f"* {line}" for line in HOW_TO_READ[:4])
     body = "\n".join(filter(None, map(_part, parts)))
-    link = f"Pictures, and a table that can be sorted: [{_plain(page)}]({page})."
-    return f"# {_plain(title)}\n\n{_plain(summary)} {link}\n\n{how}\n\n{body}"
+    pictures = (  # no link: people commit the tables and leave the page out
+        f"Pictures, and a table that can be sorted, are in the {_plain(page)} that `vestige report` writes beside this "
+        "file."
+    )
+    return f"# {_plain(title)}\n\n{_plain(summary)} {pictures}\n\n{how}\n\n{body}"
 
 
 def _part(part: Part) -> str:
