@@ -220,8 +220,8 @@ def test_reading_slack_multiplies_the_limit_and_infinity_lifts_it():
     assert Budget.slacken(100, 1.0) == 100
     assert Budget.slacken(100, 2.0) == 200
     assert Budget.slacken(29, 1.1) == 31
-    assert Budget.slacken(100, math.inf) > 10**15
-    assert Budget.slacken(0, math.inf) > 10**15
+    assert Budget.slacken(100, math.inf) > 10**12
+    assert Budget.slacken(0, math.inf) > 10**12
 
 
 @EXACT

@@ -80,7 +80,7 @@ def test_merging_is_exact_far_from_zero_where_sums_of_squares_are_not():
     for start in range(0, 500, 7):
         part = dataclasses.replace(step_of(at), positions=at[:, start : start + 7])
         moments.record(queries[:, :, start : start + 7], part)
-    (shown,) = moments.latest((500,), (0,))
+    (shown,) = moments.latest((500,))
     for head in range(2):
         counted = queries[0, head, 4:].double()
         torch.testing.assert_close(shown.mean[head].double(), counted.mean(0), atol=1e-4, rtol=1e-6)
