@@ -108,7 +108,9 @@ def test_a_memory_is_beside_the_same_policy_without_one_at_equal_bytes():
     policy = indexmem.REMEMBERING[1]
     given = records(part, policy, "none", "0.1", 1, 0, 0) + records(part, policy, "moments", "0.1", 1, 1)
     given += records(part, policy, "moments", "0.05", 1) + records(part, "full", "none", "1.0", 1, 1, 1)
-    (row,) = indexmem.gains(given, part.budget_of)
+    given += records(part, indexmem.OURS, "none", "0.1", 1) + records(part, indexmem.OURS, "moments", "0.1", 0)
+    _, row, every = indexmem.gains(given, part.budget_of)
+    assert every["policy"] == "all" and every["n"] == 3 and every["gain"] == 0.0
     assert row["memory"] == "moments" and row["fraction"] == "0.1" and row["n"] == 2 and row["gain"] == 0.5
     assert "| retention | 0.1 | moments | 2 | 0.50 | 1.00 | +0.50" in indexmem.gains_table([row])
 
@@ -140,7 +142,7 @@ def test_the_summary_is_of_what_is_there(tmp_path):
     for shown in ("## agnostic", "## map-1024", "| moments | 2 | 1.00 | 0.50 | -0.50", "+0.50", "needles.svg"):
         assert shown in said
     assert "## map-4096" not in said and (tmp_path / "scores-map-1024.svg").exists()
-    assert len(json.loads((tmp_path / "memories-aware.json").read_text())) == 1
+    assert [row["policy"] for row in json.loads((tmp_path / "memories-aware.json").read_text())] == [rest[0], "all"]
 
 
 # What memories give back.

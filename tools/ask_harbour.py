@@ -22,14 +22,15 @@ FACTS = {
 
 
 def main(settings: list[str]) -> None:
-    """Print, for each policy:share:budget, how many facts its reading still answers, and its bytes."""
+    """Print, for each policy:share:budget:memory, how many facts its reading still answers, and its bytes."""
     model, tokenizer = load("smollm2-135m")
     with as_file(files("vestige") / "data" / "harbour.txt") as path:
         for setting in settings:
-            policy, share, budget = (*setting.split(":"), None, None)[:3]
+            policy, share, budget, memory = (*setting.split(":"), None, None, None)[:4]
             config = RunConfig(
-                questions=tuple(FACTS), context=path, policy=policy, share=share, budget=budget, max_new_tokens=24
-            )
+                questions=tuple(FACTS), context=path, policy=policy, share=share, budget=budget,
+                memory=memory or "none", max_new_tokens=24,
+            )  # fmt: skip
             result = run(config, model, tokenizer)
             right = sum(fact in reply.text for fact, reply in zip(FACTS.values(), result.answers, strict=True))
             print(f"{setting:<24} {right} of {len(FACTS)}, {result.report.kv_bytes / 1e6:.1f} MB", flush=True)

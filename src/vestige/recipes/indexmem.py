@@ -26,6 +26,7 @@ FIELD = (
     "compactor(share=model)", "lagkv", "kvzip(share=model)", "random", "streaming_llm",
 )  # fmt: skip
 """Those that need no training are the best three of the choice in ``recipes/retention.py``, and the papers' rivals."""
+ALL = "all"
 REMEMBERING = (OURS, "retention", "laprox(kernel=41, causal=True)", "snapkv(kernel=41, causal=True)")
 MEMORIES = ("none", "linear", "slots", "moments", "centroids")
 FRACTIONS = ("0.25", "0.1", "0.05")
@@ -58,23 +59,24 @@ def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test
 
 
 def gains(records: Iterable[Record], budget_of: Callable[[Record], str]) -> list[Row]:
-    """Return what each memory adds to each policy at equal bytes, by fraction; samples are compared with themselves.
+    """Return what each memory adds to each policy at equal bytes, and to all of them, by fraction.
 
-    Intervals, 95 %, are by resampling samples.
+    Samples are compared with themselves; intervals, 95 %, are by resampling them.
     """
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
     for record in records:
         arm = record["arm"]
         cell = cells.setdefault((arm["policy"], budget_of(record), arm["memory"]), {})
         cell[record["task"], record["index"]] = float(record["score"])
-    rows = []
+    pairs: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for (policy, fraction, memory), cell in cells.items():
         without = cells.get((policy, fraction, "none"), {})
         both = [(score, without[key]) for key, score in cell.items() if key in without]
-        if memory == "none" or not both:
-            continue
-        rows.append({"policy": policy, "fraction": fraction, "memory": memory} | gain(both))
-    return sorted(rows, key=lambda row: (REMEMBERING.index(row["policy"]), -float(row["fraction"]), row["memory"]))
+        for whose in (policy, ALL) if memory != "none" else ():
+            pairs.setdefault((whose, fraction, memory), []).extend(both)
+    names, order = ("policy", "fraction", "memory"), (*REMEMBERING, ALL)
+    rows = [dict(zip(names, key, strict=True)) | gain(both) for key, both in pairs.items() if both]
+    return sorted(rows, key=lambda row: (order.index(row["policy"]), -float(row["fraction"]), row["memory"]))
 
 
 def gains_table(rows: Iterable[Row]) -> str:

@@ -235,7 +235,7 @@ def _name(figure: Any, lines: Sequence[Line], level: Point | None) -> None:
 
     full = [] if level is None else [Line2D([], [], color="black", linewidth=1.2, label="full cache")]
     drawn = [Line2D([], [], label=line.label, **_stroke(line.look), **_marker(line.look)) for line in lines]
-    figure.legend(handles=[*full, *drawn], loc="outside right upper", frameon=False, handlelength=3)
+    figure.legend(handles=[*full, *drawn], loc="outside right center", frameon=False, handlelength=3)
 
 
 def _draw(axes: Any, line: Line, shift: float) -> None:
