@@ -106,9 +106,9 @@ class RunResult:
     prefill_s: float
     budget: Budget | None
     policy: str
-    """As it was named, options and all; a saved cache brings its name along."""
+    """Its name; a saved cache brings it along."""
     memory: str = "none"
-    """As it was named, or its name, as that of the policy."""
+    """Its name, as that of the policy."""
     explained: tuple[Explained, ...] = ()
     """Of each question, if passages were named that the answers rest on."""
 
@@ -213,8 +213,8 @@ def ask(
         replace(report, peak_kv_bytes=peak),
         prefill_s,
         cache.policy.budget,
-        config.policy if config.cache is None else policies.name_of(cache.policy),
-        config.memory if config.cache is None else memories.name_of(cache.memory),
+        policies.name_of(cache.policy),
+        memories.name_of(cache.memory),
     )
 
 

@@ -111,8 +111,8 @@ def cross(
         memories_of.make(memory)
     for budget in budgets:
         Budget.parse(budget)
-    if set(names) <= {"full"}:
-        _require_no_use_of(budgets if not any(map(others.takes_budget, peers)) else (), shares, memories)
+    if set(names) == {"full"} and not peers:
+        _require_no_use_of(budgets, shares, memories)
     return tuple(dict.fromkeys([*_own(names, budgets, shares, memories), *_foreign(peers, budgets)]))
 
 

@@ -71,7 +71,7 @@ class EraserOptions:
 
     def __post_init__(self) -> None:
         if not 100 <= self.least <= self.most:
-            raise InputError(f"need 100 <= least <= most, in tokens, got {self.least} and {self.most}")
+            raise InputError(f"least and most must be tokens, 100 <= least <= most, got {self.least} and {self.most}")
         if min(self.reply, self.free_reply) < 1 or self.tries < 1 or self.neighbours < 0:
             raise InputError("reply, free_reply and tries must be at least 1, neighbours not negative")
         weights = self.nll, self.kl, self.question_kl
