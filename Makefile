@@ -96,7 +96,7 @@ results-indexmem-dev: $(VENV)/.stamp-test ## the same on the dev split, to choos
 
 results-indexmem-speed: $(VENV)/.stamp-test ## what a memory costs while decoding, at equal bytes, on an idle machine (minutes): DTYPE=float32
 	rm -rf results/indexmem/speed
-	$(BIN)/vestige bench speed --length 4000 --budget $(if $(filter float32,$(DTYPE)),18MB,9MB) --policy "indexmem(share=model)" --memory none,linear,slots,moments,centroids --blocks 11 --prefills 1 $(if $(DTYPE),--dtype $(DTYPE)) --out results/indexmem/speed
+	$(BIN)/vestige bench speed --length 4000 --budget $(if $(filter float32,$(DTYPE)),18MB,9MB) --policy "indexmem(share=model)" --memory none,linear,slots,moments,centroids --blocks 5 --prefills 1 $(if $(DTYPE),--dtype $(DTYPE)) --out results/indexmem/speed
 
 results-restored: $(VENV)/.stamp-test ## what memories give back of what evictors take from attention (half an hour; goes on after an interrupt): ESSAYS=DIR
 	$(BIN)/python -m vestige.recipes.restored --out results/indexmem $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(DTYPE),--dtype $(DTYPE))
