@@ -66,11 +66,11 @@ def fitted(
         if option not in fields:
             raise error(f"{kind} {name!r} has no option {option!r}; available: {', '.join(sorted(fields))}")
         wanted = fields[option].type
-        if get_origin(wanted) is Literal and value not in get_args(wanted):
-            raise error(f"{kind} {name!r}: {unknown(option, str(value), get_args(wanted))}")
         try:
             found[option] = _as(value, wanted)
         except ValueError:
+            if get_origin(wanted) is Literal:
+                raise error(f"{kind} {name!r}: {unknown(option, str(value), get_args(wanted))}") from None
             raise error(f"{kind} {name!r}: {option} takes {_said(wanted)}, got {value!r}") from None
     return found
 

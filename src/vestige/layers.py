@@ -102,9 +102,8 @@ class RaggedLayer(CacheLayerMixin):
             self.record("hidden", self.hidden[:, None], step)
         new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)
         fed = self._append(new, step)
-        self.lengths = [
-            length + n for length, n in zip(self.lengths, fed, strict=True)
-        ]  # last: an interrupt undoes all
+        # Only now do the new pairs count: what an interrupt cuts short before was never there.
+        self.lengths = [length + n for length, n in zip(self.lengths, fed, strict=True)]
         self.padded_seen += step.new
         self.step_number = step.number
         return self._handle(key_states), self._handle(value_states)

@@ -50,7 +50,7 @@ def reread(
     texts = _between(gaps, begin, end)
     twin.reading_to = tuple(map(len, rows))
     try:
-        for piece in sorted([*gaps, *texts], key=lambda one: one.start):
+        for piece in sorted([*gaps, *texts]):
             cut = [row[piece.start : piece.end].tolist() for row in rows]
             if piece in gaps:
                 ids, mask = pad_left(cut, torch.device("cpu"))

@@ -36,11 +36,6 @@ class Layer:
     values: Float[Tensor, "kv_heads tokens value_dim"]
     scale: AttentionScale
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of the text and what stands behind it."""
-        return self.queries.shape[1]
-
     def logits(self, asking: slice) -> Float[Tensor, "heads asking stop"]:
         """Return scaled products of some queries with all keys up to theirs, causally."""
         keys = self.keys[:, : asking.stop].repeat_interleave(len(self.queries) // len(self.keys), 0)
