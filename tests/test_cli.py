@@ -428,8 +428,13 @@ def test_bench_speed_rows_have_the_fields_of_the_contract_and_ratios_that_agree(
     assert row["peak_kv_bytes"] >= row["kv_bytes"] == 240 * 132
 
 
+def an_eighth(block, model) -> None:
+    """Take the place of decoding: the whole block takes .128 seconds."""
+    block.left, block.seconds = 0, 0.128
+
+
 def test_bench_speed_has_a_row_for_each_length_batch_policy_and_budget(vestige, folders, monkeypatch):
-    monkeypatch.setattr("vestige.bench.speed._decode", lambda *_: 0.128)
+    monkeypatch.setattr("vestige.bench.speed._Decoding.take_turn", an_eighth)
     lists = ("--length", "50,60", "--batch", "1,2", "--budget", "40,0.8", "--policy", "streaming_llm,full")
     rows = vestige(*SPEED, "--model", folders.chat, *lists, "--json").row["rows"]
     arms = [("streaming_llm", "40"), ("streaming_llm", "0.8"), ("full", "1.0")]
@@ -442,7 +447,7 @@ def test_bench_speed_has_a_row_for_each_length_batch_policy_and_budget(vestige, 
 
 
 def test_bench_speed_beyond_the_positions_uses_random_weights_and_says_so(vestige, folders, monkeypatch):
-    monkeypatch.setattr("vestige.bench.speed._decode", lambda *_: 0.128)
+    monkeypatch.setattr("vestige.bench.speed._Decoding.take_turn", an_eighth)
     words = (*SPEED, "--model", folders.chat, "--budget", "40", "--policy", "streaming_llm", "--length", "500")
     result = vestige(*words)
     assert result.code == 0

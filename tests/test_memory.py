@@ -281,7 +281,7 @@ def test_moments_by_hand():
     one = Moments(dtype="float32", mass=0.1)
     state = one.absorb(one.empty(1, 2, 1, "cpu"), evicted(([[1.0, 0.0], [3.0, 0.0]], [[0.0], [4.0]])))
     assert state["key_mean"].tolist() == [[2, 0]] and state["value_mean"].tolist() == [[2]]
-    assert (state["value_key"] * state["value_key_scale"]).tolist() == [[[2, 0]]]
+    assert (state["key_value"] * state["key_value_scale"]).tolist() == [[[2], [0]]]
     assert (state["key_key"] * state["key_key_scale"]).tolist() == [[[1, 0], [0, 0]]]
     given = torch.tensor([[[1.0, 5.0]]])  # times .5: logit 1 at the mean
     got = ask(one, state, given, AttentionScale(0.5))
@@ -306,11 +306,12 @@ def test_moments_after_many_pieces_are_those_of_one_batch(seed):
         n, k, v = len(k), k.double(), v.double()
         assert state["count"][r] == n
         if not n:
-            assert not state["key_mean"][r].any() and not state["value_key"][r].any()
+            assert not state["key_mean"][r].any() and not state["key_value"][r].any()
             continue
         expected = {"key_mean": k.mean(0), "value_mean": v.mean(0)}
-        for name, left in (("value_key", v), ("key_key", k)):
-            expected[name] = sum(torch.outer(a, b) for a, b in zip(left - left.mean(0), k - k.mean(0), strict=True)) / n
+        for name, right in (("key_value", v), ("key_key", k)):
+            pairs = zip(k - k.mean(0), right - right.mean(0), strict=True)
+            expected[name] = sum(torch.outer(a, b) for a, b in pairs) / n
         for name, x in expected.items():
             scale = state[f"{name}_scale"][r] if f"{name}_scale" in state else 1
             torch.testing.assert_close((state[name][r] * scale).double(), x, atol=1e-5, rtol=1e-5)

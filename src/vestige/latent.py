@@ -12,7 +12,7 @@ from typing import Literal, cast, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid
 from transformers import PreTrainedModel
 
 from vestige import trained
@@ -78,13 +78,13 @@ class LayerLatent(nn.Module):
 
     def __init__(self, config: LatentConfig, place: int) -> None:
         super().__init__()
-        size, linear = config.head_dims[place], config.kind == "linear"
-        self.phi = nn.Linear(size, config.width, bias=not linear)
+        size, adds = config.head_dims[place], config.kind == "linear"
+        self.phi = nn.Linear(size, config.width, bias=not adds)
         nn.init.normal_(self.phi.weight, std=size**-0.5)
         self.decay = nn.Parameter(torch.tensor(DECAY)) if config.decays else None
-        self.gate = nn.Parameter(torch.tensor(GATE)) if linear else None
-        self.asking = nn.Parameter(torch.zeros(size)) if linear and config.asks else None
-        self.reading = None if linear else nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.gate = nn.Parameter(torch.tensor(GATE)) if adds else None
+        self.asking = nn.Parameter(torch.zeros(size)) if adds and config.asks else None
+        self.reading = None if adds else nn.Parameter(torch.tensor([1.0, 0.0]))
         """Of slots: a factor on the products of queries and slots, and what is added to their log weight."""
 
     def project(self, x: Float[Tensor, "*some head_dim"]) -> Float[Tensor, "*some width"]:
@@ -95,8 +95,9 @@ class LayerLatent(nn.Module):
     def open(self, queries: Float[Tensor, "*some head_dim"]) -> Float[Tensor, "*some 1"]:
         """Return by how much what a linear memory reads is added, between 0 and 1."""
         assert self.gate is not None, "slots have no gate"
-        logit = self.gate if self.asking is None else self.gate + queries @ self.asking
-        return logit.sigmoid().expand(queries.shape[:-1])[..., None]
+        if self.asking is None:
+            return self.gate.sigmoid().expand(*queries.shape[:-1], 1)
+        return (self.gate + linear(queries, self.asking[None])).sigmoid()
 
     def log_kept(self) -> Float[Tensor, ""] | None:
         """Return the log of what is left of a pair after an interval; None where nothing is lost."""

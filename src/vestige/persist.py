@@ -36,7 +36,7 @@ from vestige.spans import Span
 from vestige.step import Step
 from vestige.weights import digest
 
-FORMAT = 6
+FORMAT = 7
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"
 _DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
 

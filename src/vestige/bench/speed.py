@@ -1,11 +1,12 @@
 """How fast: prefill and decode with eviction, against a DynamicCache and against an empty cache, in one run.
 
-Machines are noisy, so arms alternate: every round times one block of each. A decode figure is the median over blocks
-of a block's mean step; a block is two settle intervals long, so that eviction is in it, and starts from a fork of the
-prefilled cache. The floor is the same loop from an empty DynamicCache.
+Machines are noisy and change their pace within seconds, so arms alternate: they decode a few tokens each, in turn. A
+decode figure is the median over blocks of a block's mean step; a block is two settle intervals long, so that eviction
+is in it, and starts from a fork of the prefilled cache. The floor is the same loop from an empty DynamicCache.
 """
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from vestige.reading import prefill
 from vestige.upstream import cache_argument
 
 _WARM_UP = 8
+_TURN = 8
+"""Tokens that an arm decodes before it is the next one's turn."""
 LONG = 16_384
 """Tokens beyond which a reading takes minutes, and warming up is a small part of it."""
 
@@ -138,14 +141,16 @@ def speed(
         config: What to time.
         model: Attached for as long as this runs. If a length is beyond its positions, a model of the same architecture
             with random weights and stretched positions takes its place; its rows have ``random_weights`` true.
-        progress: Called with (blocks done, blocks in all).
+        progress: Called with (readings and turns done, those in all).
         name: What rows call the model.
     """
     facts = {"model": name or model.config.name_or_path, "seed": config.seed, **provenance(model)}
     rows, done = [], 0
     cells = [(length, batch) for length in config.lengths for batch in config.batches]
     own, foreign = len(list(config.arms())) + 2, len(list(config.peer_arms()))
-    timed = sum(own * config.blocks + (own + foreign) * config.rounds(length) for length, _ in cells)
+    every = max(policy.every for *_, policy in config.arms())
+    turns = config.blocks * math.ceil(2 * every / _TURN)
+    timed = sum(turns + (own + foreign) * config.rounds(length) for length, _ in cells)
 
     def advance() -> None:
         nonlocal done
@@ -153,7 +158,6 @@ def speed(
         if progress is not None:
             progress(done, timed)
 
-    every = max(policy.every for *_, policy in config.arms())
     for length, batch in cells:
         fitting, stretched = stretch(model, length + 2 * every)
         with torch.no_grad(), attach(fitting), _Peers(model, stretched) as peer:
@@ -295,23 +299,38 @@ def _time_decodes(
 ) -> None:
     """Time blocks of greedy steps, arms in turn, after a short warm-up of each."""
     for arm in arms:
-        _decode(model, _copy(arm.cache), token, _WARM_UP)
+        _Decoding(_copy(arm.cache), token, _WARM_UP).take_turn(model)
     means: list[list[float]] = [[] for _ in arms]
     for _ in range(rounds):
-        for arm, taken in zip(arms, means, strict=True):
-            cache, steps = _copy(arm.cache), 2 * arm.every
-            taken.append(_decode(model, cache, token, steps) / steps)
+        block = [_Decoding(_copy(arm.cache), token, 2 * arm.every) for arm in arms]
+        while any(one.left for one in block):
+            for one in block:
+                one.take_turn(model)
             advance()
+        for arm, one, taken in zip(arms, block, means, strict=True):
+            taken.append(one.seconds / (2 * arm.every))
     for arm, taken in zip(arms, means, strict=True):
         arm.decode_ms = 1e3 * statistics.median(taken)
 
 
-def _decode(model: PreTrainedModel, cache: Cache, token: Int[Tensor, "batch 1"], steps: int) -> float:
-    started = now(token.device)
-    for _ in range(steps):
-        logits = model(input_ids=token, **cache_argument(cache), use_cache=True).logits
-        token = logits[:, -1:].argmax(-1)
-    return now(token.device) - started
+@dataclass
+class _Decoding:
+    """One arm's block: greedy steps from a cache, a turn at a time."""
+
+    cache: Cache
+    token: Int[Tensor, "batch 1"]
+    left: int
+    seconds: float = 0.0
+
+    def take_turn(self, model: PreTrainedModel) -> None:
+        """Decode the next few tokens, if any are left, and add the time they take."""
+        steps = min(self.left, _TURN)
+        started = now(self.token.device)
+        for _ in range(steps):
+            logits = model(input_ids=self.token, **cache_argument(self.cache), use_cache=True).logits
+            self.token = logits[:, -1:].argmax(-1)
+        self.seconds += now(self.token.device) - started
+        self.left -= steps
 
 
 def _copy(cache: Cache | None) -> Cache:

@@ -1,8 +1,9 @@
 """The reference kernel: plain torch, one scaled-dot-product call per row, or one for all rows where they are equal.
 
 Rows are cut from the flat buffer as views, so no pair is copied or padded. A step of one token packs the query group
-into the query axis; a longer piece attends block by block with a lower-right causal mask, since keys behind a block's
-last query need not be read at all.
+into the query axis, in as few calls of torch as will do: there are hundreds of rows, and each call costs more than its
+arithmetic. A longer piece attends block by block with a lower-right causal mask, since keys behind a block's last query
+need not be read at all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,12 @@ def attend(
         lengths: Pairs of each row, at least ``new``.
         scale: Factor, softcap and sinks of the layer.
     """
-    out = [_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
-    return out[0] if len(out) == 1 else torch.cat(out, 1).view(*query.shape[:3], -1)
+    if query.shape[2] == 1 and scale.softcap is None and scale.sinks is None:
+        rows = _one_token(query, keys, values, starts, lengths)
+        out = [scaled_dot_product_attention(*row, scale=scale.scaling) for row in rows]
+    else:
+        out = [_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
+    return _joined(out).reshape(*query.shape[:3], -1)
 
 
 def attend_partially(
@@ -54,11 +59,33 @@ def attend_partially(
 
     Written out, but for a step of one token where a fused kernel says what it weighed. Arguments as above.
     """
-    parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
-    columns = [part.output for part in parts], [part.lse for part in parts]
-    output, lse = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in columns)
+    if query.shape[2] == 1 and scale.softcap is None and fuses(query, keys, values):
+        parts = [fused(*row, scale.scaling) for row in _one_token(query, keys, values, starts, lengths)]
+    else:
+        parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
+    output = _joined([part.output for part in parts]).reshape(*query.shape[:3], -1)
+    lse = _joined([part.lse for part in parts]).reshape(query.shape[:3])
     wide = torch.promote_types(query.dtype, torch.float32)
-    return Partial(output.view(*query.shape[:3], -1).to(wide), lse.view(query.shape[:3]).to(wide))
+    return _beside_sinks(Partial(output.to(wide), lse.to(wide)), scale)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _one_token(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield queries, keys and values, ``1 rows ...``, of a step of one token: all rows if they are even, else each."""
+    packed = query.reshape(1, len(lengths), -1, query.shape[-1])
+    stride = _even_stride(starts, lengths)
+    if stride:
+        size = (1, len(lengths), lengths[0])
+        yield packed, _strided(keys, size, stride, starts[0]), _strided(values, size, stride, starts[0])
+        return
+    keys, values = keys[None, None], values[None, None]
+    for group, start, length in zip(packed.split(1, 1), starts, lengths, strict=True):
+        yield group, keys.narrow(2, start, length), values.narrow(2, start, length)
 
 
 def _pieces(
@@ -100,14 +127,9 @@ def _rows(
     scale: AttentionScale,
 ) -> Float[Tensor, "batch heads new value_dim"]:
     """Attend over rows of one length: all of them in one call, in blocks of queries."""
-    batch, heads, new, _ = query.shape
-    kv_heads, held = keys.shape[1:3]
+    new, held = query.shape[2], keys.shape[2]
     if scale.softcap is not None or scale.sinks is not None:
         return written_out(query, keys, values, lower_right(new, held, query.device), scale)
-    if new == 1:
-        packed = query.reshape(batch, kv_heads, heads // kv_heads, -1)
-        out = scaled_dot_product_attention(packed, keys, values, scale=scale.scaling)
-        return out.reshape(batch, heads, 1, -1)
     blocks = []
     for start in range(0, new, QUERY_BLOCK):
         block = query[:, :, start : start + QUERY_BLOCK]
@@ -137,11 +159,9 @@ def _weighed_rows(
     values: Float[Tensor, "batch kv_heads held value_dim"],
     scale: AttentionScale,
 ) -> Partial:
-    """Attend over rows of one length as :func:`_rows` does, and say what their pairs weigh, sinks included."""
+    """Attend over rows of one length as :func:`_rows` does, written out, and say what their pairs weigh."""
     batch, heads, new, _ = query.shape
     kv_heads, held = keys.shape[1:3]
-    if new == 1 and scale.softcap is None and fuses(query, keys, values):
-        return _fused_step(query, keys, values, scale)
     wide = torch.promote_types(query.dtype, torch.float32)
     keys, values = keys.to(wide), values.to(wide)
     outputs, masses = [], []
@@ -154,29 +174,18 @@ def _weighed_rows(
         if size > 1:
             logits = logits.masked_fill(~lower_right(size, end, query.device), -torch.inf)
         lse = logits.logsumexp(-1)
-        if scale.sinks is not None:
-            lse = torch.logaddexp(lse, scale.sinks.to(wide)[:, None])
         weights = (logits - lse[..., None]).exp().view(batch, kv_heads, -1, end)
         outputs.append((weights @ values[:, :, :end]).view(batch, heads, size, -1))
         masses.append(lse)
     return Partial(torch.cat(outputs, 2), torch.cat(masses, 2))
 
 
-def _fused_step(
-    query: Float[Tensor, "batch heads 1 head_dim"],
-    keys: Float[Tensor, "batch kv_heads held head_dim"],
-    values: Float[Tensor, "batch kv_heads held value_dim"],
-    scale: AttentionScale,
-) -> Partial:
-    """Attend with one token by the kernel that :func:`scaled_dot_product_attention` runs: its time, and the weight."""
-    batch, heads = query.shape[:2]
-    packed = query.reshape(batch, keys.shape[1], heads // keys.shape[1], -1)
-    read = fused(packed, keys, values, scale.scaling)
-    output, lse = read.output.reshape(batch, heads, 1, -1), read.lse.reshape(batch, heads, 1)
+def _beside_sinks(read: Partial, scale: AttentionScale) -> Partial:
+    """Return what is read once the layer's sinks take their part of the softmax, if it has any."""
     if scale.sinks is None:
-        return Partial(output, lse)
-    whole = torch.logaddexp(lse, scale.sinks.to(lse.dtype)[:, None])
-    return Partial(output * (lse - whole).exp()[..., None], whole)
+        return read
+    lse = torch.logaddexp(read.lse, scale.sinks.to(read.lse.dtype)[:, None])
+    return Partial(read.output * (read.lse - lse).exp()[..., None], lse)
 
 
 def lower_right(new: int, held: int, device: torch.device) -> Bool[Tensor, "new held"]:

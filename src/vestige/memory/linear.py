@@ -42,9 +42,9 @@ class Linear(LearnedMemory):
         """Return what is added to attention."""
         layer = self.weights.at(asked.layer_idx)
         projected = layer.project(asked.queries)
-        weighed = projected.square() @ state["mass"][..., None]
-        found = projected @ restored(state, "matrix") / (weighed + _LEAST)
-        return Added(found * layer.open(asked.queries))
+        weighed = torch.bmm(projected.square(), state["mass"][..., None])
+        found = torch.bmm(projected, restored(state, "matrix"))
+        return Added(found * (layer.open(asked.queries) / (weighed + _LEAST)))
 
     def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)

@@ -43,7 +43,7 @@ class Moments(Memory):
     def empty(self, rows: int, head_dim: int, value_dim: int, device: torch.device | str) -> State:
         """Return the state of rows that absorbed nothing."""
         zeros = {name: torch.zeros(rows, size, device=device) for name, size in _means(head_dim, value_dim).items()}
-        shapes = {"value_key": (rows, value_dim, head_dim), "key_key": (rows, head_dim, head_dim)}
+        shapes = {"key_value": (rows, head_dim, value_dim), "key_key": (rows, head_dim, head_dim)}
         state = {"count": torch.zeros(rows, device=device), **zeros}
         for name in self._covariances:
             state |= stored(name, torch.zeros(shapes[name], device=device), self.dtype)
@@ -72,11 +72,11 @@ class Moments(Memory):
     def recall(self, state: State, asked: Asked) -> Partial:
         """Return an estimate of attention over what each row absorbed."""
         queries, cap = asked.queries * asked.scale.scaling, asked.scale.softcap
-        logit = (queries @ state["key_mean"][..., None])[..., 0]  # (rows, queries)
+        logit = torch.bmm(queries, state["key_mean"][..., None])[..., 0]  # (rows, queries)
         if cap is not None:
             logit = asked.scale.capped(logit)
             queries = queries * (1 - (logit / cap).square())[..., None]  # the slope of the cap, at the mean
-        output = torch.baddbmm(state["value_mean"][:, None], queries, restored(state, "value_key").mT)
+        output = torch.baddbmm(state["value_mean"][:, None], queries, restored(state, "key_value"))
         lse = log_count(state["count"])[:, None] + logit
         if self.mass:
             lse = lse + self._second_order(queries, restored(state, "key_key"))
@@ -91,7 +91,7 @@ class Moments(Memory):
 
     @property
     def _covariances(self) -> tuple[str, ...]:
-        return ("value_key", "key_key") if self.mass else ("value_key",)
+        return ("key_value", "key_key") if self.mass else ("key_value",)
 
 
 def _means(head_dim: int, value_dim: int) -> dict[str, int]:

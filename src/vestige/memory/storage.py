@@ -20,17 +20,15 @@ def check_dtype(name: str) -> None:
 
 
 def stored(name: str, exact: Tensor, dtype: Dtype) -> dict[str, Tensor]:
-    """Return a ``rows ...`` tensor as entries of a state: in a narrow dtype, and a float32 factor per row.
+    """Return a ``rows ...`` tensor as entries of a state: in a narrow dtype, and a float32 factor for each row.
 
     The largest entry of a row becomes 1, so that float16, which ends at 65504, cannot overflow: products of keys and
     values with outlier channels can be larger.
     """
-    largest = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
-    unit = exact / largest.view(-1, *[1] * (exact.ndim - 1))
-    return {name: unit.to(DTYPES[dtype]), f"{name}_scale": largest}
+    largest = exact.abs().amax(tuple(range(1, exact.ndim)), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return {name: (exact / largest).to(DTYPES[dtype]), f"{name}_scale": largest}
 
 
 def restored(state: State, name: str) -> Tensor:
     """Return in float32 what :func:`stored` put into a state."""
-    narrow = state[name]
-    return narrow * state[f"{name}_scale"].view(-1, *[1] * (narrow.ndim - 1))  # widened on the way: one pass
+    return state[name] * state[f"{name}_scale"]  # widened on the way: one pass
