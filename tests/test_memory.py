@@ -280,7 +280,7 @@ def test_heads_read_the_row_of_their_group(name):
 def test_moments_by_hand():
     one = Moments(dtype="float32", mass=0.1)
     state = one.absorb(one.empty(1, 2, 1, "cpu"), evicted(([[1.0, 0.0], [3.0, 0.0]], [[0.0], [4.0]])))
-    assert state["key_mean"].tolist() == [[2, 0]] and state["value_mean"].tolist() == [[2]]
+    assert state["key_mean"].tolist() == [[[2], [0]]] and state["value_mean"].tolist() == [[[2]]]
     assert (state["key_value"] * state["key_value_scale"]).tolist() == [[[2], [0]]]
     assert (state["key_key"] * state["key_key_scale"]).tolist() == [[[1, 0], [0, 0]]]
     given = torch.tensor([[[1.0, 5.0]]])  # times .5: logit 1 at the mean
@@ -308,7 +308,7 @@ def test_moments_after_many_pieces_are_those_of_one_batch(seed):
         if not n:
             assert not state["key_mean"][r].any() and not state["key_value"][r].any()
             continue
-        expected = {"key_mean": k.mean(0), "value_mean": v.mean(0)}
+        expected = {"key_mean": k.mean(0)[:, None], "value_mean": v.mean(0)[None]}
         for name, right in (("key_value", v), ("key_key", k)):
             pairs = zip(k - k.mean(0), right - right.mean(0), strict=True)
             expected[name] = sum(torch.outer(a, b) for a, b in pairs) / n
@@ -341,9 +341,9 @@ def test_the_covariance_turns_the_output_towards_the_values_of_the_keys_asked_fo
 @pytest.mark.parametrize(
     ("one", "weight"),
     [
-        (Moments(), 64 * 64 * 2 + 4 + 4 + 2 * 64 * 4),
-        (Moments(dtype="float32"), 64 * 64 * 4 + 4 + 4 + 2 * 64 * 4),
-        (Moments(mass=1.0), 2 * (64 * 64 * 2 + 4) + 4 + 2 * 64 * 4),
+        (Moments(), 64 * 64 * 2 + 4 + 8 + 2 * 64 * 4),
+        (Moments(dtype="float32"), 64 * 64 * 4 + 4 + 8 + 2 * 64 * 4),
+        (Moments(mass=1.0), 2 * (64 * 64 * 2 + 4) + 8 + 2 * 64 * 4),
         (Centroids(), 16 * (4 + 2 * 64 * 2) + 2 * 4),
         (Centroids(centroids=64, dtype="float32"), 64 * (4 + 2 * 64 * 4) + 2 * 4),
     ],

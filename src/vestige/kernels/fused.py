@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.kernels.partial import Partial
-
 KERNEL: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
 )
@@ -27,8 +25,8 @@ def fused(
     values: Float[Tensor, "batch heads held value_dim"],
     scaling: float,
     bias: Float[Tensor, "batch heads _new held"] | None = None,
-) -> Partial:
-    """Return what every query reads of every pair; ask :func:`fuses` first.
+) -> tuple[Float[Tensor, "batch heads new value_dim"], Float[Tensor, "batch heads new"]]:
+    """Return what every query reads of every pair, and the log of what these weigh; ask :func:`fuses` first.
 
     Args:
         query: Queries.
@@ -38,4 +36,4 @@ def fused(
         bias: Added to them.
     """
     assert KERNEL is not None, "the caller has asked"
-    return Partial(*KERNEL(query, keys, values, attn_mask=bias, scale=scaling))
+    return KERNEL(query, keys, values, attn_mask=bias, scale=scaling)

@@ -63,14 +63,14 @@ def attend_partially(
         parts = [fused(*row, scale.scaling) for row in _one_token(query, keys, values, starts, lengths)]
     else:
         parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
-    output = _joined([part.output for part in parts]).reshape(*query.shape[:3], -1)
-    lse = _joined([part.lse for part in parts]).reshape(query.shape[:3])
+    outputs, masses = zip(*parts, strict=True)
     wide = torch.promote_types(query.dtype, torch.float32)
-    return _beside_sinks(Partial(output.to(wide), lse.to(wide)), scale)
+    output = _joined(outputs).reshape(*query.shape[:3], -1).to(wide)
+    return _beside_sinks(Partial(output, _joined(masses).reshape(query.shape[:3]).to(wide)), scale)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 1)
 
 
 def _one_token(
@@ -158,7 +158,7 @@ def _weighed_rows(
     keys: Float[Tensor, "batch kv_heads held head_dim"],
     values: Float[Tensor, "batch kv_heads held value_dim"],
     scale: AttentionScale,
-) -> Partial:
+) -> tuple[Tensor, Tensor]:
     """Attend over rows of one length as :func:`_rows` does, written out, and say what their pairs weigh."""
     batch, heads, new, _ = query.shape
     kv_heads, held = keys.shape[1:3]
@@ -177,7 +177,7 @@ def _weighed_rows(
         weights = (logits - lse[..., None]).exp().view(batch, kv_heads, -1, end)
         outputs.append((weights @ values[:, :, :end]).view(batch, heads, size, -1))
         masses.append(lse)
-    return Partial(torch.cat(outputs, 2), torch.cat(masses, 2))
+    return torch.cat(outputs, 2), torch.cat(masses, 2)
 
 
 def _beside_sinks(read: Partial, scale: AttentionScale) -> Partial:

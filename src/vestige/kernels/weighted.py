@@ -26,7 +26,7 @@ def attend_weighted(
     """
     bias = log_mass[:, None]
     if scale.softcap is None and fuses(queries, keys, values, log_mass):
-        read = fused(queries[None], keys[None], values[None], scale.scaling, bias[None])
-        return Partial(read.output[0], read.lse[0])
+        output, lse = fused(queries[None], keys[None], values[None], scale.scaling, bias[None])
+        return Partial(output[0], lse[0])
     logits = scale.capped(queries * scale.scaling @ keys.mT) + bias
     return Partial(logits.softmax(-1) @ values, logits.logsumexp(-1))

@@ -1,5 +1,6 @@
 """MomentKV's memory: count, means and value-key covariance of the evicted pairs of each row."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Moments(Memory):
     evict, here any policy does; a softcap bends the virtual logit and its slope; the second-order mass is ours.
     RoPE mixes phases in the means of long spans, and an output to first order may leave the hull of the values.
 
-    Weighs, at head size 64, as much as 34 pairs in bfloat16 (8,712 bytes a row; 65 pairs with ``dtype="float32"``):
+    Weighs, at head size 64, as much as 34 pairs in bfloat16 (8,716 bytes a row; 65 pairs with ``dtype="float32"``):
     it pays once far more than that are evicted. See :meth:`state_bytes`.
     """
 
@@ -42,57 +43,61 @@ class Moments(Memory):
 
     def empty(self, rows: int, head_dim: int, value_dim: int, device: torch.device | str) -> State:
         """Return the state of rows that absorbed nothing."""
-        zeros = {name: torch.zeros(rows, size, device=device) for name, size in _means(head_dim, value_dim).items()}
-        shapes = {"key_value": (rows, head_dim, value_dim), "key_key": (rows, head_dim, head_dim)}
-        state = {"count": torch.zeros(rows, device=device), **zeros}
-        for name in self._covariances:
-            state |= stored(name, torch.zeros(shapes[name], device=device), self.dtype)
-        return state
+        widths = {"value": value_dim, "key": head_dim}
+        means = {name: torch.zeros(rows, 1, width, device=device) for name, width in widths.items()}
+        covariances = {
+            name: torch.zeros(rows, head_dim, widths[name.split("_")[1]], device=device) for name in self._covariances
+        }
+        return self._state(torch.zeros(rows, device=device), means, covariances)
 
     def absorb(self, state: State, evicted: Evicted) -> State:
         """Return the state of rows that absorbed these pairs too."""
         added = evicted.counts.float()
         count = state["count"] + added
-        share = (added / count.clamp_min(1))[:, None]  # of the new pairs
-        centred, apart, means = {}, {}, {}
+        share = (added / count.clamp_min(1))[:, None, None]  # of the new pairs
+        centred, apart, means, covariances = {}, {}, {}, {}
+        earlier = {"key": state["key_mean"].mT, "value": state["value_mean"]}
         for name, x in (("key", evicted.keys), ("value", evicted.values)):
-            mean = x.sum(1) / added.clamp_min(1)[:, None]
-            centred[name] = (x - mean[:, None]).masked_fill(~evicted.valid[..., None], 0.0)
-            apart[name] = mean - state[f"{name}_mean"]
-            means[f"{name}_mean"] = state[f"{name}_mean"] + share * apart[name]
-        new = {"count": count, **means}
+            mean = x.sum(1, keepdim=True) / added.clamp_min(1)[:, None, None]
+            centred[name] = (x - mean).masked_fill(~evicted.valid[..., None], 0.0)
+            apart[name] = mean - earlier[name]
+            means[name] = earlier[name] + share * apart[name]
         for name in self._covariances:
             left, right = name.split("_")
-            between = share * (1 - share) * apart[left]
             within = centred[left].mT @ centred[right] / count.clamp_min(1)[:, None, None]
-            before = (1 - share)[..., None] * restored(state, name)
-            new |= stored(name, before + within + between[:, :, None] * apart[right][:, None], self.dtype)
-        return new
+            between = share * (1 - share) * apart[left].mT @ apart[right]
+            covariances[name] = (1 - share) * restored(state, name) + within + between
+        return self._state(count, means, covariances)
 
     def recall(self, state: State, asked: Asked) -> Partial:
         """Return an estimate of attention over what each row absorbed."""
         queries, cap = asked.queries * asked.scale.scaling, asked.scale.softcap
-        logit = torch.bmm(queries, state["key_mean"][..., None])[..., 0]  # (rows, queries)
-        if cap is not None:
-            logit = asked.scale.capped(logit)
-            queries = queries * (1 - (logit / cap).square())[..., None]  # the slope of the cap, at the mean
-        output = torch.baddbmm(state["value_mean"][:, None], queries, restored(state, "key_value"))
-        lse = log_count(state["count"])[:, None] + logit
+        if cap is None:
+            lse = torch.baddbmm(state["log_count"], queries, state["key_mean"])
+        else:
+            logit = asked.scale.capped(queries @ state["key_mean"])  # (rows, queries, 1)
+            queries = queries * (1 - (logit / cap).square())  # the slope of the cap, at the mean
+            lse = state["log_count"] + logit
+        output = torch.baddbmm(state["value_mean"], queries, restored(state, "key_value"))
         if self.mass:
             lse = lse + self._second_order(queries, restored(state, "key_key"))
-        return Partial(output, lse)
+        return Partial(output, lse[..., 0])
 
     def _second_order(
         self, bent: Float[Tensor, "rows queries head_dim"], covariance: Float[Tensor, "rows head_dim head_dim"]
-    ) -> Float[Tensor, "rows queries"]:
+    ) -> Float[Tensor, "rows queries 1"]:
         """Return what the spread of the logits adds to the log of their mass, were they Gaussian."""
-        spread: Tensor = ((bent @ covariance) * bent).sum(-1) / 2
+        spread: Tensor = ((bent @ covariance) * bent).sum(-1, keepdim=True) / 2
         return spread.clamp(0.0, float(self.mass))
+
+    def _state(self, count: Tensor, means: Mapping[str, Tensor], covariances: Mapping[str, Tensor]) -> State:
+        """Return moments laid out as they are read, since that happens at every token."""
+        state = {"count": count, "log_count": log_count(count)[:, None, None]}
+        state |= {"key_mean": means["key"].mT.contiguous(), "value_mean": means["value"]}
+        for name, x in covariances.items():
+            state |= stored(name, x, self.dtype)
+        return state
 
     @property
     def _covariances(self) -> tuple[str, ...]:
         return ("key_value", "key_key") if self.mass else ("key_value",)
-
-
-def _means(head_dim: int, value_dim: int) -> dict[str, int]:
-    return {"key_mean": head_dim, "value_mean": value_dim}
