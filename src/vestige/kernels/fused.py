@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 KERNEL: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
-    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
+    torch, "_scaled_dot_product_flash_attention_for_cpu", None
 )
 """Not public in torch, so it may go: then its work is written out."""
 
