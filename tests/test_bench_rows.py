@@ -1,10 +1,13 @@
 """Rows: intervals, means, medians and breakdowns, computed by hand."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vestige
+from vestige.bench import facts
 from vestige.bench.rows import aggregate, interval
 
 ARM = {"policy": "snapkv", "share": "head", "memory": "none", "budget": "0.25", "peer": None}
@@ -126,6 +129,22 @@ def test_without_a_grid_of_every_sample_there_is_none(grids):
 def test_a_note_of_any_sample_is_the_rows():
     assert row(record(), record(index=1, note="keys were masked"))["note"] == "keys were masked"
     assert row(record())["note"] is None
+
+
+@pytest.mark.parametrize(("changed", "found"), [("", "abc"), (" M src/vestige/cache.py", "abc-dirty")])
+def test_a_revision_is_dirty_where_the_code_was_changed(monkeypatch, changed, found):
+    def git(*words):
+        if words[0] == "status":
+            assert words[-1] == str(Path(vestige.__file__).parent)  # results that are being made do not count
+        return {"ls-files": "facts.py", "status": changed, "rev-parse": "abc"}[words[0]]
+
+    monkeypatch.setattr(facts, "_git", git)
+    assert facts.revision() == found
+
+
+def test_code_outside_of_a_checkout_has_no_revision(monkeypatch):
+    monkeypatch.setattr(facts, "__file__", "/")
+    assert facts.revision() is None
 
 
 def test_the_revision_names_every_one_that_took_part():

@@ -28,16 +28,18 @@ def provenance(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """Return the commit of the checkout that this code runs from, ``-dirty`` if it was changed; None outside of one."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    """Return the commit of the checkout that this code runs from, ``-dirty`` if the code was changed; None outside."""
     try:
-        known = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True)
-        if known.returncode:  # installed below somebody else's checkout
-            return None
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        _git("ls-files", "--error-unmatch", __file__)  # fails if installed below somebody else's checkout
+        changed = _git("status", "--porcelain", "--", str(Path(vestige.__file__).parent))  # results may differ
+        return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _device(device: torch.device) -> str:

@@ -1,12 +1,14 @@
 """How fast: prefill and decode with eviction, against a DynamicCache and against an empty cache, in one run.
 
-Machines are noisy and change their pace within seconds, so arms alternate: they decode a few tokens each, in turn. A
-decode figure is the median over blocks of a block's mean step; a block is two settle intervals long, so that eviction
-is in it, and starts from a fork of the prefilled cache. The floor is the same loop from an empty DynamicCache.
+Machines are noisy and change their pace within seconds, so arms alternate: they decode a few tokens each, in turn, and
+in another order every time, since what one leaves in the processor's caches slows the next. A decode figure is the
+median over blocks of a block's mean step; a block is two settle intervals long, so that eviction is in it, and starts
+from a fork of the prefilled cache. The floor is the same loop from an empty DynamicCache.
 """
 
 import copy
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -301,10 +303,11 @@ def _time_decodes(
     for arm in arms:
         _Decoding(_copy(arm.cache), token, _WARM_UP).take_turn(model)
     means: list[list[float]] = [[] for _ in arms]
+    orders = random.Random(0)
     for _ in range(rounds):
         block = [_Decoding(_copy(arm.cache), token, 2 * arm.every) for arm in arms]
         while any(one.left for one in block):
-            for one in block:
+            for one in orders.sample(block, len(block)):
                 one.take_turn(model)
             advance()
         for arm, one, taken in zip(arms, block, means, strict=True):
