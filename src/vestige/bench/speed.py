@@ -95,13 +95,23 @@ class SpeedConfig:
                 parsed = None if budget is None else Budget.parse(budget)
                 yield name, budget, kind, policies.make(name, parsed, share=self.share, seed=self.seed)
 
+    @property
+    def steps(self) -> int:
+        """Tokens of the longest block."""
+        return max(_steps(policy) for *_, policy in self.arms())
+
+
+def _steps(policy: Policy) -> int:
+    """Return the tokens of a block: two settle intervals, so that eviction is in it."""
+    return 2 * policy.every
+
 
 @dataclass
 class Arm:
-    """One thing to time: how to read the ids, and what came out."""
+    """One thing to time: how to read the ids, the tokens of a block, and what came out."""
 
     read: Callable[[Tensor], Cache]
-    every: int
+    steps: int
     cache: Cache | None = None
     prefill_s: float = 0.0
     decode_ms: float = 0.0
@@ -150,8 +160,7 @@ def speed(
     rows, done = [], 0
     cells = [(length, batch) for length in config.lengths for batch in config.batches]
     own, foreign = len(list(config.arms())) + 2, len(list(config.peer_arms()))
-    every = max(policy.every for *_, policy in config.arms())
-    turns = config.blocks * math.ceil(2 * every / _TURN)
+    turns = config.blocks * math.ceil(config.steps / _TURN)
     timed = sum(turns + (own + foreign) * config.rounds(length) for length, _ in cells)
 
     def advance() -> None:
@@ -161,7 +170,7 @@ def speed(
             progress(done, timed)
 
     for length, batch in cells:
-        fitting, stretched = stretch(model, length + 2 * every)
+        fitting, stretched = stretch(model, length + config.steps)
         with torch.no_grad(), attach(fitting), _Peers(model, stretched) as peer:
             for row in _cell(config, fitting, length, batch, peer, advance):
                 rows.append({**row, "random_weights": stretched, **facts})
@@ -201,12 +210,11 @@ def _cell(
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, length), generator=generator)
     ids = ids.to(model.device).expand(batch, -1)
     listed = list(config.arms())
-    every = max(policy.every for *_, policy in listed)
-    floor = Arm(lambda _: DynamicCache(config=model.config), every)
-    full = Arm(lambda x: _read_plain(model, x, config.chunk), every)
-    arms = [Arm(_reader(model, policy, kind, config.chunk), policy.every) for _, _, kind, policy in listed]
+    floor = Arm(lambda _: DynamicCache(config=model.config), config.steps)
+    full = Arm(lambda x: _read_plain(model, x, config.chunk), config.steps)
+    arms = [Arm(_reader(model, policy, kind, config.chunk), _steps(policy)) for _, _, kind, policy in listed]
     foreign = [
-        PeerArm(name, budget, _peer_job(model, ids, name, budget, 2 * every)) for name, budget in config.peer_arms()
+        PeerArm(name, budget, _peer_job(model, ids, name, budget, config.steps)) for name, budget in config.peer_arms()
     ]
     everyone = [floor, full, *arms]
     _time_prefills(everyone, foreign, ids, config.rounds(length), peer, advance)
@@ -305,13 +313,13 @@ def _time_decodes(
     means: list[list[float]] = [[] for _ in arms]
     orders = random.Random(0)
     for _ in range(rounds):
-        block = [_Decoding(_copy(arm.cache), token, 2 * arm.every) for arm in arms]
+        block = [_Decoding(_copy(arm.cache), token, arm.steps) for arm in arms]
         while any(one.left for one in block):
             for one in orders.sample(block, len(block)):
                 one.take_turn(model)
             advance()
         for arm, one, taken in zip(arms, block, means, strict=True):
-            taken.append(one.seconds / (2 * arm.every))
+            taken.append(one.seconds / arm.steps)
     for arm, taken in zip(arms, means, strict=True):
         arm.decode_ms = 1e3 * statistics.median(taken)
 
