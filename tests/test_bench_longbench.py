@@ -16,8 +16,8 @@ from vestige.bench.metrics import METRICS
 from vestige.bench.sample import Turn
 from vestige.bench.tasks import TASKS, Order, make
 from vestige.bench.tasks import longbench_prompts as prompts
-from vestige.bench.tasks.jsonl import Entry
 from vestige.bench.tasks.longbench import DATASETS, DATASETS_E, chosen, ends, most
+from vestige.utils.jsonl import Entry
 
 
 def words(text: str) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from vestige import InputError, attach, called
+from vestige import InputError, attach
 from vestige.bench import peers
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.bench.kvpress_worker import match, ratio_for
@@ -21,6 +21,7 @@ from vestige.bench.peers.names import parse
 from vestige.bench.weigh import Scales, storage_bytes
 from vestige.testing import random_ids, tiny
 from vestige.upstream import cache_argument
+from vestige.utils import options
 
 FAKE = """
 import json, os, sys, time
@@ -142,7 +143,7 @@ def test_only_presses_take_a_budget():
 
 def test_a_list_of_names_is_split_at_its_own_commas_only():
     text = "kvpress:AdaKVPress(SnapKVPress(window_size=8,kernel_size=3),alpha_safeguard=0.1), transformers:dynamic,"
-    first, second = called.split(text)
+    first, second = options.split(text)
     assert first.endswith("alpha_safeguard=0.1)") and second == "transformers:dynamic"
 
 

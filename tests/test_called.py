@@ -2,18 +2,19 @@
 
 import pytest
 
-from vestige import Budget, PolicyError, called, policies
+from vestige import Budget, PolicyError, policies
+from vestige.utils import options
 
 BUDGET = Budget.tokens(50)
 
 
 def test_a_list_is_split_at_commas_outside_parentheses():
-    assert called.split("snapkv(kernel=7, observed=16), full,,tova") == [
+    assert options.split("snapkv(kernel=7, observed=16), full,,tova") == [
         "snapkv(kernel=7, observed=16)",
         "full",
         "tova",
     ]
-    assert called.split("") == []
+    assert options.split("") == []
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_a_list_is_split_at_commas_outside_parentheses():
     ],
 )
 def test_a_name_is_taken_apart(text, expected):
-    assert called.parse(text, "policy", PolicyError) == expected
+    assert options.parse(text, "policy", PolicyError) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_name_is_taken_apart(text, expected):
 )
 def test_what_cannot_be_read_is_an_error_that_shows_how(text):
     with pytest.raises(PolicyError, match=r"cannot read policy .*: write it like .*\(option=value\)"):
-        called.parse(text, "policy", PolicyError)
+        options.parse(text, "policy", PolicyError)
 
 
 def test_options_in_a_name_make_the_policy():

@@ -33,7 +33,7 @@ def print_json(row: dict[str, Any]) -> None:
 
 
 def words(text: str) -> tuple[str, ...]:
-    from vestige.called import split
+    from vestige.utils.options import split
 
     return tuple(split(text))
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from vestige.attachment import attach, require_cache
 from vestige.cache import KVCache
-from vestige.clock import now
 from vestige.eraser import Erased, Eraser, EraseReport, Fate, Scene, SpanReport
 from vestige.erasers import name_of
 from vestige.errors import CacheError, InputError
 from vestige.spans import Closing, Span
+from vestige.utils.timing import now
 
 
 def erase(

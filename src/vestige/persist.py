@@ -19,7 +19,6 @@ from vestige import ragged
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import CacheFileError, ModelError
-from vestige.files import new_folder
 from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer
 from vestige.memory import MEMORIES
@@ -34,6 +33,7 @@ from vestige.remains import Absorbed, Memory, Remains
 from vestige.schedule import Schedule
 from vestige.spans import Span
 from vestige.step import Step
+from vestige.utils.files import new_folder
 from vestige.weights import digest
 
 FORMAT = 7

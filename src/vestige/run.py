@@ -19,12 +19,12 @@ from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import InputError
 from vestige.explain import Explanation, explain
-from vestige.files import require_new
 from vestige.policy import Policy
 from vestige.reading import prefill
 from vestige.report import Report
 from vestige.spans import Span
 from vestige.text import Frame, read_text, require_text
+from vestige.utils.files import require_new
 
 
 @dataclass(frozen=True, kw_only=True)

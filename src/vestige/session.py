@@ -18,7 +18,6 @@ from vestige.cache import KVCache
 from vestige.eraser import Eraser, EraseReport
 from vestige.erasing import erase
 from vestige.errors import CacheError, CacheFileError, InputError
-from vestige.files import new_folder
 from vestige.policies.full import Full
 from vestige.policy import Policy
 from vestige.reading import prefill
@@ -27,6 +26,7 @@ from vestige.report import Report
 from vestige.spans import Closing, Span
 from vestige.turns import Turns
 from vestige.upstream import cache_argument
+from vestige.utils.files import new_folder
 
 _BOOKS, _CACHE, FORMAT = "session.json", "cache", 1
 

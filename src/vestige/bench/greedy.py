@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.clock import now
+from vestige.utils.timing import now
 
 
 @dataclass(frozen=True)

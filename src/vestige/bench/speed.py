@@ -28,11 +28,11 @@ from vestige.bench.facts import provenance
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.clock import now
 from vestige.errors import InputError, VestigeError
 from vestige.policy import Policy
 from vestige.reading import prefill
 from vestige.upstream import cache_argument
+from vestige.utils.timing import now
 
 _WARM_UP = 8
 _TURN = 8

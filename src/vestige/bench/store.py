@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vestige.bench.rows import Record, Row
 from vestige.errors import InputError
-from vestige.files import write_atomically
+from vestige.utils.files import write_atomically
 
 BOOKS, SAMPLES, ROWS, SPEED = "bench.json", "samples.jsonl", "rows.json", "speed.json"
 ROWS_EVERY_S = 60.0

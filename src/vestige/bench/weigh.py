@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from vestige.clock import now
+from vestige.utils.timing import now
 
 _OPAQUE = (str, bytes, int, float, type, nn.Module, PreTrainedConfig, ModuleType, FunctionType, MethodType)
 

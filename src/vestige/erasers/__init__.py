@@ -6,9 +6,10 @@ the object to ``vestige.erase``.
 
 from typing import Any
 
-from vestige import called, registry
 from vestige.eraser import Eraser
 from vestige.errors import InputError
+from vestige.utils import options as called
+from vestige.utils import registry
 
 ERASERS: dict[str, str] = {
     "blend": "vestige.erasers.blend:Blend",

@@ -10,7 +10,7 @@ Names are loaded when they are first used: documents bring in transformers, whic
 
 from typing import TYPE_CHECKING, Any
 
-from vestige import registry
+from vestige.utils import registry
 
 if TYPE_CHECKING:
     from vestige.learn.config import LoopConfig as LoopConfig

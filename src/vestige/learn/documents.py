@@ -13,11 +13,11 @@ from torch import Tensor
 
 from vestige.bench import hub
 from vestige.bench.config import require_path
-from vestige.bench.tasks import jsonl
-from vestige.bench.tasks.jsonl import Entry
 from vestige.errors import InputError
 from vestige.learn import held_out
 from vestige.text import read_text
+from vestige.utils import jsonl
+from vestige.utils.jsonl import Entry
 
 HUB_PREFIX = "hub:"
 TEXTS = (".txt", ".md")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from vestige.bench.sources import ESSAYS_SET, FEWEST_FILES, HOTPOT_SET, SQUAD_SET, reserved
-from vestige.bench.tasks.jsonl import Entry
 from vestige.bench.tasks.longbench_data import HUB, HUB_V2
 from vestige.errors import InputError
+from vestige.utils.jsonl import Entry
 
 REFUSED_FIELDS = {
     "RULER's": {"index", "input", "outputs", "length"},

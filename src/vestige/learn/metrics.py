@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import InputError
-from vestige.files import write_atomically
+from vestige.utils.files import write_atomically
 
 METRICS = "metrics.jsonl"
 

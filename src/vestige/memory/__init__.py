@@ -6,9 +6,10 @@ pass the object to ``KVCache(model, policy, memory=...)``.
 
 from typing import Any
 
-from vestige import called, registry
 from vestige.errors import PolicyError
 from vestige.remains import Memory
+from vestige.utils import options as called
+from vestige.utils import registry
 
 MEMORIES: dict[str, str | None] = {
     "none": None,

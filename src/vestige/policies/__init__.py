@@ -7,11 +7,12 @@ them, so that listing is cheap; an own policy need not be registered: pass the o
 import dataclasses
 from typing import Any
 
-from vestige import called, registry
 from vestige.budget import Budget
 from vestige.errors import PolicyError
 from vestige.policy import Policy
 from vestige.select import share_of
+from vestige.utils import options as called
+from vestige.utils import registry
 
 POLICIES: dict[str, str] = {
     "adakv": "vestige.policies.adakv:AdaKV",

@@ -141,7 +141,7 @@ def main(
     dev: Dev = False,
 ) -> None:
     """Train gates in each way, or go on with it, and compare all that are done."""
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     for way in chosen(WAYS, part):
         trained(way, tuple(data), field, gates / way)

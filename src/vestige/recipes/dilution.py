@@ -156,7 +156,7 @@ def main(
 
     from vestige.bench.store import Store
     from vestige.download import load
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     config = BenchConfig(
         tasks=TASKS,

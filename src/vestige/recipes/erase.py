@@ -152,7 +152,7 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
 def summary(out: Path) -> None:
     """Write ``report.md`` and the pictures of all parts that have results, and the verdict on the needles."""
     from vestige.bench.store import ROWS, SPEED
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     made, records = [], list[Record]()
     for name in sorted(folder.parent.name for folder in out.glob(f"*/{ROWS}")):

@@ -115,7 +115,7 @@ def needles(rows: Iterable[tuple[Row, str]]) -> str:
 
 def summed_up(out: Path, name: str, part: equal.Part) -> list[Row]:
     """Return a part's gains or verdict: of its samples, or where these are not kept, as it was last written."""
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     file = out / f"{name}.json"
     if records := records_of(out / name):
@@ -128,7 +128,7 @@ def summed_up(out: Path, name: str, part: equal.Part) -> list[Row]:
 def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     """Write the verdicts, gains and pictures of all parts that have results."""
     from vestige.bench.report.rows import read_rows
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`.", *equal.left_out(made)], list[tuple[Row, str]]()
     for name, one in made.items():

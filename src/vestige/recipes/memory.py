@@ -113,7 +113,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def summary(out: Path) -> None:
     """Write ``gains.json`` and ``gains.md`` from all runs in a folder."""
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     records = [record for folder in sorted(out.glob("*/*/")) for record in records_of(folder)]
     rows = gains(records)

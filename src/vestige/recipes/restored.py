@@ -157,7 +157,7 @@ def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None)
 
     from vestige.bench.store import Store
     from vestige.download import load
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     config, (model, tokenizer) = compared(essays, split_of(dev)), load(MODEL, dtype=dtype)
     books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}

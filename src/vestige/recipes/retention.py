@@ -100,7 +100,7 @@ def _press(name: str) -> str:
 
 def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
     """Write the verdict and the pictures of all lengths that have results."""
-    from vestige.files import write_atomically
+    from vestige.utils.files import write_atomically
 
     rows: list[Row] = []
     for length in map(str, BUDGETS):

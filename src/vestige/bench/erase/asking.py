@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from vestige.bench.greedy import Decoded, decode
 from vestige.cache import KVCache
-from vestige.clock import now
 from vestige.joining import join
 from vestige.policies import Full
 from vestige.reading import forward, padding, prefill
 from vestige.upstream import cache_argument
+from vestige.utils.timing import now
 
 
 @dataclass(frozen=True)

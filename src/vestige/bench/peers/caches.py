@@ -12,10 +12,10 @@ from vestige.bench.job import Job, Outcome
 from vestige.bench.peers.base import Peer, PeerError
 from vestige.bench.peers.names import BACKENDS, PeerName
 from vestige.bench.weigh import Scales
-from vestige.clock import now
 from vestige.errors import InputError, VestigeError
 from vestige.models import check
 from vestige.upstream import cache_argument
+from vestige.utils.timing import now
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "hqq": {"nbits": 4, "axis_key": 1, "axis_value": 1},  # transformers' own axes, 0, do not suit hqq

@@ -24,7 +24,7 @@ from vestige.bench.report.rows import (
 )
 from vestige.bench.report.sections import sections, speed_methods, speed_sections
 from vestige.errors import InputError
-from vestige.files import write_atomically
+from vestige.utils.files import write_atomically
 
 __all__ = ["Report", "load_rows", "make_report", "read_rows", "report"]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from vestige.bench.metrics import METRICS
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import Order, jsonl
-from vestige.bench.tasks.jsonl import Entry
+from vestige.bench.tasks import Order
 from vestige.errors import InputError, unknown
+from vestige.utils import jsonl
+from vestige.utils.jsonl import Entry
 
 _TURN = ("context", "question", "answer_prefix", "answer", "metric", "max_new_tokens", "choices")
 _EVERY_ANSWER = ("contains", "string_match_all")  # metrics that want all answers in one reply

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import SPLITS, Order
 from vestige.bench.tasks import longbench_prompts as prompts
-from vestige.bench.tasks.jsonl import Entry
 from vestige.bench.tasks.longbench_data import HUB, HUB_V2, of_hub, of_path, of_path_v2
 from vestige.errors import InputError, unknown
+from vestige.utils.jsonl import Entry
 
 Tags = dict[str, str | int | float]
 

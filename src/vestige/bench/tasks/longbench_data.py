@@ -4,9 +4,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from vestige.bench import hub
-from vestige.bench.tasks import jsonl
-from vestige.bench.tasks.jsonl import Entry
 from vestige.errors import InputError, unknown
+from vestige.utils import jsonl
+from vestige.utils.jsonl import Entry
 
 HUB, HUB_V2 = "Xnhyacinth/LongBench", "zai-org/LongBench-v2"
 """The first is a copy in parquet files with prompt columns (the one that kvpress evaluates on): the original,

@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vestige.bench.tasks.jsonl import Entry, entry, read_whole
 from vestige.errors import unknown
+from vestige.utils.jsonl import Entry, entry, read_whole
 
 _PLACE = re.compile(r"\{(\w+)\}")
 _V2_PLACES = ("question", "choice_A", "choice_B", "choice_C", "choice_D")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vestige.bench.tasks.jsonl import Entry
 from vestige.errors import InputError
 from vestige.learn import documents
 from vestige.learn.erasing.drafts import Draft, Passage, Query
 from vestige.learn.erasing.quotations import FEWEST
 from vestige.learn.order import seed_of
 from vestige.learn.prose import sentences
+from vestige.utils.jsonl import Entry
 
 PREFIX = "The answer is"
 _TRIES = 20
