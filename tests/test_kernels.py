@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vestige.kernels import AttentionScale, fused, loop
-from vestige.kernels.partial import Partial, merge
+from vestige.kernels import AttentionScale, fused, reference
+from vestige.kernels.merge import Partial, merge
 from vestige.kernels.weighted import attend_weighted
 
 HEAD_DIM, VALUE_DIM = 8, 6
@@ -32,7 +32,7 @@ class Case:
     scale: AttentionScale
 
     def attend(self) -> Tensor:
-        return loop.attend(self.query, self.keys, self.values, self.starts, self.lengths, self.scale)
+        return reference.attend(self.query, self.keys, self.values, self.starts, self.lengths, self.scale)
 
     def to(self, dtype: torch.dtype) -> "Case":
         sinks = None if self.scale.sinks is None else self.scale.sinks.to(dtype)
@@ -113,7 +113,7 @@ EXTRAS = {"plain": {}, "softcap": {"softcap": 1.5}, "sinks": {"sinks": True}, "b
 @pytest.mark.parametrize("new", [1, 5, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention_is_as_good_as_the_formula(monkeypatch, layout, new, extra, dtype):
-    monkeypatch.setattr(loop, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(reference, "QUERY_BLOCK", 3)
     assert_as_good_as_the_formula(case(new=new, dtype=dtype, **LAYOUTS[layout], **EXTRAS[extra]))
 
 
@@ -148,7 +148,7 @@ def test_rows_that_hold_the_new_pairs_only_are_causal(new):
 def test_the_size_of_query_blocks_does_not_matter(monkeypatch, lengths, block):
     given = case(lengths, 8)
     whole = given.attend()
-    monkeypatch.setattr(loop, "QUERY_BLOCK", block)
+    monkeypatch.setattr(reference, "QUERY_BLOCK", block)
     torch.testing.assert_close(given.attend(), whole, atol=1e-6, rtol=1e-5)
 
 
@@ -237,7 +237,7 @@ def formula_lse(given: Case) -> Tensor:
 
 
 def partially(given: Case) -> Partial:
-    return loop.attend_partially(
+    return reference.attend_partially(
         given.query, given.keys, given.values, given.starts, given.lengths, given.scale
     )  # fmt: skip
 
@@ -247,7 +247,7 @@ def partially(given: Case) -> Partial:
 @pytest.mark.parametrize("new", [1, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention_with_its_mass_is_exact_whatever_the_dtype(monkeypatch, layout, new, extra, dtype):
-    monkeypatch.setattr(loop, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(reference, "QUERY_BLOCK", 3)
     given = case(new=new, dtype=dtype, **LAYOUTS[layout], **EXTRAS[extra])
     got, exact = partially(given), formula(given.to(torch.float64))
     assert got.output.dtype == got.lse.dtype == torch.float32
@@ -340,7 +340,7 @@ def test_two_parts_of_the_pairs_merged_are_attention_over_all_with_the_sink_coun
     ],
 )
 def test_the_lower_right_mask_shows_all_to_the_last_query(new, held, expected):
-    mask = loop.lower_right(new, held, torch.device("cpu"))
+    mask = reference.lower_right(new, held, torch.device("cpu"))
     assert mask.dtype == torch.bool
     assert mask.int().tolist() == expected
 
@@ -355,25 +355,25 @@ def dense(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("scale", [AttentionScale(0.4, 1.5), AttentionScale(0.4, None, torch.arange(4.0))])
 def test_an_additive_mask_hides_what_a_boolean_one_hides(scale):
     query, keys, values = dense()
-    mask = loop.lower_right(3, 5, query.device)
+    mask = reference.lower_right(3, 5, query.device)
     additive = torch.zeros(3, 5).masked_fill(~mask, torch.finfo(torch.float32).min)
-    boolean = loop.written_out(query, keys, values, mask, scale)
-    torch.testing.assert_close(loop.written_out(query, keys, values, additive, scale), boolean)
+    boolean = reference.written_out(query, keys, values, mask, scale)
+    torch.testing.assert_close(reference.written_out(query, keys, values, additive, scale), boolean)
 
 
 def test_no_mask_shows_every_pair():
     query, keys, values = dense()
     everything = torch.ones(3, 5, dtype=torch.bool)
     scale = AttentionScale(0.4, 1.5)
-    out = loop.written_out(query, keys, values, None, scale)
-    assert torch.equal(out, loop.written_out(query, keys, values, everything, scale))
+    out = reference.written_out(query, keys, values, None, scale)
+    assert torch.equal(out, reference.written_out(query, keys, values, everything, scale))
 
 
 def test_a_query_that_sees_nothing_reads_a_number():
     query, keys, values = dense()
     nothing = torch.zeros(3, 5, dtype=torch.bool)
     for scale in (AttentionScale(0.4), AttentionScale(0.4, 1.5), AttentionScale(0.4, None, torch.zeros(4))):
-        assert loop.written_out(query, keys, values, nothing, scale).isfinite().all()
+        assert reference.written_out(query, keys, values, nothing, scale).isfinite().all()
 
 
 def test_the_scale_of_a_group_has_the_sinks_of_its_query_heads():

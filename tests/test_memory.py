@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vestige import PolicyError, Span, memory
 from vestige.kernels import AttentionScale
-from vestige.kernels.partial import Added, Partial, merge
+from vestige.kernels.merge import Added, Partial, merge
 from vestige.latent import Latent, LatentConfig, kind_of
 from vestige.memory import MEMORIES, Centroids, Linear, Moments, Slots
 from vestige.memory.storage import check_dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 from vestige import Budget, BudgetError, CacheFileError, KVCache, PolicyError, Span, attach, memory, policies, prefill
 from vestige.bench import ours
 from vestige.bench.job import Job, TurnIds
-from vestige.kernels.partial import Partial
+from vestige.kernels.merge import Partial
 from vestige.memory import MEMORIES, Centroids, Moments
 from vestige.policies import POLICIES
 from vestige.remains import Asked, Evicted, Forgotten, Memory, State, log_count

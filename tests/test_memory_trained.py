@@ -21,7 +21,7 @@ from test_memory import (
     random_weights,
 )  # fmt: skip
 from vestige import InputError, PolicyError
-from vestige.kernels.partial import Added, Partial
+from vestige.kernels.merge import Added, Partial
 from vestige.latent import Latent, LatentConfig
 from vestige.memory import Linear, Slots
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vestige import ragged
+from vestige.kernels import packed
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=30)
 LENGTHS = st.lists(st.integers(0, 5), max_size=6)
@@ -25,14 +25,14 @@ def slots_of(starts: list[int], lengths: list[int]) -> list[int]:
 @QUICK
 @given(LENGTHS)
 def test_cumulative_says_where_rows_begin_and_the_total_last(lengths):
-    ends = ragged.cumulative(lengths)
+    ends = packed.cumulative(lengths)
     assert ends == [sum(lengths[:row]) for row in range(len(lengths) + 1)]
 
 
 @QUICK
 @given(LENGTHS)
 def test_row_ids_name_the_row_of_each_packed_pair(lengths):
-    rows = ragged.row_ids(lengths)
+    rows = packed.row_ids(lengths)
     assert rows.dtype == torch.long
     assert rows.tolist() == [row for row, n in enumerate(lengths) for _ in range(n)]
 
@@ -41,7 +41,7 @@ def test_row_ids_name_the_row_of_each_packed_pair(lengths):
 @given(layouts())
 def test_packed_slots_walk_each_row_from_its_start(layout):
     starts, lengths, _ = layout
-    assert ragged.packed_slots(starts, lengths).tolist() == slots_of(starts, lengths)
+    assert packed.packed_slots(starts, lengths).tolist() == slots_of(starts, lengths)
 
 
 @QUICK
@@ -51,7 +51,7 @@ def test_packed_slots_follow_rows_in_any_order(layout, random):
     random.shuffle(rows)
     rows += rows[:1]  # a row may be taken twice, as beam search does
     starts, lengths = [start for start, _ in rows], [n for _, n in rows]
-    assert ragged.packed_slots(starts, lengths).tolist() == slots_of(starts, lengths)
+    assert packed.packed_slots(starts, lengths).tolist() == slots_of(starts, lengths)
 
 
 @QUICK
@@ -59,7 +59,7 @@ def test_packed_slots_follow_rows_in_any_order(layout, random):
 def test_counts_per_row_count_the_marked_pairs(lengths, data):
     marks = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
     flat = torch.tensor([mark for row in marks for mark in row], dtype=torch.bool)
-    assert ragged.counts_per_row(flat, lengths) == [sum(row) for row in marks]
+    assert packed.counts_per_row(flat, lengths) == [sum(row) for row in marks]
 
 
 @QUICK
@@ -70,7 +70,7 @@ def test_layout_index_puts_sources_in_rows_and_points_slack_at_slot_0(layout):
     expected = [0] * sum(capacities)
     for slot, value in zip(slots_of(starts, lengths), source.tolist(), strict=True):
         expected[slot] = value
-    assert ragged.layout_index(source, lengths, capacities).tolist() == expected
+    assert packed.layout_index(source, lengths, capacities).tolist() == expected
 
 
 @QUICK
@@ -83,9 +83,9 @@ def test_a_new_layout_holds_the_chosen_pairs_of_each_row_in_order(layout, data):
     counts = [len(row) for row in kept]
     room = [n + data.draw(st.integers(0, 3)) for n in counts]
     source = torch.tensor([slot for row in kept for slot in row], dtype=torch.long)
-    moved = ragged.gather(column, ragged.layout_index(source, counts, room))
+    moved = packed.gather(column, packed.layout_index(source, counts, room))
     assert len(moved) == sum(room)
-    begins = ragged.cumulative(room)
+    begins = packed.cumulative(room)
     assert [moved[begin : begin + n].tolist() for begin, n in zip(begins, counts, strict=False)] == kept
 
 
@@ -94,22 +94,22 @@ def test_a_new_layout_holds_the_chosen_pairs_of_each_row_in_order(layout, data):
 def test_gathering_packed_slots_takes_the_slack_out(layout):
     starts, lengths, capacities = layout
     column = torch.full((sum(capacities), 2), float("nan"))
-    slots = ragged.packed_slots(starts, lengths)
+    slots = packed.packed_slots(starts, lengths)
     column[slots] = torch.arange(2.0 * len(slots)).view(-1, 2)
-    assert torch.equal(ragged.gather(column, slots), torch.arange(2.0 * len(slots)).view(-1, 2))
+    assert torch.equal(packed.gather(column, slots), torch.arange(2.0 * len(slots)).view(-1, 2))
 
 
 def test_gather_keeps_the_rest_of_the_shape_and_the_dtype():
     column = torch.arange(24, dtype=torch.int32).view(4, 2, 3)
-    chosen = ragged.gather(column, torch.tensor([3, 0, 3]))
+    chosen = packed.gather(column, torch.tensor([3, 0, 3]))
     assert chosen.dtype == torch.int32
     assert torch.equal(chosen, torch.stack([column[3], column[0], column[3]]))
 
 
 def test_an_empty_column_gathers_into_an_empty_buffer_of_that_size():
-    buffer = ragged.gather(torch.empty(0, 3, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.long))
+    buffer = packed.gather(torch.empty(0, 3, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.long))
     assert (buffer.shape, buffer.dtype) == ((5, 3), torch.bfloat16)
-    assert ragged.gather(torch.empty(0, 3), torch.zeros(0, dtype=torch.long)).shape == (0, 3)
+    assert packed.gather(torch.empty(0, 3), torch.zeros(0, dtype=torch.long)).shape == (0, 3)
 
 
 @QUICK
@@ -117,7 +117,7 @@ def test_an_empty_column_gathers_into_an_empty_buffer_of_that_size():
 def test_append_writes_the_given_slots_in_place_and_no_other(order, count):
     column = torch.full((6, 2), -1.0)
     slots, new = torch.tensor(order[:count], dtype=torch.long), torch.arange(2.0 * count).view(count, 2)
-    assert ragged.append(column, slots, new) is column
+    assert packed.append(column, slots, new) is column
     expected = [[-1.0, -1.0]] * 6
     for i, slot in enumerate(order[:count]):
         expected[slot] = [2.0 * i, 2.0 * i + 1]
@@ -127,7 +127,7 @@ def test_append_writes_the_given_slots_in_place_and_no_other(order, count):
 def test_append_under_autograd_copies_and_lets_gradients_through():
     column, new = torch.zeros(4, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
     with torch.enable_grad():
-        grown = ragged.append(column, torch.tensor([1, 3]), new)
+        grown = packed.append(column, torch.tensor([1, 3]), new)
         (grown * torch.arange(8.0).view(4, 2)).sum().backward()
     assert torch.equal(column, torch.zeros(4, 2)), "the old column is still needed by whoever attended to it"
     assert grown.tolist() == [[0, 0], [1, 1], [0, 0], [1, 1]]
@@ -138,7 +138,7 @@ def test_append_under_autograd_copies_and_lets_gradients_through():
 def test_append_copies_where_only_the_old_pairs_have_gradients():
     with torch.enable_grad():
         column = torch.zeros(3, 1, requires_grad=True) * 2
-        grown = ragged.append(column, torch.tensor([2]), torch.ones(1, 1))
+        grown = packed.append(column, torch.tensor([2]), torch.ones(1, 1))
     assert grown is not column
     assert not column.any()
 
@@ -146,12 +146,12 @@ def test_append_copies_where_only_the_old_pairs_have_gradients():
 def test_append_is_in_place_where_gradients_are_switched_off():
     column, new = torch.zeros(3, 1), torch.ones(1, 1, requires_grad=True)
     with torch.no_grad():
-        assert ragged.append(column, torch.tensor([0]), new) is column
+        assert packed.append(column, torch.tensor([0]), new) is column
     assert column.tolist() == [[1], [0], [0]]
 
 
 def test_append_is_in_place_with_gradients_on_where_nothing_needs_them():
     column = torch.zeros(3, 1)
     with torch.enable_grad():
-        assert ragged.append(column, torch.tensor([1]), torch.ones(1, 1)) is column
+        assert packed.append(column, torch.tensor([1]), torch.ones(1, 1)) is column
     assert column.tolist() == [[0], [1], [0]]

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from vestige.kernels import AttentionScale, loop
-from vestige.ragged import cumulative
+from vestige.kernels import AttentionScale, reference
+from vestige.kernels.packed import cumulative
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS, SLACK = 3, 3, 64, 30, 64
 SCALE = AttentionScale(HEAD_DIM**-0.5)
@@ -44,7 +44,7 @@ def medians(arms: dict[str, Callable[[int], object]], repeats: int) -> dict[str,
 
 
 def _one_call(query, keys, values, starts, lengths, layer):
-    return loop.attend(query, keys[layer], values[layer], starts, lengths, SCALE)
+    return reference.attend(query, keys[layer], values[layer], starts, lengths, SCALE)
 
 
 def _per_row(query, keys, values, starts, lengths, layer):
@@ -52,7 +52,7 @@ def _per_row(query, keys, values, starts, lengths, layer):
     out = []
     for head, group in enumerate(query.chunk(KV_HEADS, dim=1)):
         pairs = slice(starts[head], starts[head] + lengths[head])
-        out.append(loop._rows(group, keys[layer][pairs][None, None], values[layer][pairs][None, None], SCALE))
+        out.append(reference._rows(group, keys[layer][pairs][None, None], values[layer][pairs][None, None], SCALE))
     return torch.cat(out, 1)
 
 
@@ -69,8 +69,8 @@ def _padded(query, keys, values, starts, lengths, layer):
 
 
 def _blocks(block, query, keys, values, starts, lengths, layer):
-    loop.QUERY_BLOCK = block
-    return loop.attend(query, keys[layer], values[layer], starts, lengths, SCALE)
+    reference.QUERY_BLOCK = block
+    return reference.attend(query, keys[layer], values[layer], starts, lengths, SCALE)
 
 
 def main() -> None:

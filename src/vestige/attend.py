@@ -13,8 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vestige.errors import ModelError
 from vestige.handle import Handle
-from vestige.kernels import AttentionScale, loop
-from vestige.kernels.partial import Added, merge
+from vestige.kernels import AttentionScale, reference
+from vestige.kernels.merge import Added, merge
 from vestige.layers import RaggedLayer
 from vestige.rerun import OverlayLayer
 from vestige.step import Step
@@ -73,11 +73,11 @@ def _remembering(query: Tensor, layer: RaggedLayer, rows: slice, scale: Attentio
     keys, values = layer.columns["keys"], layer.columns["values"]
     pairs = (query, keys, values, layer.starts[rows], layer.lengths[rows], scale)
     if layer.remains is None:
-        return loop.attend(*pairs)
+        return reference.attend(*pairs)
     recalled = layer.remains.recall(query, rows, scale)
     if isinstance(recalled, Added):
-        return loop.attend(*pairs) + recalled.output.to(query.dtype)
-    return merge(loop.attend_partially(*pairs), recalled).to(query.dtype)
+        return reference.attend(*pairs) + recalled.output.to(query.dtype)
+    return merge(reference.attend_partially(*pairs), recalled).to(query.dtype)
 
 
 def _dense(
@@ -95,12 +95,12 @@ def _dense(
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale.scaling, **kwargs)
     causal = kwargs.get("is_causal")
     if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
-        mask = loop.lower_right(query.shape[2], keys.shape[2], query.device)
+        mask = reference.lower_right(query.shape[2], keys.shape[2], query.device)
     if position_bias is not None and mask is not None:
         hidden = ~mask if mask.dtype == torch.bool else torch.zeros_like(mask, dtype=torch.bool)
         additive = torch.zeros((), dtype=query.dtype) if mask.dtype == torch.bool else mask
         mask = (position_bias + additive).masked_fill(hidden, torch.finfo(query.dtype).min)
     elif position_bias is not None:
         mask = position_bias
-    out = loop.written_out(query, keys, values, mask, scale)
+    out = reference.written_out(query, keys, values, mask, scale)
     return out.transpose(1, 2).contiguous(), None

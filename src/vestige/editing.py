@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vestige import ragged
 from vestige.cache import KVCache
 from vestige.errors import CacheError
+from vestige.kernels import packed
 from vestige.layers import RaggedLayer
 from vestige.records import Ring
 from vestige.rope import Rope
@@ -23,7 +23,7 @@ def drop(cache: KVCache, spans: Sequence[Span]) -> None:
     for layer in cache.evictable:
         slots, lengths = layer.live_slots()
         stays = ~within(layer.columns["positions"][slots], spans)
-        layer.keep(slots[stays], ragged.counts_per_row(stays, lengths))
+        layer.keep(slots[stays], packed.counts_per_row(stays, lengths))
 
 
 def close(cache: KVCache, spans: Sequence[Span]) -> Closing:
@@ -73,9 +73,9 @@ def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
 def _close_layer(layer: RaggedLayer, closing: Closing, rope: Rope) -> None:
     """Drop a layer's pairs of the spans and renumber the others; a layer of which nothing was evicted stays dense."""
     dense = not layer.ragged
-    slots = ragged.packed_slots(layer.starts, layer.lengths, layer.device)
+    slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
     stays = ~within(layer.columns["positions"][slots], closing.spans)
-    layer.keep(slots[stays], ragged.counts_per_row(stays, layer.lengths))
+    layer.keep(slots[stays], packed.counts_per_row(stays, layer.lengths))
     layer.ragged = not dense
     layer.padded_seen -= closing.removed
     before = layer.columns["positions"]

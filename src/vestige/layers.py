@@ -16,12 +16,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from vestige import ragged
 from vestige.errors import CacheError, PolicyError
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale
+from vestige.kernels import packed as ragged
+from vestige.kernels.packed import PAIR
 from vestige.observe import Observation, Phase
-from vestige.ragged import PAIR
 from vestige.records import Record, kind_of
 from vestige.remains import Evicted, Remains
 from vestige.step import Step

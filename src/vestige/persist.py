@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige import ragged
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import CacheFileError, ModelError
-from vestige.kernels import AttentionScale
+from vestige.kernels import AttentionScale, packed
 from vestige.layers import RaggedLayer
 from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
@@ -132,8 +131,8 @@ def _pack(cache: KVCache) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
 def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not layer.is_initialized:
         return {}, {}
-    slots = ragged.packed_slots(layer.starts, layer.lengths, layer.device)
-    tensors = {f"column.{name}": ragged.gather(column, slots) for name, column in layer.columns.items()}
+    slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
+    tensors = {f"column.{name}": packed.gather(column, slots) for name, column in layer.columns.items()}
     plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
     tensors |= {f"ring.{name}": ring.data for name, ring in layer.rings.items()}
     plain["floors"] = {name: ring.floor for name, ring in layer.rings.items() if isinstance(ring, Ring)}

@@ -14,10 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige import ragged
 from vestige.errors import PolicyError
-from vestige.kernels import AttentionScale
-from vestige.kernels.partial import Added, Partial
+from vestige.kernels import AttentionScale, packed
+from vestige.kernels.merge import Added, Partial
 from vestige.spans import Closing, Span
 
 State = Mapping[str, Tensor]
@@ -61,12 +60,12 @@ class Evicted:
     ) -> "Evicted":
         """Return copies of the given slots of a layer's columns; row r owns the next ``lengths[r]`` of them."""
         rows, longest = len(lengths), max(lengths)
-        index = ragged.layout_index(slots, lengths, [longest] * rows)
+        index = packed.layout_index(slots, lengths, [longest] * rows)
         counts = torch.tensor(lengths, device=slots.device)
         beyond = torch.arange(longest, device=slots.device) >= counts[:, None]
 
         def padded(name: str) -> Tensor:
-            chosen = ragged.gather(columns[name].detach(), index)
+            chosen = packed.gather(columns[name].detach(), index)
             return chosen.view(rows, longest, *chosen.shape[1:])
 
         keys, values = (padded(name).float().masked_fill(beyond[..., None], 0.0) for name in ("keys", "values"))

@@ -14,15 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vestige import ragged
 from vestige.cache import KVCache
 from vestige.handle import Handle
-from vestige.kernels import AttentionScale, loop
+from vestige.kernels import AttentionScale, packed, reference
 from vestige.layers import RaggedLayer
 from vestige.policy import Policy
 from vestige.upstream import cache_argument
 
-_BLOCK = loop.QUERY_BLOCK
+_BLOCK = reference.QUERY_BLOCK
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class OverlayLayer(CacheLayerMixin):
         blocks = []
         for start in range(0, len(at), _BLOCK):
             seen = everywhere <= at[start : start + _BLOCK, None]
-            blocks.append(loop.attend_masked(query[:, :, start : start + _BLOCK], keys, values, seen, scale))
+            blocks.append(reference.attend_masked(query[:, :, start : start + _BLOCK], keys, values, seen, scale))
         return torch.cat(blocks, 2)
 
 
@@ -187,7 +186,7 @@ def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pa
             fresh[name] = fresh[name].index_copy(0, source, layer.columns[name][old].to(fresh[name].dtype))
         slots, lengths = layer.live_slots()
         held = layer.columns["positions"][slots]
-        row = ragged.row_ids(lengths, layer.device)
+        row = packed.row_ids(lengths, layer.device)
         stays = ~torch.isin(held, fresh["positions"])
         all_rows = torch.cat([row[stays], torch.arange(layer.rows, device=row.device).repeat_interleave(len(at))])
         places = torch.cat([held[stays], fresh["positions"]]).long()

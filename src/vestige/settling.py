@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vestige import ragged
 from vestige.budget import UNLIMITED
 from vestige.errors import PolicyError
+from vestige.kernels import packed
 from vestige.layers import RaggedLayer
 from vestige.observe import Observation, Phase
 from vestige.policy import Allots, Policy, Renews
@@ -83,7 +83,7 @@ def evict(
         for b in range(len(room)):
             absorbed.add(b, at[~kept & (grid.batch == b)[grid.row]], seen[b])
     for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True):
-        layer.keep(slots[mask], ragged.counts_per_row(mask, lengths), coming)
+        layer.keep(slots[mask], packed.counts_per_row(mask, lengths), coming)
     return tuple(grid.batch[grid.row][~kept].unique().tolist())
 
 
@@ -99,7 +99,7 @@ def renew(layers: Sequence[RaggedLayer], policy: Policy, batch_rows: Sequence[in
 def _absorb(layers: Sequence[RaggedLayer], live: Sequence[tuple[Tensor, list[int]]], masks: Sequence[Tensor]) -> None:
     """Hand the pairs that go to the memory of each layer: to all of them, or to none if one fails."""
     remains = [
-        layer.remaining(slots[~mask], ragged.counts_per_row(~mask, lengths))
+        layer.remaining(slots[~mask], packed.counts_per_row(~mask, lengths))
         for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True)
     ]
     for layer, left in zip(layers, remains, strict=True):

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.kernels import AttentionScale
+from vestige.kernels.packed import PAIR
 from vestige.observe import Glance, LayerGlance
-from vestige.ragged import PAIR
 from vestige.step import Step
 
 if TYPE_CHECKING:

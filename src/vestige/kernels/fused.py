@@ -1,4 +1,4 @@
-"""Torch's attention kernel for a CPU that also says what the pairs weigh; :mod:`vestige.kernels.loop` has the rest."""
+"""Torch's attention kernel for a CPU that also says what the pairs weigh; :mod:`vestige.kernels.reference` has the rest."""
 
 from collections.abc import Callable
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vestige.kernels import AttentionScale
 from vestige.kernels.fused import fused, fuses
-from vestige.kernels.partial import Partial
+from vestige.kernels.merge import Partial
 
 
 def attend_weighted(

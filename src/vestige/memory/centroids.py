@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vestige.errors import require_whole
-from vestige.kernels.partial import Partial
+from vestige.kernels.merge import Partial
 from vestige.kernels.weighted import attend_weighted
 from vestige.memory.storage import Dtype, check_dtype, restored, stored
 from vestige.remains import Asked, Evicted, Memory, State, log_count

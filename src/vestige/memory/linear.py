@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from vestige.kernels.partial import Added
+from vestige.kernels.merge import Added
 from vestige.latent import Kind
 from vestige.memory.learned import LearnedMemory
 from vestige.memory.storage import restored, stored

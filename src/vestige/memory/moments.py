@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.kernels.partial import Partial
+from vestige.kernels.merge import Partial
 from vestige.memory.storage import Dtype, check_dtype, restored, stored
 from vestige.remains import Asked, Evicted, Memory, State, log_count
 

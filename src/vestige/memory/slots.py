@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.kernels.partial import Partial
+from vestige.kernels.merge import Partial
 from vestige.kernels.weighted import attend_weighted
 from vestige.latent import Kind
 from vestige.memory.learned import LearnedMemory

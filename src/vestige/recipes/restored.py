@@ -24,7 +24,7 @@ from vestige.bench.rows import Record, Row, resampled
 from vestige.cache import KVCache
 from vestige.cli_options import Dtype
 from vestige.explain import held_of
-from vestige.kernels.partial import Partial
+from vestige.kernels.merge import Partial
 from vestige.learn.indexmem.restoring import attended, rejoined
 from vestige.learn.indexmem.seen import Layer, seen
 from vestige.models import check

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vestige.indexer import Indexer
-from vestige.kernels.partial import Added, Partial, merge
+from vestige.kernels.merge import Added, Partial, merge
 from vestige.latent import Latent
 from vestige.learn.indexmem.foretelling import asked_most
 from vestige.learn.indexmem.seen import Layer

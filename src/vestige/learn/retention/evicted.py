@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from vestige.kernels import AttentionScale, loop
+from vestige.kernels import AttentionScale, reference
 from vestige.learn.retention.gated import BLOCK, Attended, Keys, Queries, Values, attending
 from vestige.learn.retention.states import entering
 from vestige.upstream import CACHE_NAME
@@ -60,10 +60,10 @@ class Fading:
 def _block(query: Tensor, keys: Tensor, values: Tensor, log_kept: Tensor, start: int, scale: AttentionScale) -> Tensor:
     end = start + query.shape[2]
     text, lowest = log_kept.shape[1], torch.finfo(query.dtype).min
-    hidden = ~loop.lower_right(query.shape[2], end, query.device)
+    hidden = ~reference.lower_right(query.shape[2], end, query.device)
     mask = torch.zeros(hidden.shape, device=query.device).masked_fill(hidden, lowest).repeat(len(log_kept), 1, 1)
     mask = torch.cat([mask[..., :text] + log_kept[:, None], mask[..., text:]], -1)
-    return loop.written_out(query, keys[:, :, :end], values[:, :, :end], mask, scale)
+    return reference.written_out(query, keys[:, :, :end], values[:, :, :end], mask, scale)
 
 
 @torch.no_grad()

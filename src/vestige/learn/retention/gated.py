@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vestige.attend import vestige_attention
 from vestige.gates import Gates
-from vestige.kernels import AttentionScale, loop
+from vestige.kernels import AttentionScale, reference
 from vestige.models import Anatomy, check, entered
 
 NAME = "vestige_gated"
@@ -95,7 +95,7 @@ class Gating:
             faded = age.clamp_min(0) * log_beta[:, :, None, begin:end]  # (1, kv_heads, queries, pairs)
             mask = mask + faded.repeat_interleave(query.shape[1] // keys.shape[1], 1)
         visible = slice(begin, end)
-        return loop.written_out(query[:, :, start:end], keys[:, :, visible], values[:, :, visible], mask, scale)
+        return reference.written_out(query[:, :, start:end], keys[:, :, visible], values[:, :, visible], mask, scale)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.kernels import AttentionScale
 from vestige.kernels.fused import fused, fuses
-from vestige.kernels.partial import Partial
+from vestige.kernels.merge import Partial
 
 QUERY_BLOCK = 256
 """Queries per call in a piece of text: measured fastest of 64 to 1024 (LOG.md)."""
