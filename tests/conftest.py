@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from vestige import Budget, ModelError, Policy, cli, policies, weights
-from vestige.download import is_cached
 from vestige.gates import Gates
 from vestige.indexer import Indexer
 from vestige.latent import Kind, Latent
-from vestige.models import check
+from vestige.models.anatomy import check
+from vestige.models.loading import is_cached
 from vestige.testing import tiny
 
 CHAT = (
@@ -151,7 +151,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
 @pytest.fixture(scope="session")
 def chatter(folders: TinyFolders) -> tuple[PreTrainedModel, Any]:
     """Load the tiny model with a chat template, and its tokenizer."""
-    from vestige.download import load
+    from vestige.models.loading import load
 
     return load(folders.chat)
 

@@ -22,8 +22,8 @@ from vestige import (
     policies,
     prefill,
 )
+from vestige.models.compat import CACHE_NAME, OLD_NAME, cache_argument
 from vestige.testing import REFUSED, TINY, left_padded, random_ids, tiny, tiny_vl
-from vestige.upstream import CACHE_NAME, OLD_NAME, cache_argument
 
 NAMES = [*TINY]
 
@@ -165,7 +165,7 @@ def test_check_refuses_what_is_not_a_transformers_model():
 
 @pytest.mark.parametrize("name", ["jetmoe", "diffllama", "deepseek_v3"])
 def test_transforms_after_update_that_no_list_knows_raise_at_the_handle(name, monkeypatch):
-    from vestige import models
+    from vestige.models import anatomy as models
 
     monkeypatch.setattr(models, "TRANSFORMS_AFTER_UPDATE", {})
     model = tiny(name)

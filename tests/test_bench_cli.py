@@ -167,7 +167,7 @@ def test_bad_input_does_not_cost_a_download(vestige, here, monkeypatch, name):
     def load(*args, **options):
         raise InputError("a model was loaded")
 
-    monkeypatch.setattr("vestige.download.load", load)
+    monkeypatch.setattr("vestige.models.loading.load", load)
     assert "a model was loaded" not in vestige("bench", *BAD[name][0]).complaint()
 
 

@@ -10,13 +10,13 @@ from vestige import Budget, BudgetError, KVCache, attach, policies, prefill
 from vestige.answer import answer
 from vestige.bench import greedy, ours
 from vestige.bench.job import Job, Outcome, TurnIds
+from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
 from vestige.policy import Prepares
 from vestige.reading import forward
 from vestige.report import Report
 from vestige.testing import random_ids, tiny
 from vestige.text import Frame
-from vestige.upstream import cache_argument
 
 ROWS = 4  # two layers of two KV heads
 SMALL = {"sink": 2, "window": 3}

@@ -19,8 +19,8 @@ from vestige.bench.kvpress_worker import match, ratio_for
 from vestige.bench.peers import PeerError, open_peer, presses
 from vestige.bench.peers.names import parse
 from vestige.bench.weigh import Scales, storage_bytes
+from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
-from vestige.upstream import cache_argument
 from vestige.utils import options
 
 FAKE = """

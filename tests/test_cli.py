@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import Outcome, tree
-from vestige.download import NAMED
 from vestige.memory import MEMORIES
+from vestige.models.loading import NAMED
 from vestige.policies import POLICIES
 
 QUESTION = "Who keeps lamp 16?"
@@ -243,7 +243,7 @@ def test_bad_input_is_one_line_and_exit_status_2(vestige, bad_place, monkeypatch
     def fetch(name: str, **_: object) -> None:
         raise AssertionError(f"{name} was fetched before the input was checked")
 
-    monkeypatch.setattr("vestige.download.fetch", fetch)
+    monkeypatch.setattr("vestige.models.loading.fetch", fetch)
     words, message = BAD_ANYWHERE[case]
     before = tree(bad_place)
     assert re.search(message, vestige(*words).complaint())
@@ -311,7 +311,7 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def kept(folders, tmp_path_factory) -> Path:
     """Keep one reading for the tests that damage a copy of it."""
-    from vestige.download import load
+    from vestige.models.loading import load
     from vestige.run import RunConfig, run
 
     folder = tmp_path_factory.mktemp("kept") / "kept"

@@ -74,7 +74,7 @@ def layers_of(cache: KVCache) -> Any:
 
 
 def vestige_cache(cache: KVCache) -> dict[str, Any]:
-    from vestige.upstream import cache_argument
+    from vestige.models.compat import cache_argument
 
     return cache_argument(cache)
 

@@ -6,11 +6,11 @@ import torch
 from vestige import Budget, CacheError, InputError, KVCache, Span, attach, erase, erasers, memory, policies, prefill
 from vestige.adapter import Adapter
 from vestige.erasers import ERASERS
+from vestige.models.compat import cache_argument
 from vestige.remains import Forgotten
 from vestige.rerun import rerun, write
 from vestige.spans import within
 from vestige.testing import TINY, full_layers, left_padded, random_ids, tiny
-from vestige.upstream import cache_argument
 
 SPAN = Span(10, 16)
 CORRECTION = {"erratum": {"ids": (3, 4, 5)}}

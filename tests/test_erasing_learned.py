@@ -10,9 +10,9 @@ from test_erasing import columns_of, evicting, logits_of, read, trained
 from vestige import ModelError, Span, attach, erase, policies
 from vestige.adapter import Adapter
 from vestige.erasers.learned import Learned
+from vestige.models.compat import cache_argument
 from vestige.rerun import rerun
 from vestige.testing import left_padded, random_ids, tiny
-from vestige.upstream import cache_argument
 
 SPAN = Span(10, 16)
 

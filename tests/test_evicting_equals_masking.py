@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vestige import Budget, KVCache, attach, policies, prefill
+from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
 from vestige.testing import TINY, covering, left_padded, masked_logits, random_ids, tiny, tiny_vl, watch
-from vestige.upstream import cache_argument
 
 EVICTING = sorted(set(POLICIES) - {"full"})
 SMALL = {"sink": 2, "window": 3, "every": 4}

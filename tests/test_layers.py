@@ -5,8 +5,8 @@ import torch
 
 from vestige import Budget, CacheError, KVCache, attach, policies, prefill
 from vestige.handle import Handle
+from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
-from vestige.upstream import cache_argument
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from vestige.learn.indexmem.foretelling import asked_for, foretelling, looked_at
 from vestige.learn.indexmem.restoring import attended, chosen, remembering, restoring
 from vestige.learn.indexmem.seen import seen
 from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask, _first_reply
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.policies import IndexMem
 from vestige.testing import attention, random_ids, tiny
 

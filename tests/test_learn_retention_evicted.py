@@ -15,10 +15,10 @@ from vestige.learn.retention import keep
 from vestige.learn.retention.evicted import Fading, asked_behind, read
 from vestige.learn.retention.keep import competing, log_kept
 from vestige.learn.retention.task import RetentionTask
+from vestige.models.compat import cache_argument
 from vestige.policies import Retention
 from vestige.select import share_of
 from vestige.testing import random_ids, tiny
-from vestige.upstream import cache_argument
 
 AT_ONCE = replace(SMALL, forgets="at_once")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from vestige.adapter import Adapter
-from vestige.download import fetch, load
 from vestige.learn import LoopConfig, train
 from vestige.learn.erasing.samples import EraserOptions, Texts
 from vestige.learn.erasing.task import EraserTask
 from vestige.learn.prose import sentences
+from vestige.models.loading import fetch, load
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from conftest import fails, no_pip, one_line
-from vestige import download
-from vestige.download import fetch, load
 from vestige.errors import ModelError
+from vestige.models import loading
+from vestige.models.loading import fetch, load
 from vestige.testing import tiny, tiny_vl
 
 
@@ -89,7 +89,7 @@ def test_a_cpu_without_bfloat16_gets_a_hint_unless_the_dtype_was_asked_for(
 ):
     tiny("llama", dtype=made, num_hidden_layers=1).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
-    monkeypatch.setattr(download, "_has_bfloat16", lambda: able)
+    monkeypatch.setattr(loading, "_has_bfloat16", lambda: able)
     load(str(tmp_path / "model"), device="cpu", dtype=asked, progress=False)
     assert ("--dtype float32" in capsys.readouterr().err) == hints
 
@@ -164,7 +164,7 @@ def test_a_cached_hub_model_is_read_without_a_network(no_network, monkeypatch, f
         asked.append((source, local))
         return torch.nn.Linear(1, 1), None
 
-    monkeypatch.setattr(download, "_read", read)
+    monkeypatch.setattr(loading, "_read", read)
     download_load = getattr(load, "__wrapped__", load)  # the stand-ins are not of the annotated types
     download_load("someone/model")
     assert asked == [("someone/model", True)]

@@ -16,10 +16,10 @@ from vestige.bench import ours
 from vestige.bench.job import Job, TurnIds
 from vestige.kernels.merge import Partial
 from vestige.memory import MEMORIES, Centroids, Moments
+from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
 from vestige.remains import Asked, Evicted, Forgotten, Memory, State, log_count
 from vestige.testing import TINY, left_padded, random_ids, tiny
-from vestige.upstream import cache_argument
 
 NAMES = sorted(set(MEMORIES) - {"none"})
 ESTIMATES = sorted(set(NAMES) - {"linear"})

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from vestige import KVCache, ModelError, attach, policies
-from vestige.models import check
-from vestige.output import OutputProjection
+from vestige.models.anatomy import check
+from vestige.models.compat import cache_argument
+from vestige.models.output_projection import OutputProjection
 from vestige.policy import Written
 from vestige.testing import full_layers, random_ids, tiny
-from vestige.upstream import cache_argument
 
 
 def random(kv_heads: int = 2, group: int = 3, dtype: torch.dtype = torch.float32, size: int = 8):

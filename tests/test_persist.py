@@ -14,9 +14,9 @@ from torch import Tensor
 from vestige import Budget, CacheFileError, InputError, KVCache, Span, attach, persist, policies, prefill
 from vestige.kernels import AttentionScale
 from vestige.layers import RaggedLayer
+from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
 from vestige.testing import left_padded, random_ids, tiny
-from vestige.upstream import cache_argument
 
 SMALL = {"sink": 2, "window": 4, "every": 8}
 ARCHITECTURES = ("llama", "gemma3", "gpt_oss")  # plain; sliding layers beside; sliding layers and attention sinks

@@ -14,9 +14,9 @@ from conftest import ROOMY, made, random_indexer
 from vestige import Observation, Phase, policies
 from vestige.indexer import Indexer
 from vestige.kernels import AttentionScale
+from vestige.models.rope import Rope, Rotation
 from vestige.policies import POLICIES
 from vestige.records import Moments
-from vestige.rope import Rope, Rotation
 from vestige.testing import tiny
 
 NAMES = sorted(POLICIES)

@@ -12,13 +12,13 @@ from conftest import made
 from test_policies import EXTRAS, naive_snapkv, random_observation, rows_of
 from vestige import Budget, KVCache, Observation, Phase, PolicyError, attach, policies, prefill
 from vestige.kernels import AttentionScale
+from vestige.models.compat import cache_argument
+from vestige.models.output_projection import OutputProjection
 from vestige.observe import Glance
-from vestige.output import OutputProjection
 from vestige.policies import h2o
 from vestige.policy import Written
 from vestige.select import Grid, select
 from vestige.testing import attention, left_padded, random_ids, tiny
-from vestige.upstream import cache_argument
 
 SMALL = {"sink": 1, "window": 3, "every": 4}
 

@@ -11,9 +11,9 @@ from vestige import Budget, InputError, KVCache, ModelError, Phase, PolicyError,
 from vestige import indexer as indexing
 from vestige.erasers import Learned
 from vestige.indexer import Indexer, IndexerConfig
+from vestige.models.compat import cache_argument
 from vestige.policies import IndexMem, KNorm
 from vestige.testing import left_padded, random_ids, tiny
-from vestige.upstream import cache_argument
 
 MODEL = tiny("llama")
 APART, SHARED = random_indexer(MODEL), random_indexer(MODEL, apart=False, heads=2)

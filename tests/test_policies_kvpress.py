@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vestige import Budget, CacheFileError, KVCache, ModelError, Phase, PolicyError, attach, check, policies, prefill
+from vestige.models.compat import cache_argument
 from vestige.policies import from_kvpress
 from vestige.testing import left_padded, random_ids, tiny, tiny_vl
-from vestige.upstream import cache_argument
 
 SMALL = {"sink": 2, "window": 4, "every": 4}
 

@@ -8,11 +8,11 @@ import torch
 
 from test_policies import naive_attention, random_observation, rows_of
 from vestige import Budget, KVCache, ModelError, PolicyError, attach, observe, policies, prefill
-from vestige.models import check
-from vestige.output import OutputProjection
+from vestige.models.anatomy import check
+from vestige.models.compat import cache_argument
+from vestige.models.output_projection import OutputProjection
 from vestige.policy import Written
 from vestige.testing import left_padded, random_ids, tiny
-from vestige.upstream import cache_argument
 
 TOKENS = Budget.tokens(12)
 

@@ -20,9 +20,9 @@ from vestige import (
     prefill,
 )
 from vestige.explain import held_by_kind
+from vestige.models.compat import cache_argument
 from vestige.policies.retention import worth
 from vestige.testing import left_padded, random_ids, tiny, tiny_vl
-from vestige.upstream import cache_argument
 
 MODEL = tiny("llama")
 GATES = random_gates(MODEL)

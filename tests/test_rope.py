@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vestige import Budget, KVCache, ModelError, attach, check, policies
+from vestige.models.compat import cache_argument
 from vestige.testing import TINY, random_ids, tiny, tiny_vl
-from vestige.upstream import cache_argument
 
 NAMES = sorted(TINY)
 

@@ -9,10 +9,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from vestige import BudgetError, CacheFileError, InputError, KVCache, PolicyError, VestigeError, attach
+from vestige.models.compat import cache_argument
 from vestige.report import Report
 from vestige.run import RunConfig, run
 from vestige.text import Frame
-from vestige.upstream import cache_argument
 
 QUESTIONS = ("Who keeps lamp 16?", "How many lamps?", "Why?")
 

@@ -245,7 +245,7 @@ def test_chat_names_what_is_wrong_with_its_options(vestige, folders):
 
 
 def test_a_model_without_a_template_gets_lines(folders):
-    from vestige.download import load
+    from vestige.models.loading import load
 
     _, tokenizer = load(folders.plain)
     turns = Turns(tokenizer, "Be brief.")

@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 
 from conftest import on_the_default_model
-from vestige.download import load
 from vestige.erase_text import EraseConfig, erase_text
 from vestige.learn.card import CARD
+from vestige.models.loading import load
 from vestige.run import RunConfig, run
 from vestige.weights import SHIPPED
 

@@ -140,7 +140,7 @@ def test_people_see_questions_and_answers_as_they_are(vestige, folders, place):
 
 def test_demo_shows_the_main_job_and_its_json(vestige, folders, monkeypatch, place):
     from vestige import demo
-    from vestige.download import load
+    from vestige.models.loading import load
 
     class Document:
         """The short story in the place of the shipped document."""

@@ -6,7 +6,7 @@ The document was written until the full cache answered them, so this compares se
 import sys
 from importlib.resources import as_file, files
 
-from vestige.download import load
+from vestige.models.loading import load
 from vestige.run import RunConfig, run
 
 FACTS = {

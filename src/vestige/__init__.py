@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vestige.attachment import detach as detach
     from vestige.budget import Budget as Budget
     from vestige.cache import KVCache as KVCache
-    from vestige.download import load as load
     from vestige.eraser import Erased as Erased
     from vestige.eraser import Eraser as Eraser
     from vestige.erasing import erase as erase
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
     from vestige.errors import PolicyError as PolicyError
     from vestige.errors import VestigeError as VestigeError
     from vestige.forgetting import forget as forget
-    from vestige.models import check as check
+    from vestige.models.anatomy import check as check
+    from vestige.models.loading import load as load
     from vestige.observe import Observation as Observation
     from vestige.observe import Phase as Phase
     from vestige.policy import Policy as Policy
@@ -63,12 +63,12 @@ _HOME = {
     "Span": "spans",
     "VestigeError": "errors",
     "attach": "attachment",
-    "check": "models",
+    "check": "models.anatomy",
     "detach": "attachment",
     "erase": "erasing",
     "erasers": "erasers",
     "forget": "forgetting",
-    "load": "download",
+    "load": "models.loading",
     "memory": "memory",
     "policies": "policies",
     "prefill": "reading",

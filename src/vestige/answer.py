@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.cache import KVCache
 from vestige.errors import InputError
+from vestige.models.compat import cache_argument
 from vestige.reading import prefill
-from vestige.upstream import cache_argument
 
 
 @dataclass(frozen=True)

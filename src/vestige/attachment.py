@@ -15,9 +15,9 @@ from transformers.masking_utils import sdpa_mask
 from vestige.attend import NAME, vestige_attention
 from vestige.cache import KVCache
 from vestige.errors import CacheError
-from vestige.models import Anatomy, check, entered
+from vestige.models.anatomy import Anatomy, check, entered
+from vestige.models.compat import cache_passed
 from vestige.rerun import Overlay
-from vestige.upstream import cache_passed
 
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
 

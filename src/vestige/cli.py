@@ -76,7 +76,7 @@ def run(
 ) -> None:
     """Read a long text within a budget and answer questions about it."""
     from vestige import show
-    from vestige.download import load
+    from vestige.models.loading import load
     from vestige.run import RunConfig
     from vestige.run import run as job
 
@@ -125,8 +125,8 @@ def erase(
 ) -> None:
     """Read a text, take a passage out of what was read, and ask about what is left."""
     from vestige import show
-    from vestige.download import load
     from vestige.erase_text import EraseConfig, erase_text
+    from vestige.models.loading import load
     from vestige.run import RunConfig
 
     reading = RunConfig(
@@ -167,7 +167,7 @@ def chat(
     from vestige import memory as memories
     from vestige.budget import Budget
     from vestige.chat import chat as talk
-    from vestige.download import load
+    from vestige.models.loading import load
     from vestige.session import Session
 
     if load_from is not None and (budget or share or system or policy != "full" or memory != "none"):
@@ -204,7 +204,7 @@ def demo(device: Device = None, dtype: Dtype = None, seed: Seed = 0, as_json: Js
 @app.command()
 def models(seed: Seed = 0, as_json: Json = False) -> None:
     """List the models that can be named; a folder or a hub id works too."""
-    from vestige.named import NAMED
+    from vestige.models.catalog import NAMED
 
     _print_listing({name: model.description for name, model in NAMED.items()}, as_json)
 

@@ -109,7 +109,7 @@ def tasks(
     from vestige.bench.config import BenchConfig
     from vestige.bench.run import bench as job
     from vestige.bench.store import check_folder
-    from vestige.download import load
+    from vestige.models.loading import load
 
     names, cases = _tasks_and_cases(task)
     arms = cross(
@@ -170,7 +170,7 @@ def speed(
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
     from vestige.bench.store import check_folder, keep_speed
-    from vestige.download import load
+    from vestige.models.loading import load
 
     config = SpeedConfig(
         lengths=numbers("--length", length), batches=numbers("--batch", batch), policies=words(policy),
@@ -236,7 +236,7 @@ def erase(
     from vestige.bench.erase.config import EraseBenchConfig
     from vestige.bench.erase.run import bench_erase as job
     from vestige.bench.store import check_folder
-    from vestige.download import load
+    from vestige.models.loading import load
 
     config = EraseBenchConfig(
         tasks=tuple(task or ()), lengths=numbers("--length", length), samples=samples, methods=words(method),
@@ -277,7 +277,7 @@ def erase_speed(
     from vestige import show
     from vestige.bench.erase.latency import LatencyConfig, latency
     from vestige.bench.store import check_speed_folder, keep_speed
-    from vestige.download import load
+    from vestige.models.loading import load
 
     config = LatencyConfig(
         lengths=numbers("--length", length), methods=words(method), before=before, span=span, rounds=rounds, seed=seed

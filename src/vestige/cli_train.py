@@ -59,11 +59,11 @@ def _carry_out(
 ) -> None:
     """Train, and say where the weights are, or how to go on."""
     from vestige import show
-    from vestige.download import load
     from vestige.learn.checkpoint import Checkpoints
     from vestige.learn.documents import require_sources
     from vestige.learn.job import Job
     from vestige.learn.parallel import processes
+    from vestige.models.loading import load
 
     require_sources(training.data)  # what is missing should not cost a download
     Checkpoints(to, {}).check(resume=resume)

@@ -9,8 +9,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from vestige import show as shows
-from vestige.download import load
 from vestige.erase_text import EraseConfig, EraseResult, erase_text
+from vestige.models.loading import load
 from vestige.run import RunConfig, RunResult, run
 
 MODEL, POLICY, SHARE, BUDGET, CHUNK = "smollm2-135m", "retention", "model", "0.1", 1024

@@ -13,8 +13,8 @@ from vestige.cache import KVCache
 from vestige.errors import CacheError
 from vestige.kernels import packed
 from vestige.layers import RaggedLayer
+from vestige.models.rope import Rope
 from vestige.records import Ring
-from vestige.rope import Rope
 from vestige.spans import Closing, Span, within
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from vestige import trained
 from vestige.errors import InputError
-from vestige.models import check
+from vestige.models.anatomy import check
 
 NAME = "gates"
 """Of the files."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vestige import trained
 from vestige.errors import InputError
-from vestige.models import check
+from vestige.models.anatomy import check
 
 NAME = "indexer"
 """Of the files."""

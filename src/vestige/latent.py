@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from vestige import trained
 from vestige.errors import InputError, unknown
-from vestige.models import check
+from vestige.models.anatomy import check
 
 Kind = Literal["linear", "slots"]
 KINDS: tuple[str, ...] = get_args(Kind)

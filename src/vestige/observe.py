@@ -14,8 +14,8 @@ from torch.nn.functional import avg_pool1d, pad
 from transformers import PreTrainedModel
 
 from vestige.kernels import AttentionScale
+from vestige.models.rope import Rope
 from vestige.records import Moments
-from vestige.rope import Rope
 
 
 class Phase(Enum):

@@ -23,7 +23,7 @@ from vestige.layers import RaggedLayer
 from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policy import Policy
 from vestige.recording import Recording

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError, require_whole, unknown
+from vestige.models.output_projection import OutputProjection
 from vestige.observe import Glance, LayerGlance, Observation
-from vestige.output import OutputProjection
 from vestige.select import SCALES, Grid, Scale, Share, share_of
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache
 from vestige.attachment import require_cache
 from vestige.cache import KVCache
 from vestige.errors import InputError
+from vestige.models.compat import cache_argument
 from vestige.observe import Glance
 from vestige.policy import Prepares
-from vestige.upstream import cache_argument
 
 
 def prefill(

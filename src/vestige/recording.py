@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.models import Anatomy
+from vestige.models.anatomy import Anatomy
 from vestige.observe import Glance, LayerGlance
 from vestige.policy import Annotates, Binds, Policy, Watches, WatchesLayers, Written
 

@@ -18,8 +18,8 @@ from vestige.cache import KVCache
 from vestige.handle import Handle
 from vestige.kernels import AttentionScale, packed, reference
 from vestige.layers import RaggedLayer
+from vestige.models.compat import cache_argument
 from vestige.policy import Policy
-from vestige.upstream import cache_argument
 
 _BLOCK = reference.QUERY_BLOCK
 

@@ -18,6 +18,7 @@ from vestige.cache import KVCache
 from vestige.eraser import Eraser, EraseReport
 from vestige.erasing import erase
 from vestige.errors import CacheError, CacheFileError, InputError
+from vestige.models.compat import cache_argument
 from vestige.policies.full import Full
 from vestige.policy import Policy
 from vestige.reading import prefill
@@ -25,7 +26,6 @@ from vestige.remains import Memory
 from vestige.report import Report
 from vestige.spans import Closing, Span
 from vestige.turns import Turns
-from vestige.upstream import cache_argument
 from vestige.utils.files import new_folder
 
 _BOOKS, _CACHE, FORMAT = "session.json", "cache", 1

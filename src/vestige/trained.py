@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vestige.errors import InputError, ModelError
-from vestige.models import check
+from vestige.models.anatomy import check
 
 M = TypeVar("M", bound=nn.Module)
 _BROKEN = (

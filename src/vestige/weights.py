@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vestige import trained
 from vestige.errors import ModelError
-from vestige.models import check
+from vestige.models.anatomy import check
 
 SHIPPED = Path(__file__).parent / "learn" / "weights"
 """What comes with the package: a folder for each kind and model, ``<kind>-<fingerprint of the model>``."""

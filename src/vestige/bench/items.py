@@ -13,7 +13,7 @@ from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.sample import Sample
 from vestige.errors import InputError
-from vestige.models import check
+from vestige.models.anatomy import check
 
 PAD_SHARE = 0.05
 """Samples share a batch while pads are at most this part of it."""

@@ -21,7 +21,7 @@ from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, aggregate
 from vestige.bench.store import Store, run_all
 from vestige.errors import BudgetError, VestigeError
-from vestige.models import check
+from vestige.models.anatomy import check
 
 
 def bench(

@@ -29,9 +29,9 @@ from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import InputError, VestigeError
+from vestige.models.compat import cache_argument
 from vestige.policy import Policy
 from vestige.reading import prefill
-from vestige.upstream import cache_argument
 from vestige.utils.timing import now
 
 _WARM_UP = 8

@@ -64,8 +64,8 @@ def trained(way: str, data: tuple[str, ...], field: str, folder: Path) -> None:
     from rich.console import Console
 
     from vestige import show
-    from vestige.download import load
     from vestige.learn.job import Job
+    from vestige.models.loading import load
 
     if is_done(folder):
         return

@@ -155,7 +155,7 @@ def main(
     from rich.progress import track
 
     from vestige.bench.store import Store
-    from vestige.download import load
+    from vestige.models.loading import load
     from vestige.utils.files import write_atomically
 
     config = BenchConfig(

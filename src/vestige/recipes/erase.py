@@ -188,7 +188,7 @@ def main(
 
     from vestige import show
     from vestige.bench.erase.run import bench_erase
-    from vestige.download import load
+    from vestige.models.loading import load
 
     wanted = {} if report else chosen(parts(essays, qa, split_of(dev)), part)
     for name, config in wanted.items():

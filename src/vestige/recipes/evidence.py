@@ -70,7 +70,7 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
-    from vestige.download import load
+    from vestige.models.loading import load
 
     config = replace(laprox.parts(essays, split="dev")["aware"].config, tasks=TASKS, samples=samples)
     shares: dict[tuple[str, str, str], list[float]] = {}

@@ -149,7 +149,7 @@ def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
 
 def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False, dtype: Dtype = None) -> None:
     """Run the comparison, or go on with it, part by part."""
-    from vestige.download import load
+    from vestige.models.loading import load
 
     made = parts(load(MODEL, dtype=dtype)[0], essays, split_of(dev))
     for name, one in chosen(made, part).items():

@@ -27,7 +27,7 @@ from vestige.explain import held_of
 from vestige.kernels.merge import Partial
 from vestige.learn.indexmem.restoring import attended, rejoined
 from vestige.learn.indexmem.seen import Layer, seen
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.reading import announce, finish
 from vestige.recipes.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
 from vestige.recipes.running import Dev, Essays, Out, split_of
@@ -156,7 +156,7 @@ def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None)
     from rich.progress import track
 
     from vestige.bench.store import Store
-    from vestige.download import load
+    from vestige.models.loading import load
     from vestige.utils.files import write_atomically
 
     config, (model, tokenizer) = compared(essays, split_of(dev)), load(MODEL, dtype=dtype)

@@ -115,7 +115,7 @@ def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
 
 def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False) -> None:
     """Run the comparison, or go on with it, part by part; on the dev split what the rivals are chosen by."""
-    from vestige.download import load
+    from vestige.models.loading import load
 
     made = {} if dev else parts(load(MODEL)[0], essays)
     configs = choosing(essays) if dev else {name: one.config for name, one in made.items()}

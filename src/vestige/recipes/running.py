@@ -59,7 +59,7 @@ def benched(
 
     from vestige import show
     from vestige.bench.run import bench
-    from vestige.download import load
+    from vestige.models.loading import load
 
     network, tokenizer = load(model, dtype=dtype)
     with show.reading_bar(Console(stderr=True), label) as advance:

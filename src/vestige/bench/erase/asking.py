@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from vestige.bench.greedy import Decoded, decode
 from vestige.cache import KVCache
 from vestige.joining import join
+from vestige.models.compat import cache_argument
 from vestige.policies import Full
 from vestige.reading import forward, padding, prefill
-from vestige.upstream import cache_argument
 from vestige.utils.timing import now
 
 

@@ -14,7 +14,7 @@ from vestige.bench.erase.sample import EraseSample
 from vestige.bench.render import Renderer
 from vestige.errors import InputError
 from vestige.locate import tokens_at
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.spans import Span, within
 from vestige.text import Frame
 

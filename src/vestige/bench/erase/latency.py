@@ -22,7 +22,7 @@ from vestige.bench.rows import Row
 from vestige.cache import KVCache
 from vestige.erasing import erase
 from vestige.errors import InputError
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.policies import Full
 from vestige.spans import Span
 

@@ -25,7 +25,7 @@ from vestige.eraser import Erased
 from vestige.erasing import erase
 from vestige.errors import VestigeError
 from vestige.joining import joinable
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.policies import Full
 from vestige.spans import Span
 

@@ -7,7 +7,7 @@ from typing import Any
 from vestige.bench.peers.base import Peer, PeerError
 from vestige.bench.peers.names import AVAILABLE, parse
 from vestige.budget import Budget
-from vestige.models import check as anatomy_of
+from vestige.models.anatomy import check as anatomy_of
 
 __all__ = [
     "AVAILABLE",

@@ -13,8 +13,8 @@ from vestige.bench.peers.base import Peer, PeerError
 from vestige.bench.peers.names import BACKENDS, PeerName
 from vestige.bench.weigh import Scales
 from vestige.errors import InputError, VestigeError
-from vestige.models import check
-from vestige.upstream import cache_argument
+from vestige.models.anatomy import check
+from vestige.models.compat import cache_argument
 from vestige.utils.timing import now
 
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from vestige.adapter import Adapter
+from vestige.models.compat import cache_argument
 from vestige.spans import Span
-from vestige.upstream import cache_argument
 
 Layer = tuple[Float[Tensor, "1 kv_heads _seen head_dim"], Float[Tensor, "1 kv_heads _seen value_dim"]]
 """Keys and values of one layer."""

@@ -24,7 +24,7 @@ from vestige.learn.tales.held import judged
 from vestige.learn.tales.sequences import Alone
 from vestige.learn.tales.shares import drawn_share
 from vestige.learn.tales.task import TaleTask, over_documents
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.policies.indexmem import IndexMem
 
 _MEASURED = 4

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from vestige.kernels import AttentionScale, reference
 from vestige.learn.retention.gated import BLOCK, Attended, Keys, Queries, Values, attending
 from vestige.learn.retention.states import entering
-from vestige.upstream import CACHE_NAME
+from vestige.models.compat import CACHE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vestige.gates import Gates
 from vestige.learn.tales.sequences import Packed
-from vestige.models import check
+from vestige.models.anatomy import check
 
 
 def train(

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from vestige.attend import vestige_attention
 from vestige.gates import Gates
 from vestige.kernels import AttentionScale, reference
-from vestige.models import Anatomy, check, entered
+from vestige.models.anatomy import Anatomy, check, entered
 
 NAME = "vestige_gated"
 BLOCK = 256

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vestige.models import check, entered
+from vestige.models.anatomy import check, entered
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from vestige.learn.tales.held import judged
 from vestige.learn.tales.sequences import Alone, Packed
 from vestige.learn.tales.shares import drawn_share
 from vestige.learn.tales.task import Parts, TaleTask, over_documents
-from vestige.models import check
+from vestige.models.anatomy import check
 from vestige.policies.retention import Retention
 from vestige.select import Share, share_of
 

@@ -12,7 +12,7 @@ from vestige.learn.order import seed_of
 from vestige.learn.tales.held import Held, held_tales
 from vestige.learn.tales.sequences import Alone, Packed, SequenceMaker
 from vestige.learn.task import identity_of
-from vestige.models import check
+from vestige.models.anatomy import check
 
 Parts = dict[str, Tensor]
 """Of a loss, by name: ``loss`` is what is learned by."""

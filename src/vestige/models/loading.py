@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vestige.errors import ModelError
-from vestige.named import NAMED, NamedModel, WheelFile
+from vestige.models.catalog import NAMED, NamedModel, WheelFile
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""What differs between model architectures, and where models come from."""
