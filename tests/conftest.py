@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from vestige import Budget, ModelError, Policy, cli, policies, weights
-from vestige.gates import Gates
-from vestige.indexer import Indexer
-from vestige.latent import Kind, Latent
+from vestige import Budget, ModelError, Policy, cli, policies
 from vestige.models.anatomy import check
 from vestige.models.loading import is_cached
+from vestige.nn import pretrained
+from vestige.nn.indexer import Indexer
+from vestige.nn.latent_memory import Kind, Latent
+from vestige.nn.retention_gates import Gates
 from vestige.testing import tiny
 
 CHAT = (
@@ -96,11 +97,11 @@ def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
     """Have random weights where a model without any would be refused, so that all policies run on tiny models."""
     root = tmp_path_factory.mktemp("gates")
 
-    get = weights.Shelf.get
+    get = pretrained.Shelf.get
 
-    def get_or_draw(shelf: weights.Shelf, name: str | None, model: PreTrainedModel) -> Any:
+    def get_or_draw(shelf: pretrained.Shelf, name: str | None, model: PreTrainedModel) -> Any:
         own = f"{shelf.kind}-{check(model).fingerprint()}"
-        if name is not None or shelf.kind not in MADE or (weights.SHIPPED / own).exists():
+        if name is not None or shelf.kind not in MADE or (pretrained.SHIPPED / own).exists():
             return get(shelf, name, model)
         folder = root / own
         if not folder.exists():
@@ -109,7 +110,7 @@ def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
         return get(shelf, str(folder), model)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights.Shelf, "get", get_or_draw)
+        patch.setattr(pretrained.Shelf, "get", get_or_draw)
         yield
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vestige import Budget, CacheError, InputError, KVCache, Span, attach, erase, erasers, memory, policies, prefill
-from vestige.adapter import Adapter
 from vestige.erasers import ERASERS
 from vestige.models.compat import cache_argument
+from vestige.nn.lora import Adapter
 from vestige.remains import Forgotten
 from vestige.rerun import rerun, write
 from vestige.spans import within

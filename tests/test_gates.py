@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear, logsigmoid, silu
 
 from conftest import random_gates
-from vestige import InputError, ModelError, weights
-from vestige.gates import Gates, GatesConfig
+from vestige import InputError, ModelError
+from vestige.nn import pretrained
+from vestige.nn.retention_gates import Gates, GatesConfig
 from vestige.testing import tiny
 
 WEIGHTS, CONFIG = "gates.safetensors", "gates.json"
@@ -136,9 +137,9 @@ def test_weights_that_are_nowhere_are_one_line(name, said, monkeypatch):
     def offline(*_: object, **__: object) -> str:
         raise OSError("offline\nfor good")
 
-    monkeypatch.setattr(weights, "snapshot_download", offline)
+    monkeypatch.setattr(pretrained, "snapshot_download", offline)
     with pytest.raises(ModelError, match=said) as raised:
-        weights.folder_of("retention", name, MODEL)
+        pretrained.folder_of("retention", name, MODEL)
     assert "\n" not in str(raised.value)
 
 
@@ -150,6 +151,6 @@ def test_weights_on_the_hub_are_fetched_without_code(monkeypatch, tmp_path):
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr(weights, "snapshot_download", fetched)
-    Gates.load(weights.folder_of("retention", "owner/gates", MODEL), MODEL)
+    monkeypatch.setattr(pretrained, "snapshot_download", fetched)
+    Gates.load(pretrained.folder_of("retention", "owner/gates", MODEL), MODEL)
     assert asked == {"name": "owner/gates", "allow_patterns": ["*.safetensors", "*.json"]}

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from vestige import InputError, KVCache, Span, attach, policies, prefill
-from vestige.adapter import Adapter
 from vestige.erasers.learned import Learned
 from vestige.erasing import erase
 from vestige.learn import Document, LoopConfig, train
@@ -16,6 +15,7 @@ from vestige.learn.erasing.facts import facts
 from vestige.learn.erasing.samples import EraserOptions, SampleMaker, Texts
 from vestige.learn.erasing.task import EraserTask
 from vestige.learn.prose import prose_of, usable
+from vestige.nn.lora import Adapter
 from vestige.testing import random_ids, tiny
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]

@@ -8,15 +8,15 @@ import torch
 from conftest import random_indexer, random_latent
 from test_learn_retention import PROSE
 from vestige import Budget, InputError, KVCache, attach, prefill
-from vestige import indexer as indexing
-from vestige.indexer import Indexer
-from vestige.latent import Latent
 from vestige.learn import LoopConfig, train
 from vestige.learn.indexmem.foretelling import asked_for, foretelling, looked_at, looked_at_within
 from vestige.learn.indexmem.restoring import attended, chosen, remembering, restoring
 from vestige.learn.indexmem.seen import seen
 from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask, _first_reply
 from vestige.models.anatomy import check
+from vestige.nn import indexer as indexing
+from vestige.nn.indexer import Indexer
+from vestige.nn.latent_memory import Latent
 from vestige.policies import IndexMem
 from vestige.testing import attention, random_ids, tiny
 

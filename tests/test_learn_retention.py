@@ -8,7 +8,6 @@ import torch
 
 from conftest import random_gates
 from vestige import Budget, InputError, PolicyError
-from vestige.gates import Gates
 from vestige.learn import LoopConfig, train
 from vestige.learn.indexmem.task import IndexMemOptions
 from vestige.learn.indexmem.training import IndexMemTraining
@@ -20,6 +19,7 @@ from vestige.learn.retention.training import RetentionTraining
 from vestige.learn.retention.warm import asked, lives, ranking, regression, replayed
 from vestige.learn.tales.sequences import SequenceMaker
 from vestige.learn.tales.tale import KINDS, tale
+from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
 from vestige.testing import attention, random_ids, tiny
 

@@ -9,13 +9,13 @@ from conftest import random_gates
 from test_learn_retention import PROSE, SMALL
 from vestige import Budget, InputError, KVCache, PolicyError, prefill
 from vestige.attachment import attach
-from vestige.gates import Gates
 from vestige.learn import LoopConfig, train
 from vestige.learn.retention import keep
 from vestige.learn.retention.evicted import Fading, asked_behind, read
 from vestige.learn.retention.keep import competing, log_kept
 from vestige.learn.retention.task import RetentionTask
 from vestige.models.compat import cache_argument
+from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
 from vestige.select import share_of
 from vestige.testing import random_ids, tiny

@@ -10,9 +10,9 @@ from torch import Tensor
 from vestige import PolicyError, Span, memory
 from vestige.kernels import AttentionScale
 from vestige.kernels.merge import Added, Partial, merge
-from vestige.latent import Latent, LatentConfig, kind_of
 from vestige.memory import MEMORIES, Centroids, Linear, Moments, Slots
 from vestige.memory.storage import check_dtype
+from vestige.nn.latent_memory import Latent, LatentConfig, kind_of
 from vestige.remains import Absorbed, Asked, Evicted, Remains, log_count
 
 ESTIMATES = sorted(set(MEMORIES) - {"none", "linear"})

@@ -22,8 +22,8 @@ from test_memory import (
 )  # fmt: skip
 from vestige import InputError, PolicyError
 from vestige.kernels.merge import Added, Partial
-from vestige.latent import Latent, LatentConfig
 from vestige.memory import Linear, Slots
+from vestige.nn.latent_memory import Latent, LatentConfig
 
 # Linear memories.
 

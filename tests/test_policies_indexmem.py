@@ -8,10 +8,10 @@ from torch.nn.functional import rms_norm
 
 from conftest import random_indexer
 from vestige import Budget, InputError, KVCache, ModelError, Phase, PolicyError, Span, attach, erase, prefill
-from vestige import indexer as indexing
 from vestige.erasers import Learned
-from vestige.indexer import Indexer, IndexerConfig
 from vestige.models.compat import cache_argument
+from vestige.nn import indexer as indexing
+from vestige.nn.indexer import Indexer, IndexerConfig
 from vestige.policies import IndexMem, KNorm
 from vestige.testing import left_padded, random_ids, tiny
 

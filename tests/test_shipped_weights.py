@@ -10,8 +10,8 @@ from conftest import on_the_default_model
 from vestige.erase_text import EraseConfig, erase_text
 from vestige.learn.card import CARD
 from vestige.models.loading import load
+from vestige.nn.pretrained import SHIPPED
 from vestige.run import RunConfig, run
-from vestige.weights import SHIPPED
 
 MOST_BYTES = {"eraser": 12_000_000, "indexmem": 8_000_000, "retention": 8_000_000}
 MOST_MINUTES, CORES = 100, 2

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from conftest import random_gates, random_latent
-from vestige import Budget, CacheFileError, InputError, KVCache, attach, memory, persist, policies, prefill, weights
+from vestige import Budget, CacheFileError, InputError, KVCache, attach, memory, persist, policies, prefill
 from vestige.bench.arms import Arm
 from vestige.bench.config import BenchConfig
 from vestige.bench.run import bench
+from vestige.nn import pretrained
 from vestige.testing import random_ids, tiny
 
 MODEL = tiny("llama")
@@ -36,11 +37,11 @@ def test_weights_are_told_apart_by_their_hash(tmp_path):
     write(tmp_path, 0)
     budget, gates = Budget.tokens(8), str(tmp_path)
     policy = policies.Retention(gates=gates, budget=budget)
-    before = weights.digest(policy, MODEL)
-    assert before and before == weights.digest(policies.Retention(gates=gates, budget=budget, horizon=4), MODEL)
-    assert weights.digest(policies.KeyDiff(budget=Budget.tokens(64)), MODEL) == weights.digest(None, MODEL) == ""
+    before = pretrained.digest(policy, MODEL)
+    assert before and before == pretrained.digest(policies.Retention(gates=gates, budget=budget, horizon=4), MODEL)
+    assert pretrained.digest(policies.KeyDiff(budget=Budget.tokens(64)), MODEL) == pretrained.digest(None, MODEL) == ""
     write(tmp_path, 1)
-    assert weights.digest(policy, MODEL) != before
+    assert pretrained.digest(policy, MODEL) != before
 
 
 def test_weights_written_anew_are_read_anew_by_the_next_cache(tmp_path):

@@ -44,34 +44,34 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Attachment": "attachment",
-    "Budget": "budget",
-    "BudgetError": "errors",
-    "CacheError": "errors",
-    "CacheFileError": "errors",
-    "Erased": "eraser",
-    "Eraser": "eraser",
-    "InputError": "errors",
-    "KVCache": "cache",
-    "ModelError": "errors",
-    "Observation": "observe",
-    "Phase": "observe",
-    "Policy": "policy",
-    "PolicyError": "errors",
-    "Report": "report",
-    "Session": "session",
-    "Span": "spans",
-    "VestigeError": "errors",
-    "attach": "attachment",
-    "check": "models.anatomy",
-    "detach": "attachment",
-    "erase": "erasing",
-    "erasers": "erasers",
-    "forget": "forgetting",
-    "load": "models.loading",
-    "memory": "memory",
-    "policies": "policies",
-    "prefill": "reading",
+    "Attachment": "vestige.attachment",
+    "Budget": "vestige.budget",
+    "BudgetError": "vestige.errors",
+    "CacheError": "vestige.errors",
+    "CacheFileError": "vestige.errors",
+    "Erased": "vestige.eraser",
+    "Eraser": "vestige.eraser",
+    "InputError": "vestige.errors",
+    "KVCache": "vestige.cache",
+    "ModelError": "vestige.errors",
+    "Observation": "vestige.observe",
+    "Phase": "vestige.observe",
+    "Policy": "vestige.policy",
+    "PolicyError": "vestige.errors",
+    "Report": "vestige.report",
+    "Session": "vestige.session",
+    "Span": "vestige.spans",
+    "VestigeError": "vestige.errors",
+    "attach": "vestige.attachment",
+    "check": "vestige.models.anatomy",
+    "detach": "vestige.attachment",
+    "erase": "vestige.erasing",
+    "erasers": "vestige.erasers",
+    "forget": "vestige.forgetting",
+    "load": "vestige.models.loading",
+    "memory": "vestige.memory",
+    "policies": "vestige.policies",
+    "prefill": "vestige.reading",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -80,7 +80,7 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'vestige' has no attribute {name!r}")
-    module = importlib.import_module(f"vestige.{_HOME[name]}")
+    module = importlib.import_module(_HOME[name])
     return module if name in ("erasers", "memory", "policies") else getattr(module, name)
 
 

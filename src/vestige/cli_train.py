@@ -255,10 +255,10 @@ def train_indexmem(
     """Train IndexMem on texts; `run --policy "indexmem(indexer=OUT/indexmem)" --memory "slots(latent=OUT/indexmem)"`
     uses it.
     """
-    from vestige.latent import KINDS, kind_of
     from vestige.learn.indexmem.foretelling import teacher_of
     from vestige.learn.indexmem.task import IndexMemOptions
     from vestige.learn.indexmem.training import IndexMemTraining
+    from vestige.nn.latent_memory import KINDS, kind_of
 
     kinds = () if memory == ["none"] else tuple(dict.fromkeys(map(kind_of, memory or KINDS)))
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed, schedule)

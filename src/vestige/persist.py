@@ -24,6 +24,7 @@ from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
 from vestige.models.anatomy import check
+from vestige.nn.pretrained import digest
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policy import Policy
 from vestige.recording import Recording
@@ -33,7 +34,6 @@ from vestige.schedule import Schedule
 from vestige.spans import Span
 from vestige.step import Step
 from vestige.utils.files import new_folder
-from vestige.weights import digest
 
 FORMAT = 7
 _TENSORS, _BOOKS = "cache.safetensors", "cache.json"

@@ -1,4 +1,4 @@
-"""Torch's attention kernel for a CPU that also says what the pairs weigh; :mod:`vestige.kernels.reference` has the rest."""
+"""Torch's CPU attention kernel, which also returns log-sum-exps; :mod:`vestige.kernels.reference` does the rest."""
 
 from collections.abc import Callable
 

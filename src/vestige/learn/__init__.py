@@ -27,15 +27,21 @@ if TYPE_CHECKING:
     from vestige.learn.parallel import processes as processes
     from vestige.learn.task import Task as Task
 
-_MODULES = {
-    "config": ("LoopConfig",),
-    "documents": ("Document", "lines_of", "read", "split", "windows"),
-    "loop": ("Outcome", "train"),
-    "order": ("generator_of", "seed_of"),
-    "parallel": ("Processes", "processes"),
-    "task": ("Task",),
+_HOME = {
+    "Document": "vestige.learn.documents:Document",
+    "LoopConfig": "vestige.learn.config:LoopConfig",
+    "Outcome": "vestige.learn.loop:Outcome",
+    "Processes": "vestige.learn.parallel:Processes",
+    "Task": "vestige.learn.task:Task",
+    "generator_of": "vestige.learn.order:generator_of",
+    "lines_of": "vestige.learn.documents:lines_of",
+    "processes": "vestige.learn.parallel:processes",
+    "read": "vestige.learn.documents:read",
+    "seed_of": "vestige.learn.order:seed_of",
+    "split": "vestige.learn.documents:split",
+    "train": "vestige.learn.loop:train",
+    "windows": "vestige.learn.documents:windows",
 }
-_HOME = {name: f"vestige.learn.{module}:{name}" for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError, require_whole, unknown
-from vestige.indexer import Comparison, Indexer, IndexQueries, asked
+from vestige.nn.indexer import Comparison, Indexer, IndexQueries, asked
+from vestige.nn.pretrained import Shelf
 from vestige.observe import LayerGlance, Observation
 from vestige.policy import Policy, Written
-from vestige.weights import Shelf
 
 REDUCTIONS = ("max", "mean")
 _MOST = 6e4  # float16 holds it

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError
-from vestige.gates import Gates
+from vestige.nn.pretrained import Shelf
+from vestige.nn.retention_gates import Gates
 from vestige.observe import Observation
 from vestige.policy import Policy, Written
 from vestige.select import Share
-from vestige.weights import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from vestige.adapter import Adapter
 from vestige.models.compat import cache_argument
+from vestige.nn.lora import Adapter
 from vestige.spans import Span
 
 Layer = tuple[Float[Tensor, "1 kv_heads _seen head_dim"], Float[Tensor, "1 kv_heads _seen value_dim"]]

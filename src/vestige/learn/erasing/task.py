@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vestige.adapter import Adapter
 from vestige.learn.erasing import steering
 from vestige.learn.erasing.samples import Asked, EraserOptions, Sample, SampleMaker, Texts
 from vestige.learn.order import seed_of
 from vestige.learn.task import identity_of
+from vestige.nn.lora import Adapter
 
 Logits = Float[Tensor, "fed vocab"]
 Figures = dict[str, Float[Tensor, ""]]

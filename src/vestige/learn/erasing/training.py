@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vestige.adapter import Adapter
 from vestige.errors import InputError
 from vestige.learn.erasing import questions
 from vestige.learn.erasing.samples import EraserOptions, Texts
@@ -15,6 +14,7 @@ from vestige.learn.erasing.task import EraserTask
 from vestige.learn.job import HELD_OUT, Job, Training
 from vestige.learn.loop import Outcome
 from vestige.learn.prose import prose_of
+from vestige.nn.lora import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)

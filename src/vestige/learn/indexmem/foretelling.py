@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from vestige.errors import InputError, unknown
-from vestige.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, asked
 from vestige.learn.indexmem.seen import Layer
+from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, asked
 
 Teacher = Literal["answers", "text"]
 TEACHERS: tuple[str, ...] = get_args(Teacher)

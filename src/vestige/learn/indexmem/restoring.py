@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vestige.indexer import Indexer
 from vestige.kernels.merge import Added, Partial, merge
-from vestige.latent import Latent
 from vestige.learn.indexmem.foretelling import asked_most
 from vestige.learn.indexmem.seen import Layer
 from vestige.memory.linear import Linear
 from vestige.memory.slots import Slots
+from vestige.nn.indexer import Indexer
+from vestige.nn.latent_memory import Latent
 from vestige.remains import Evicted, Memory, Remains
 
 

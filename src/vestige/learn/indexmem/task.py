@@ -15,8 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
 from vestige.errors import InputError
-from vestige.indexer import Indexer
-from vestige.latent import Latent
 from vestige.learn.indexmem.foretelling import Teacher, foretelling, looked_at, teacher_of
 from vestige.learn.indexmem.restoring import chosen, remembering, restoring
 from vestige.learn.indexmem.seen import seen
@@ -25,6 +23,8 @@ from vestige.learn.tales.sequences import Alone
 from vestige.learn.tales.shares import drawn_share
 from vestige.learn.tales.task import TaleTask, over_documents
 from vestige.models.anatomy import check
+from vestige.nn.indexer import Indexer
+from vestige.nn.latent_memory import Latent
 from vestige.policies.indexmem import IndexMem
 
 _MEASURED = 4

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
-from vestige.indexer import Indexer
-from vestige.latent import Kind, Latent
 from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask
 from vestige.learn.job import Job, Training
 from vestige.learn.loop import Outcome
 from vestige.learn.prose import prose_of
+from vestige.nn.indexer import Indexer
+from vestige.nn.latent_memory import Kind, Latent
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
-from vestige.gates import Gates
 from vestige.learn.tales.sequences import Packed
 from vestige.models.anatomy import check
+from vestige.nn.retention_gates import Gates
 
 
 def train(

@@ -19,9 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from vestige.attend import vestige_attention
-from vestige.gates import Gates
 from vestige.kernels import AttentionScale, reference
 from vestige.models.anatomy import Anatomy, check, entered
+from vestige.nn.retention_gates import Gates
 
 NAME = "vestige_gated"
 BLOCK = 256

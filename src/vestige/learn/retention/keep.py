@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vestige.gates import Gates, GatesConfig
+from vestige.nn.retention_gates import Gates, GatesConfig
 from vestige.select import Share
 
 SOFTNESS = 0.5

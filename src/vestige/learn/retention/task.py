@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
 from vestige.errors import InputError, unknown
-from vestige.gates import Gates
 from vestige.learn.retention.capacity import expected_kept, over_capacity
 from vestige.learn.retention.evicted import Fading, asked_behind, read
 from vestige.learn.retention.gated import Gating, gated
@@ -32,6 +31,7 @@ from vestige.learn.tales.sequences import Alone, Packed
 from vestige.learn.tales.shares import drawn_share
 from vestige.learn.tales.task import Parts, TaleTask, over_documents
 from vestige.models.anatomy import check
+from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
 from vestige.select import Share, share_of
 

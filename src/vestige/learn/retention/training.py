@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
-from vestige.gates import Gates
 from vestige.learn.job import Job, Training
 from vestige.learn.loop import Outcome
 from vestige.learn.prose import prose_of
 from vestige.learn.retention.task import RetentionOptions, RetentionTask
+from vestige.nn.retention_gates import Gates
 
 _WHAT = {
     "gradually": "retention gates as in DBTrimKV (arXiv 2605.09649): what each pair is worth, from when it is written",

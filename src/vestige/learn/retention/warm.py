@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from vestige.attachment import attach
 from vestige.budget import Budget
 from vestige.cache import KVCache
-from vestige.gates import Gates
 from vestige.learn.retention.keep import log_kept, log_lives, said
 from vestige.learn.retention.states import entering
+from vestige.nn.retention_gates import Gates
 from vestige.observe import Glance, attention_weights
 from vestige.policies import Full
 from vestige.policies.kvzip import KVzip

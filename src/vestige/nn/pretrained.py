@@ -9,11 +9,11 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from vestige import trained
 from vestige.errors import ModelError
 from vestige.models.anatomy import check
+from vestige.nn import io
 
-SHIPPED = Path(__file__).parent / "learn" / "weights"
+SHIPPED = Path(__file__).parent / "weights"
 """What comes with the package: a folder for each kind and model, ``<kind>-<fingerprint of the model>``."""
 M = TypeVar("M", bound="Weights")
 _FILES = ("*.safetensors", "*.json")
@@ -37,7 +37,7 @@ class Trained(Protocol):
 
 def digest(one: object, model: PreTrainedModel) -> str:
     """Return a hash of the trained weights that a policy, memory or eraser works with; empty if it needs none."""
-    return trained.digest(one.weights_for(model)) if isinstance(one, Trained) else ""
+    return io.digest(one.weights_for(model)) if isinstance(one, Trained) else ""
 
 
 def folder_of(kind: str, name: str | None, model: PreTrainedModel) -> Path:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 from transformers import PreTrainedModel
 
-from vestige import trained
 from vestige.errors import InputError, unknown
 from vestige.models.anatomy import check
+from vestige.nn import io
 
 Kind = Literal["linear", "slots"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -131,7 +131,7 @@ class Latent(nn.Module):
             width=WIDTHS[kind] if width is None else width,
             decays=decays,
             asks=asks,
-            **trained.owner(model),
+            **io.owner(model),
         )
         return Latent(config).to(model.device)
 
@@ -143,11 +143,11 @@ class Latent(nn.Module):
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise a ModelError unless this was made for a model."""
-        trained.require_fit(self.config, model, f"{self.config.kind} memory")
+        io.require_fit(self.config, model, f"{self.config.kind} memory")
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the weights and the config into a folder, under the name of the kind."""
-        trained.save(self, self.config, folder, self.config.kind, dtype=dtype)
+        io.save(self, self.config, folder, self.config.kind, dtype=dtype)
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel, kind: Kind) -> "Latent":
@@ -156,6 +156,6 @@ class Latent(nn.Module):
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        latent = trained.load(lambda shape: Latent(LatentConfig(**shape)), folder, kind, f"{kind} memory")
+        latent = io.load(lambda shape: Latent(LatentConfig(**shape)), folder, kind, f"{kind} memory")
         latent.require_fit(model)
         return latent.requires_grad_(False).to(model.device)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from vestige import trained
 from vestige.errors import InputError
 from vestige.models.anatomy import check
+from vestige.nn import io
 
 NAME = "gates"
 """Of the files."""
@@ -103,7 +103,7 @@ class Gates(nn.Module):
             depth=depth,
             tied=tied,
             bias=bias,
-            **trained.owner(model),
+            **io.owner(model),
         )
         return Gates(config).to(model.device)
 
@@ -119,7 +119,7 @@ class Gates(nn.Module):
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise a ModelError unless these gates were made for this model."""
-        trained.require_fit(self.config, model, "retention gates")
+        io.require_fit(self.config, model, "retention gates")
 
     def for_inference(self, dtype: torch.dtype) -> "Gates":
         """Return gates that compute in a dtype, but for the head, and take no gradients."""
@@ -130,7 +130,7 @@ class Gates(nn.Module):
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the weights and the config into a folder."""
-        trained.save(self, self.config, folder, NAME, dtype=dtype)
+        io.save(self, self.config, folder, NAME, dtype=dtype)
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel) -> "Gates":
@@ -139,7 +139,7 @@ class Gates(nn.Module):
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        gates = trained.load(lambda shape: Gates(GatesConfig(**shape)), folder, NAME, "retention gates")
+        gates = io.load(lambda shape: Gates(GatesConfig(**shape)), folder, NAME, "retention gates")
         gates.require_fit(model)
         return gates.to(model.device)
 

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vestige import trained
 from vestige.errors import InputError
 from vestige.models.anatomy import check
+from vestige.nn import io
 
 NAME = "indexer"
 """Of the files."""
@@ -142,7 +142,7 @@ class Indexer(nn.Module):
             heads=heads,
             dim=dim,
             apart=apart,
-            **trained.owner(model),
+            **io.owner(model),
         )
         return Indexer(config).to(model.device)
 
@@ -163,11 +163,11 @@ class Indexer(nn.Module):
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise a ModelError unless this indexer was made for this model."""
-        trained.require_fit(self.config, model, "indexer")
+        io.require_fit(self.config, model, "indexer")
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the weights and the config into a folder."""
-        trained.save(self, self.config, folder, NAME, dtype=dtype)
+        io.save(self, self.config, folder, NAME, dtype=dtype)
 
     @staticmethod
     def load(folder: Path, model: PreTrainedModel) -> "Indexer":
@@ -176,7 +176,7 @@ class Indexer(nn.Module):
         Raises:
             ModelError: Missing, damaged, or made for another model.
         """
-        indexer = trained.load(lambda shape: Indexer(IndexerConfig(**shape)), folder, NAME, "indexer")
+        indexer = io.load(lambda shape: Indexer(IndexerConfig(**shape)), folder, NAME, "indexer")
         indexer.require_fit(model)
         return indexer.requires_grad_(False).to(model.device)
 

@@ -1,0 +1,1 @@
+"""Small trained modules beside a frozen model: retention gates, an indexer, a latent memory, LoRA."""
