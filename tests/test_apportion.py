@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vestige.select import apportion
+from vestige.policies.selection import apportion
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=30)
 

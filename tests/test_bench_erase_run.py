@@ -23,7 +23,7 @@ from vestige.bench.render import Renderer
 from vestige.bench.tasks import Order
 from vestige.errors import CacheError
 from vestige.testing import tiny
-from vestige.text import Frame
+from vestige.text.chat_template import Frame
 
 pytest.importorskip("wonderwords")
 

@@ -12,11 +12,11 @@ from vestige.bench import greedy, ours
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
-from vestige.policy import Prepares
+from vestige.policies.base import Prepares
 from vestige.reading import forward
 from vestige.report import Report
 from vestige.testing import random_ids, tiny
-from vestige.text import Frame
+from vestige.text.chat_template import Frame
 
 ROWS = 4  # two layers of two KV heads
 SMALL = {"sink": 2, "window": 3}

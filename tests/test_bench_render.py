@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from vestige.bench.render import Renderer
 from vestige.bench.sample import Turn
-from vestige.text import Frame
+from vestige.text.chat_template import Frame
 
 TURNS = (
     Turn(

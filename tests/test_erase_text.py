@@ -8,7 +8,7 @@ import torch
 from vestige import InputError
 from vestige.erase_text import EraseConfig, erase_text
 from vestige.run import RunConfig, run
-from vestige.text import Frame
+from vestige.text.chat_template import Frame
 
 QUESTION = "Who keeps lamp 16?"
 SHORT = ("--max-new-tokens", "4")

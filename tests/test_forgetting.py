@@ -9,7 +9,7 @@ from conftest import random_latent
 from vestige import Budget, KVCache, Span, attach, erase, forget, policies, prefill
 from vestige.erasers import Blend, Drop, Learned, Repair, Shift
 from vestige.memory import Linear, Moments, Slots
-from vestige.remains import Absorbed, Evicted, Forgotten
+from vestige.memory.base import Absorbed, Evicted, Forgotten
 from vestige.spans import within
 from vestige.testing import left_padded, random_ids, tiny
 

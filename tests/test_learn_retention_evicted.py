@@ -17,7 +17,7 @@ from vestige.learn.retention.task import RetentionTask
 from vestige.models.compat import cache_argument
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
-from vestige.select import share_of
+from vestige.policies.selection import share_of
 from vestige.testing import random_ids, tiny
 
 AT_ONCE = replace(SMALL, forgets="at_once")

@@ -3,7 +3,7 @@
 import pytest
 
 from vestige import InputError, Span
-from vestige.locate import counted, find
+from vestige.text.locate import counted, find
 
 TEXT = "Hi. The code is 731.\nThe end. The"
 OFFSETS = [

@@ -11,9 +11,9 @@ from vestige import PolicyError, Span, memory
 from vestige.kernels import AttentionScale
 from vestige.kernels.merge import Added, Partial, merge
 from vestige.memory import MEMORIES, Centroids, Linear, Moments, Slots
+from vestige.memory.base import Absorbed, Asked, Evicted, Remains, log_count
 from vestige.memory.storage import check_dtype
 from vestige.nn.latent_memory import Latent, LatentConfig, kind_of
-from vestige.remains import Absorbed, Asked, Evicted, Remains, log_count
 
 ESTIMATES = sorted(set(MEMORIES) - {"none", "linear"})
 """What estimates attention over the evicted, well or badly."""

@@ -16,9 +16,9 @@ from vestige.bench import ours
 from vestige.bench.job import Job, TurnIds
 from vestige.kernels.merge import Partial
 from vestige.memory import MEMORIES, Centroids, Moments
+from vestige.memory.base import Asked, Evicted, Forgotten, Memory, State, log_count
 from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
-from vestige.remains import Asked, Evicted, Forgotten, Memory, State, log_count
 from vestige.testing import TINY, left_padded, random_ids, tiny
 
 NAMES = sorted(set(MEMORIES) - {"none"})

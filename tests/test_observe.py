@@ -7,7 +7,7 @@ from conftest import made
 from test_policies import EXTRAS, naive_attention, packed, random_observation
 from vestige import Observation
 from vestige.kernels import AttentionScale
-from vestige.observe import observed_attention
+from vestige.policies.observation import observed_attention
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

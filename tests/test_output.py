@@ -7,7 +7,7 @@ from vestige import KVCache, ModelError, attach, policies
 from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
 from vestige.models.output_projection import OutputProjection
-from vestige.policy import Written
+from vestige.policies.base import Written
 from vestige.testing import full_layers, random_ids, tiny
 
 

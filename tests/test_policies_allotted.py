@@ -10,7 +10,7 @@ from conftest import made
 from test_policies import EXTRAS, naive_attention, naive_snapkv, random_observation, rows_of
 from vestige import Budget, InputError, KVCache, PolicyError, attach, policies, prefill
 from vestige.policies import duo_attention, xkv
-from vestige.select import Grid
+from vestige.policies.selection import Grid
 from vestige.testing import left_padded, random_ids, tiny
 
 SMALL = {"sink": 2, "window": 3, "every": 4}

@@ -12,8 +12,8 @@ from conftest import made
 from test_policies import EXTRAS, random_observation
 from vestige import Budget, InputError, KVCache, PolicyError, attach, check, policies, prefill
 from vestige.kernels import AttentionScale
-from vestige.observe import Glance
-from vestige.policy import Written
+from vestige.policies.base import Written
+from vestige.policies.observation import Glance
 from vestige.reading import forward, replay
 from vestige.records import Moments, QueryMoments
 from vestige.testing import left_padded, random_ids, tiny

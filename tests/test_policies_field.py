@@ -14,10 +14,10 @@ from vestige import Budget, KVCache, Observation, Phase, PolicyError, attach, po
 from vestige.kernels import AttentionScale
 from vestige.models.compat import cache_argument
 from vestige.models.output_projection import OutputProjection
-from vestige.observe import Glance
 from vestige.policies import h2o
-from vestige.policy import Written
-from vestige.select import Grid, select
+from vestige.policies.base import Written
+from vestige.policies.observation import Glance
+from vestige.policies.selection import Grid, select
 from vestige.testing import attention, left_padded, random_ids, tiny
 
 SMALL = {"sink": 1, "window": 3, "every": 4}

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from test_policies import naive_attention, random_observation, rows_of
-from vestige import Budget, KVCache, ModelError, PolicyError, attach, observe, policies, prefill
+from vestige import Budget, KVCache, ModelError, PolicyError, attach, policies, prefill
 from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
 from vestige.models.output_projection import OutputProjection
-from vestige.policy import Written
+from vestige.policies import observation
+from vestige.policies.base import Written
 from vestige.testing import left_padded, random_ids, tiny
 
 TOKENS = Budget.tokens(12)
@@ -76,7 +77,7 @@ def test_the_importance_is_the_norm_of_the_rank_one_term_that_a_pair_adds_to_the
     seen = random_observation(5, seen=(20,), kv_heads=1, queries_per_kv=1, observed=4)
     weight = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(1))
     row = next(seen.rows())
-    attention, first = observe.observed_attention(seen, row, 4)
+    attention, first = observation.observed_attention(seen, row, 4)
     outputs = seen.values @ weight[0]
     lost = torch.stack([torch.outer(attention[0, :, i], outputs[i]).norm() for i in range(len(outputs))])
     scores = laprox(kernel=1).score(annotated(seen, OutputProjection(weight)))
@@ -146,13 +147,13 @@ def test_room_is_made_while_decoding_from_the_latest_queries():
 
 
 def test_no_attention_matrix_is_larger_than_the_observed_queries_of_one_row(monkeypatch):
-    shapes, weigh = [], observe.attention_weights
+    shapes, weigh = [], observation.attention_weights
 
     def spy(queries, at, keys, positions, scale):
         shapes.append((queries.shape[1], len(keys)))
         return weigh(queries, at, keys, positions, scale)
 
-    monkeypatch.setattr(observe, "attention_weights", spy)
+    monkeypatch.setattr(observation, "attention_weights", spy)
     model = tiny("llama")
     kept_by_layer(model, laprox(), random_ids(model, 1, 100))
     assert shapes == [(4, 100)] * 6

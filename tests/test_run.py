@@ -12,7 +12,7 @@ from vestige import BudgetError, CacheFileError, InputError, KVCache, PolicyErro
 from vestige.models.compat import cache_argument
 from vestige.report import Report
 from vestige.run import RunConfig, run
-from vestige.text import Frame
+from vestige.text.chat_template import Frame
 
 QUESTIONS = ("Who keeps lamp 16?", "How many lamps?", "Why?")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vestige import BudgetError, PolicyError
-from vestige.select import SHARES, Grid, Scale, keep_topk, protected_per_row, refuse_nan, rescale, select
+from vestige.policies.selection import SHARES, Grid, Scale, keep_topk, protected_per_row, refuse_nan, rescale, select
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=30)
 INF, NAN = float("inf"), float("nan")

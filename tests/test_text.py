@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vestige import InputError
-from vestige.text import Frame, read_text, require_text
+from vestige.text.chat_template import Frame, read_text, require_text
 
 CONTEXT, QUESTION = "The lamp is lit.\n\n  Ω 日本 🙂 {{ x }} {% y %}", "Who lit it?"
 

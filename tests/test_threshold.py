@@ -10,7 +10,7 @@ from conftest import ROOMY, made
 from test_select import Pair, Scene, comparable, oracle, random_scene
 from vestige import Budget, KVCache, PolicyError, Span, attach, policies, prefill
 from vestige.models.compat import cache_argument
-from vestige.select import SCALES, SHARES
+from vestige.policies.selection import SCALES, SHARES
 from vestige.testing import covering, left_padded, masked_logits, random_ids, tiny, watch
 
 SMALL = {"sink": 2, "window": 3, "every": 4}

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from vestige.forgetting import forget as forget
     from vestige.models.anatomy import check as check
     from vestige.models.loading import load as load
-    from vestige.observe import Observation as Observation
-    from vestige.observe import Phase as Phase
-    from vestige.policy import Policy as Policy
+    from vestige.policies.base import Policy as Policy
+    from vestige.policies.observation import Observation as Observation
+    from vestige.policies.observation import Phase as Phase
     from vestige.reading import prefill as prefill
     from vestige.report import Report as Report
     from vestige.session import Session as Session
@@ -54,9 +54,9 @@ _HOME = {
     "InputError": "vestige.errors",
     "KVCache": "vestige.cache",
     "ModelError": "vestige.errors",
-    "Observation": "vestige.observe",
-    "Phase": "vestige.observe",
-    "Policy": "vestige.policy",
+    "Observation": "vestige.policies.observation",
+    "Phase": "vestige.policies.observation",
+    "Policy": "vestige.policies.base",
     "PolicyError": "vestige.errors",
     "Report": "vestige.report",
     "Session": "vestige.session",

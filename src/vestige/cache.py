@@ -20,12 +20,12 @@ from vestige.errors import CacheError, InputError, PolicyError
 from vestige.fed import Fed, check_positions
 from vestige.foreign import copy_layer, tensors_of
 from vestige.layers import RaggedLayer
+from vestige.memory.base import Absorbed, Forgotten, Memory
 from vestige.models.anatomy import Anatomy, check
 from vestige.models.rope import Rope
-from vestige.observe import Glance, Phase
-from vestige.policy import Policy, Prepares, Written
+from vestige.policies.base import Policy, Prepares, Written
+from vestige.policies.observation import Glance, Phase
 from vestige.recording import Recording
-from vestige.remains import Absorbed, Forgotten, Memory
 from vestige.report import LayerReport, Report
 from vestige.schedule import Schedule
 from vestige.spans import Span

@@ -192,7 +192,7 @@ def train_retention(
     """Train retention gates on texts; `run --policy "retention(gates=OUT/gates)"` uses them."""
     from vestige.learn.retention.task import RetentionOptions
     from vestige.learn.retention.training import RetentionTraining
-    from vestige.select import share_of
+    from vestige.policies.selection import share_of
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     first = steps // 8 if warm is None else warm

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vestige import erasers, locate
+from vestige import erasers
 from vestige.attachment import attach
 from vestige.eraser import EraseReport
 from vestige.erasing import erase
 from vestige.errors import InputError
 from vestige.run import RunConfig, RunResult, ask, read
 from vestige.spans import Span
-from vestige.text import Frame
+from vestige.text import locate
+from vestige.text.chat_template import Frame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.cache import KVCache
-from vestige.remains import Forgotten
+from vestige.memory.base import Forgotten
 from vestige.spans import Closing, Span
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from vestige.cache import KVCache
 from vestige.errors import InputError
-from vestige.observe import Glance, attention_weights
+from vestige.policies.observation import Glance, attention_weights
 from vestige.reading import replay
 from vestige.spans import Span, within
 

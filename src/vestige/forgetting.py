@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from vestige.cache import KVCache
+from vestige.memory.base import Evicted, Forgotten, Remains
 from vestige.policies.full import Full
-from vestige.remains import Evicted, Forgotten, Remains
 from vestige.rereading import fed_rows, reread
 from vestige.spans import Span, within
 

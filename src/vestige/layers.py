@@ -21,9 +21,9 @@ from vestige.handle import Handle
 from vestige.kernels import AttentionScale
 from vestige.kernels import packed as ragged
 from vestige.kernels.packed import PAIR
-from vestige.observe import Observation, Phase
+from vestige.memory.base import Evicted, Remains
+from vestige.policies.observation import Observation, Phase
 from vestige.records import Record, kind_of
-from vestige.remains import Evicted, Remains
 from vestige.step import Step
 from vestige.watching import show
 

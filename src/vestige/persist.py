@@ -23,13 +23,13 @@ from vestige.layers import RaggedLayer
 from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
+from vestige.memory.base import Absorbed, Memory, Remains
 from vestige.models.anatomy import check
 from vestige.nn.pretrained import digest
 from vestige.policies import POLICIES, name_of, resolve
-from vestige.policy import Policy
+from vestige.policies.base import Policy
 from vestige.recording import Recording
 from vestige.records import QueryMoments, Ring
-from vestige.remains import Absorbed, Memory, Remains
 from vestige.schedule import Schedule
 from vestige.spans import Span
 from vestige.step import Step

@@ -13,8 +13,8 @@ from vestige.attachment import require_cache
 from vestige.cache import KVCache
 from vestige.errors import InputError
 from vestige.models.compat import cache_argument
-from vestige.observe import Glance
-from vestige.policy import Prepares
+from vestige.policies.base import Prepares
+from vestige.policies.observation import Glance
 
 
 def prefill(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vestige.errors import PolicyError
 from vestige.models.anatomy import Anatomy
-from vestige.observe import Glance, LayerGlance
-from vestige.policy import Annotates, Binds, Policy, Watches, WatchesLayers, Written
+from vestige.policies.base import Annotates, Binds, Policy, Watches, WatchesLayers, Written
+from vestige.policies.observation import Glance, LayerGlance
 
 
 @dataclass(frozen=True)

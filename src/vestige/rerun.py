@@ -19,7 +19,7 @@ from vestige.handle import Handle
 from vestige.kernels import AttentionScale, packed, reference
 from vestige.layers import RaggedLayer
 from vestige.models.compat import cache_argument
-from vestige.policy import Policy
+from vestige.policies.base import Policy
 
 _BLOCK = reference.QUERY_BLOCK
 

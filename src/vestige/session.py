@@ -11,21 +11,22 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from vestige import erasers, locate, persist
+from vestige import erasers, persist
 from vestige.answer import check_room
 from vestige.attachment import attach
 from vestige.cache import KVCache
 from vestige.eraser import Eraser, EraseReport
 from vestige.erasing import erase
 from vestige.errors import CacheError, CacheFileError, InputError
+from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
+from vestige.policies.base import Policy
 from vestige.policies.full import Full
-from vestige.policy import Policy
 from vestige.reading import prefill
-from vestige.remains import Memory
 from vestige.report import Report
 from vestige.spans import Closing, Span
-from vestige.turns import Turns
+from vestige.text import locate
+from vestige.text.turns import Turns
 from vestige.utils.files import new_folder
 
 _BOOKS, _CACHE, FORMAT = "session.json", "cache", 1

@@ -14,10 +14,10 @@ from vestige.budget import UNLIMITED
 from vestige.errors import PolicyError
 from vestige.kernels import packed
 from vestige.layers import RaggedLayer
-from vestige.observe import Observation, Phase
-from vestige.policy import Allots, Policy, Renews
-from vestige.remains import Absorbed
-from vestige.select import Grid, apportion, protected_per_row, select
+from vestige.memory.base import Absorbed
+from vestige.policies.base import Allots, Policy, Renews
+from vestige.policies.observation import Observation, Phase
+from vestige.policies.selection import Grid, apportion, protected_per_row, select
 from vestige.spans import Span, within
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vestige.kernels import AttentionScale
 from vestige.kernels.packed import PAIR
-from vestige.observe import Glance, LayerGlance
+from vestige.policies.observation import Glance, LayerGlance
 from vestige.step import Step
 
 if TYPE_CHECKING:

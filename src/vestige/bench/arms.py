@@ -11,10 +11,10 @@ from vestige import policies
 from vestige.bench import peers as others
 from vestige.budget import Budget
 from vestige.errors import InputError, PolicyError
+from vestige.memory.base import Memory
 from vestige.nn.pretrained import digest
-from vestige.policy import Policy
-from vestige.remains import Memory
-from vestige.select import share_of
+from vestige.policies.base import Policy
+from vestige.policies.selection import share_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from vestige.bench.greedy import decode
 from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
 from vestige.cache import KVCache
+from vestige.memory.base import Memory
 from vestige.nn.pretrained import Trained
-from vestige.policy import Policy, Prepares, Watches, WatchesLayers
+from vestige.policies.base import Policy, Prepares, Watches, WatchesLayers
 from vestige.reading import announce, finish, forward, pad_left, prefill
 from vestige.recording import hand
-from vestige.remains import Memory
 from vestige.report import Report
 from vestige.utils.timing import now
 

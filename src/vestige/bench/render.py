@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.bench.job import Job, TurnIds
 from vestige.bench.sample import Turn
-from vestige.text import Frame, ends_of
+from vestige.text.chat_template import Frame, ends_of
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from vestige.budget import Budget
 from vestige.cache import KVCache
 from vestige.errors import InputError, VestigeError
 from vestige.models.compat import cache_argument
-from vestige.policy import Policy
+from vestige.policies.base import Policy
 from vestige.reading import prefill
 from vestige.utils.timing import now
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vestige.cache import KVCache
 from vestige.eraser import Edit, Eraser, Fate, Scene
-from vestige.remains import Forgotten
+from vestige.memory.base import Forgotten
 from vestige.rereading import fed_rows, reread
 from vestige.schedule import Schedule
 from vestige.spans import Closing, Span

@@ -15,7 +15,7 @@ from vestige.bench import hub
 from vestige.bench.config import require_path
 from vestige.errors import InputError
 from vestige.learn import held_out
-from vestige.text import read_text
+from vestige.text.chat_template import read_text
 from vestige.utils import jsonl
 from vestige.utils.jsonl import Entry
 

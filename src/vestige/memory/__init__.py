@@ -7,7 +7,7 @@ pass the object to ``KVCache(model, policy, memory=...)``.
 from typing import Any
 
 from vestige.errors import PolicyError
-from vestige.remains import Memory
+from vestige.memory.base import Memory
 from vestige.utils import options as called
 from vestige.utils import registry
 

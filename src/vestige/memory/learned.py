@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError
+from vestige.memory.base import Evicted, Memory, State
 from vestige.memory.storage import Dtype, check_dtype
 from vestige.nn.latent_memory import KINDS, Kind, Latent, LayerLatent, kind_of
 from vestige.nn.pretrained import Shelf
-from vestige.remains import Evicted, Memory, State
 
 INTERVAL = 128
 """Tokens in which a pair fades by its layer's decay once."""

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 
 from vestige.kernels.merge import Added
+from vestige.memory.base import Asked, Evicted, State
 from vestige.memory.learned import LearnedMemory
 from vestige.memory.storage import restored, stored
 from vestige.nn.latent_memory import Kind
-from vestige.remains import Asked, Evicted, State
 
 _LEAST = 1e-6  # of what is divided by
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vestige.errors import PolicyError
 from vestige.kernels.merge import Partial
+from vestige.memory.base import Asked, Evicted, Memory, State, log_count
 from vestige.memory.storage import Dtype, check_dtype, restored, stored
-from vestige.remains import Asked, Evicted, Memory, State, log_count
 
 
 @dataclass(frozen=True, kw_only=True)

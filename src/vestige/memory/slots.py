@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vestige.kernels.merge import Partial
 from vestige.kernels.weighted import attend_weighted
+from vestige.memory.base import Asked, Evicted, State, log_count
 from vestige.memory.learned import LearnedMemory
 from vestige.memory.storage import restored, stored
 from vestige.nn.latent_memory import Kind
-from vestige.remains import Asked, Evicted, State, log_count
 
 _GONE = 1e-4  # of a slot: what is left when all of it was released is rounding
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vestige.errors import PolicyError, unknown
-from vestige.remains import State
+from vestige.memory.base import State
 
 Dtype = Literal["float16", "float32"]
 DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}

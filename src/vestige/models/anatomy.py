@@ -17,10 +17,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vestige.budget import Footprint
 from vestige.errors import ModelError
+from vestige.memory.base import Memory
 from vestige.models.compat import CACHE_NAME
 from vestige.models.output_projection import OutputProjection
 from vestige.models.rope import Rope, Rotation
-from vestige.remains import Memory
 
 TRANSFORMS_AFTER_UPDATE = {
     "diffllama": "it subtracts two attentions over halved heads of the cached keys",

@@ -9,8 +9,8 @@ from typing import Any
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.policy import Policy
-from vestige.select import share_of
+from vestige.policies.base import Policy
+from vestige.policies.selection import share_of
 from vestige.utils import options as called
 from vestige.utils import registry
 

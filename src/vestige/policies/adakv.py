@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from vestige.policies.selection import Share
 from vestige.policies.snapkv import SnapKV
-from vestige.select import Share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale
-from vestige.observe import Glance, Observation, attention_weights, pooled
-from vestige.policy import Policy, Written
+from vestige.policies.base import Policy, Written
+from vestige.policies.observation import Glance, Observation, attention_weights, pooled
+from vestige.policies.selection import Scale
 from vestige.records import OUTLIERS
-from vestige.select import Scale
 
 _UNSCALED = AttentionScale(1.0)
 _POOLED = 3  # neighbouring tokens

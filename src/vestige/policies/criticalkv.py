@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.observe import Observation
+from vestige.policies.base import Policy, Written
+from vestige.policies.observation import Observation
+from vestige.policies.selection import Grid, Scale, keep_topk, rescale
 from vestige.policies.snapkv import SnapKV
-from vestige.policy import Policy, Written
-from vestige.select import Grid, Scale, keep_topk, rescale
 
 
 @dataclass(frozen=True, kw_only=True)

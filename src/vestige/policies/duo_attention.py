@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import InputError, PolicyError
-from vestige.observe import Observation, Row, observed_attention
-from vestige.policy import Policy
-from vestige.select import Grid
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation, Row, observed_attention
+from vestige.policies.selection import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

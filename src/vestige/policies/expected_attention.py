@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.observe import Observation, Row
-from vestige.policy import Policy
-from vestige.select import Scale
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation, Row
+from vestige.policies.selection import Scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.observe import Observation
-from vestige.policy import Policy
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.observe import Glance, Observation, attention_weights
-from vestige.policy import Policy, Written
-from vestige.select import Scale
+from vestige.policies.base import Policy, Written
+from vestige.policies.observation import Glance, Observation, attention_weights
+from vestige.policies.selection import Scale
 
 QUERY_BLOCK = 256
 """Queries whose weights exist at a time: never an attention matrix of a whole text."""

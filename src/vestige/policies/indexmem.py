@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from vestige.errors import PolicyError, require_whole, unknown
 from vestige.nn.indexer import Comparison, Indexer, IndexQueries, asked
 from vestige.nn.pretrained import Shelf
-from vestige.observe import LayerGlance, Observation
-from vestige.policy import Policy, Written
+from vestige.policies.base import Policy, Written
+from vestige.policies.observation import LayerGlance, Observation
 
 REDUCTIONS = ("max", "mean")
 _MOST = 6e4  # float16 holds it

@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from vestige.observe import Observation
-from vestige.policy import Policy
-from vestige.select import Scale
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation
+from vestige.policies.selection import Scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.observe import Observation
-from vestige.policy import Policy
-from vestige.select import Scale
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation
+from vestige.policies.selection import Scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.observe import Observation
-from vestige.policy import Policy
-from vestige.select import Scale
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation
+from vestige.policies.selection import Scale
 
 
 def from_kvpress(press: Any, *, budget: Budget | None = None, **options: Any) -> "FromKVPress":

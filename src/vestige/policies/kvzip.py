@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vestige.errors import PolicyError
-from vestige.observe import Glance, Observation, attention_weights
-from vestige.policy import Policy, Written
-from vestige.select import Share
-from vestige.text import Frame
+from vestige.policies.base import Policy, Written
+from vestige.policies.observation import Glance, Observation, attention_weights
+from vestige.policies.selection import Share
+from vestige.text.chat_template import Frame
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache

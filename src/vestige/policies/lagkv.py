@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.observe import Observation
-from vestige.policy import Policy
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation
 
 _NARROWEST = 1e-12
 """The least range of a channel: a reference that is constant there must not divide by 0."""

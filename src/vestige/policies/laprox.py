@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.observe import Observation, observed_attention, pooled
-from vestige.policy import Policy, Written, check_pooling
-from vestige.select import Scale, Share
+from vestige.policies.base import Policy, Written, check_pooling
+from vestige.policies.observation import Observation, observed_attention, pooled
+from vestige.policies.selection import Scale, Share
 
 
 @dataclass(frozen=True, kw_only=True)

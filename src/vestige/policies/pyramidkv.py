@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import PolicyError
+from vestige.policies.selection import Grid
 from vestige.policies.snapkv import SnapKV
-from vestige.select import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
 from vestige.errors import PolicyError
-from vestige.observe import Observation
-from vestige.policy import Policy, check_pooling
-from vestige.select import Scale
+from vestige.policies.base import Policy, check_pooling
+from vestige.policies.observation import Observation
+from vestige.policies.selection import Scale
 
 KEY_BLOCK = 256
 """Keys that are compared with all others at a time: never a matrix of all with all."""

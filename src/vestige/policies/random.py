@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vestige.errors import PolicyError
 from vestige.kernels.packed import row_ids
-from vestige.observe import Observation
-from vestige.policy import Policy
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation
 
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # SplitMix64's constants, as signed integers
 

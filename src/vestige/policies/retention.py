@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from vestige.errors import PolicyError
 from vestige.nn.pretrained import Shelf
 from vestige.nn.retention_gates import Gates
-from vestige.observe import Observation
-from vestige.policy import Policy, Written
-from vestige.select import Share
+from vestige.policies.base import Policy, Written
+from vestige.policies.observation import Observation
+from vestige.policies.selection import Share
 
 
 @dataclass(frozen=True, kw_only=True)

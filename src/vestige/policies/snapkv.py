@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.observe import Observation, observed_attention, pooled
-from vestige.policy import Policy, check_pooling
-from vestige.select import Scale
+from vestige.policies.base import Policy, check_pooling
+from vestige.policies.observation import Observation, observed_attention, pooled
+from vestige.policies.selection import Scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.observe import Observation
-from vestige.policy import Policy
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

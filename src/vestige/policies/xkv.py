@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.observe import Observation, over_heads
+from vestige.policies.base import Policy
+from vestige.policies.observation import Observation, over_heads
+from vestige.policies.selection import Grid, Scale, rescale
 from vestige.policies.snapkv import SnapKV
-from vestige.policy import Policy
-from vestige.select import Grid, Scale, rescale
 
 _MOST = 2.0**60  # any number, but neither infinite nor NaN
 

@@ -24,7 +24,7 @@ from vestige.bench.rows import Record, Row, resampled
 from vestige.budget import Budget
 from vestige.explain import attention_to, share_of
 from vestige.policies import Full
-from vestige.policy import Policy
+from vestige.policies.base import Policy
 from vestige.reading import announce, finish
 from vestige.recipes.evidence import span_of
 from vestige.recipes.retention import ANSWER_ROOM, MODEL, RETENTION, RIVALS

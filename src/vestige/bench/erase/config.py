@@ -11,7 +11,7 @@ from vestige.bench.render import Renderer
 from vestige.bench.tasks import SPLITS, Order
 from vestige.budget import Budget
 from vestige.errors import InputError, PolicyError
-from vestige.policy import Policy
+from vestige.policies.base import Policy
 
 BOUNDS = ("noop", "recompute")
 """What every method is compared with: nothing done, and everything behind the span read anew."""

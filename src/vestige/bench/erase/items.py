@@ -13,10 +13,10 @@ from vestige.bench.erase.config import EraseBenchConfig
 from vestige.bench.erase.sample import EraseSample
 from vestige.bench.render import Renderer
 from vestige.errors import InputError
-from vestige.locate import tokens_at
 from vestige.models.anatomy import check
 from vestige.spans import Span, within
-from vestige.text import Frame
+from vestige.text.chat_template import Frame
+from vestige.text.locate import tokens_at
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vestige import locate
 from vestige.errors import InputError
 from vestige.learn.erasing import steering
 from vestige.learn.erasing.drafts import Draft, Query
@@ -26,7 +25,8 @@ from vestige.learn.erasing.quotations import FEWEST, altered, neighbour
 from vestige.learn.order import seed_of
 from vestige.learn.prose import stretch
 from vestige.spans import Span, within
-from vestige.text import Frame, ends_of
+from vestige.text import locate
+from vestige.text.chat_template import Frame, ends_of
 
 _QUOTED_WORDS = 4
 """Words that a quotation must get right."""

@@ -13,11 +13,11 @@ from torch import Tensor
 from vestige.kernels.merge import Added, Partial, merge
 from vestige.learn.indexmem.foretelling import asked_most
 from vestige.learn.indexmem.seen import Layer
+from vestige.memory.base import Evicted, Memory, Remains
 from vestige.memory.linear import Linear
 from vestige.memory.slots import Slots
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Latent
-from vestige.remains import Evicted, Memory, Remains
 
 
 def restoring(

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from vestige.attachment import attach
 from vestige.cache import KVCache
 from vestige.kernels import AttentionScale
-from vestige.observe import LayerGlance
 from vestige.policies.full import Full
+from vestige.policies.observation import LayerGlance
 from vestige.reading import prefill
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from vestige.nn.retention_gates import Gates, GatesConfig
-from vestige.select import Share
+from vestige.policies.selection import Share
 
 SOFTNESS = 0.5
 """How far around the limit pairs are kept in part, in logarithms of lives."""

@@ -33,7 +33,7 @@ from vestige.learn.tales.task import Parts, TaleTask, over_documents
 from vestige.models.anatomy import check
 from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
-from vestige.select import Share, share_of
+from vestige.policies.selection import Share, share_of
 
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")

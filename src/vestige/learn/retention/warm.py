@@ -19,9 +19,9 @@ from vestige.cache import KVCache
 from vestige.learn.retention.keep import log_kept, log_lives, said
 from vestige.learn.retention.states import entering
 from vestige.nn.retention_gates import Gates
-from vestige.observe import Glance, attention_weights
 from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
+from vestige.policies.observation import Glance, attention_weights
 from vestige.reading import prefill, replay
 
 STEEPNESS = 2.0

@@ -14,11 +14,11 @@ from vestige.attachment import attach
 from vestige.cache import KVCache
 from vestige.learn.order import seed_of
 from vestige.learn.tales.sequences import SequenceMaker, Talk
+from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
 from vestige.policies import Full
-from vestige.policy import Policy
+from vestige.policies.base import Policy
 from vestige.reading import prefill
-from vestige.remains import Memory
 
 Question = tuple[Tensor, Tensor]
 """Ids of a question, ``1 question``, and of its answer, `` answer``."""

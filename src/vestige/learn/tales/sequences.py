@@ -14,8 +14,8 @@ from vestige.errors import InputError
 from vestige.learn.order import seed_of
 from vestige.learn.prose import stretch
 from vestige.learn.tales.tale import Asked, tale
-from vestige.text import Frame
-from vestige.turns import Turns
+from vestige.text.chat_template import Frame
+from vestige.text.turns import Turns
 
 _TRIES = 8
 _FEWEST = 4

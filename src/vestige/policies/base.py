@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from vestige.budget import Budget
 from vestige.errors import PolicyError, require_whole, unknown
 from vestige.models.output_projection import OutputProjection
-from vestige.observe import Glance, LayerGlance, Observation
-from vestige.select import SCALES, Grid, Scale, Share, share_of
+from vestige.policies.observation import Glance, LayerGlance, Observation
+from vestige.policies.selection import SCALES, Grid, Scale, Share, share_of
 
 if TYPE_CHECKING:
     from vestige.cache import KVCache
@@ -215,7 +215,7 @@ class Allots(Protocol):
     """A policy that says how many pairs each row keeps (a pyramid, classes of heads): rows do not compete."""
 
     def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
-        """Return the pairs wanted for each row, in proportion: :func:`vestige.select.apportion` makes them add up.
+        """Return the pairs wanted for each row, in proportion: :func:`vestige.policies.selection.apportion` makes them add up.
 
         Args:
             scores: Of all layers.
