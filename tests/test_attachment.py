@@ -175,8 +175,8 @@ def test_transforms_after_update_that_no_list_knows_raise_at_the_handle(name, mo
         anatomy_of = models.Anatomy
         layers = model.get_decoder().layers
         anatomy = anatomy_of(model, model.get_decoder(), (0, 1, 2), {i: layers[i].self_attn for i in range(3)})
-        monkeypatch.setattr("vestige.attachment.check", lambda _: anatomy)
-        monkeypatch.setattr("vestige.cache.check", lambda _: anatomy)
+        monkeypatch.setattr("vestige.cache.attach.check", lambda _: anatomy)
+        monkeypatch.setattr("vestige.cache.kv_cache.check", lambda _: anatomy)
     with torch.no_grad(), attach(model), pytest.raises(CacheError, match=r"between storing and attending"):
         model(random_ids(model, 1, 5), **cache_argument(KVCache(model, policies.Full())))
 

@@ -5,7 +5,7 @@ import torch
 
 from vestige import KVCache, attach, policies
 from vestige.bench.greedy import decode
-from vestige.reading import forward, prefill
+from vestige.cache.prefill import forward, prefill
 from vestige.testing import random_ids, tiny
 
 

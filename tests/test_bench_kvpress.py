@@ -16,8 +16,8 @@ from vestige import Budget, InputError, KVCache, Policy, attach, load, policies
 from vestige.bench.job import Job, TurnIds
 from vestige.bench.peers import PeerError, open_peer, presses
 from vestige.bench.peers.presses import PressPeer, find_python
+from vestige.cache.prefill import finish, prefill
 from vestige.models.loading import is_cached
-from vestige.reading import finish, prefill
 from vestige.testing import full_layers, held_mask
 
 pytestmark = pytest.mark.peers

@@ -10,11 +10,11 @@ from vestige import Budget, BudgetError, KVCache, attach, policies, prefill
 from vestige.answer import answer
 from vestige.bench import greedy, ours
 from vestige.bench.job import Job, Outcome, TurnIds
+from vestige.cache.prefill import forward
+from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
 from vestige.policies.base import Prepares
-from vestige.reading import forward
-from vestige.report import Report
 from vestige.testing import random_ids, tiny
 from vestige.text.chat_template import Frame
 

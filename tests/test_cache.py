@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, PolicyError, Span, attach, policies, prefill
+from vestige.cache.prefill import finish
 from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
-from vestige.reading import finish
 from vestige.testing import TINY, left_padded, random_ids, tiny
 
 ROWS = 6  # of tiny("llama"): 3 layers x 2 KV heads

@@ -350,7 +350,7 @@ def test_an_interrupt_is_one_line_and_leaves_no_file(vestige, folders, place, mo
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vestige.persist.save_file", interrupted)
+    monkeypatch.setattr("vestige.cache.serialization.save_file", interrupted)
     result = vestige("run", "--model", folders.chat, "--prompt", "x", "--save", "new", "--json")
     assert (result.code, result.out) == (130, "")
     assert result.err.splitlines()[-1] == "error: interrupted"
@@ -475,7 +475,7 @@ watched += [modeling_utils, AttentionInterface._global_mapping, AttentionMaskInt
 def now():
     return [dict(x) if isinstance(x, dict) else dict(vars(x)) for x in watched]
 before, optional = now(), {"gguf", "peft", "datasets", "matplotlib"} - set(sys.modules)
-import vestige.cache, vestige.attachment
+import vestige.cache.kv_cache, vestige.cache.attach
 for name in vestige.__all__:
     getattr(vestige, name)
 assert now() == before

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from vestige import Budget, CacheError, InputError, KVCache, Span, attach, erase, erasers, memory, policies, prefill
+from vestige.cache.overlay import rerun, write
 from vestige.erasers import ERASERS
 from vestige.memory.base import Forgotten
 from vestige.models.compat import cache_argument
 from vestige.nn.lora import Adapter
-from vestige.rerun import rerun, write
 from vestige.spans import within
 from vestige.testing import TINY, full_layers, left_padded, random_ids, tiny
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from test_erasing import columns_of, evicting, logits_of, read, trained
 from vestige import ModelError, Span, attach, erase, policies
+from vestige.cache.overlay import rerun
 from vestige.erasers.learned import Learned
 from vestige.models.compat import cache_argument
 from vestige.nn.lora import Adapter
-from vestige.rerun import rerun
 from vestige.testing import left_padded, random_ids, tiny
 
 SPAN = Span(10, 16)

@@ -5,9 +5,9 @@ import torch
 
 from vestige import CacheError, KVCache, Span, attach, erasers, policies, prefill
 from vestige.budget import Budget
+from vestige.cache.batching import join, joinable
+from vestige.cache.prefill import forward
 from vestige.erasing import erase
-from vestige.joining import join, joinable
-from vestige.reading import forward
 from vestige.testing import random_ids, tiny
 
 

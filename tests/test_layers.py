@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vestige import Budget, CacheError, KVCache, attach, policies, prefill
-from vestige.handle import Handle
+from vestige.cache.handle import Handle
 from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
 
@@ -90,7 +90,7 @@ def test_the_ring_holds_the_latest_queries_in_order():
     attention = model.model.layers[1].self_attn
     with torch.no_grad(), attach(model):
         cache = KVCache(model, policies.SnapKV(budget=Budget.tokens(100), observed=5))
-        from vestige.layers import RaggedLayer
+        from vestige.cache.layer import RaggedLayer
 
         record = RaggedLayer.show
 

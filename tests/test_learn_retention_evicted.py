@@ -8,7 +8,7 @@ import torch
 from conftest import random_gates
 from test_learn_retention import PROSE, SMALL
 from vestige import Budget, InputError, KVCache, PolicyError, prefill
-from vestige.attachment import attach
+from vestige.cache.attach import attach
 from vestige.learn import LoopConfig, train
 from vestige.learn.retention import keep
 from vestige.learn.retention.evicted import Fading, asked_behind, read

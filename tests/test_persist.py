@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vestige import Budget, CacheFileError, InputError, KVCache, Span, attach, persist, policies, prefill
+from vestige import Budget, CacheFileError, InputError, KVCache, Span, attach, policies, prefill
+from vestige.cache import serialization
+from vestige.cache.layer import RaggedLayer
 from vestige.kernels import AttentionScale
-from vestige.layers import RaggedLayer
 from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
 from vestige.testing import left_padded, random_ids, tiny
@@ -322,7 +323,7 @@ def half_written(tensors: Any, path: Path) -> None:
 @pytest.mark.parametrize("where", ["kept", "new/kept", "empty"])
 def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_behind(cache, tmp_path, monkeypatch, where):
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(persist, "save_file", half_written)
+    monkeypatch.setattr(serialization, "save_file", half_written)
     with pytest.raises(InputError, match="cannot write the cache to .*No space left on device"):
         cache.save(tmp_path / where)
     assert contents(tmp_path) == ["empty"]

@@ -12,11 +12,11 @@ import torch
 
 from conftest import ROOMY, made, random_indexer
 from vestige import Observation, Phase, policies
+from vestige.cache.query_records import Moments
 from vestige.kernels import AttentionScale
 from vestige.models.rope import Rope, Rotation
 from vestige.nn.indexer import Indexer
 from vestige.policies import POLICIES
-from vestige.records import Moments
 from vestige.testing import tiny
 
 NAMES = sorted(POLICIES)

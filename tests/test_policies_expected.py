@@ -11,11 +11,11 @@ from torch import Tensor
 from conftest import made
 from test_policies import EXTRAS, random_observation
 from vestige import Budget, InputError, KVCache, PolicyError, attach, check, policies, prefill
+from vestige.cache.prefill import forward, replay
+from vestige.cache.query_records import Moments, QueryMoments
 from vestige.kernels import AttentionScale
 from vestige.policies.base import Written
 from vestige.policies.observation import Glance
-from vestige.reading import forward, replay
-from vestige.records import Moments, QueryMoments
 from vestige.testing import left_padded, random_ids, tiny
 
 OPEN = Budget.tokens(10_000)
@@ -89,7 +89,7 @@ def test_merging_is_exact_far_from_zero_where_sums_of_squares_are_not():
 
 
 def step_of(positions: Tensor) -> Any:
-    from vestige.step import Step
+    from vestige.cache.forward_pass import Step
 
     return Step(1, positions, (0,), padded=False, even=True)
 
@@ -98,7 +98,7 @@ def test_long_texts_in_one_piece_are_counted_in_blocks(monkeypatch):
     model = tiny("llama")
     ids, found = random_ids(model, 1, 50), []
     for block in (1024, 8):
-        monkeypatch.setattr("vestige.layers._BLOCK", block)
+        monkeypatch.setattr("vestige.cache.layer._BLOCK", block)
         cache = KVCache(model, expected_attention())
         with torch.no_grad(), attach(model):
             prefill(model, ids, cache, chunk=50)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from vestige import Budget, KVCache, PolicyError, attach, policies, prefill
+from vestige.cache.prefill import finish, forward
 from vestige.models.compat import cache_argument
 from vestige.policies import kvzip
 from vestige.policies.kvzip import REQUEST, KVzip
 from vestige.policies.observation import attention_weights
-from vestige.reading import finish, forward
 from vestige.testing import attention, full_layers, left_padded, random_ids, tiny
 from vestige.text.chat_template import Frame
 

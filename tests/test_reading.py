@@ -6,9 +6,9 @@ import transformers
 from packaging.version import Version
 
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, attach, policies, prefill
+from vestige.cache.prefill import announce, finish, forward, replay
+from vestige.cache.query_records import Ring
 from vestige.models.compat import cache_argument
-from vestige.reading import announce, finish, forward, replay
-from vestige.records import Ring
 from vestige.testing import left_padded, random_ids, tiny
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")

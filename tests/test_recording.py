@@ -10,10 +10,10 @@ from torch import Tensor
 
 from conftest import ROOMY
 from vestige import Budget, KVCache, Observation, PolicyError, attach, check, policies, prefill
+from vestige.cache.recording import Recording
 from vestige.models.compat import cache_argument
 from vestige.policies.base import Policy, Written
 from vestige.policies.observation import Glance, LayerGlance, attention_weights
-from vestige.recording import Recording
 from vestige.testing import TINY, attention, full_layers, left_padded, random_ids, tiny
 
 SMALL = {"sink": 2, "window": 3, "every": 4}

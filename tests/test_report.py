@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vestige import Budget, KVCache, attach, policies, prefill
-from vestige.layers import RaggedLayer
-from vestige.report import LayerReport, Report
+from vestige.cache.layer import RaggedLayer
+from vestige.cache.report import LayerReport, Report
 from vestige.testing import left_padded, tiny
 
 SMALL = {"sink": 2, "window": 4, "every": 8}

@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from vestige import BudgetError, CacheFileError, InputError, KVCache, PolicyError, VestigeError, attach
+from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
-from vestige.report import Report
 from vestige.run import RunConfig, run
 from vestige.text.chat_template import Frame
 

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vestige.schedule import Schedule
+from vestige.cache.schedule import Schedule
 
 EVERY = 4
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vestige import show
-from vestige.report import LayerReport, Report
+from vestige.cache.report import LayerReport, Report
 
 QUESTION = "Who keeps lamp 16?"
 EVICT = ("--policy", "streaming_llm", "--budget", "48", "--max-new-tokens", "8")

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from vestige import erasers as erasers
     from vestige import memory as memory
     from vestige import policies as policies
-    from vestige.attachment import Attachment as Attachment
-    from vestige.attachment import attach as attach
-    from vestige.attachment import detach as detach
     from vestige.budget import Budget as Budget
-    from vestige.cache import KVCache as KVCache
+    from vestige.cache.attach import Attachment as Attachment
+    from vestige.cache.attach import attach as attach
+    from vestige.cache.attach import detach as detach
+    from vestige.cache.kv_cache import KVCache as KVCache
+    from vestige.cache.prefill import prefill as prefill
+    from vestige.cache.report import Report as Report
     from vestige.eraser import Erased as Erased
     from vestige.eraser import Eraser as Eraser
     from vestige.erasing import erase as erase
@@ -36,15 +38,13 @@ if TYPE_CHECKING:
     from vestige.policies.base import Policy as Policy
     from vestige.policies.observation import Observation as Observation
     from vestige.policies.observation import Phase as Phase
-    from vestige.reading import prefill as prefill
-    from vestige.report import Report as Report
     from vestige.session import Session as Session
     from vestige.spans import Span as Span
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Attachment": "vestige.attachment",
+    "Attachment": "vestige.cache.attach",
     "Budget": "vestige.budget",
     "BudgetError": "vestige.errors",
     "CacheError": "vestige.errors",
@@ -52,26 +52,26 @@ _HOME = {
     "Erased": "vestige.eraser",
     "Eraser": "vestige.eraser",
     "InputError": "vestige.errors",
-    "KVCache": "vestige.cache",
+    "KVCache": "vestige.cache.kv_cache",
     "ModelError": "vestige.errors",
     "Observation": "vestige.policies.observation",
     "Phase": "vestige.policies.observation",
     "Policy": "vestige.policies.base",
     "PolicyError": "vestige.errors",
-    "Report": "vestige.report",
+    "Report": "vestige.cache.report",
     "Session": "vestige.session",
     "Span": "vestige.spans",
     "VestigeError": "vestige.errors",
-    "attach": "vestige.attachment",
+    "attach": "vestige.cache.attach",
     "check": "vestige.models.anatomy",
-    "detach": "vestige.attachment",
+    "detach": "vestige.cache.attach",
     "erase": "vestige.erasing",
     "erasers": "vestige.erasers",
     "forget": "vestige.forgetting",
     "load": "vestige.models.loading",
     "memory": "vestige.memory",
     "policies": "vestige.policies",
-    "prefill": "vestige.reading",
+    "prefill": "vestige.cache.prefill",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

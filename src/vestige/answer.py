@@ -9,10 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill
 from vestige.errors import InputError
 from vestige.models.compat import cache_argument
-from vestige.reading import prefill
 
 
 @dataclass(frozen=True)

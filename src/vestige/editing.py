@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.layer import RaggedLayer
+from vestige.cache.query_records import Ring
 from vestige.errors import CacheError
 from vestige.kernels import packed
-from vestige.layers import RaggedLayer
 from vestige.models.rope import Rope
-from vestige.records import Ring
 from vestige.spans import Closing, Span, within
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import erasers
-from vestige.attachment import attach
+from vestige.cache.attach import attach
 from vestige.eraser import EraseReport
 from vestige.erasing import erase
 from vestige.errors import InputError

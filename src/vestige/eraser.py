@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
 from vestige.memory.base import Forgotten
 from vestige.spans import Closing, Span
 

@@ -8,8 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige.attachment import attach, require_cache
-from vestige.cache import KVCache
+from vestige.cache.attach import attach, require_cache
+from vestige.cache.kv_cache import KVCache
 from vestige.eraser import Erased, Eraser, EraseReport, Fate, Scene, SpanReport
 from vestige.erasers import name_of
 from vestige.errors import CacheError, InputError

@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import replay
 from vestige.errors import InputError
 from vestige.policies.observation import Glance, attention_weights
-from vestige.reading import replay
 from vestige.spans import Span, within
 
 Paid = Float[Tensor, "kv_heads evidence"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
 from vestige.memory.base import Evicted, Forgotten, Remains
 from vestige.policies.full import Full
 from vestige.rereading import fed_rows, reread

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige import editing
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import pad_left, prefill
 from vestige.errors import CacheError
-from vestige.reading import pad_left, prefill
 from vestige.spans import Span
 
 

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige import memory as memories
 from vestige import policies
 from vestige.answer import Answer, answer, check_room
-from vestige.attachment import attach
 from vestige.budget import Budget
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill
+from vestige.cache.report import Report
 from vestige.errors import InputError
 from vestige.explain import Explanation, explain
 from vestige.policies.base import Policy
-from vestige.reading import prefill
-from vestige.report import Report
 from vestige.spans import Span
 from vestige.text import locate
 from vestige.text.chat_template import Frame, read_text, require_text

@@ -11,10 +11,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from vestige import erasers, persist
+from vestige import erasers
 from vestige.answer import check_room
-from vestige.attachment import attach
-from vestige.cache import KVCache
+from vestige.cache import serialization
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill
+from vestige.cache.report import Report
 from vestige.eraser import Eraser, EraseReport
 from vestige.erasing import erase
 from vestige.errors import CacheError, CacheFileError, InputError
@@ -22,8 +25,6 @@ from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
 from vestige.policies.base import Policy
 from vestige.policies.full import Full
-from vestige.reading import prefill
-from vestige.report import Report
 from vestige.spans import Closing, Span
 from vestige.text import locate
 from vestige.text.turns import Turns
@@ -171,7 +172,7 @@ class Session:
         }
         with new_folder(Path(path), "the conversation") as work:
             (work / _CACHE).mkdir()
-            persist.write(self.cache, work / _CACHE)
+            serialization.write(self.cache, work / _CACHE)
             (work / _BOOKS).write_text(json.dumps(books, indent=1) + "\n")
 
     @classmethod

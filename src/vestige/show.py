@@ -18,8 +18,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from vestige.cache.report import LayerReport, Report
 from vestige.eraser import EraseReport
-from vestige.report import LayerReport, Report
 from vestige.run import Explained
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"

@@ -12,13 +12,13 @@ from vestige import policies
 from vestige.bench.greedy import decode
 from vestige.bench.job import Job, Outcome
 from vestige.budget import Budget
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import announce, finish, forward, pad_left, prefill
+from vestige.cache.recording import hand
+from vestige.cache.report import Report
 from vestige.memory.base import Memory
 from vestige.nn.pretrained import Trained
 from vestige.policies.base import Policy, Prepares, Watches, WatchesLayers
-from vestige.reading import announce, finish, forward, pad_left, prefill
-from vestige.recording import hand
-from vestige.report import Report
 from vestige.utils.timing import now
 
 ONE_PIECE = 2**20

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vestige.attachment import attach
 from vestige.bench import ours, peers
 from vestige.bench.arms import Arm
 from vestige.bench.config import BenchConfig
@@ -20,6 +19,7 @@ from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, aggregate
 from vestige.bench.store import Store, run_all
+from vestige.cache.attach import attach
 from vestige.errors import BudgetError, VestigeError
 from vestige.models.anatomy import check
 

@@ -22,16 +22,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from vestige import memory, policies
-from vestige.attachment import attach
 from vestige.bench import peers
 from vestige.bench.facts import provenance
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.budget import Budget
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill
 from vestige.errors import InputError, VestigeError
 from vestige.models.compat import cache_argument
 from vestige.policies.base import Policy
-from vestige.reading import prefill
 from vestige.utils.timing import now
 
 _WARM_UP = 8

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vestige import editing
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.overlay import rerun, slots_of, write
 from vestige.eraser import Edit, Eraser, Fate, Scene
 from vestige.errors import InputError
-from vestige.rerun import rerun, slots_of, write
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from vestige.cache.prefill import prefill
 from vestige.eraser import Edit, Eraser, Fate, Scene
 from vestige.errors import InputError
-from vestige.reading import prefill
 
 TEXT = (
     '\n\nCorrection: the passage "{span}" above was a mistake. Ignore it and answer as if it had never been there.\n\n'

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from vestige.cache.overlay import rerun, write, write_whole
 from vestige.eraser import Edit, Eraser, Fate, Scene
 from vestige.forgetting import Release
 from vestige.nn.lora import Adapter
 from vestige.nn.pretrained import Shelf
-from vestige.rerun import rerun, write, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

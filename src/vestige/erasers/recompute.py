@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vestige.cache import KVCache
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.schedule import Schedule
 from vestige.eraser import Edit, Eraser, Fate, Scene
 from vestige.memory.base import Forgotten
 from vestige.rereading import fed_rows, reread
-from vestige.schedule import Schedule
 from vestige.spans import Closing, Span
 
 

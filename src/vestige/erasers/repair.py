@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 
 from vestige import editing
+from vestige.cache.overlay import rerun, write
 from vestige.eraser import Edit, Eraser, Fate, Scene
 from vestige.errors import InputError
-from vestige.rerun import rerun, write
 
 Where = Literal["cut", "end"]
 

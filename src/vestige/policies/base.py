@@ -17,7 +17,7 @@ from vestige.policies.observation import Glance, LayerGlance, Observation
 from vestige.policies.selection import SCALES, Grid, Scale, Share, share_of
 
 if TYPE_CHECKING:
-    from vestige.cache import KVCache
+    from vestige.cache.kv_cache import KVCache
 
 NEEDS = frozenset({"queries", "query_moments", "rope", "hidden", "output"})
 
@@ -145,7 +145,7 @@ class Prepares(Protocol):
 
         Args:
             model: An attached model.
-            cache: Has read the ids; :func:`vestige.reading.replay` feeds it more and takes that back.
+            cache: Has read the ids; :func:`vestige.cache.prefill.replay` feeds it more and takes that back.
             ids: What was read last.
         """
 

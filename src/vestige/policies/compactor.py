@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vestige.cache.query_records import OUTLIERS
 from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale
 from vestige.policies.base import Policy, Written
 from vestige.policies.observation import Glance, Observation, attention_weights, pooled
 from vestige.policies.selection import Scale
-from vestige.records import OUTLIERS
 
 _UNSCALED = AttentionScale(1.0)
 _POOLED = 3  # neighbouring tokens

@@ -17,7 +17,7 @@ from vestige.policies.selection import Share
 from vestige.text.chat_template import Frame
 
 if TYPE_CHECKING:
-    from vestige.cache import KVCache
+    from vestige.cache.kv_cache import KVCache
 
 REQUEST = "Repeat the previous context word for word."
 """What the model is asked to do, in the chat text that its tokenizer puts around a question."""
@@ -75,7 +75,7 @@ class KVzip(Policy):
             PolicyError: No tokenizer lies beside the model, the model was fed embeddings, or it has too few positions
                 left for a replay.
         """
-        from vestige.reading import pad_left, replay  # it imports the cache, which stands above policies
+        from vestige.cache.prefill import pad_left, replay  # it imports the cache, which stands above policies
 
         request = _default_request(model) if self.request is None else self.request
         starts = _unasked_from(cache)

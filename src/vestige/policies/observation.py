@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, pad
 from transformers import PreTrainedModel
 
+from vestige.cache.query_records import Moments
 from vestige.kernels import AttentionScale
 from vestige.models.rope import Rope
-from vestige.records import Moments
 
 
 class Phase(Enum):

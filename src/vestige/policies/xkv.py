@@ -89,8 +89,8 @@ def profile(model: Any, ids: Int[Tensor, "batch new"], budget: Budget, **options
         budget: What may stay of it; well below its length, or all layers keep everything.
         options: Other fields of `XKV`.
     """
-    from vestige.cache import KVCache  # both stand above policies
-    from vestige.reading import prefill
+    from vestige.cache.kv_cache import KVCache  # both stand above policies
+    from vestige.cache.prefill import prefill
 
     cache = KVCache(model, XKV(budget=budget, **options))
     with torch.no_grad():

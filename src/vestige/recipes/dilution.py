@@ -14,7 +14,6 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import policies
-from vestige.attachment import attach
 from vestige.bench import items, ours
 from vestige.bench.config import BenchConfig
 from vestige.bench.items import Item
@@ -22,10 +21,11 @@ from vestige.bench.metrics import METRICS
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, resampled
 from vestige.budget import Budget
+from vestige.cache.attach import attach
+from vestige.cache.prefill import announce, finish
 from vestige.explain import attention_to, share_of
 from vestige.policies import Full
 from vestige.policies.base import Policy
-from vestige.reading import announce, finish
 from vestige.recipes.evidence import span_of
 from vestige.recipes.retention import ANSWER_ROOM, MODEL, RETENTION, RIVALS
 from vestige.recipes.running import Dev, Essays, Out, split_of

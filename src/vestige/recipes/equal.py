@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from vestige import memory as memories
 from vestige import policies
-from vestige.attachment import attach
 from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
 from vestige.bench.rows import Record
 from vestige.budget import Budget
-from vestige.cache import KVCache
-from vestige.reading import prefill
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill
 
 Key = tuple[str, str, str]
 """Policy, memory and budget of an arm."""

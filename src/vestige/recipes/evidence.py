@@ -13,11 +13,11 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import policies
-from vestige.attachment import attach
 from vestige.bench import items, ours
 from vestige.bench.config import BenchConfig
 from vestige.bench.render import Renderer
 from vestige.budget import Budget
+from vestige.cache.attach import attach
 from vestige.explain import attention_to, held_of, left_of
 from vestige.recipes import laprox
 from vestige.recipes.running import Essays

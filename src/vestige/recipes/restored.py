@@ -15,20 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import memory
-from vestige.attachment import attach
 from vestige.bench import items, ours
 from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row, resampled
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import announce, finish
 from vestige.cli_options import Dtype
 from vestige.explain import held_of
 from vestige.kernels.merge import Partial
 from vestige.learn.indexmem.restoring import attended, rejoined
 from vestige.learn.indexmem.seen import Layer, seen
 from vestige.models.anatomy import check
-from vestige.reading import announce, finish
 from vestige.recipes.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
 from vestige.recipes.running import Dev, Essays, Out, split_of
 

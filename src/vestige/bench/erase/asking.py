@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.bench.greedy import Decoded, decode
-from vestige.cache import KVCache
-from vestige.joining import join
+from vestige.cache.batching import join
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import forward, padding, prefill
 from vestige.models.compat import cache_argument
 from vestige.policies import Full
-from vestige.reading import forward, padding, prefill
 from vestige.utils.timing import now
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige import erasers
-from vestige.attachment import attach
 from vestige.bench.erase.asking import Listeners, read
 from vestige.bench.erase.config import BOUNDS
 from vestige.bench.facts import provenance
 from vestige.bench.rows import Row
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
 from vestige.erasing import erase
 from vestige.errors import InputError
 from vestige.models.anatomy import check

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import erasers
-from vestige.attachment import attach
 from vestige.bench.erase.asking import Listeners, compare, read
 from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erase.items import Item, collect
@@ -20,11 +19,12 @@ from vestige.bench.facts import provenance
 from vestige.bench.render import Renderer
 from vestige.bench.rows import Record, Row
 from vestige.bench.store import Store, run_all
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.batching import joinable
+from vestige.cache.kv_cache import KVCache
 from vestige.eraser import Erased
 from vestige.erasing import erase
 from vestige.errors import VestigeError
-from vestige.joining import joinable
 from vestige.models.anatomy import check
 from vestige.policies import Full
 from vestige.spans import Span

@@ -8,12 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige.attachment import attach
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill
 from vestige.kernels import AttentionScale
 from vestige.policies.full import Full
 from vestige.policies.observation import LayerGlance
-from vestige.reading import prefill
 
 
 @dataclass(frozen=True, kw_only=True)

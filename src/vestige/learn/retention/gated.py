@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from vestige.attend import vestige_attention
+from vestige.cache.attention import vestige_attention
 from vestige.kernels import AttentionScale, reference
 from vestige.models.anatomy import Anatomy, check, entered
 from vestige.nn.retention_gates import Gates

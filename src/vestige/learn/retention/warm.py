@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 from transformers import PreTrainedModel
 
-from vestige.attachment import attach
 from vestige.budget import Budget
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill, replay
 from vestige.learn.retention.keep import log_kept, log_lives, said
 from vestige.learn.retention.states import entering
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
 from vestige.policies.observation import Glance, attention_weights
-from vestige.reading import prefill, replay
 
 STEEPNESS = 2.0
 """How fast a life grows with what a pair is worth, both logarithmic: above 1 worth counts for more than youth."""

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from vestige.attachment import attach
-from vestige.cache import KVCache
+from vestige.cache.attach import attach
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.prefill import prefill
 from vestige.learn.order import seed_of
 from vestige.learn.tales.sequences import SequenceMaker, Talk
 from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
 from vestige.policies import Full
 from vestige.policies.base import Policy
-from vestige.reading import prefill
 
 Question = tuple[Tensor, Tensor]
 """Ids of a question, ``1 question``, and of its answer, `` answer``."""

@@ -7,8 +7,8 @@ import torch
 from vestige.errors import CacheError
 
 if TYPE_CHECKING:
-    from vestige.layers import RaggedLayer
-    from vestige.rerun import OverlayLayer
+    from vestige.cache.layer import RaggedLayer
+    from vestige.cache.overlay import OverlayLayer
 
 
 class Handle:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from vestige.cache.forward_pass import Step
+from vestige.cache.handle import Handle
+from vestige.cache.layer import RaggedLayer
+from vestige.cache.overlay import OverlayLayer
 from vestige.errors import ModelError
-from vestige.handle import Handle
 from vestige.kernels import AttentionScale, reference
 from vestige.kernels.merge import Added, merge
-from vestige.layers import RaggedLayer
-from vestige.rerun import OverlayLayer
-from vestige.step import Step
 
 NAME = "vestige"
 """The name under which the attention function and its mask are registered."""

@@ -16,19 +16,19 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from vestige.cache.forward_pass import Step
+from vestige.cache.handle import Handle
+from vestige.cache.observers import show
+from vestige.cache.query_records import Record, kind_of
 from vestige.errors import CacheError, PolicyError
-from vestige.handle import Handle
 from vestige.kernels import AttentionScale
 from vestige.kernels import packed as ragged
 from vestige.kernels.packed import PAIR
 from vestige.memory.base import Evicted, Remains
 from vestige.policies.observation import Observation, Phase
-from vestige.records import Record, kind_of
-from vestige.step import Step
-from vestige.watching import show
 
 if TYPE_CHECKING:
-    from vestige.cache import KVCache
+    from vestige.cache.kv_cache import KVCache
 
 _BLOCK = 1024
 """Queries whose moments are counted in at once."""
@@ -388,7 +388,7 @@ class RaggedLayer(CacheLayerMixin):
     def restore(
         self, columns: dict[str, Tensor], lengths: list[int], kv_heads: int, padded_seen: int, ragged_rows: bool
     ) -> None:
-        """Take over packed columns, as :mod:`vestige.persist` saved them."""
+        """Take over packed columns, as :mod:`vestige.cache.serialization` saved them."""
         self.kv_heads, self.padded_seen, self.ragged = kv_heads, padded_seen, ragged_rows
         self.columns, self.is_initialized, self.step_number = columns, True, 1
         self.dtype, self.device = columns["keys"].dtype, columns["keys"].device

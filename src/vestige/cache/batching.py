@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from vestige.cache import KVCache
+from vestige.cache.forward_pass import Step
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.layer import RaggedLayer
+from vestige.cache.token_history import Fed
 from vestige.errors import CacheError
-from vestige.fed import Fed
-from vestige.layers import RaggedLayer
 from vestige.policies import Full
-from vestige.step import Step
 
 
 def joinable(caches: Sequence[KVCache]) -> bool:

@@ -16,10 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.budget import Budget
-from vestige.cache import KVCache
+from vestige.cache.forward_pass import Step
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.layer import RaggedLayer
+from vestige.cache.query_records import QueryMoments, Ring
+from vestige.cache.recording import Recording
+from vestige.cache.schedule import Schedule
 from vestige.errors import CacheFileError, ModelError
 from vestige.kernels import AttentionScale, packed
-from vestige.layers import RaggedLayer
 from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
@@ -28,11 +32,7 @@ from vestige.models.anatomy import check
 from vestige.nn.pretrained import digest
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policies.base import Policy
-from vestige.recording import Recording
-from vestige.records import QueryMoments, Ring
-from vestige.schedule import Schedule
 from vestige.spans import Span
-from vestige.step import Step
 from vestige.utils.files import new_folder
 
 FORMAT = 7

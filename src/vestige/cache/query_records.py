@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.step import Step
+from vestige.cache.forward_pass import Step
 
 OUTLIERS = 4
 """First tokens, whose queries and keys are unlike all others: statistics leave them out."""

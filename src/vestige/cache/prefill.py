@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from vestige.attachment import require_cache
-from vestige.cache import KVCache
+from vestige.cache.attach import require_cache
+from vestige.cache.kv_cache import KVCache
 from vestige.errors import InputError
 from vestige.models.compat import cache_argument
 from vestige.policies.base import Prepares

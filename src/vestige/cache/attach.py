@@ -12,12 +12,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from vestige.attend import NAME, vestige_attention
-from vestige.cache import KVCache
+from vestige.cache.attention import NAME, vestige_attention
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.overlay import Overlay
 from vestige.errors import CacheError
 from vestige.models.anatomy import Anatomy, check, entered
 from vestige.models.compat import cache_passed
-from vestige.rerun import Overlay
 
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
 

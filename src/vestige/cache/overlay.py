@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vestige.cache import KVCache
-from vestige.handle import Handle
+from vestige.cache.handle import Handle
+from vestige.cache.kv_cache import KVCache
+from vestige.cache.layer import RaggedLayer
 from vestige.kernels import AttentionScale, packed, reference
-from vestige.layers import RaggedLayer
 from vestige.models.compat import cache_argument
 from vestige.policies.base import Policy
 

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.budget import UNLIMITED
+from vestige.cache.layer import RaggedLayer
 from vestige.errors import PolicyError
 from vestige.kernels import packed
-from vestige.layers import RaggedLayer
 from vestige.memory.base import Absorbed
 from vestige.policies.base import Allots, Policy, Renews
 from vestige.policies.observation import Observation, Phase

@@ -14,28 +14,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from vestige import settling
 from vestige.budget import UNLIMITED, Budget, Footprint
+from vestige.cache import evict
+from vestige.cache.forward_pass import Step
+from vestige.cache.layer import RaggedLayer
+from vestige.cache.other_layers import copy_layer, tensors_of
+from vestige.cache.recording import Recording
+from vestige.cache.report import LayerReport, Report
+from vestige.cache.schedule import Schedule
+from vestige.cache.token_history import Fed, check_positions
 from vestige.errors import CacheError, InputError, PolicyError
-from vestige.fed import Fed, check_positions
-from vestige.foreign import copy_layer, tensors_of
-from vestige.layers import RaggedLayer
 from vestige.memory.base import Absorbed, Forgotten, Memory
 from vestige.models.anatomy import Anatomy, check
 from vestige.models.rope import Rope
 from vestige.policies.base import Policy, Prepares, Written
 from vestige.policies.observation import Glance, Phase
-from vestige.recording import Recording
-from vestige.report import LayerReport, Report
-from vestige.schedule import Schedule
 from vestige.spans import Span
-from vestige.step import Step
 
 
 class KVCache(Cache):
     """A KV cache that stays within its policy's budget, with memory really freed.
 
-    Every full-attention layer becomes a :class:`~vestige.layers.RaggedLayer`; sliding, linear and KV-shared layers
+    Every full-attention layer becomes a :class:`~vestige.cache.layer.RaggedLayer`; sliding, linear and KV-shared layers
     are left as transformers makes them. The model must be attached (``with vestige.attach(model):``).
 
     Args:
@@ -168,9 +168,9 @@ class KVCache(Cache):
         phase = Phase.PREFILL if self.schedule.prompt or not self.schedule.generated else Phase.DECODE
         room = self.room(reading=reading)
         noted = None if self.memory is None else self.absorbed
-        gone = settling.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, noted)
+        gone = evict.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, noted)
         if not reading:
-            settling.renew(self.evictable, self.policy, gone)
+            evict.renew(self.evictable, self.policy, gone)
         if gone:
             self.evict_s += time.perf_counter() - started
         self.schedule.settled()
@@ -259,10 +259,10 @@ class KVCache(Cache):
         self.peak_kv_bytes = peak
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a folder: safetensors and JSON, complete or not at all. See :mod:`vestige.persist`."""
-        from vestige import persist
+        """Write the cache to a folder: safetensors and JSON, complete or not at all. See :mod:`vestige.cache.serialization`."""
+        from vestige.cache import serialization
 
-        persist.save(self, Path(path))
+        serialization.save(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "KVCache":
@@ -271,9 +271,9 @@ class KVCache(Cache):
         Raises:
             CacheFileError: Missing, damaged, or made for another model.
         """
-        from vestige import persist
+        from vestige.cache import serialization
 
-        return persist.load(Path(path), model)
+        return serialization.load(Path(path), model)
 
     def report(self) -> Report:
         """Return what the cache holds and costs."""

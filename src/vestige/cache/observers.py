@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.cache.forward_pass import Step
 from vestige.kernels import AttentionScale
 from vestige.kernels.packed import PAIR
 from vestige.policies.observation import Glance, LayerGlance
-from vestige.step import Step
 
 if TYPE_CHECKING:
-    from vestige.layers import RaggedLayer
+    from vestige.cache.layer import RaggedLayer
 
 
 def show(

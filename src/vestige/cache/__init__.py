@@ -1,0 +1,1 @@
+"""The evicting KV cache and how it sits on transformers."""
