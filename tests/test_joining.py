@@ -7,7 +7,7 @@ from vestige import CacheError, KVCache, Span, attach, erasers, policies, prefil
 from vestige.budget import Budget
 from vestige.cache.batching import join, joinable
 from vestige.cache.prefill import forward
-from vestige.erasing import erase
+from vestige.erasers.erase import erase
 from vestige.testing import random_ids, tiny
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vestige import InputError, KVCache, Span, attach, policies, prefill
+from vestige.erasers.erase import erase
 from vestige.erasers.learned import Learned
-from vestige.erasing import erase
 from vestige.learn import Document, LoopConfig, train
 from vestige.learn.erasing import steering
 from vestige.learn.erasing.facts import facts

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from vestige.cache.kv_cache import KVCache as KVCache
     from vestige.cache.prefill import prefill as prefill
     from vestige.cache.report import Report as Report
-    from vestige.eraser import Erased as Erased
-    from vestige.eraser import Eraser as Eraser
-    from vestige.erasing import erase as erase
+    from vestige.erasers.base import Erased as Erased
+    from vestige.erasers.base import Eraser as Eraser
+    from vestige.erasers.erase import erase as erase
+    from vestige.erasers.forget import forget as forget
     from vestige.errors import BudgetError as BudgetError
     from vestige.errors import CacheError as CacheError
     from vestige.errors import CacheFileError as CacheFileError
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from vestige.errors import ModelError as ModelError
     from vestige.errors import PolicyError as PolicyError
     from vestige.errors import VestigeError as VestigeError
-    from vestige.forgetting import forget as forget
     from vestige.models.anatomy import check as check
     from vestige.models.loading import load as load
     from vestige.policies.base import Policy as Policy
@@ -49,8 +49,8 @@ _HOME = {
     "BudgetError": "vestige.errors",
     "CacheError": "vestige.errors",
     "CacheFileError": "vestige.errors",
-    "Erased": "vestige.eraser",
-    "Eraser": "vestige.eraser",
+    "Erased": "vestige.erasers.base",
+    "Eraser": "vestige.erasers.base",
     "InputError": "vestige.errors",
     "KVCache": "vestige.cache.kv_cache",
     "ModelError": "vestige.errors",
@@ -65,9 +65,9 @@ _HOME = {
     "attach": "vestige.cache.attach",
     "check": "vestige.models.anatomy",
     "detach": "vestige.cache.attach",
-    "erase": "vestige.erasing",
+    "erase": "vestige.erasers.erase",
     "erasers": "vestige.erasers",
-    "forget": "vestige.forgetting",
+    "forget": "vestige.erasers.forget",
     "load": "vestige.models.loading",
     "memory": "vestige.memory",
     "policies": "vestige.policies",

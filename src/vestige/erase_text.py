@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import erasers
 from vestige.cache.attach import attach
-from vestige.eraser import EraseReport
-from vestige.erasing import erase
+from vestige.erasers.base import EraseReport
+from vestige.erasers.erase import erase
 from vestige.errors import InputError
 from vestige.run import RunConfig, RunResult, ask, read
 from vestige.spans import Span

@@ -18,8 +18,8 @@ from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import prefill
 from vestige.cache.report import Report
-from vestige.eraser import Eraser, EraseReport
-from vestige.erasing import erase
+from vestige.erasers.base import Eraser, EraseReport
+from vestige.erasers.erase import erase
 from vestige.errors import CacheError, CacheFileError, InputError
 from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vestige.cache.report import LayerReport, Report
-from vestige.eraser import EraseReport
+from vestige.erasers.base import EraseReport
 from vestige.run import Explained
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"

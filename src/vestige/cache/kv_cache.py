@@ -206,7 +206,7 @@ class KVCache(Cache):
         """Return how far the memory is free of a span, in every batch row. Nothing is changed.
 
         ``EXACT`` if no pair of the span was ever absorbed, or all were taken out again, else ``IMPOSSIBLE``: see
-        :mod:`vestige.forgetting` for what can be done then, short of reading the ids anew without the span."""
+        :mod:`vestige.erasers.forget` for what can be done then, short of reading the ids anew without the span."""
         return Forgotten.IMPOSSIBLE if self.absorbed.overlaps(span) else Forgotten.EXACT
 
     def fork(self, policy: Policy | None = None, *, memory: Memory | Literal["same"] | None = "same") -> "KVCache":

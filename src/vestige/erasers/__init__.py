@@ -6,7 +6,7 @@ the object to ``vestige.erase``.
 
 from typing import Any
 
-from vestige.eraser import Eraser
+from vestige.erasers.base import Eraser
 from vestige.errors import InputError
 from vestige.utils import options as called
 from vestige.utils import registry

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vestige import editing
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.overlay import rerun, slots_of, write
-from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.erasers import edits
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
 from vestige.errors import InputError
 
 
@@ -37,7 +37,7 @@ class Blend(Eraser):
     def edit(self, scene: Scene) -> Edit:
         """Edit a fork, which takes the place of the cache once it is whole."""
         twin = scene.cache.fork()
-        closing = editing.close(twin, scene.spans)
+        closing = edits.close(twin, scene.spans)
         suffix = torch.arange(closing.at(scene.spans[0].start), min(twin.seen))
         count = math.ceil(self.share * len(suffix))
         if count:

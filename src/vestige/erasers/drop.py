@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vestige import editing
-from vestige.eraser import Edit, Eraser, Fate, Scene
-from vestige.forgetting import Release
+from vestige.erasers import edits
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.forget import Release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,6 @@ class Drop(Eraser):
     def edit(self, scene: Scene) -> Edit:
         """Drop the pairs of the spans."""
         release = Release.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
-        editing.drop(scene.cache, scene.spans)
+        edits.drop(scene.cache, scene.spans)
         release.carry_out()
         return Edit(recomputed=release.read, memory=release.outcome)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from vestige.cache.prefill import prefill
-from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
 from vestige.errors import InputError
 
 TEXT = (

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from vestige.cache.overlay import rerun, write, write_whole
-from vestige.eraser import Edit, Eraser, Fate, Scene
-from vestige.forgetting import Release
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.forget import Release
 from vestige.nn.lora import Adapter
 from vestige.nn.pretrained import Shelf
 

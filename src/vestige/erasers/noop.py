@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
 
 
 @dataclass(frozen=True, kw_only=True)

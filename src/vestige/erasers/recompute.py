@@ -8,9 +8,9 @@ from torch import Tensor
 
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.schedule import Schedule
-from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.replay import fed_rows, reread
 from vestige.memory.base import Forgotten
-from vestige.rereading import fed_rows, reread
 from vestige.spans import Closing, Span
 
 

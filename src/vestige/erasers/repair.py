@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vestige import editing
 from vestige.cache.overlay import rerun, write
-from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.erasers import edits
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
 from vestige.errors import InputError
 
 Where = Literal["cut", "end"]
@@ -38,7 +38,7 @@ class Repair(Eraser):
     def edit(self, scene: Scene) -> Edit:
         """Edit a fork, which takes the place of the cache once it is whole."""
         twin = scene.cache.fork()
-        closing = editing.close(twin, scene.spans)
+        closing = edits.close(twin, scene.spans)
         end, pieces = min(twin.seen), []
         cuts = [closing.at(span.start) for span in scene.spans]
         for cut, until in zip(cuts, [*cuts[1:], end], strict=True):

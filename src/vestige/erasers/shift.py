@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vestige import editing
-from vestige.eraser import Edit, Eraser, Fate, Scene
+from vestige.erasers import edits
+from vestige.erasers.base import Edit, Eraser, Fate, Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,5 +20,5 @@ class Shift(Eraser):
 
     def edit(self, scene: Scene) -> Edit:
         """Close the cache over the spans."""
-        editing.close(scene.cache, scene.spans)
+        edits.close(scene.cache, scene.spans)
         return Edit()

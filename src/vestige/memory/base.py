@@ -29,7 +29,7 @@ class Forgotten(Enum):
     EXACT = "exact"
     """No pair of the span was ever absorbed, so the memory is what it would be without them."""
     SUBTRACTED = "subtracted"
-    """Pairs of the span were absorbed, and were taken out again: :func:`vestige.forgetting.forget`."""
+    """Pairs of the span were absorbed, and were taken out again: :func:`vestige.erasers.forget.forget`."""
     REBUILT = "rebuilt"
     """The memory was made anew by replaying the ids without the span: what erasers do."""
     IMPOSSIBLE = "impossible"

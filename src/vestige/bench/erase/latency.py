@@ -20,7 +20,7 @@ from vestige.bench.facts import provenance
 from vestige.bench.rows import Row
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
-from vestige.erasing import erase
+from vestige.erasers.erase import erase
 from vestige.errors import InputError
 from vestige.models.anatomy import check
 from vestige.policies import Full

@@ -22,8 +22,8 @@ from vestige.bench.store import Store, run_all
 from vestige.cache.attach import attach
 from vestige.cache.batching import joinable
 from vestige.cache.kv_cache import KVCache
-from vestige.eraser import Erased
-from vestige.erasing import erase
+from vestige.erasers.base import Erased
+from vestige.erasers.erase import erase
 from vestige.errors import VestigeError
 from vestige.models.anatomy import check
 from vestige.policies import Full

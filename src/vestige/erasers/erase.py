@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from vestige.cache.attach import attach, require_cache
 from vestige.cache.kv_cache import KVCache
-from vestige.eraser import Erased, Eraser, EraseReport, Fate, Scene, SpanReport
 from vestige.erasers import name_of
+from vestige.erasers.base import Erased, Eraser, EraseReport, Fate, Scene, SpanReport
 from vestige.errors import CacheError, InputError
 from vestige.spans import Closing, Span
 from vestige.utils.timing import now

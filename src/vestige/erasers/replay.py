@@ -7,9 +7,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige import editing
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import pad_left, prefill
+from vestige.erasers import edits
 from vestige.errors import CacheError
 from vestige.spans import Span
 
@@ -54,7 +54,7 @@ def reread(
             cut = [row[piece.start : piece.end].tolist() for row in rows]
             if piece in gaps:
                 ids, mask = pad_left(cut, torch.device("cpu"))
-                editing.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+                edits.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
                 continue
             ids, mask = pad_left(cut, model.device)
             last = piece == texts[-1]

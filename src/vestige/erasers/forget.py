@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from vestige.cache.kv_cache import KVCache
+from vestige.erasers.replay import fed_rows, reread
 from vestige.memory.base import Evicted, Forgotten, Remains
 from vestige.policies.full import Full
-from vestige.rereading import fed_rows, reread
 from vestige.spans import Span, within
 
 
