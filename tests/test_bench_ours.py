@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from vestige import Budget, BudgetError, KVCache, attach, policies, prefill
-from vestige.answer import answer
 from vestige.bench import greedy, ours
 from vestige.bench.job import Job, Outcome, TurnIds
 from vestige.cache.prefill import forward
 from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
+from vestige.pipelines.answer import answer
 from vestige.policies import POLICIES
 from vestige.policies.base import Prepares
 from vestige.testing import random_ids, tiny

@@ -312,7 +312,7 @@ DAMAGE = {
 def kept(folders, tmp_path_factory) -> Path:
     """Keep one reading for the tests that damage a copy of it."""
     from vestige.models.loading import load
-    from vestige.run import RunConfig, run
+    from vestige.pipelines.document_qa import RunConfig, run
 
     folder = tmp_path_factory.mktemp("kept") / "kept"
     text = "The lamp is lit. " * 10

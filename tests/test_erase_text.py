@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vestige import InputError
-from vestige.erase_text import EraseConfig, erase_text
-from vestige.run import RunConfig, run
+from vestige.pipelines.document_qa import RunConfig, run
+from vestige.pipelines.erase_passage import EraseConfig, erase_text
 from vestige.text.chat_template import Frame
 
 QUESTION = "Who keeps lamp 16?"

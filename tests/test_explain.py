@@ -5,7 +5,7 @@ import torch
 
 from vestige import InputError, KVCache, Span, attach, policies, prefill
 from vestige.budget import Budget
-from vestige.explain import attention_to, explain, held_of
+from vestige.pipelines.explain import attention_to, explain, held_of
 from vestige.testing import random_ids, tiny
 
 STREAMING = policies.StreamingLLM(budget=Budget.tokens(6), sink=2, window=4)

@@ -19,8 +19,8 @@ from vestige import (
     policies,
     prefill,
 )
-from vestige.explain import held_by_kind
 from vestige.models.compat import cache_argument
+from vestige.pipelines.explain import held_by_kind
 from vestige.policies.retention import worth
 from vestige.testing import left_padded, random_ids, tiny, tiny_vl
 

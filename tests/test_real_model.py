@@ -7,7 +7,7 @@ import torch
 
 from conftest import on_the_default_model
 from vestige import Budget, KVCache, attach, load, policies, prefill
-from vestige.answer import answer
+from vestige.pipelines.answer import answer
 from vestige.text.chat_template import Frame
 
 QUESTION, ANSWER = "What is the pass phrase for the night gate?", "copper lantern"

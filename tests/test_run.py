@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from vestige import BudgetError, CacheFileError, InputError, KVCache, PolicyError, VestigeError, attach
 from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
-from vestige.run import RunConfig, run
+from vestige.pipelines.document_qa import RunConfig, run
 from vestige.text.chat_template import Frame
 
 QUESTIONS = ("Who keeps lamp 16?", "How many lamps?", "Why?")

@@ -7,7 +7,7 @@ import sys
 from importlib.resources import as_file, files
 
 from vestige.models.loading import load
-from vestige.run import RunConfig, run
+from vestige.pipelines.document_qa import RunConfig, run
 
 FACTS = {
     "What is the founding year of Marlowick harbour?": "1683",

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from vestige.errors import VestigeError as VestigeError
     from vestige.models.anatomy import check as check
     from vestige.models.loading import load as load
+    from vestige.pipelines.session import Session as Session
     from vestige.policies.base import Policy as Policy
     from vestige.policies.observation import Observation as Observation
     from vestige.policies.observation import Phase as Phase
-    from vestige.session import Session as Session
     from vestige.spans import Span as Span
 
 __version__ = "0.1.0"
@@ -59,7 +59,7 @@ _HOME = {
     "Policy": "vestige.policies.base",
     "PolicyError": "vestige.errors",
     "Report": "vestige.cache.report",
-    "Session": "vestige.session",
+    "Session": "vestige.pipelines.session",
     "Span": "vestige.spans",
     "VestigeError": "vestige.errors",
     "attach": "vestige.cache.attach",

@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from vestige import show
 from vestige.errors import InputError, VestigeError
-from vestige.session import Message, Session
+from vestige.pipelines.session import Message, Session
 
 HELP = """/erase N         take message N out (see /messages)
 /erase some words   take this passage out; it must occur once

@@ -28,7 +28,7 @@ from vestige.cli_train import train
 from vestige.errors import InputError, VestigeError
 
 if TYPE_CHECKING:
-    from vestige.run import RunResult
+    from vestige.pipelines.document_qa import RunResult
 
 app = typer.Typer(
     help="Keep the KV cache of long-context language models small and truthful.",
@@ -77,8 +77,8 @@ def run(
     """Read a long text within a budget and answer questions about it."""
     from vestige import show
     from vestige.models.loading import load
-    from vestige.run import RunConfig
-    from vestige.run import run as job
+    from vestige.pipelines.document_qa import RunConfig
+    from vestige.pipelines.document_qa import run as job
 
     config = RunConfig(
         questions=tuple(question or ()), context=context, prompt=prompt, cache=cache, policy=policy, budget=budget,
@@ -125,9 +125,9 @@ def erase(
 ) -> None:
     """Read a text, take a passage out of what was read, and ask about what is left."""
     from vestige import show
-    from vestige.erase_text import EraseConfig, erase_text
     from vestige.models.loading import load
-    from vestige.run import RunConfig
+    from vestige.pipelines.document_qa import RunConfig
+    from vestige.pipelines.erase_passage import EraseConfig, erase_text
 
     reading = RunConfig(
         questions=tuple(question or ()), context=context, prompt=prompt, policy=policy, budget=budget, share=share,
@@ -168,7 +168,7 @@ def chat(
     from vestige.budget import Budget
     from vestige.chat import chat as talk
     from vestige.models.loading import load
-    from vestige.session import Session
+    from vestige.pipelines.session import Session
 
     if load_from is not None and (budget or share or system or policy != "full" or memory != "none"):
         raise InputError(

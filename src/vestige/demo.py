@@ -9,9 +9,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from vestige import show as shows
-from vestige.erase_text import EraseConfig, EraseResult, erase_text
 from vestige.models.loading import load
-from vestige.run import RunConfig, RunResult, run
+from vestige.pipelines.document_qa import RunConfig, RunResult, run
+from vestige.pipelines.erase_passage import EraseConfig, EraseResult, erase_text
 
 MODEL, POLICY, SHARE, BUDGET, CHUNK = "smollm2-135m", "retention", "model", "0.1", 1024
 DOCUMENT = "harbour.txt"

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from vestige.cache.report import LayerReport, Report
 from vestige.erasers.base import EraseReport
-from vestige.run import Explained
+from vestige.pipelines.document_qa import Explained
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 

@@ -23,7 +23,7 @@ from vestige.bench.rows import Record, Row, resampled
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.prefill import announce, finish
-from vestige.explain import attention_to, share_of
+from vestige.pipelines.explain import attention_to, share_of
 from vestige.policies import Full
 from vestige.policies.base import Policy
 from vestige.recipes.evidence import span_of

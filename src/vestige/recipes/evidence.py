@@ -18,7 +18,7 @@ from vestige.bench.config import BenchConfig
 from vestige.bench.render import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
-from vestige.explain import attention_to, held_of, left_of
+from vestige.pipelines.explain import attention_to, held_of, left_of
 from vestige.recipes import laprox
 from vestige.recipes.running import Essays
 

@@ -24,11 +24,11 @@ from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import announce, finish
 from vestige.cli_options import Dtype
-from vestige.explain import held_of
 from vestige.kernels.merge import Partial
 from vestige.learn.indexmem.restoring import attended, rejoined
 from vestige.learn.indexmem.seen import Layer, seen
 from vestige.models.anatomy import check
+from vestige.pipelines.explain import held_of
 from vestige.recipes.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
 from vestige.recipes.running import Dev, Essays, Out, split_of
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from vestige import erasers
-from vestige.answer import check_room
 from vestige.cache import serialization
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
@@ -23,6 +22,7 @@ from vestige.erasers.erase import erase
 from vestige.errors import CacheError, CacheFileError, InputError
 from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
+from vestige.pipelines.answer import check_room
 from vestige.policies.base import Policy
 from vestige.policies.full import Full
 from vestige.spans import Closing, Span

@@ -13,7 +13,7 @@ from vestige.cache.attach import attach
 from vestige.erasers.base import EraseReport
 from vestige.erasers.erase import erase
 from vestige.errors import InputError
-from vestige.run import RunConfig, RunResult, ask, read
+from vestige.pipelines.document_qa import RunConfig, RunResult, ask, read
 from vestige.spans import Span
 from vestige.text import locate
 from vestige.text.chat_template import Frame

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import memory as memories
 from vestige import policies
-from vestige.answer import Answer, answer, check_room
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import prefill
 from vestige.cache.report import Report
 from vestige.errors import InputError
-from vestige.explain import Explanation, explain
+from vestige.pipelines.answer import Answer, answer, check_room
+from vestige.pipelines.explain import Explanation, explain
 from vestige.policies.base import Policy
 from vestige.spans import Span
 from vestige.text import locate
