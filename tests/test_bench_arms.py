@@ -3,7 +3,7 @@
 import pytest
 
 from vestige import BudgetError, InputError, PolicyError, policies
-from vestige.bench.arms import Arm, cross
+from vestige.bench.methods.method import Arm, cross
 from vestige.policies import POLICIES
 
 PRESS, DYNAMIC = "kvpress:SnapKVPress", "transformers:dynamic"

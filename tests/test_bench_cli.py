@@ -97,10 +97,10 @@ def test_resume_goes_on_and_adds_arms(bench, here):
 
 
 def test_an_interrupt_is_one_line_and_what_is_done_stays(bench, here, monkeypatch):
-    from vestige.bench import run
+    from vestige.bench import runner
 
     asked = []
-    original = run.ours.run
+    original = runner.ours.run
 
     def stopping(*args, **options):
         asked.append(1)
@@ -108,7 +108,7 @@ def test_an_interrupt_is_one_line_and_what_is_done_stays(bench, here, monkeypatc
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(run.ours, "run", stopping)
+    monkeypatch.setattr(runner.ours, "run", stopping)
     result = bench(*GOOD, "--json")
     assert (result.code, result.out, result.err) == (130, "", "error: interrupted\n")
     assert len(Path("out", "samples.jsonl").read_text().splitlines()) == 1
@@ -178,7 +178,7 @@ def test_nested_presses_are_one_peer(bench, here, monkeypatch):
         opened.append(name)
         raise InputError("not here")
 
-    monkeypatch.setattr("vestige.bench.run.peers.open_peer", refuse)
+    monkeypatch.setattr("vestige.bench.runner.peers.open_peer", refuse)
     press = "kvpress:ComposedPress([KnormPress(), SnapKVPress(window_size=32, kernel_size=5)])"
     rows = bench(*GOOD, "--budget", "40", "--peer", f"{press}, transformers:dynamic", "--json").row["rows"]
     assert opened == [press, "transformers:dynamic"]

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from vestige.bench.erase.asking import compare
-from vestige.bench.erase.judging import judged, passes
-from vestige.bench.erase.rows import aggregate
-from vestige.bench.erase.sample import Question
-from vestige.bench.rows import resampled
+from vestige.bench.erasing.aggregate import aggregate
+from vestige.bench.erasing.divergence import compare
+from vestige.bench.erasing.sample import Question
+from vestige.bench.erasing.scoring import judged, passes
+from vestige.bench.results.aggregate import resampled
 
 TARGET = Question(kind="target", text="Who?", answers=("Ann",), forbidden=("Bo",))
 

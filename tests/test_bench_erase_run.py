@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from vestige import BudgetError, InputError, KVCache, ModelError, PolicyError, attach, erasers, policies
-from vestige.bench.erase import run as running
-from vestige.bench.erase import tasks
-from vestige.bench.erase.asking import Listeners, read
-from vestige.bench.erase.config import EraseBenchConfig
-from vestige.bench.erase.items import as_item, collect
-from vestige.bench.erase.judging import passes, promises
-from vestige.bench.erase.latency import LatencyConfig, latency
-from vestige.bench.erase.plots import Plot, depths, each, sentences
-from vestige.bench.erase.run import bench_erase
-from vestige.bench.erase.sample import EraseSample, Question, erased, unmarked, what_is
-from vestige.bench.render import Renderer
+from vestige.bench.erasing import runner as running
+from vestige.bench.erasing import tasks
+from vestige.bench.erasing.config import EraseBenchConfig
+from vestige.bench.erasing.divergence import Listeners, read
+from vestige.bench.erasing.items import as_item, collect
+from vestige.bench.erasing.latency import LatencyConfig, latency
+from vestige.bench.erasing.runner import bench_erase
+from vestige.bench.erasing.sample import EraseSample, Question, erased, unmarked, what_is
+from vestige.bench.erasing.scoring import passes, promises
+from vestige.bench.erasing.story_templates import Plot, depths, each, sentences
 from vestige.bench.tasks import Order
+from vestige.bench.tokenization import Renderer
 from vestige.errors import CacheError
 from vestige.testing import tiny
 from vestige.text.chat_template import Frame

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from vestige import InputError
-from vestige.bench.erase import distractors, tasks
-from vestige.bench.erase.sample import EraseSample, Question, erased, unmarked
-from vestige.bench.erase.stories import HABITS, PEOPLE
+from vestige.bench.erasing import distractors, tasks
+from vestige.bench.erasing.sample import EraseSample, Question, erased, unmarked
+from vestige.bench.erasing.stories import HABITS, PEOPLE
 from vestige.bench.questions import Question as Asked
 from vestige.bench.questions import take_turns
 from vestige.bench.tasks import Order

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vestige import KVCache, attach, policies
-from vestige.bench.greedy import decode
+from vestige.bench.methods.decode import decode
 from vestige.cache.prefill import forward, prefill
 from vestige.testing import random_ids, tiny
 

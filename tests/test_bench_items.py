@@ -9,12 +9,12 @@ import pytest
 
 from vestige import InputError
 from vestige.bench import tasks
-from vestige.bench.arms import Arm
 from vestige.bench.config import BenchConfig
 from vestige.bench.items import Item, batches, collect
-from vestige.bench.job import Job, TurnIds
-from vestige.bench.render import Renderer
+from vestige.bench.methods.conversation import Job, TurnIds
+from vestige.bench.methods.method import Arm
 from vestige.bench.sample import Sample, Turn
+from vestige.bench.tokenization import Renderer
 
 
 def turn(context: str = "The lamp is lit.", **changes: Any) -> Turn:

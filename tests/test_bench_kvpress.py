@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from vestige import Budget, InputError, KVCache, Policy, attach, load, policies
-from vestige.bench.job import Job, TurnIds
-from vestige.bench.peers import PeerError, open_peer, presses
-from vestige.bench.peers.presses import PressPeer, find_python
+from vestige.bench.methods.conversation import Job, TurnIds
+from vestige.bench.methods.peers import PeerError, open_peer, presses
+from vestige.bench.methods.peers.presses import PressPeer, find_python
 from vestige.cache.prefill import finish, prefill
 from vestige.models.loading import is_cached
 from vestige.testing import full_layers, held_mask

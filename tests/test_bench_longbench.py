@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vestige import InputError
-from vestige.bench.metrics import METRICS
+from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Turn
 from vestige.bench.tasks import TASKS, Order, make
-from vestige.bench.tasks import longbench_prompts as prompts
-from vestige.bench.tasks.longbench import DATASETS, DATASETS_E, chosen, ends, most
+from vestige.bench.tasks.longbench import prompts as prompts
+from vestige.bench.tasks.longbench.samples import DATASETS, DATASETS_E, chosen, ends, most
 from vestige.utils.jsonl import Entry
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vestige import Budget, BudgetError, KVCache, attach, policies, prefill
-from vestige.bench import greedy, ours
-from vestige.bench.job import Job, Outcome, TurnIds
+from vestige.bench.methods import decode, vestige_runner
+from vestige.bench.methods.conversation import Job, Outcome, TurnIds
 from vestige.cache.prefill import forward
 from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
@@ -86,11 +86,11 @@ ARMS = [(name, share) for name in sorted(POLICIES) for share in ("head", "model"
 
 
 @pytest.fixture(scope="module")
-def shared() -> tuple[Job, ours.Reading]:
+def shared() -> tuple[Job, vestige_runner.Reading]:
     """Read one context once, for every policy."""
     one = job(turn(60))
     with torch.no_grad(), attach(MODEL):
-        return one, ours.read(MODEL, [one], [policy(name) for name in POLICIES])
+        return one, vestige_runner.read(MODEL, [one], [policy(name) for name in POLICIES])
 
 
 @pytest.mark.parametrize(("name", "share"), ARMS)
@@ -99,7 +99,7 @@ def test_a_fork_of_a_shared_reading_is_its_own_prefill_and_generate(shared, name
     arm = policy(name, BUDGETS["tokens" if share == "head" else "fraction"], share=share)
     expected = by_hand(one, arm)
     for given in (reading, None):
-        (outcome,) = ours.run(MODEL, [one], arm, reading=given)
+        (outcome,) = vestige_runner.run(MODEL, [one], arm, reading=given)
         assert_same(outcome, *expected)
     assert outcome.held == (60 if name == "full" else 15 if share == "head" else 19) * ROWS  # 0.3 of 60 + 5
 
@@ -108,7 +108,7 @@ def test_a_fork_of_a_shared_reading_is_its_own_prefill_and_generate(shared, name
 def test_forks_keep_budgets_in_bytes_and_those_above_the_length(shared, budget):
     one, reading = shared
     arm = policy("snapkv", budget)
-    (outcome,) = ours.run(MODEL, [one], arm, reading=reading)
+    (outcome,) = vestige_runner.run(MODEL, [one], arm, reading=reading)
     assert_same(outcome, *by_hand(one, arm))
     assert outcome.kv_bytes <= 60_000 if budget.kind == "bytes" else outcome.held == outcome.full
 
@@ -116,7 +116,7 @@ def test_forks_keep_budgets_in_bytes_and_those_above_the_length(shared, budget):
 @pytest.mark.parametrize(("name", "share"), [*((name, "head") for name in sorted(POLICIES)), ("snapkv", "model")])
 def test_reading_in_chunks_is_prefill_in_chunks(name, share):
     one, arm = job(turn(60)), policy(name, BUDGETS["fraction" if share == "head" else "tokens"], share=share)
-    (outcome,) = ours.run(MODEL, [one], arm, chunk=16)
+    (outcome,) = vestige_runner.run(MODEL, [one], arm, chunk=16)
     assert_same(outcome, *by_hand(one, arm, chunk=16))
 
 
@@ -124,8 +124,8 @@ def test_a_shared_reading_is_left_as_it_is(shared):
     one, reading = shared
     arms = [policy("snapkv"), policy("full")]
     before = (reading.cache.held, reading.cache.seen, reading.cache.nbytes, reading.cache.lengths)
-    first = [ours.run(MODEL, [one], arm, reading=reading)[0].replies for arm in arms]
-    again = [ours.run(MODEL, [one], arm, reading=reading)[0].replies for arm in reversed(arms)][::-1]
+    first = [vestige_runner.run(MODEL, [one], arm, reading=reading)[0].replies for arm in arms]
+    again = [vestige_runner.run(MODEL, [one], arm, reading=reading)[0].replies for arm in reversed(arms)][::-1]
     assert first == again
     assert (reading.cache.held, reading.cache.seen, reading.cache.nbytes, reading.cache.lengths) == before
     assert len(set(first)) > 1  # or the comparison says little
@@ -136,11 +136,11 @@ def test_one_reading_is_one_long_forward():
     hook = MODEL.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)
     try:
         arms = [policy(name) for name in sorted(POLICIES)]
-        arms = [arm for arm in arms if ours.company(arm) is None and not isinstance(arm, Prepares)]
+        arms = [arm for arm in arms if vestige_runner.company(arm) is None and not isinstance(arm, Prepares)]
         assert len(arms) > 10
-        reading = ours.read(MODEL, [one], arms)
+        reading = vestige_runner.read(MODEL, [one], arms)
         for arm in arms:
-            ours.run(MODEL, [one], arm, reading=reading)
+            vestige_runner.run(MODEL, [one], arm, reading=reading)
     finally:
         hook.remove()
     assert [n for n in fed if n > 5] == [60]
@@ -157,10 +157,10 @@ UNEVEN = [
 @pytest.mark.parametrize(("name", "share"), [*((name, "head") for name in sorted(POLICIES)), ("keydiff", "model")])
 def test_samples_in_a_batch_reply_and_hold_as_each_alone(name, share):
     arm = policy(name, BUDGETS["tokens" if share == "model" else "fraction"], share=share)
-    reading = ours.read(MODEL, UNEVEN, [arm]) if name in ("snapkv", "tova", "random") else None
-    together = ours.run(MODEL, UNEVEN, arm, reading=reading)
+    reading = vestige_runner.read(MODEL, UNEVEN, [arm]) if name in ("snapkv", "tova", "random") else None
+    together = vestige_runner.run(MODEL, UNEVEN, arm, reading=reading)
     for one, outcome in zip(UNEVEN, together, strict=True):
-        (alone,) = ours.run(MODEL, [one], arm)
+        (alone,) = vestige_runner.run(MODEL, [one], arm)
         for what in ("replies", "seen", "held", "full", "kept"):
             assert getattr(outcome, what) == getattr(alone, what), what
         assert len(alone.replies[0]) == one.turns[0].max_new_tokens
@@ -169,14 +169,14 @@ def test_samples_in_a_batch_reply_and_hold_as_each_alone(name, share):
 def test_a_fraction_is_one_of_each_samples_own_length():
     arm = policy("keydiff", Budget.fraction(0.5))
     # half of 58 + 5, 60 + 7, 59 + 1 and 60 + 6, rounded down
-    assert [o.held for o in ours.run(MODEL, UNEVEN, arm)] == [31 * ROWS, 33 * ROWS, 30 * ROWS, 33 * ROWS]
+    assert [o.held for o in vestige_runner.run(MODEL, UNEVEN, arm)] == [31 * ROWS, 33 * ROWS, 30 * ROWS, 33 * ROWS]
 
 
 def test_a_budget_in_bytes_is_one_of_each_sample_however_many_share_a_batch():
     even = [job(turn(60, new=2, seed=seed)) for seed in range(3)]
     for arm in (policy("snapkv", BUDGETS["bytes"]), policy("knorm", BUDGETS["bytes"], share="model")):
-        alone = [ours.run(MODEL, [one], arm)[0] for one in even]
-        together = ours.run(MODEL, even, arm)
+        alone = [vestige_runner.run(MODEL, [one], arm)[0] for one in even]
+        together = vestige_runner.run(MODEL, even, arm)
         assert [(o.replies, o.held, o.kv_bytes) for o in together] == [(o.replies, o.held, o.kv_bytes) for o in alone]
         assert all(o.held < o.full and o.kv_bytes <= 60_000 for o in alone)
 
@@ -184,15 +184,15 @@ def test_a_budget_in_bytes_is_one_of_each_sample_however_many_share_a_batch():
 def test_room_made_while_decoding_does_not_depend_on_the_batch():
     jobs = [job(turn(60 - b, 4 + b, new=new, seed=b)) for b, new in enumerate((14, 6, 11))]
     arm = policy("streaming_llm", every=4)
-    for one, outcome in zip(jobs, ours.run(MODEL, jobs, arm), strict=True):
-        assert outcome.replies == ours.run(MODEL, [one], arm)[0].replies
+    for one, outcome in zip(jobs, vestige_runner.run(MODEL, jobs, arm), strict=True):
+        assert outcome.replies == vestige_runner.run(MODEL, [one], arm)[0].replies
 
 
 def test_bytes_of_a_batch_are_shared_out_evenly():
     jobs = [job(turn(60, new=2, seed=seed)) for seed in range(4)]
     arm = policy("snapkv")
-    (alone,) = ours.run(MODEL, jobs[:1], arm)
-    for outcome in ours.run(MODEL, jobs, arm):
+    (alone,) = vestige_runner.run(MODEL, jobs[:1], arm)
+    for outcome in vestige_runner.run(MODEL, jobs, arm):
         for name in ("kv_bytes", "full_kv_bytes", "held", "full"):
             assert getattr(outcome, name) == getattr(alone, name), name
 
@@ -202,18 +202,18 @@ def test_bytes_of_a_batch_are_shared_out_evenly():
 
 def test_a_reply_ends_with_the_stop_id_or_at_its_limit():
     free = job(turn(60))
-    (long,) = ours.run(MODEL, [free], policy("full"))
+    (long,) = vestige_runner.run(MODEL, [free], policy("full"))
     reply = long.replies[0]
     assert len(reply) == 6
     stop = reply[2]
-    (short,) = ours.run(MODEL, [replace(free, stop=(0, stop))], policy("full"))
+    (short,) = vestige_runner.run(MODEL, [replace(free, stop=(0, stop))], policy("full"))
     assert short.replies == (reply[: reply.index(stop) + 1],)
 
 
 def test_a_batch_goes_on_until_its_last_sample_has_stopped():
-    replies = [ours.run(MODEL, [one], policy("full"))[0].replies[0] for one in UNEVEN]
+    replies = [vestige_runner.run(MODEL, [one], policy("full"))[0].replies[0] for one in UNEVEN]
     stop = replies[0][2]
-    together = ours.run(MODEL, [replace(one, stop=(stop,)) for one in UNEVEN], policy("full"))
+    together = vestige_runner.run(MODEL, [replace(one, stop=(stop,)) for one in UNEVEN], policy("full"))
     for reply, outcome in zip(replies, together, strict=True):
         assert outcome.replies[0] == (reply[: reply.index(stop) + 1] if stop in reply else reply)
 
@@ -225,8 +225,8 @@ def test_a_long_question_stays_whole_however_small_the_chunks(monkeypatch):
         held.append(cache.held)
         return forward(model, token, cache, *mask)
 
-    monkeypatch.setattr(ours, "forward", spying)
-    (outcome,) = ours.run(MODEL, [one], policy("snapkv"), chunk=8)
+    monkeypatch.setattr(vestige_runner, "forward", spying)
+    (outcome,) = vestige_runner.run(MODEL, [one], policy("snapkv"), chunk=8)
     assert held == [(15 + 40 + step) * ROWS for step in range(3)]
     assert outcome.held == 15 * ROWS
 
@@ -241,48 +241,55 @@ def test_full_answers_as_answer_does(chatter, story):
             cache = KVCache(model, arm)
             prefill(model, context, cache)
             expected = answer(model, tokenizer, cache, question, max_new_tokens=6)
-            (outcome,) = ours.run(model, [job(given)], arm)
+            (outcome,) = vestige_runner.run(model, [job(given)], arm)
             assert tokenizer.decode(outcome.replies[0], skip_special_tokens=True).strip() == expected.text
             assert len(outcome.replies[0]) == expected.tokens == 6
 
 
 def test_clocks_and_peaks():
-    (outcome,) = ours.run(MODEL, [job(turn(60))], policy("snapkv"))
+    (outcome,) = vestige_runner.run(MODEL, [job(turn(60))], policy("snapkv"))
     assert outcome.prefill_s >= outcome.evict_s > 0 and outcome.decode_ms > 0
     assert outcome.peak_kv_bytes > outcome.kv_bytes + (60 - 15) * ROWS * (2 * 16 * 4 + 4)  # read in one piece
-    (chunked,) = ours.run(MODEL, [job(turn(60))], policy("snapkv"), chunk=10)
+    (chunked,) = vestige_runner.run(MODEL, [job(turn(60))], policy("snapkv"), chunk=10)
     assert chunked.kv_bytes <= chunked.peak_kv_bytes < outcome.peak_kv_bytes
-    (full,) = ours.run(MODEL, [job(turn(60))], policy("full"))
+    (full,) = vestige_runner.run(MODEL, [job(turn(60))], policy("full"))
     assert full.evict_s == 0.0 and full.held == full.full == 60 * ROWS
-    (single,) = ours.run(MODEL, [job(turn(60, new=1))], policy("full"))
+    (single,) = vestige_runner.run(MODEL, [job(turn(60, new=1))], policy("full"))
     assert single.decode_ms is None and len(single.replies[0]) == 1  # the question's forward is no decode step
 
 
 def test_a_decode_step_is_timed_per_forward(monkeypatch):
     clock = iter(range(1000))
-    for module in (ours, greedy):
+    for module in (vestige_runner, decode):
         monkeypatch.setattr(module, "now", lambda device: float(next(clock)))
-    (outcome,) = ours.run(MODEL, [job(turn(60, new=5))], policy("full"))
+    (outcome,) = vestige_runner.run(MODEL, [job(turn(60, new=5))], policy("full"))
     assert outcome.decode_ms == 1e3 / 4  # one tick for four steps: the first token comes from the question
     assert outcome.prefill_s == 1.0
 
 
 def test_a_budget_below_the_protected_is_an_error_that_names_both():
     with pytest.raises(BudgetError, match="gives 3 pairs a row, but sink and window protect 5"):
-        ours.run(MODEL, [job(turn(60))], policy("snapkv", Budget.fraction(0.05)))
+        vestige_runner.run(MODEL, [job(turn(60))], policy("snapkv", Budget.fraction(0.05)))
     short = [job(turn(90, 10)), job(turn(86, 4))]  # 5 of 100 pairs would do, 4 of 90 do not
     with pytest.raises(BudgetError, match="gives 4 pairs"):
-        ours.run(MODEL, short, policy("snapkv", Budget.fraction(0.05)))
+        vestige_runner.run(MODEL, short, policy("snapkv", Budget.fraction(0.05)))
 
 
 def test_policies_that_look_at_every_query_share_a_reading_with_their_like_alone():
     """It is slow: nobody else's times shall have it."""
     budget = Budget.tokens(50)
-    assert ours.company(policies.KNorm(budget=budget)) is None
-    assert ours.company(policies.H2O(budget=budget)) == ours.company(policies.H2O(budget=Budget.tokens(60), sink=1))
+    assert vestige_runner.company(policies.KNorm(budget=budget)) is None
+    assert vestige_runner.company(policies.H2O(budget=budget)) == vestige_runner.company(
+        policies.H2O(budget=Budget.tokens(60), sink=1)
+    )
     most, mean = (policies.IndexMem(budget=budget, reduction=reduction) for reduction in ("max", "mean"))
     assert (
-        len({ours.company(one) for one in (most, mean, policies.H2O(budget=budget), policies.KNorm(budget=budget))})
+        len(
+            {
+                vestige_runner.company(one)
+                for one in (most, mean, policies.H2O(budget=budget), policies.KNorm(budget=budget))
+            }
+        )
         == 4
     )
 
@@ -298,11 +305,13 @@ def test_a_policy_that_writes_beside_the_pairs_does_so_in_a_shared_reading():
             return seen.annotations["norm"].float()
 
     one, arm = job(turn(60)), Notes(budget=Budget.tokens(15), **SMALL)
-    (alone,) = ours.run(MODEL, [one], arm)
-    reading = ours.read(MODEL, [one], [arm, policy("snapkv")])
-    (shared,) = ours.run(MODEL, [one], arm, reading=reading)
+    (alone,) = vestige_runner.run(MODEL, [one], arm)
+    reading = vestige_runner.read(MODEL, [one], [arm, policy("snapkv")])
+    (shared,) = vestige_runner.run(MODEL, [one], arm, reading=reading)
     assert (alone.replies, alone.held, alone.kv_bytes) == (shared.replies, shared.held, shared.kv_bytes)
-    (plain,) = ours.run(MODEL, [one], policy("knorm"), reading=ours.read(MODEL, [one], [policy("knorm"), arm]))
+    (plain,) = vestige_runner.run(
+        MODEL, [one], policy("knorm"), reading=vestige_runner.read(MODEL, [one], [policy("knorm"), arm])
+    )
     assert plain.kv_bytes < shared.kv_bytes, "a fork takes no side arrays of others along"
 
 
@@ -314,8 +323,8 @@ def test_a_policy_that_prepares_does_so_on_a_fork_too():
             prepared.append((cache.held, ids.shape))
 
     one, arm = job(turn(60)), Plans(budget=Budget.tokens(15), **SMALL)
-    (alone,) = ours.run(MODEL, [one], arm)
-    (shared,) = ours.run(MODEL, [one], arm, reading=ours.read(MODEL, [one], [arm]))
+    (alone,) = vestige_runner.run(MODEL, [one], arm)
+    (shared,) = vestige_runner.run(MODEL, [one], arm, reading=vestige_runner.read(MODEL, [one], [arm]))
     assert alone.replies == shared.replies and alone.held == shared.held
     assert prepared == [(60 * ROWS, (1, 60))] * 2
 
@@ -329,10 +338,10 @@ def test_one_preparation_serves_every_budget_and_is_charged_to_each():
             super().prepare(model, cache, ids)
 
     one, arms = job(turn(60)), [Plans(budget=Budget.tokens(n), request=(5,), **SMALL) for n in (15, 25)]
-    alone = [ours.run(MODEL, [one], arm)[0] for arm in arms]
+    alone = [vestige_runner.run(MODEL, [one], arm)[0] for arm in arms]
     assert len(calls) == 2
-    reading = ours.read(MODEL, [one], arms)
-    shared = [ours.run(MODEL, [one], arm, reading=reading)[0] for arm in arms]
+    reading = vestige_runner.read(MODEL, [one], arms)
+    shared = [vestige_runner.run(MODEL, [one], arm, reading=reading)[0] for arm in arms]
     assert len(calls) == 3
     for single, common in zip(alone, shared, strict=True):
         assert (single.replies, single.held, single.kept) == (common.replies, common.held, common.kept)
@@ -370,7 +379,7 @@ def test_a_dialogue_is_the_one_built_by_hand(name, budget, chunk):
     arm = policy(name, Budget.fraction(budget) if isinstance(budget, float) else budget and Budget.tokens(budget))
     talk = job(*TALK)
     replies, reports = talk_by_hand(talk, arm, chunk or 500)
-    (outcome,) = ours.run(MODEL, [talk], arm, chunk=chunk)
+    (outcome,) = vestige_runner.run(MODEL, [talk], arm, chunk=chunk)
     assert outcome.replies == tuple(replies)
     # 60 + 5 + 7 + 20 + 4 + 4 + 25, every token of every reply read
     assert outcome.seen == reports[-1].seen[0] == 125
@@ -378,17 +387,17 @@ def test_a_dialogue_is_the_one_built_by_hand(name, budget, chunk):
         reports[-1].held, reports[-1].kv_bytes, reports[-1].full_kv_bytes,
     )  # fmt: skip
     if chunk is None:
-        (shared,) = ours.run(MODEL, [talk], arm, reading=ours.read(MODEL, [talk], [arm]))
+        (shared,) = vestige_runner.run(MODEL, [talk], arm, reading=vestige_runner.read(MODEL, [talk], [arm]))
         assert (shared.replies, shared.held) == (outcome.replies, outcome.held)
 
 
 def test_the_token_that_ended_a_reply_is_not_read_again():
-    (free,) = ours.run(MODEL, [job(*TALK)], policy("snapkv"))
+    (free,) = vestige_runner.run(MODEL, [job(*TALK)], policy("snapkv"))
     stop = free.replies[0][3]
     at = free.replies[0].index(stop) + 1
     talk = job(*TALK, stop=(stop,))
     replies, reports = talk_by_hand(talk, policy("snapkv"))
-    (outcome,) = ours.run(MODEL, [talk], policy("snapkv"))
+    (outcome,) = vestige_runner.run(MODEL, [talk], policy("snapkv"))
     assert outcome.replies == tuple(replies) and outcome.replies[0] == free.replies[0][:at]
     assert outcome.seen == reports[-1].seen[0]
     unread = sum(reply[-1] == stop for reply in replies[:2])  # the ids of stopped replies but the last of each
@@ -399,16 +408,16 @@ def test_the_token_that_ended_a_reply_is_not_read_again():
 @pytest.mark.parametrize(("name", "share"), [("snapkv", "head"), ("keydiff", "model"), ("retention", "model")])
 def test_every_turn_is_evicted_down_to_the_budget(name, share):
     talks = [job(*TALK[:turns]) for turns in (1, 2, 3)]
-    tokens = [ours.run(MODEL, [talk], policy(name, share=share))[0].held for talk in talks]
+    tokens = [vestige_runner.run(MODEL, [talk], policy(name, share=share))[0].held for talk in talks]
     assert tokens == [15 * ROWS] * 3
     fraction = policy(name, Budget.fraction(0.25), share=share)
-    held = [ours.run(MODEL, [talk], fraction)[0].held for talk in talks]
+    held = [vestige_runner.run(MODEL, [talk], fraction)[0].held for talk in talks]
     # a quarter of what was seen and is announced: 60 + 5, 65 + 7 + 20 + 4, 96 + 4 + 25 + 6
     assert held == [16 * ROWS, 24 * ROWS, 32 * ROWS]
 
 
 def test_times_of_a_dialogue_add_up_over_its_turns():
-    (one,) = ours.run(MODEL, [job(*TALK[:1])], policy("snapkv"))
-    (three,) = ours.run(MODEL, [job(*TALK)], policy("snapkv"))
+    (one,) = vestige_runner.run(MODEL, [job(*TALK[:1])], policy("snapkv"))
+    (three,) = vestige_runner.run(MODEL, [job(*TALK)], policy("snapkv"))
     assert len(three.replies) == 3 and three.prefill_s >= three.evict_s > 0
     assert three.peak_kv_bytes >= one.kv_bytes

@@ -13,12 +13,12 @@ import torch
 from transformers import DynamicCache
 
 from vestige import InputError, attach
-from vestige.bench import peers
-from vestige.bench.job import Job, Outcome, TurnIds
-from vestige.bench.kvpress_worker import match, ratio_for
-from vestige.bench.peers import PeerError, open_peer, presses
-from vestige.bench.peers.names import parse
-from vestige.bench.weigh import Scales, storage_bytes
+from vestige.bench.methods import peers
+from vestige.bench.methods.conversation import Job, Outcome, TurnIds
+from vestige.bench.methods.kvpress_worker import match, ratio_for
+from vestige.bench.methods.peers import PeerError, open_peer, presses
+from vestige.bench.methods.peers.names import parse
+from vestige.bench.metrics.byte_meter import Scales, storage_bytes
 from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
 from vestige.utils import options
@@ -358,7 +358,7 @@ needs_quanto = pytest.mark.skipif(
 
 @needs_quanto
 def test_a_quantised_cache_is_smaller_and_weighed_with_its_scales():
-    from vestige.bench.peers.caches import CachePeer
+    from vestige.bench.methods.peers.caches import CachePeer
 
     model, sizes = tiny("llama"), {}
     (context,) = text(model, 128)

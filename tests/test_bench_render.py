@@ -5,8 +5,8 @@ import copy
 import pytest
 from transformers import AutoTokenizer
 
-from vestige.bench.render import Renderer
 from vestige.bench.sample import Turn
+from vestige.bench.tokenization import Renderer
 from vestige.text.chat_template import Frame
 
 TURNS = (

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import vestige
-from vestige.bench import facts
-from vestige.bench.rows import aggregate, interval
+from vestige.bench.results import provenance
+from vestige.bench.results.aggregate import aggregate, interval
 
 ARM = {"policy": "snapkv", "share": "head", "memory": "none", "budget": "0.25", "peer": None}
 FACTS = {"model": "tiny", "split": "dev", "seed": 0, "batch": 1}
@@ -138,13 +138,13 @@ def test_a_revision_is_dirty_where_the_code_was_changed(monkeypatch, changed, fo
             assert words[-1] == str(Path(vestige.__file__).parent)  # results that are being made do not count
         return {"ls-files": "facts.py", "status": changed, "rev-parse": "abc"}[words[0]]
 
-    monkeypatch.setattr(facts, "_git", git)
-    assert facts.revision() == found
+    monkeypatch.setattr(provenance, "_git", git)
+    assert provenance.revision() == found
 
 
 def test_code_outside_of_a_checkout_has_no_revision(monkeypatch):
-    monkeypatch.setattr(facts, "__file__", "/")
-    assert facts.revision() is None
+    monkeypatch.setattr(provenance, "__file__", "/")
+    assert provenance.revision() is None
 
 
 def test_the_revision_names_every_one_that_took_part():

@@ -11,9 +11,10 @@ import pytest
 
 from vestige import InputError
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import Order, make, needles
+from vestige.bench.tasks import Order, make
 from vestige.bench.tasks.fitting import largest
-from vestige.bench.tasks.ruler import PARTS
+from vestige.bench.tasks.ruler import needles
+from vestige.bench.tasks.ruler.suite import PARTS
 
 pytest.importorskip("wonderwords")
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from vestige import InputError
-from vestige.bench import ours
-from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.job import Job, Outcome
-from vestige.bench.peers import Peer, PeerError
-from vestige.bench.render import Renderer
-from vestige.bench.run import bench
+from vestige.bench.methods import vestige_runner
+from vestige.bench.methods.conversation import Job, Outcome
+from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.peers import Peer, PeerError
+from vestige.bench.runner import bench
 from vestige.bench.sample import Turn
+from vestige.bench.tokenization import Renderer
 
 PRESS = "kvpress:SnapKVPress"
 CLOCKS = {"prefill_s", "evict_s", "decode_ms"}
@@ -73,13 +73,13 @@ CASES = [case(n) for n in (3, 40)]
 def ran(monkeypatch) -> Counter[tuple[str, int]]:
     """Count what our arms run, by policy and the first context's length."""
     counted: Counter[tuple[str, int]] = Counter()
-    original = ours.run
+    original = vestige_runner.run
 
     def counting(model: Any, jobs: Any, policy: Any, **options: Any) -> list[Outcome]:
         counted.update((type(policy).__name__, hash(job.turns)) for job in jobs)
         return original(model, jobs, policy, **options)
 
-    monkeypatch.setattr(ours, "run", counting)
+    monkeypatch.setattr(vestige_runner, "run", counting)
     return counted
 
 
@@ -107,7 +107,7 @@ class FakePeer(Peer):
 @pytest.fixture
 def peer(monkeypatch) -> FakePeer:
     fake = FakePeer()
-    monkeypatch.setattr("vestige.bench.run.peers.open_peer", lambda name, **options: fake)
+    monkeypatch.setattr("vestige.bench.runner.peers.open_peer", lambda name, **options: fake)
     return fake
 
 
@@ -303,7 +303,7 @@ def test_a_sample_too_short_for_a_budget_does_not_take_its_batch_along(measure, 
 @pytest.mark.parametrize("error", [PeerError("it hung"), InputError("kvpress is not installed")])
 def test_a_peer_that_fails_is_a_row_and_the_others_finish(measure, monkeypatch, error):
     fake = FakePeer(lambda call: error)
-    monkeypatch.setattr("vestige.bench.run.peers.open_peer", lambda name, **options: fake)
+    monkeypatch.setattr("vestige.bench.runner.peers.open_peer", lambda name, **options: fake)
     rows = measure(CASES, Arm(policy=PRESS, budget="40", peer=PRESS), FULL)
     assert [(row["policy"], row["n"], row.get("error")) for row in rows] == [("full", 2, None), (PRESS, 0, str(error))]
     assert len(fake.jobs) == 1 and fake.closed == 1  # it is not asked again for this task
@@ -313,7 +313,7 @@ def test_a_peer_that_cannot_be_opened_is_a_row(measure, monkeypatch):
     def refuse(name: str, **options: Any) -> None:
         raise InputError("kvpress is not installed: run `make peers`")
 
-    monkeypatch.setattr("vestige.bench.run.peers.open_peer", refuse)
+    monkeypatch.setattr("vestige.bench.runner.peers.open_peer", refuse)
     rows = measure(CASES[:1], FULL, Arm(policy=PRESS, budget="40", peer=PRESS))
     assert rows[1]["error"].endswith("run `make peers`") and rows[0]["n"] == 1
 
@@ -366,7 +366,7 @@ def test_one_prefill_serves_every_policy_and_budget(measure, chatter, monkeypatc
 
 
 def test_chunks_shorter_than_the_context_are_read_for_each_arm(measure, ran, monkeypatch):
-    monkeypatch.setattr(ours, "read", lambda *_: pytest.fail("a shared reading cannot evict between chunks"))
+    monkeypatch.setattr(vestige_runner, "read", lambda *_: pytest.fail("a shared reading cannot evict between chunks"))
     rows = measure(CASES[:1], FULL, SNAP, chunk=32)
     assert [row["chunk"] for row in rows] == [32, 32] and rows[1]["peak_kv_bytes"] < rows[0]["peak_kv_bytes"]
 
@@ -387,7 +387,7 @@ def test_a_case_beyond_the_positions_is_refused_before_anything_is_made(measure,
 
 
 def test_a_full_disk_keeps_what_is_finished_and_says_how_to_go_on(measure, out, monkeypatch):
-    from vestige.bench import store
+    from vestige.bench.results import store
 
     append, replaced = store.Store.append, store.os.replace
     full = []

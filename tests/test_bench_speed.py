@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from vestige.bench import peers
 from vestige.bench import speed as speeds
+from vestige.bench.methods import peers
 from vestige.bench.speed import SpeedConfig, speed
 from vestige.errors import InputError, PolicyError
 from vestige.testing import tiny

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from vestige import InputError
-from vestige.bench import store as stores
-from vestige.bench.store import Store, check_folder
+from vestige.bench.results import store as stores
+from vestige.bench.results.store import Store, check_folder
 
 ARM = {"policy": "snapkv", "share": "head", "memory": "none", "budget": "0.25", "peer": None}
 BOOKS = {"model": "tiny", "split": "dev", "chunk": None, "seed": 0}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vestige.bench.erase import stories, tasks
+from vestige.bench.erasing import stories, tasks
 from vestige.bench.tasks import Order
 from vestige.learn import vocabulary
 from vestige.learn.erasing.facts import KINDS, facts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vestige.bench import sources, tasks
-from vestige.bench.erase import stories
+from vestige.bench.erasing import stories
 from vestige.bench.tasks import SPLITS, Order
 from vestige.learn import vocabulary
 from vestige.learn.tales import tale as tales

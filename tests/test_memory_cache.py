@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige import Budget, BudgetError, CacheFileError, KVCache, PolicyError, Span, attach, memory, policies, prefill
-from vestige.bench import ours
-from vestige.bench.job import Job, TurnIds
+from vestige.bench.methods import vestige_runner
+from vestige.bench.methods.conversation import Job, TurnIds
 from vestige.kernels.merge import Partial
 from vestige.memory import MEMORIES, Centroids, Moments
 from vestige.memory.base import Asked, Evicted, Forgotten, Memory, State, log_count
@@ -439,8 +439,10 @@ def test_an_arm_on_a_shared_reading_is_its_own_prefill(one):
     job = Job(turns=(TurnIds(context=tuple(ids[:60]), question=tuple(ids[60:]), max_new_tokens=6),), stop=())
     chosen = policy("snapkv")
     with torch.no_grad(), attach(LLAMA):
-        reading = ours.read(LLAMA, [job], [chosen])
-        shared, own = (ours.run(LLAMA, [job], chosen, memory=one, reading=given)[0] for given in (reading, None))
+        reading = vestige_runner.read(LLAMA, [job], [chosen])
+        shared, own = (
+            vestige_runner.run(LLAMA, [job], chosen, memory=one, reading=given)[0] for given in (reading, None)
+        )
         direct = KVCache(LLAMA, chosen, memory=one)
         prefill(LLAMA, torch.tensor([job.turns[0].context]), direct, chunk=100)
     assert shared.replies == own.replies and shared.kv_bytes == own.kv_bytes == direct.report().kv_bytes

@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 
-from vestige.bench import ours
 from vestige.bench.config import BenchConfig
-from vestige.bench.erase.rows import aggregate
-from vestige.bench.erase.tasks import TASKS
-from vestige.bench.rows import Record
+from vestige.bench.erasing.aggregate import aggregate
+from vestige.bench.erasing.tasks import TASKS
+from vestige.bench.methods import vestige_runner
+from vestige.bench.results.aggregate import Record
 from vestige.erasers import ERASERS
 from vestige.policies import POLICIES
 from vestige.recipes import (
@@ -347,7 +347,9 @@ def test_gates_are_compared_once_they_are_done(tmp_path):
     assert {(arm.share, arm.budget) for arm in run.arms[1:]} == {
         (share, budget) for share in ("model", "head") for budget in ablations.BUDGETS
     }
-    assert len({ours.company(arm.make_policy(seed=0)) for arm in run.arms}) == 3  # no gates read what others wrote
+    assert (
+        len({vestige_runner.company(arm.make_policy(seed=0)) for arm in run.arms}) == 3
+    )  # no gates read what others wrote
 
 
 # Dilution.

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vestige import KVCache, attach, memory, policies, prefill
-from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import MEANS, MEDIANS, aggregate
+from vestige.bench.methods.method import cross
+from vestige.bench.results.aggregate import MEANS, MEDIANS, aggregate
 from vestige.budget import Budget
 from vestige.recipes import equal, indexmem, restored, standing
 from vestige.testing import random_ids, tiny

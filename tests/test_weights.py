@@ -8,9 +8,9 @@ import torch
 
 from conftest import random_gates, random_latent
 from vestige import Budget, CacheFileError, InputError, KVCache, attach, memory, policies, prefill
-from vestige.bench.arms import Arm
 from vestige.bench.config import BenchConfig
-from vestige.bench.run import bench
+from vestige.bench.methods.method import Arm
+from vestige.bench.runner import bench
 from vestige.cache import serialization
 from vestige.nn import pretrained
 from vestige.testing import random_ids, tiny

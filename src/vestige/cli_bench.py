@@ -105,10 +105,10 @@ def tasks(
 ) -> None:
     """Put every sample of the tasks through every method and peer: accuracy, bytes and milliseconds side by side."""
     from vestige import show
-    from vestige.bench.arms import cross
     from vestige.bench.config import BenchConfig
-    from vestige.bench.run import bench as job
-    from vestige.bench.store import check_folder
+    from vestige.bench.methods.method import cross
+    from vestige.bench.results.store import check_folder
+    from vestige.bench.runner import bench as job
     from vestige.models.loading import load
 
     names, cases = _tasks_and_cases(task)
@@ -167,9 +167,9 @@ def speed(
 ) -> None:
     """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
     from vestige import show
+    from vestige.bench.results.store import check_folder, keep_speed
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
-    from vestige.bench.store import check_folder, keep_speed
     from vestige.models.loading import load
 
     config = SpeedConfig(
@@ -233,9 +233,9 @@ def erase(
 ) -> None:
     """Take passages out of caches by every method and ask: is the answer that of a text which never had them?"""
     from vestige import show
-    from vestige.bench.erase.config import EraseBenchConfig
-    from vestige.bench.erase.run import bench_erase as job
-    from vestige.bench.store import check_folder
+    from vestige.bench.erasing.config import EraseBenchConfig
+    from vestige.bench.erasing.runner import bench_erase as job
+    from vestige.bench.results.store import check_folder
     from vestige.models.loading import load
 
     config = EraseBenchConfig(
@@ -275,8 +275,8 @@ def erase_speed(
 ) -> None:
     """Time edits by length, all methods alternating: the edit, the first token behind it and decoding, apart."""
     from vestige import show
-    from vestige.bench.erase.latency import LatencyConfig, latency
-    from vestige.bench.store import check_speed_folder, keep_speed
+    from vestige.bench.erasing.latency import LatencyConfig, latency
+    from vestige.bench.results.store import check_speed_folder, keep_speed
     from vestige.models.loading import load
 
     config = LatencyConfig(

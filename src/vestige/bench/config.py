@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.bench import tasks
-from vestige.bench.arms import Arm
+from vestige.bench.methods.method import Arm
 from vestige.errors import InputError
 
 

@@ -8,10 +8,10 @@ from hashlib import sha256
 
 from vestige.bench import tasks
 from vestige.bench.config import BenchConfig
-from vestige.bench.job import Job
-from vestige.bench.metrics import METRICS
-from vestige.bench.render import Renderer
+from vestige.bench.methods.conversation import Job
+from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Sample
+from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
 from vestige.models.anatomy import check
 

@@ -17,7 +17,7 @@ class Turn:
     answer_prefix: str = ""
     """Opens the reply; not part of what is scored."""
     metric: str = "contains"
-    """A key of :data:`vestige.bench.metrics.METRICS`."""
+    """A key of :data:`vestige.bench.metrics.scores.METRICS`."""
     max_new_tokens: int = 64
     choices: tuple[str, ...] = ()
     """All classes, for metrics of classification."""

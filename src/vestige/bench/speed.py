@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from vestige import memory, policies
-from vestige.bench import peers
-from vestige.bench.facts import provenance
-from vestige.bench.job import Job, Outcome, TurnIds
+from vestige.bench.methods import peers
+from vestige.bench.methods.conversation import Job, Outcome, TurnIds
+from vestige.bench.results.provenance import provenance
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache

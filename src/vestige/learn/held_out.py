@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vestige.bench.sources import ESSAYS_SET, FEWEST_FILES, HOTPOT_SET, SQUAD_SET, reserved
-from vestige.bench.tasks.longbench_data import HUB, HUB_V2
+from vestige.bench.tasks.longbench.data import HUB, HUB_V2
 from vestige.errors import InputError
 from vestige.utils.jsonl import Entry
 

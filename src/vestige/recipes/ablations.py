@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Record, resampled
+from vestige.bench.methods.method import cross
+from vestige.bench.results.aggregate import Record, resampled
 from vestige.learn.card import CARD
 from vestige.recipes.retention import ANSWER_ROOM, MODEL
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import typer
 
-from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
+from vestige.bench.methods.method import Arm, cross
 from vestige.recipes.running import Dev, Essays, Out, benched
 
 MODEL = "smollm2-135m"

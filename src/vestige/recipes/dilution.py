@@ -14,12 +14,13 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import policies
-from vestige.bench import items, ours
+from vestige.bench import items
 from vestige.bench.config import BenchConfig
 from vestige.bench.items import Item
-from vestige.bench.metrics import METRICS
-from vestige.bench.render import Renderer
-from vestige.bench.rows import Record, Row, resampled
+from vestige.bench.methods import vestige_runner
+from vestige.bench.metrics.scores import METRICS
+from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.prefill import announce, finish
@@ -63,7 +64,7 @@ def measure(
         assert at, "a needle's value stands in its text"
         needle = torch.arange(at.start, at.stop)
         with torch.no_grad(), attach(model):
-            reading = ours.read(model, [item.job], list(made.values()))
+            reading = vestige_runner.read(model, [item.job], list(made.values()))
             score_full, reply = _answered(renderer, item, Full(), reading)
             asked = torch.tensor([[*turn.question, *reply]])
             dilution_full = 1 - share_of(attention_to(model, reading.cache, asked, needle))
@@ -87,8 +88,10 @@ def _arm(name: str, budget: str) -> dict[str, Any]:
     return {"policy": name, "share": None, "memory": "none", "budget": budget, "peer": None}
 
 
-def _answered(renderer: Renderer, item: Item, policy: Policy, reading: ours.Reading) -> tuple[float, list[int]]:
-    (outcome,) = ours.run(renderer.model, [item.job], policy, reading=reading)
+def _answered(
+    renderer: Renderer, item: Item, policy: Policy, reading: vestige_runner.Reading
+) -> tuple[float, list[int]]:
+    (outcome,) = vestige_runner.run(renderer.model, [item.job], policy, reading=reading)
     reply, turn = outcome.replies[0], item.sample.turns[0]
     return METRICS[turn.metric](renderer.text(reply), turn), [token for token in reply if token not in item.job.stop]
 
@@ -154,7 +157,7 @@ def main(
     """Measure, or go on with it, print the table, and write it with its pictures."""
     from rich.progress import track
 
-    from vestige.bench.store import Store
+    from vestige.bench.results.store import Store
     from vestige.models.loading import load
     from vestige.utils.files import write_atomically
 

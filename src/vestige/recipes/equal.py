@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from vestige import memory as memories
 from vestige import policies
-from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Record
+from vestige.bench.methods.method import Arm, cross
+from vestige.bench.results.aggregate import Record
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vestige.bench.erase.config import BOUNDS, EraseBenchConfig
-from vestige.bench.erase.tasks import TASKS
-from vestige.bench.rows import Record, Row
+from vestige.bench.erasing.config import BOUNDS, EraseBenchConfig
+from vestige.bench.erasing.tasks import TASKS
+from vestige.bench.results.aggregate import Record, Row
 from vestige.recipes.running import Dev, Essays, Out, Parts, chosen, records_of, split_of
 
 MODEL = "smollm2-135m"
@@ -53,7 +53,7 @@ def parts(essays: Path | None = None, qa: Path | None = None, split: str = "test
 def verdict(records: Iterable[Record]) -> list[Row]:
     """Return how each method does over all needles of all lengths, each sample beside its recompute; methods that were
     not run at all lengths are left out, as they had the easier samples."""
-    from vestige.bench.erase.rows import aggregate
+    from vestige.bench.erasing.aggregate import aggregate
 
     needles = [record for record in records if record["task"] in NEEDLES]
     lengths: dict[str, set[int]] = {}
@@ -129,7 +129,7 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return an SVG: what an edit takes by length, both logarithmic.
 
     Args:
-        rows: Of :func:`vestige.bench.erase.latency.latency`.
+        rows: Of :func:`vestige.bench.erasing.latency.latency`.
     """
     from vestige.bench.report.methods import Method
     from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
@@ -151,7 +151,7 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def summary(out: Path) -> None:
     """Write ``report.md`` and the pictures of all parts that have results, and the verdict on the needles."""
-    from vestige.bench.store import ROWS, SPEED
+    from vestige.bench.results.store import ROWS, SPEED
     from vestige.utils.files import write_atomically
 
     made, records = [], list[Record]()
@@ -187,7 +187,7 @@ def main(
     from rich.console import Console
 
     from vestige import show
-    from vestige.bench.erase.run import bench_erase
+    from vestige.bench.erasing.runner import bench_erase
     from vestige.models.loading import load
 
     wanted = {} if report else chosen(parts(essays, qa, split_of(dev)), part)

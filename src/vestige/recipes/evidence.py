@@ -13,9 +13,10 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import policies
-from vestige.bench import items, ours
+from vestige.bench import items
 from vestige.bench.config import BenchConfig
-from vestige.bench.render import Renderer
+from vestige.bench.methods import vestige_runner
+from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.pipelines.explain import attention_to, held_of, left_of
@@ -49,8 +50,8 @@ def measure(
         ids, answer = item.job.turns[0].context, item.sample.turns[0].answers[0]
         made = {(name, b): policies.make(name, Budget.parse(b)) for name in METHODS for b in laprox.BUDGETS}
         with torch.no_grad(), attach(model):
-            reading = ours.read(model, [item.job], list(made.values()))
-            (full,) = ours.run(model, [item.job], policies.Full(), reading=reading)
+            reading = vestige_runner.read(model, [item.job], list(made.values()))
+            (full,) = vestige_runner.run(model, [item.job], policies.Full(), reading=reading)
             reply, span = list(full.replies[0]), span_of([str(tokenizer.decode([i])) for i in ids], answer)
             if answer not in tokenizer.decode(reply) or not span:
                 continue

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from transformers import PreTrainedModel
 
-from vestige.bench.rows import Record, Row, gain
+from vestige.bench.results.aggregate import Record, Row, gain
 from vestige.cli_options import Dtype
 from vestige.recipes import equal
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of

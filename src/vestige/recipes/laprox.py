@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
+from vestige.bench.methods.method import Arm, cross
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")

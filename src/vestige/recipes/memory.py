@@ -14,9 +14,9 @@ from typing import Any
 import typer
 
 from vestige import memory
-from vestige.bench.arms import Arm, cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Record, Row, gain
+from vestige.bench.methods.method import Arm, cross
+from vestige.bench.results.aggregate import Record, Row, gain
 from vestige.recipes.running import Dev, Essays, Out, benched, records_of, split_of
 
 MODEL = "smollm2-135m"

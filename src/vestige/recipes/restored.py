@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige import memory
-from vestige.bench import items, ours
-from vestige.bench.arms import cross
+from vestige.bench import items
 from vestige.bench.config import BenchConfig
-from vestige.bench.render import Renderer
-from vestige.bench.rows import Record, Row, resampled
+from vestige.bench.methods import vestige_runner
+from vestige.bench.methods.method import cross
+from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import announce, finish
@@ -66,7 +67,7 @@ def measure(
         whole = [attended(layer, text, _all(layer, text)) for layer in layers]
         made = {arm: arm.make_policy(seed=config.seed) for arm in left}
         with torch.no_grad(), attach(model):
-            reading = ours.read(model, [item.job], list(dict.fromkeys(made.values())))
+            reading = vestige_runner.read(model, [item.job], list(dict.fromkeys(made.values())))
             for arm, policy in made.items():
                 cache = reading.ready_for(model, policy)[0].fork(policy, memory=memory.make(arm.memory))
                 announce(cache, text + len(turn.question), 1)
@@ -155,7 +156,7 @@ def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None)
     """Measure, or go on with it, print the table, and write it."""
     from rich.progress import track
 
-    from vestige.bench.store import Store
+    from vestige.bench.results.store import Store
     from vestige.models.loading import load
     from vestige.utils.files import write_atomically
 

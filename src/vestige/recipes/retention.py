@@ -13,9 +13,9 @@ from typing import Any
 import typer
 from transformers import PreTrainedModel
 
-from vestige.bench.arms import cross
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Row
+from vestige.bench.methods.method import cross
+from vestige.bench.results.aggregate import Row
 from vestige.recipes import equal
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of
 from vestige.recipes.standing import picture, table, verdict

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from vestige.bench.config import BenchConfig
-from vestige.bench.rows import Record, Row
+from vestige.bench.results.aggregate import Record, Row
 
 Out = Annotated[Path, typer.Option(help="Folder of the results; what is there is gone on with.")]
 Essays = Annotated[Path | None, typer.Option(help="A folder of text files; default: online.")]
@@ -36,7 +36,7 @@ def chosen(known: Mapping[str, _T], names: Sequence[str] | None) -> dict[str, _T
 
 def records_of(folder: Path) -> list[Record]:
     """Return what a run has finished, sample by sample; nothing if it never began."""
-    from vestige.bench.store import SAMPLES
+    from vestige.bench.results.store import SAMPLES
 
     file = folder / SAMPLES
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -58,7 +58,7 @@ def benched(
     from rich.console import Console
 
     from vestige import show
-    from vestige.bench.run import bench
+    from vestige.bench.runner import bench
     from vestige.models.loading import load
 
     network, tokenizer = load(model, dtype=dtype)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vestige.bench.report.methods import Method
-from vestige.bench.rows import Record, Row, resampled
+from vestige.bench.results.aggregate import Record, Row, resampled
 
 
 def verdict(records: Iterable[Record], ours: str, budget_of: Callable[[Record], str]) -> list[Row]:

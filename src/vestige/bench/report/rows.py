@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vestige.bench.report.methods import Method
-from vestige.bench.store import BOOKS, ROWS, SPEED
+from vestige.bench.results.store import BOOKS, ROWS, SPEED
 from vestige.errors import InputError
 
 Row: TypeAlias = dict[str, Any]

@@ -16,11 +16,11 @@ from vestige.errors import InputError, unknown
 TASKS: dict[str, str] = {
     "cases": "vestige.bench.tasks.cases:samples",
     "dialogue": "vestige.bench.tasks.dialogue:samples",
-    "longbench": "vestige.bench.tasks.longbench:samples",
-    "longbench-e": "vestige.bench.tasks.longbench:samples_e",
-    "longbench-v2": "vestige.bench.tasks.longbench:samples_v2",
-    "niah": "vestige.bench.tasks.niah:samples",
-    "ruler": "vestige.bench.tasks.ruler:samples",
+    "longbench": "vestige.bench.tasks.longbench.samples:samples",
+    "longbench-e": "vestige.bench.tasks.longbench.samples:samples_e",
+    "longbench-v2": "vestige.bench.tasks.longbench.samples:samples_v2",
+    "niah": "vestige.bench.tasks.ruler.niah:samples",
+    "ruler": "vestige.bench.tasks.ruler.suite:samples",
 }
 Split = Literal["dev", "test"]
 SPLITS: tuple[Split, ...] = ("dev", "test")

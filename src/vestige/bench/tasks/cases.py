@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vestige.bench.metrics import METRICS
+from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import Order
 from vestige.errors import InputError, unknown

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import Order
 from vestige.bench.tasks.fitting import key, largest, named_length
-from vestige.bench.tasks.needles import DEPTHS, MAX_NEW_TOKENS, NEEDLES, draw_pairs, haystack, insert, needle_text
+from vestige.bench.tasks.ruler.needles import DEPTHS, MAX_NEW_TOKENS, NEEDLES, draw_pairs, haystack, insert, needle_text
 from vestige.errors import InputError, unknown
 
 PARTS = ("retrieval", "recall")

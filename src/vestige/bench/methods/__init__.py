@@ -1,0 +1,1 @@
+"""What is compared: vestige's policies, other packages' caches and presses."""

@@ -1,0 +1,145 @@
+"""kvpress's presses, in a process of their own: it needs a transformers that vestige does not run on."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from vestige.bench.methods.conversation import Job, Outcome
+from vestige.bench.methods.peers.base import Peer, PeerError
+from vestige.bench.methods.peers.names import PeerName
+from vestige.bench.methods.peers.process import Worker
+from vestige.errors import InputError
+
+_PYTHON = "VESTIGE_PEERS_PYTHON"
+_SCRIPT = Path(__file__).parent.parent / "kvpress_worker.py"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model a worker loads, and how."""
+
+    python: str
+    folder: str
+    device: str
+    dtype: str
+    threads: int
+
+    @classmethod
+    def of(cls, home: Path | str, device: Any, dtype: Any) -> "Source":
+        """Return a source that exists: a folder, or what transformers fetched under a hub id.
+
+        Raises:
+            InputError: No peer environment, or no such model on this machine.
+        """
+        folder = Path(home) if Path(home).is_dir() else _fetched(str(home))
+        kind = str(dtype).removeprefix("torch.")
+        return cls(find_python(), str(folder.absolute()), str(device), kind, torch.get_num_threads())
+
+
+def find_python() -> str:
+    """Return the Python of the peer environment.
+
+    Raises:
+        InputError: There is none; the message says how to make it.
+    """
+    named = os.environ.get(_PYTHON)
+    inside = Path("Scripts", "python.exe") if sys.platform == "win32" else Path("bin", "python")
+    homes = (Path.cwd(), *_SCRIPT.parents[3:4])  # the repository, when run from a checkout
+    for python in [Path(named)] if named else [home / ".venv-peers" / inside for home in homes]:
+        if python.is_file():
+            return str(python.absolute())
+    raise InputError(f"kvpress is not installed: run `make peers`, or set {_PYTHON}")
+
+
+def _fetched(name: str) -> Path:
+    """Return the folder in which the hub's cache has a model."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no hub id at all
+        raise InputError(f"kvpress loads the model from a folder, and {name!r} is none") from None
+
+
+class PressPeer(Peer):
+    """A press of kvpress. Presses of one source that are open at the same time share a process."""
+
+    def __init__(self, name: PeerName, source: Source, timeout_s: float | int) -> None:
+        self.name, self.timeout_s = name, timeout_s
+        self._worker: _Shared | None = _Shared.borrow(source)
+
+    def run(self, job: Job) -> Outcome:
+        """Hold one conversation. The first context is compressed to ``job.keep``; kvpress compresses no later one.
+
+        Raises:
+            PeerError: kvpress failed, or its process did; the next job starts another.
+        """
+        answer = self._ask({"op": "run", "press": self.name.call, "job": asdict(job)})
+        try:
+            return _outcome(answer)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PeerError(f"{self.name.text} gave an answer that cannot be read: {error!r}") from None
+
+    def kept(self, ids: tuple[int, ...], keep: int) -> list[list[list[int]]]:
+        """Return the positions that stay of a context, by layer and KV head: for tests that compare them with ours."""
+        found: list[list[list[int]]] = self._ask({"op": "kept", "press": self.name.call, "ids": ids, "keep": keep})
+        return found
+
+    def close(self) -> None:
+        """Let go of the process; it ends with its last press."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.give_back()
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        if self._worker is None:
+            raise PeerError(f"{self.name.text} is closed")
+        return self._worker.worker.ask(request, timeout_s=self.timeout_s)
+
+
+class _Shared:
+    """A worker and how many presses use it."""
+
+    open: dict[Source, "_Shared"] = {}  # noqa: RUF012 - it is the one table of running workers
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.users = source, 0
+        hello = asdict(source) | {"op": "load"}
+        del hello["python"]
+        environment = {
+            "PYTHONPATH": None,
+            "PYTHONHOME": None,
+            "PYTHONSAFEPATH": "1",  # the script's neighbours must not pass for packages of the same name
+            "OMP_NUM_THREADS": str(source.threads),
+        }
+        self.worker = Worker("kvpress", [source.python, str(_SCRIPT)], hello, environment=environment)
+
+    @classmethod
+    def borrow(cls, source: Source) -> "_Shared":
+        """Return the worker of a source."""
+        shared = cls.open.setdefault(source, cls(source))
+        shared.users += 1
+        return shared
+
+    def give_back(self) -> None:
+        """End the worker with its last user."""
+        self.users -= 1
+        if self.users == 0:
+            del self.open[self.source]
+            self.worker.close()
+
+
+def _outcome(answer: Any) -> Outcome:
+    counts = ("seen", "held", "full", "kv_bytes", "peak_kv_bytes", "full_kv_bytes")
+    return Outcome(
+        replies=tuple(tuple(int(x) for x in said) for said in answer["replies"]),
+        prefill_s=float(answer["prefill_s"]),
+        evict_s=float(answer["evict_s"]),
+        decode_ms=None if answer["decode_ms"] is None else float(answer["decode_ms"]),
+        kept=tuple(tuple(int(x) for x in row) for row in answer["kept"]),
+        note=None if answer["note"] is None else str(answer["note"]),
+        **{name: int(answer[name]) for name in counts},
+    )

@@ -1,0 +1,1 @@
+"""Records of a run, how they aggregate, and where they come from."""

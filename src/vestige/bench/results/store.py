@@ -1,0 +1,197 @@
+"""A folder of results: every finished sample is a line on disk before the next one begins.
+
+``bench.json`` says what is run, ``samples.jsonl`` has the records, ``rows.json`` what they come to. An interrupted run
+goes on where it stopped; a line that a crash cut short is dropped and done again.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vestige.bench.results.aggregate import Record, Row
+from vestige.errors import InputError
+from vestige.utils.files import write_atomically
+
+BOOKS, SAMPLES, ROWS, SPEED = "bench.json", "samples.jsonl", "rows.json", "speed.json"
+ROWS_EVERY_S = 60.0
+"""Rows are written as often as this, so that one can look at a run under way."""
+
+T = TypeVar("T")
+
+
+class Store:
+    """Records of one run.
+
+    Args:
+        folder: Made if it is not there.
+        books: What must be the same when a run goes on: model, split, seed, ... JSON values.
+        resume: Go on in a folder that has records.
+
+    Raises:
+        InputError: The folder is not empty and ``resume`` is false, was begun with other settings, is damaged, or
+            cannot be written.
+    """
+
+    def __init__(self, folder: Path, books: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.folder = folder
+        self.records: dict[str, Record] = {}
+        check_folder(folder, resume=resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / BOOKS).exists():
+                self._check_books(dict(books))
+            write_atomically(folder / BOOKS, json.dumps(books, indent=1) + "\n")
+            self._read()
+            self.file = (folder / SAMPLES).open("ab", buffering=0)  # a full disk must be known at once
+        except OSError as error:
+            raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
+
+    def has(self, task: str, length: int, index: int, arm: Mapping[str, Any]) -> Record | None:
+        """Return the record of a sample and arm, or None if it is still to do."""
+        return self.records.get(_key(task, length, index, arm))
+
+    def known(
+        self, task: str, length: int, index: int, arm: Mapping[str, Any], digest: str, weights: str = ""
+    ) -> Record | None:
+        """Return the record of a sample and arm, or None if it is still to do.
+
+        Raises:
+            InputError: It was made from other data than those of this digest, or with other trained weights.
+        """
+        record = self.has(task, length, index, arm)
+        if record is not None and record["digest"] != digest:
+            raise InputError(
+                f"sample {index} of {task} in {self.folder} was made from another text "
+                "or other answers; the data have changed: name a new --out"
+            )
+        if record is not None and record.get("trained", weights) != weights:
+            raise InputError(
+                f"sample {index} of {task} in {self.folder} was made with other trained weights of {arm['policy']}; "
+                "name a new --out"
+            )
+        return record
+
+    def append(self, record: Record) -> None:
+        """Write a record; it is there completely or not at all.
+
+        Raises:
+            InputError: The disk is full or cannot be written. What was finished before stays.
+        """
+        line, end = (json.dumps(record, ensure_ascii=False) + "\n").encode(), self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a device cannot be cut, and has no half line to lose
+                self.file.truncate(end)
+            raise InputError(
+                f"cannot write results to {self.folder}: {error.strerror}; "
+                f"{len(self.records)} finished samples are kept, go on with --resume"
+            ) from None
+        self.records[_key_of(record)] = json.loads(line)  # as a resumed run would find it
+
+    def finish(self, rows: list[Row], command: str | None = None) -> None:
+        """Write the rows, and the command that remakes them.
+
+        Raises:
+            InputError: They cannot be written.
+        """
+        try:
+            books = {"rows": rows} if command is None else {"command": command, "rows": rows}
+            write_atomically(self.folder / ROWS, json.dumps(books) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder / ROWS}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Close the file of records."""
+        self.file.close()
+
+    def _check_books(self, books: dict[str, Any]) -> None:
+        path = self.folder / BOOKS
+        try:
+            begun = json.loads(path.read_text())
+            assert isinstance(begun, dict)
+        except (ValueError, AssertionError):
+            raise InputError(f"{path} is damaged: it is not a JSON object; name a new --out") from None
+        for name in books:
+            if begun.get(name) != books[name]:
+                raise InputError(
+                    f"{self.folder} was begun with {name} {begun.get(name)!r}, not {books[name]!r}; name a new --out"
+                )
+
+    def _read(self) -> None:
+        path = self.folder / SAMPLES
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))  # the line under way when the last run was killed
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self.records[_key_of(record)] = record
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(f"{path} is damaged: line {number} is not a record") from None
+
+
+def run_all(items: Iterable[T], run: Callable[[T], None], write: Callable[[], list[Row]]) -> list[Row]:
+    """Run all items and return the rows; they are written now and then, and at the end, however it comes."""
+    written = time.monotonic()
+    try:
+        for item in items:
+            run(item)
+            if time.monotonic() - written > ROWS_EVERY_S:
+                write()
+                written = time.monotonic()
+    except BaseException:
+        with contextlib.suppress(InputError):  # the disk may be full; what went wrong first is what counts
+            write()
+        raise
+    return write()
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Raise an InputError if results cannot go there: before a model is loaded."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; name a folder for --out")
+        empty = not folder.exists() or not any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
+    if not empty and not resume:
+        raise InputError(f"{folder} exists and is not empty; name a new folder for --out, or go on with --resume")
+    if not empty and not (folder / BOOKS).exists():
+        raise InputError(f"{folder} has no results to go on with: no {BOOKS}")
+
+
+def check_speed_folder(folder: Path) -> None:
+    """Raise an InputError if a folder has the rows of a speed run already, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    if (folder / SPEED).exists():
+        raise InputError(f"{folder / SPEED} exists; name another --out, or remove it")
+
+
+def keep_speed(folder: Path, rows: list[Row]) -> None:
+    """Write the rows of a speed run to a folder, which is made if it is not there.
+
+    Raises:
+        InputError: They cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / SPEED, json.dumps({"rows": rows}, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
+
+
+def _key(task: str, length: int, index: int, arm: Mapping[str, Any]) -> str:
+    return json.dumps([task, length, index, *(arm[name] for name in ("policy", "share", "memory", "budget", "peer"))])
+
+
+def _key_of(record: Record) -> str:
+    return _key(record["task"], record["length"], record["index"], record["arm"])

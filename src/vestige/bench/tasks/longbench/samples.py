@@ -1,0 +1,215 @@
+"""LongBench: real documents of 21 data sets, its variant by length (-E), and v2 with multiple choice.
+
+Source: arXiv 2308.14508 and 2412.15204; metrics and reply limits are theirs. Differs: prompts (see
+:mod:`vestige.bench.tasks.longbench.prompts`); few-shot and code tasks get the model's chat text too; and a
+conversation that is too long loses characters out of the middle of its document, where the original cuts tokens out of
+the middle of the whole prompt: the instructions stay whole, and reply and chat text count.
+
+Splits: the samples of one data set take turns, dev first. Of local files only the second half is used: the first may
+be somebody's training text.
+"""
+
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vestige.bench.sample import Sample, Turn
+from vestige.bench.tasks import SPLITS, Order
+from vestige.bench.tasks.longbench import prompts as prompts
+from vestige.bench.tasks.longbench.data import HUB, HUB_V2, of_hub, of_path, of_path_v2
+from vestige.errors import InputError, unknown
+from vestige.utils.jsonl import Entry
+
+Tags = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """How the replies to one data set are scored, and how long they can be."""
+
+    metric: str
+    max_new_tokens: int
+
+
+DATASETS: dict[str, Dataset] = {
+    "narrativeqa": Dataset("f1", 128),
+    "qasper": Dataset("f1", 128),
+    "multifieldqa_en": Dataset("f1", 64),
+    "multifieldqa_zh": Dataset("f1_zh", 64),
+    "hotpotqa": Dataset("f1", 32),
+    "2wikimqa": Dataset("f1", 32),
+    "musique": Dataset("f1", 32),
+    "dureader": Dataset("rouge_l_zh", 128),
+    "gov_report": Dataset("rouge_l", 512),
+    "qmsum": Dataset("rouge_l", 512),
+    "multi_news": Dataset("rouge_l", 512),
+    "vcsum": Dataset("rouge_l_zh", 512),
+    "trec": Dataset("classification_first_line", 64),
+    "triviaqa": Dataset("f1_first_line", 32),
+    "samsum": Dataset("rouge_l_first_line", 128),
+    "lsht": Dataset("classification_first_line", 64),
+    "passage_count": Dataset("count", 32),
+    "passage_retrieval_en": Dataset("retrieval", 32),
+    "passage_retrieval_zh": Dataset("retrieval_zh", 32),
+    "lcc": Dataset("code_similarity", 64),
+    "repobench-p": Dataset("code_similarity", 64),
+}
+DATASETS_E = (
+    *("qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum"),
+    *("passage_count", "passage_retrieval_en", "lcc", "repobench-p"),
+)
+V2 = Dataset("choice", 128)
+
+
+def samples(order: Order) -> list[Sample]:
+    """Return samples of LongBench's data sets, or of one of them.
+
+    Raises:
+        InputError: No such data set, or data or prompts are missing or malformed; it says where.
+    """
+    return _of_datasets(order, "longbench", tuple(DATASETS), "", lambda _: {})
+
+
+def samples_e(order: Order) -> list[Sample]:
+    """Return samples of LongBench-E, tagged with the ``bucket`` of their length: 0-4k, 4-8k or 8k+.
+
+    The length is the data's own, in words, or characters of Chinese.
+
+    Raises:
+        InputError: As for :func:`samples`.
+    """
+    return _of_datasets(order, "longbench-e", DATASETS_E, "_e", lambda entry: {"bucket": _bucket(entry)})
+
+
+def samples_v2(order: Order) -> list[Sample]:
+    """Return samples of LongBench v2, tagged with ``difficulty``, ``domain`` and ``length_class``.
+
+    Raises:
+        InputError: It has no parts; otherwise as for :func:`samples`.
+    """
+    if order.part is not None:
+        raise InputError(f"longbench-v2 has no parts, got longbench-v2/{order.part}")
+    given = prompts.read(order.prompts)
+    entries = of_path_v2(order.file) if order.file is not None else of_hub(HUB_V2, None, "train")
+    places = chosen(len(entries), order, first=0, name="longbench-v2")
+    asked = [_sample(order, "longbench-v2", place, entries[place], given, _tags_v2) for place in places]
+    return _of_one_length(order, asked)
+
+
+def _of_datasets(
+    order: Order, task: str, known: tuple[str, ...], suffix: str, tags: Callable[[Entry], Tags]
+) -> list[Sample]:
+    if order.part is not None and order.part not in known:
+        raise InputError(unknown(f"data set of {task}", order.part, known))
+    given = prompts.read(order.prompts)
+    if order.file is not None:
+        found = of_path(order.file, suffix, known, order.part)
+    else:
+        wanted = known if order.part is None else (order.part,)
+        found = {name: of_hub(HUB, f"{name}{suffix}", "test") for name in wanted}
+    made: list[Sample] = []
+    for name, entries in sorted(found.items()):
+        first = 0 if order.file is None else (len(entries) + 1) // 2
+        places = chosen(len(entries), order, first=first, name=f"{task}/{name}")
+        asked = [_sample(order, f"{task}/{name}", place, entries[place], given, tags) for place in places]
+        made += _of_one_length(order, asked)
+    return made
+
+
+def _sample(
+    order: Order,
+    row: str,
+    place: int,
+    entry: Entry,
+    given: Mapping[str, prompts.Prompt],
+    tags: Callable[[Entry], Tags],
+) -> Sample:
+    dataset = row.rpartition("/")[2]
+    prompt, origin = prompts.choose(dataset, entry, given)
+    turn = _turn(order, DATASETS.get(dataset, V2), prompt, entry)
+    return Sample(task=row, index=place, length=0, turns=(turn,), tags={"prompts": origin} | tags(entry))
+
+
+def _of_one_length(order: Order, samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples of a row with the order's length, or else that of the longest of them."""
+    length = order.length or max(order.measure(sample.turns) for sample in samples)
+    return [replace(sample, length=length) for sample in samples]
+
+
+def chosen(count: int, order: Order, *, first: int, name: str) -> list[int]:
+    """Return the places of the samples that an order gets of a data set, ascending.
+
+    Even places are dev, odd ones test; if fewer are wanted than there are, the seed says which.
+
+    Args:
+        count: Samples that the data set has.
+        order: What is wanted.
+        first: Places below this one are not used.
+        name: The row, which the choice depends on too.
+
+    Raises:
+        InputError: The split has none.
+    """
+    places = [place for place in range(first, count) if place % 2 == SPLITS.index(order.split)]
+    if not places:
+        raise InputError(
+            f"{name} has no {order.split} samples: there are {count}, and those from {first} on take turns"
+        )
+    random.Random(f"{order.seed}/{name}").shuffle(places)
+    return sorted(places[: order.samples])
+
+
+def _turn(order: Order, dataset: Dataset, prompt: prompts.Prompt, entry: Entry) -> Turn:
+    """Return what is asked about a sample, its document cut so that it fits the order's length."""
+    answers = _letter(entry) if dataset.metric == "choice" else entry.texts("answers")
+    document = entry.text("context")
+    turn = Turn(
+        context=prompts.fill(prompt.context, entry),
+        question=prompts.fill(prompt.question, entry),
+        answers=answers,
+        answer_prefix=prompts.fill(prompt.answer_prefix, entry),
+        metric=dataset.metric,
+        max_new_tokens=order.reply_limit(answers, prompt.max_new_tokens or dataset.max_new_tokens),
+        choices=entry.texts("all_classes") if dataset.metric.startswith("classification") else (),
+    )
+    if order.length is None or order.measure((turn,)) <= order.length:
+        return turn
+
+    def shortened(kept: int) -> Turn:
+        return replace(turn, context=prompts.fill(prompt.context, entry, context=ends(document, kept)))
+
+    kept = most(len(document), lambda kept: order.measure((shortened(kept),)) <= (order.length or 0))
+    if kept is None:
+        least = order.measure((shortened(0),))
+        raise entry.error(f"prompt, question and reply alone are {least} tokens, but --length is {order.length}")
+    return shortened(kept)
+
+
+def ends(text: str, kept: int) -> str:
+    """Return the first and the last half of so many characters of a text, the middle cut out; the first has the odd."""
+    head = (kept + 1) // 2
+    return text[:head] + text[len(text) - (kept - head) :]
+
+
+def most(whole: int, fits: Callable[[int], bool]) -> int | None:
+    """Return the largest number below ``whole`` that fits, while the next does not; None if not even 0 fits."""
+    kept = bisect_left(range(whole), True, key=lambda kept: not fits(kept)) - 1
+    return kept if kept >= 0 else None
+
+
+def _letter(entry: Entry) -> tuple[str]:
+    letter = entry.text("answer")
+    if letter not in ("A", "B", "C", "D"):
+        raise entry.error(f"'answer' is not A, B, C or D but {letter[:20]!r}")
+    return (letter,)
+
+
+def _bucket(entry: Entry) -> str:
+    length = entry.number("length")
+    return "0-4k" if length < 4000 else "4-8k" if length < 8000 else "8k+"
+
+
+def _tags_v2(entry: Entry) -> Tags:
+    names = {"difficulty": "difficulty", "domain": "domain", "length_class": "length"}
+    return {tag: entry.text(column) for tag, column in names.items() if entry.has(column)}
