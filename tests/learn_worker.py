@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vestige.learn import LoopConfig, Outcome, processes, train
+from vestige.training import LoopConfig, Outcome, processes, train
 
 CONFIG = LoopConfig(steps=12, batch=4, lr=0.05, warmup=3, validate_every=4, save_every=3, seed=5)
 SAMPLES = 10

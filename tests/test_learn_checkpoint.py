@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from learn_worker import CONFIG, Points, run, trained
 from vestige import InputError
-from vestige.learn import checkpoint as checkpoints
-from vestige.learn.checkpoint import Checkpoints, State
-from vestige.learn.metrics import Metrics, read
+from vestige.training import checkpoint as checkpoints
+from vestige.training.checkpoint import Checkpoints, State
+from vestige.training.metrics import Metrics, read
 
 
 def state(step: int, **changes) -> State:

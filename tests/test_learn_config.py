@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vestige import InputError, learn
-from vestige.learn import LoopConfig, generator_of, seed_of
-from vestige.learn.order import sample_at
+from vestige import InputError, training
+from vestige.training import LoopConfig, generator_of, seed_of
+from vestige.training.sampler import sample_at
 
 
 def rates(**options) -> list[float]:
@@ -93,6 +93,6 @@ def test_seeds_differ_by_what_they_are_for_and_fit_torch():
 
 
 def test_every_name_that_the_package_offers_is_there_and_others_are_not():
-    assert all(getattr(learn, name).__name__ == name for name in learn.__all__)
-    with pytest.raises(AttributeError, match="module 'vestige.learn' has no attribute 'trian'"):
-        learn.trian  # noqa: B018
+    assert all(getattr(training, name).__name__ == name for name in training.__all__)
+    with pytest.raises(AttributeError, match="module 'vestige.training' has no attribute 'trian'"):
+        training.trian  # noqa: B018

@@ -12,8 +12,8 @@ from conftest import byte_level_tokenizer
 from vestige import InputError
 from vestige.bench import hub, sources
 from vestige.bench.tasks import Order
-from vestige.learn import Document, generator_of, lines_of, read, split, windows
-from vestige.learn import documents as module
+from vestige.training import Document, generator_of, lines_of, read, split, windows
+from vestige.training.data import documents as module
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import torch
 from vestige import InputError, KVCache, Span, attach, policies, prefill
 from vestige.erasers.erase import erase
 from vestige.erasers.learned import Learned
-from vestige.learn import Document, LoopConfig, train
-from vestige.learn.erasing import steering
-from vestige.learn.erasing.facts import facts
-from vestige.learn.erasing.samples import EraserOptions, SampleMaker, Texts
-from vestige.learn.erasing.task import EraserTask
-from vestige.learn.prose import prose_of, usable
 from vestige.nn.lora import Adapter
 from vestige.testing import random_ids, tiny
+from vestige.training import Document, LoopConfig, train
+from vestige.training.data.sentences import prose_of, usable
+from vestige.training.eraser import differentiable_cache
+from vestige.training.eraser.facts import facts
+from vestige.training.eraser.samples import EraserOptions, SampleMaker, Texts
+from vestige.training.eraser.task import EraserTask
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
 TEXTS = Texts(prose=[PROSE, PROSE[::-1]])
@@ -32,9 +32,9 @@ def test_steering_writes_what_the_eraser_writes_into_a_live_cache():
     for weight in (*adapter.down, *adapter.up):
         weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
     ids, spans = random_ids(model, 1, 40), [Span(8, 12), Span(20, 27)]
-    layers = steering.read(model, ids)
+    layers = differentiable_cache.read(model, ids)
     with torch.no_grad():
-        steered = steering.steer(model, adapter, ids, layers, spans)
+        steered = differentiable_cache.steer(model, adapter, ids, layers, spans)
     cache = KVCache(model, policies.Full())
     with torch.no_grad(), attach(model):
         prefill(model, ids, cache)
@@ -47,11 +47,11 @@ def test_steering_writes_what_the_eraser_writes_into_a_live_cache():
 def test_the_reply_is_that_of_generate(chatter):
     model, tokenizer = chatter
     ids, question = random_ids(model, 1, 30), random_ids(model, 1, 5, seed=1)
-    layers = steering.read(model, ids)
+    layers = differentiable_cache.read(model, ids)
     whole = torch.cat([ids, question], 1)
     out = model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False)
     expected = out[0, 35:].tolist()
-    said = steering.reply(model, layers, question, 6, (tokenizer.eos_token_id,))
+    said = differentiable_cache.reply(model, layers, question, 6, (tokenizer.eos_token_id,))
     end = expected.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in expected else 6
     assert said == expected[:end]
 
@@ -76,10 +76,10 @@ def test_a_sample_is_a_function_of_its_index(task):
 
 def test_an_untrained_adapter_is_as_wrong_as_the_text_with_the_passage(task):
     sample = task.maker.sample(("train", 0), task.texts, neighbours=True)
-    dirty = steering.read(task.model, sample.ids)
+    dirty = differentiable_cache.read(task.model, sample.ids)
     with torch.no_grad():
         for one, logits in task._answered(sample):
-            expected = steering.logits_over(task.model, dirty, one.fed, one.fed.shape[1])
+            expected = differentiable_cache.logits_over(task.model, dirty, one.fed, one.fed.shape[1])
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -173,7 +173,7 @@ def test_options_out_of_range_are_refused(wrong):
 def test_a_model_that_says_nothing_is_told(chatter, monkeypatch):
     maker = SampleMaker(*chatter, SMALL)
     maker.stop = (7,)
-    monkeypatch.setattr(steering, "reply", lambda *args: [7])
+    monkeypatch.setattr(differentiable_cache, "reply", lambda *args: [7])
     with pytest.raises(InputError, match="says nothing"):
         maker.sample(("x", 0), TEXTS, neighbours=False)
 
@@ -192,17 +192,17 @@ def test_when_to_stop_is_part_of_what_is_learned(chatter):
 def test_reading_on_behind_what_was_read_is_reading_it_all():
     model = tiny("llama")
     ids = random_ids(model, 1, 40)
-    whole = steering.read(model, ids)
-    rest = steering.read(model, ids[:, 25:], steering.read(model, ids[:, :25]))
+    whole = differentiable_cache.read(model, ids)
+    rest = differentiable_cache.read(model, ids[:, 25:], differentiable_cache.read(model, ids[:, :25]))
     torch.testing.assert_close(rest, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_a_reply_that_is_guessed_right_is_the_greedy_one(task):
     maker, draft = task.maker, facts(random.Random(0), PROSE)
-    layers = steering.read(maker.model, maker._ids(draft))
+    layers = differentiable_cache.read(maker.model, maker._ids(draft))
     main = draft.queries[0]
     with torch.no_grad():
-        greedy = steering.reply(maker.model, layers, maker._question(main), 4, maker.stop)
+        greedy = differentiable_cache.reply(maker.model, layers, maker._question(main), 4, maker.stop)
         answer = maker.tokenizer.decode(greedy[:3]).removeprefix(" ")
         for guess in (answer, "nothing of the kind", ""):
             said = maker._said(replace(main, answer=guess), layers)
@@ -214,10 +214,10 @@ def test_the_clean_reply_is_that_of_a_text_that_never_had_the_passage(task):
     kept = torch.ones(sample.ids.shape[1], dtype=torch.bool)
     for span in sample.spans:
         kept[span.start : span.end] = False
-    clean = steering.read(task.model, sample.ids[:, kept])
+    clean = differentiable_cache.read(task.model, sample.ids[:, kept])
     for one in sample.asked:
         with torch.no_grad():
-            logits = steering.logits_over(task.model, clean, one.fed, len(one.target))
+            logits = differentiable_cache.logits_over(task.model, clean, one.fed, len(one.target))
         torch.testing.assert_close(one.clean[-len(one.target) :], logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(logits.argmax(-1), one.target)
 
@@ -247,7 +247,7 @@ def test_a_reply_that_nothing_opens_may_be_longer(chatter):
     maker.stop = ()
     drafts = (facts(random.Random(i), PROSE) for i in range(40))
     draft = next(one for one in drafts if any(query.kind == "free" for query in one.queries))
-    layers = steering.read(maker.model, ids := maker._ids(draft))
+    layers = differentiable_cache.read(maker.model, ids := maker._ids(draft))
     made = maker._asked(draft, ids, layers, worth=False)
     lengths = {one.kind: len(one.target) for one in made.asked}
     assert lengths["free"] == 9 and lengths[draft.queries[0].kind] == SMALL.reply

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from vestige import InputError
-from vestige.learn.erasing.questions import Question, distracted, read, split
+from vestige.training.eraser.questions import Question, distracted, read, split
 
 TOWNS = ("Arlen", "Bantry", "Corsham", "Dunmore", "Elgin", "Fowey", "Goole", "Hythe")
 ASKED = [

@@ -10,11 +10,11 @@ import pytest
 
 from vestige.bench.erasing import stories, tasks
 from vestige.bench.tasks import Order
-from vestige.learn import vocabulary
-from vestige.learn.erasing.facts import KINDS, facts
-from vestige.learn.erasing.quotations import altered, neighbour
-from vestige.learn.prose import sentences
-from vestige.learn.vocabulary import RELATIONS
+from vestige.training.data import vocabulary
+from vestige.training.data.sentences import sentences
+from vestige.training.data.vocabulary import RELATIONS
+from vestige.training.eraser.facts import KINDS, facts
+from vestige.training.eraser.quotations import altered, neighbour
 
 PROSE = [f"Sentence number {i} says that the calm year {1000 + 7 * i} was good for Alice." for i in range(16)]
 OTHER = [f"Strange words {i} stand here for no reason at all, says Rupert to {i + 50} men." for i in range(6)]

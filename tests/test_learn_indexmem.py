@@ -8,17 +8,17 @@ import torch
 from conftest import random_indexer, random_latent
 from test_learn_retention import PROSE
 from vestige import Budget, InputError, KVCache, attach, prefill
-from vestige.learn import LoopConfig, train
-from vestige.learn.indexmem.foretelling import asked_for, foretelling, looked_at, looked_at_within
-from vestige.learn.indexmem.restoring import attended, chosen, remembering, restoring
-from vestige.learn.indexmem.seen import seen
-from vestige.learn.indexmem.task import IndexMemOptions, IndexMemTask, _first_reply
 from vestige.models.anatomy import check
 from vestige.nn import indexer as indexing
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Latent
 from vestige.policies import IndexMem
 from vestige.testing import attention, random_ids, tiny
+from vestige.training import LoopConfig, train
+from vestige.training.indexmem.indexer_loss import asked_for, foretelling, looked_at, looked_at_within
+from vestige.training.indexmem.memory_loss import attended, chosen, remembering, restoring
+from vestige.training.indexmem.task import IndexMemOptions, IndexMemTask, _first_reply
+from vestige.training.indexmem.teacher_trace import seen
 
 SMALL = IndexMemOptions(length=600, least=400, asked=2, window=8, seed=3)
 
@@ -52,7 +52,7 @@ def test_what_stands_behind_a_text_looks_at_what_the_model_s_attention_says(name
 
 @pytest.mark.parametrize("asking", [20, 26])
 def test_what_is_looked_at_before_a_reply_is_the_softmax_of_the_largest_products(asking, monkeypatch):
-    monkeypatch.setattr("vestige.learn.indexmem.foretelling._BLOCK", 6)
+    monkeypatch.setattr("vestige.training.indexmem.indexer_loss._BLOCK", 6)
     model = tiny("llama")
     for layer in seen(model, random_ids(model, 1, 30)):
         keys = layer.keys.repeat_interleave(2, 0)[:, :20]
@@ -93,7 +93,7 @@ def test_an_indexer_that_says_what_is_looked_at_has_nothing_to_learn(monkeypatch
     layers, indexer = seen(model, random_ids(model, 1, 30)), random_indexer(model)
     told = slice(22, 30)
     said = {id(layer): looked_at(layer, 20, told, 0).view(2, -1, 20).mean(1).clamp_min(1e-30).log() for layer in layers}
-    monkeypatch.setattr("vestige.learn.indexmem.foretelling.asked_for", lambda own, layer, *_: said[id(layer)])
+    monkeypatch.setattr("vestige.training.indexmem.indexer_loss.asked_for", lambda own, layer, *_: said[id(layer)])
     assert float(foretelling(indexer, layers, 20, told, teacher="answers", sink=0)) == pytest.approx(0, abs=1e-5)
     assert float(foretelling(indexer, layers, 20, told, teacher="text", sink=0)) > 0.01
 
@@ -194,7 +194,7 @@ def test_scales_are_attention_behind_a_text_times_medians_of_projected_values(ta
 def test_steps_on_one_sequence_lower_both_losses(task, tmp_path, monkeypatch):
     packed = task.maker.sequence(("train", 0), task.prose)
     monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
-    monkeypatch.setattr("vestige.learn.indexmem.task.drawn_share", lambda: 0.1)
+    monkeypatch.setattr("vestige.training.indexmem.task.drawn_share", lambda: 0.1)
     task.options = replace(task.options, aware=0.0)
     found = []
     config = LoopConfig(steps=40, batch=1, lr=2e-2, save_every=100)
@@ -204,7 +204,7 @@ def test_steps_on_one_sequence_lower_both_losses(task, tmp_path, monkeypatch):
 
 
 def test_validation_really_evicts_and_asks_with_and_without_memories(task, monkeypatch):
-    from vestige.learn.tales import held as telling
+    from vestige.training.data.synthetic_qa import validation as telling
 
     monkeypatch.setattr(telling, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
     with torch.no_grad():

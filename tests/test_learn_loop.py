@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from learn_worker import CONFIG, SAMPLES, Points, at, run, trained
 from vestige import InputError, VestigeError
-from vestige.learn import LoopConfig, train
-from vestige.learn import loop as loops
-from vestige.learn.metrics import read
 from vestige.testing import tiny
+from vestige.training import LoopConfig, train
+from vestige.training import loop as loops
+from vestige.training.metrics import read
 
 
 def same(one: Points, other: Points) -> bool:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from launching import launched
 from learn_worker import CONFIG, Points, run, trained
 from vestige import InputError
-from vestige.learn import Processes, processes, train
-from vestige.learn import parallel as parallels
-from vestige.learn.metrics import read
+from vestige.training import Processes, processes, train
+from vestige.training import distributed as parallels
+from vestige.training.metrics import read
 
 WORKER = Path(__file__).parent / "learn_worker.py"
 

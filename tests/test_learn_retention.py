@@ -5,23 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from examples import train_retention_flat
 
 from conftest import random_gates
 from vestige import Budget, InputError, PolicyError
-from vestige.learn import LoopConfig, train
-from vestige.learn.indexmem.task import IndexMemOptions
-from vestige.learn.indexmem.training import IndexMemTraining
-from vestige.learn.retention import flat, keep
-from vestige.learn.retention.capacity import expected_kept, over_capacity
-from vestige.learn.retention.gated import Gating, gated
-from vestige.learn.retention.task import RetentionOptions, RetentionTask
-from vestige.learn.retention.training import RetentionTraining
-from vestige.learn.retention.warm import asked, lives, ranking, regression, replayed
-from vestige.learn.tales.sequences import SequenceMaker
-from vestige.learn.tales.tale import KINDS, tale
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
 from vestige.testing import attention, random_ids, tiny
+from vestige.training import LoopConfig, train
+from vestige.training.data.synthetic_qa.sequences import SequenceMaker
+from vestige.training.data.synthetic_qa.story import KINDS, tale
+from vestige.training.indexmem.task import IndexMemOptions
+from vestige.training.indexmem.training import IndexMemTraining
+from vestige.training.retention import soft_topk
+from vestige.training.retention.capacity_loss import expected_kept, over_capacity
+from vestige.training.retention.soft_attention import Gating, gated
+from vestige.training.retention.task import RetentionOptions, RetentionTask
+from vestige.training.retention.training import RetentionTraining
+from vestige.training.retention.warm_start import asked, lives, ranking, regression, replayed
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
 SMALL = RetentionOptions(
@@ -67,7 +68,7 @@ def test_gated_attention_adds_age_times_log_beta_to_the_logits(name):
 
 
 def test_without_gates_each_document_is_read_as_if_alone(monkeypatch):
-    monkeypatch.setattr("vestige.learn.retention.gated.BLOCK", 7)
+    monkeypatch.setattr("vestige.training.retention.soft_attention.BLOCK", 7)
     model = tiny("llama")
     ids = random_ids(model, 1, 40)
     starts = torch.tensor([0] * 13 + [13] * 20 + [33] * 7)
@@ -96,7 +97,7 @@ def test_log_beta_is_what_the_gates_say_and_the_model_is_left_as_it_was():
 
 
 def test_what_is_kept_is_the_naive_sum_and_so_is_its_gradient(monkeypatch):
-    monkeypatch.setattr("vestige.learn.retention.capacity.BLOCK", 5)
+    monkeypatch.setattr("vestige.training.retention.capacity_loss.BLOCK", 5)
     log_beta = -torch.rand(3, 20, generator=torch.Generator().manual_seed(0)).double()
     starts, at = torch.tensor([0] * 8 + [8] * 12), torch.tensor([0, 3, 7, 8, 11, 12, 19])
     ours, naive = log_beta.clone().requires_grad_(), log_beta.clone().requires_grad_()
@@ -206,7 +207,7 @@ def test_pairs_live_by_their_worth_among_those_that_they_compete_with():
     worth, entered = asked(model, ids, 30)
     worth = worth * torch.logspace(0, -3, len(worth))[:, None]
     alone = [regression(gates, (worth, entered), 0.2, groups).detach() for groups in ((len(worth),), (1,) * len(worth))]
-    lasting = keep.log_lives(keep.said(gates, entered)).detach()
+    lasting = soft_topk.log_lives(soft_topk.said(gates, entered)).detach()
     expected = [
         torch.nn.functional.smooth_l1_loss(row, lives(paid[None], 0.2)[0])
         for row, paid in zip(lasting, worth, strict=True)
@@ -238,7 +239,7 @@ def test_what_is_asked_about_is_what_the_tokens_behind_the_text_attend_to():
 
 def test_a_ranking_loses_the_worth_of_what_lives_shorter_for_its_age(monkeypatch):
     model = tiny("llama")
-    monkeypatch.setattr(keep, "SOFTNESS", 1e-3)
+    monkeypatch.setattr(soft_topk, "SOFTNESS", 1e-3)
     draw = torch.Generator().manual_seed(3)
     gates = Fixed(model, -torch.rand(1, 2, 10, generator=draw))
     rows = len(gates.config.layers) * 2
@@ -376,7 +377,7 @@ def test_a_share_of_nobody_is_refused(unchecked):
 
 
 def test_validation_really_evicts(task, monkeypatch):
-    from vestige.learn.tales import held as telling
+    from vestige.training.data.synthetic_qa import validation as telling
 
     monkeypatch.setattr(telling, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
     with torch.no_grad():
@@ -398,7 +399,7 @@ def test_the_flat_trainer_comes_to_the_same_losses(chatter):
         if kind == "flat":
             model.set_attn_implementation("eager")
             sequences = [task.maker.sequence(("train", i), task.prose) for i in range(3)]
-            losses.append(flat.train(model, gates, sequences, lr=1e-2, capacity=options.capacity))
+            losses.append(train_retention_flat.train(model, gates, sequences, lr=1e-2, capacity=options.capacity))
             continue
         optimizer, found = torch.optim.AdamW(gates.parameters(), lr=1e-2, weight_decay=0.0), []
         for i in range(3):

@@ -9,16 +9,16 @@ from conftest import random_gates
 from test_learn_retention import PROSE, SMALL
 from vestige import Budget, InputError, KVCache, PolicyError, prefill
 from vestige.cache.attach import attach
-from vestige.learn import LoopConfig, train
-from vestige.learn.retention import keep
-from vestige.learn.retention.evicted import Fading, asked_behind, read
-from vestige.learn.retention.keep import competing, log_kept
-from vestige.learn.retention.task import RetentionTask
 from vestige.models.compat import cache_argument
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
 from vestige.policies.selection import share_of
 from vestige.testing import random_ids, tiny
+from vestige.training import LoopConfig, train
+from vestige.training.retention import soft_topk
+from vestige.training.retention.eviction_loss import Fading, asked_behind, read
+from vestige.training.retention.soft_topk import competing, log_kept
+from vestige.training.retention.task import RetentionTask
 
 AT_ONCE = replace(SMALL, forgets="at_once")
 
@@ -38,7 +38,7 @@ def test_so_many_are_kept_of_each_group(share, groups, monkeypatch):
     model = tiny("llama", num_hidden_layers=3)
     config = Gates.fresh(model).config
     assert competing(config, share) == groups
-    monkeypatch.setattr(keep, "SOFTNESS", 1e-4)
+    monkeypatch.setattr(soft_topk, "SOFTNESS", 1e-4)
     log_beta = -torch.rand(6, 40, generator=torch.Generator().manual_seed(0))
     kept = log_kept(log_beta, 0.25, groups).exp()
     counts = [float(part.sum()) for part in kept.split(list(groups))]
@@ -78,8 +78,8 @@ def test_with_everything_kept_answers_are_the_full_model_s(name):
 
 @pytest.mark.parametrize("block", [3, 256])
 def test_a_hard_limit_is_the_eviction_that_the_policy_does(block, monkeypatch):
-    monkeypatch.setattr("vestige.learn.retention.evicted.BLOCK", block)
-    monkeypatch.setattr(keep, "SOFTNESS", 1e-6)
+    monkeypatch.setattr("vestige.training.retention.eviction_loss.BLOCK", block)
+    monkeypatch.setattr(soft_topk, "SOFTNESS", 1e-6)
     model = tiny("llama")
     gates, ids = random_gates(model), random_ids(model, 1, 48)
     cache = KVCache(model, Retention(gates=gates, budget=Budget.fraction(0.3)))
@@ -88,7 +88,7 @@ def test_a_hard_limit_is_the_eviction_that_the_policy_does(block, monkeypatch):
         expected = model(input_ids=ids[:, 40:], **cache_argument(cache)).logits[0].float().log_softmax(-1)
     text = read(model, ids[:, :40])
     with torch.no_grad():
-        log_beta = keep.said(gates, text.states)
+        log_beta = soft_topk.said(gates, text.states)
         kept = log_kept(log_beta, 0.3, [len(log_beta)])
         kept[kept < -0.1] = -1e4  # the pair at the limit goes
         fading = Fading(dict(zip(gates.config.layers, kept.split(list(gates.config.kv_heads)), strict=True)))
@@ -125,7 +125,7 @@ def test_a_bfloat16_model_teaches_float32_gates(chatter, forgets):
 def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
     packed = task.maker.sequence(("train", 0), task.prose)
     monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
-    monkeypatch.setattr("vestige.learn.retention.task.drawn_share", lambda: 0.1)
+    monkeypatch.setattr("vestige.training.retention.task.drawn_share", lambda: 0.1)
     losses = []
     config = LoopConfig(steps=20, batch=1, lr=3e-3, save_every=100)
     train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))

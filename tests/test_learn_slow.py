@@ -9,12 +9,12 @@ from statistics import mean
 import pytest
 import torch
 
-from vestige.learn import LoopConfig, train
-from vestige.learn.erasing.samples import EraserOptions, Texts
-from vestige.learn.erasing.task import EraserTask
-from vestige.learn.prose import sentences
 from vestige.models.loading import fetch, load
 from vestige.nn.lora import Adapter
+from vestige.training import LoopConfig, train
+from vestige.training.data.sentences import sentences
+from vestige.training.eraser.samples import EraserOptions, Texts
+from vestige.training.eraser.task import EraserTask
 
 
 @pytest.mark.slow

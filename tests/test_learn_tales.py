@@ -9,8 +9,8 @@ import pytest
 from vestige.bench import sources, tasks
 from vestige.bench.erasing import stories
 from vestige.bench.tasks import SPLITS, Order
-from vestige.learn import vocabulary
-from vestige.learn.tales import tale as tales
+from vestige.training.data import vocabulary
+from vestige.training.data.synthetic_qa import story as tales
 
 PROSE = [f"Sentence number {i} says that the calm year {1000 + 7 * i} was good for Alice." for i in range(16)]
 STATED = (*vocabulary.STATED, *tales.TOLD, *tales.ASSIGNED, *tales.HEARD)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from launching import launched
-from vestige.learn.metrics import read
+from vestige.training.metrics import read
 
 COMMANDS = {
     "eraser": (

@@ -8,8 +8,8 @@ import typer
 from vestige.cli_options import Device, Dtype, Json, Model, Seed, err, out, plain, print_json, typed
 
 if TYPE_CHECKING:
-    from vestige.learn.config import LoopConfig
-    from vestige.learn.job import Training
+    from vestige.training.config import LoopConfig
+    from vestige.training.trainer import Training
 
 Data = Annotated[list[str], typer.Option(help="Text files, folders, JSONL, or hub:owner/name; may be repeated.")]
 Field = Annotated[str, typer.Option(help="The text field of JSONL lines.")]
@@ -45,7 +45,7 @@ def _loop(
     seed: int,
     schedule: str = "cosine",
 ) -> "LoopConfig":
-    from vestige.learn.config import LoopConfig
+    from vestige.training.config import LoopConfig
 
     rising = max(steps // 20, 1) if warmup is None else warmup
     return LoopConfig(
@@ -59,11 +59,11 @@ def _carry_out(
 ) -> None:
     """Train, and say where the weights are, or how to go on."""
     from vestige import show
-    from vestige.learn.checkpoint import Checkpoints
-    from vestige.learn.documents import require_sources
-    from vestige.learn.job import Job
-    from vestige.learn.parallel import processes
     from vestige.models.loading import load
+    from vestige.training.checkpoint import Checkpoints
+    from vestige.training.data.documents import require_sources
+    from vestige.training.distributed import processes
+    from vestige.training.trainer import Job
 
     require_sources(training.data)  # what is missing should not cost a download
     Checkpoints(to, {}).check(resume=resume)
@@ -118,8 +118,8 @@ def train_eraser(
     as_json: Json = False,
 ) -> None:
     """Train the learned eraser on texts; `erase --method "learned(adapter=OUT/adapter)"` uses it."""
-    from vestige.learn.erasing.samples import EraserOptions
-    from vestige.learn.erasing.training import EraserTraining
+    from vestige.training.eraser.samples import EraserOptions
+    from vestige.training.eraser.training import EraserTraining
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     first = steps * batch // passes // 4 if neighbours is None else neighbours
@@ -190,9 +190,9 @@ def train_retention(
     as_json: Json = False,
 ) -> None:
     """Train retention gates on texts; `run --policy "retention(gates=OUT/gates)"` uses them."""
-    from vestige.learn.retention.task import RetentionOptions
-    from vestige.learn.retention.training import RetentionTraining
     from vestige.policies.selection import share_of
+    from vestige.training.retention.task import RetentionOptions
+    from vestige.training.retention.training import RetentionTraining
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     first = steps // 8 if warm is None else warm
@@ -255,10 +255,10 @@ def train_indexmem(
     """Train IndexMem on texts; `run --policy "indexmem(indexer=OUT/indexmem)" --memory "slots(latent=OUT/indexmem)"`
     uses it.
     """
-    from vestige.learn.indexmem.foretelling import teacher_of
-    from vestige.learn.indexmem.task import IndexMemOptions
-    from vestige.learn.indexmem.training import IndexMemTraining
     from vestige.nn.latent_memory import KINDS, kind_of
+    from vestige.training.indexmem.indexer_loss import teacher_of
+    from vestige.training.indexmem.task import IndexMemOptions
+    from vestige.training.indexmem.training import IndexMemTraining
 
     kinds = () if memory == ["none"] else tuple(dict.fromkeys(map(kind_of, memory or KINDS)))
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed, schedule)

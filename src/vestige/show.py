@@ -178,7 +178,7 @@ def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
 
 @contextmanager
 def training_bar(console: Console) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
-    """Show a progress bar on a console and yield the ``tell`` of :func:`vestige.learn.train`.
+    """Show a progress bar on a console and yield the ``tell`` of :func:`vestige.training.train`.
 
     Beside the bar are the parts of the loss, the latest validation and the time left.
     """

@@ -13,9 +13,9 @@ import typer
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.results.aggregate import Record, resampled
-from vestige.learn.card import CARD
 from vestige.recipes.retention import ANSWER_ROOM, MODEL
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
+from vestige.training.model_card import CARD
 
 STEPS, WARM, LENGTH, LEAST, ASKED = 300, 100, 1536, 500, 16
 FIRST = "at-once"
@@ -43,9 +43,9 @@ COMMAND = "make results-gates DATA=DIR ESSAYS=DIR"
 
 def training(way: str, data: tuple[str, ...], field: str) -> Any:
     """Return one of the ways as a training."""
-    from vestige.learn.config import LoopConfig
-    from vestige.learn.retention.task import RetentionOptions
-    from vestige.learn.retention.training import RetentionTraining
+    from vestige.training.config import LoopConfig
+    from vestige.training.retention.task import RetentionOptions
+    from vestige.training.retention.training import RetentionTraining
 
     changed = dict(WAYS[way])
     tied = changed.pop("tied", True)
@@ -64,8 +64,8 @@ def trained(way: str, data: tuple[str, ...], field: str, folder: Path) -> None:
     from rich.console import Console
 
     from vestige import show
-    from vestige.learn.job import Job
     from vestige.models.loading import load
+    from vestige.training.trainer import Job
 
     if is_done(folder):
         return

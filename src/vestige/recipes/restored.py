@@ -26,12 +26,12 @@ from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import announce, finish
 from vestige.cli_options import Dtype
 from vestige.kernels.merge import Partial
-from vestige.learn.indexmem.restoring import attended, rejoined
-from vestige.learn.indexmem.seen import Layer, seen
 from vestige.models.anatomy import check
 from vestige.pipelines.explain import held_of
 from vestige.recipes.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
 from vestige.recipes.running import Dev, Essays, Out, split_of
+from vestige.training.indexmem.memory_loss import attended, rejoined
+from vestige.training.indexmem.teacher_trace import Layer, seen
 
 METHODS = (*REMEMBERING, "random")
 SAMPLES = 5

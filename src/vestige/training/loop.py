@@ -1,0 +1,195 @@
+"""The loop that every trainer shares: AdamW on the fp32 parameters of a :class:`Task`, resumable bit for bit.
+
+:mod:`examples.train_flat` is the same without checkpoints, processes and checks, to be read from top to bottom.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from vestige.errors import InputError, VestigeError
+from vestige.training.checkpoint import Checkpoints, State
+from vestige.training.config import LoopConfig
+from vestige.training.distributed import Processes
+from vestige.training.metrics import Metrics, Record
+from vestige.training.optimizer import adamw, gather_gradients, moments, restore
+from vestige.training.sampler import sample_at, seed_of
+from vestige.training.signals import Stopping
+from vestige.training.task import LOSS, TOKENS, Task, checked, plain, trainables
+
+Tell = Callable[[int, int, Record], None]
+"""Called after every step with the steps done, all steps, and the step's record."""
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to; the weights are in the task's module."""
+
+    step: int
+    """Steps done."""
+    finished: bool
+    """Whether these are all, or a signal stopped the run; then it can be gone on with."""
+    checkpoint: Path
+    """The newest one."""
+
+
+def train(
+    task: Task,
+    config: LoopConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    among: Processes | None = None,
+    tell: Tell | None = None,
+) -> Outcome:
+    """Train a task and return where it ended; the first Ctrl-C or SIGTERM ends it early, with a checkpoint.
+
+    A resumed run ends with the same bits as one that was never interrupted, if it has as many processes of the same
+    kind and the task's own arithmetic gives the same bits twice. Torch's global random numbers are seeded anew for
+    every sample.
+
+    Args:
+        task: Its parameters are changed in place; a resumed run's start from the checkpoint.
+        config: Of a resumed run it must be what it was.
+        folder: Holds the checkpoints and ``metrics.jsonl``; new or empty, unless ``resume``.
+        resume: Go on from the newest checkpoint, if there is one.
+        among: From :func:`vestige.training.distributed.processes`, if there are several; only the main one writes.
+        tell: Hears of every step, in the main process.
+
+    Raises:
+        InputError: The folder, the task or a checkpoint cannot be used, or no gradient reaches a parameter.
+        VestigeError: A loss or gradient is not finite; the message has the path of the last checkpoint.
+    """
+    among = among or Processes()
+    among.check(config.batch)
+    if task.num_samples is not None and task.num_samples < 1:
+        raise InputError("the task has no samples")
+    checkpoints = Checkpoints(folder, {"task": task.identity(), "config": config.books()})
+    checkpoints.check(resume=resume)
+    run = _Run(task, config, checkpoints, among)
+    run.begin(checkpoints.load() if resume else None)
+    metrics = Metrics(folder, run.step) if among.main else None
+    task.module.train()
+    try:
+        with Stopping() as run.stopping:
+            while run.step < config.steps and (record := run.advance()):
+                if metrics:
+                    metrics.append(record)
+                if config.saves(run.step):
+                    run.save()
+                if tell and among.main:
+                    tell(run.step, config.steps, record)
+            return Outcome(step=run.step, finished=run.step == config.steps, checkpoint=run.save())
+    finally:
+        if metrics:
+            metrics.close()
+
+
+class _Run:
+    """Parameters, optimizer and step of a run."""
+
+    def __init__(self, task: Task, config: LoopConfig, checkpoints: Checkpoints, among: Processes) -> None:
+        self.task, self.config, self.checkpoints, self.among = task, config, checkpoints, among
+        self.parameters = trainables(task.module)
+        self.optimizer = adamw(self.parameters, config)
+        self.step = 0
+        self.stopping = Stopping()
+        self.saved: Path | None = None
+        self.rng = torch.get_rng_state()
+
+    def begin(self, state: State | None) -> None:
+        """Take over a checkpoint, or make the first one: a run that dies early begins with the same weights again."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.among.wait()  # until all have looked for checkpoints
+        if state is None:
+            self.among.follow(self.parameters.values())
+            self.save()
+            return
+        self.saved = self.checkpoints.path(state.step)
+        restore(self.optimizer, self.parameters, state, self.saved)
+        self.step, self.rng = state.step, state.rng
+        torch.set_rng_state(state.rng)
+
+    def advance(self) -> Record | None:
+        """Do a step and return its record; None if the run shall stop, and then the parameters are as before."""
+        started = time.perf_counter()
+        parts = self._accumulate()
+        if parts is None:
+            return None
+        lr, norm = self.config.lr_at(self.step), self._clip()
+        self._require_finite(parts[LOSS], norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        shown = {name: int(value) if name == TOKENS else plain(value) for name, value in parts.items()}
+        record: dict[str, Any] = {"step": self.step, **shown, "lr": lr, "grad_norm": norm}
+        if self.config.validates(self.step):
+            record["validation"] = self._validate()
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        self.rng = torch.get_rng_state()
+        return record
+
+    def save(self) -> Path:
+        """Write a checkpoint, unless the last one has this step; return its path."""
+        path = self.checkpoints.path(self.step)
+        if self.saved != path and self.among.main:
+            inner = moments(self.optimizer, self.parameters)
+            self.checkpoints.save(State(step=self.step, weights=self.parameters, moments=inner, rng=self.rng))
+        self.saved = path
+        return path
+
+    def _accumulate(self) -> Parts | None:
+        """Add up the gradients of a step's samples and return the parts of its loss; None if the run shall stop."""
+        sums: dict[str, Tensor] = {}
+        for place in self.among.share(self.config.batch):
+            parts = self._backward(self.step * self.config.batch + place)
+            if sums and sums.keys() != parts.keys():
+                raise InputError(f"the loss had parts {', '.join(sums)} and now has {', '.join(parts)}")
+            sums = {name: sums[name] + part if sums else part for name, part in parts.items()}
+            if self.stopping.asked:
+                break
+        totals = torch.stack([*sums.values(), torch.full_like(sums[LOSS], self.stopping.asked)])
+        self.among.add_up([totals])
+        *values, stopped = totals.tolist()
+        if stopped:  # in whichever process it was asked
+            return None
+        gather_gradients(self.parameters, self.among, first=self.step == 0)
+        return {n: v if n == TOKENS else v / self.config.batch for n, v in zip(sums, values, strict=True)}
+
+    def _backward(self, position: int) -> dict[str, Float[Tensor, ""]]:
+        torch.manual_seed(seed_of(self.config.seed, "sample", position))
+        parts = checked(self.task.loss(sample_at(self.config.seed, position, self.task.num_samples)))
+        (parts[LOSS] / self.config.batch).backward()
+        named = sorted(parts, key=lambda name: (name != LOSS, name))  # in one order in every process
+        return {name: parts[name].detach().to(parts[LOSS].device, torch.float32) for name in named}
+
+    def _clip(self) -> float:
+        """Clip the gradient and return its norm before."""
+        limit = math.inf if self.config.clip is None else self.config.clip
+        return float(clip_grad_norm_(self.parameters.values(), limit))
+
+    def _require_finite(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+        raise VestigeError(f"step {self.step + 1}: {what}; the last good checkpoint is {self.saved}")
+
+    def _validate(self) -> dict[str, float | None]:
+        torch.manual_seed(seed_of(self.config.seed, "validation"))
+        self.task.module.eval()
+        with torch.no_grad():
+            figures = {name: plain(float(value)) for name, value in self.task.validate().items()}
+        self.task.module.train()
+        return figures

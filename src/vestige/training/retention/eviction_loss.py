@@ -1,0 +1,100 @@
+"""Answers after a soft eviction, to train gates by: what is asked behind a text pays for what gates gave away of it.
+
+Our own, beside the attention that fades with age, which the papers train by. Gates are used by evicting once a text is
+read, so nothing before the questions changes: the text is read without gradients, and the backward pass runs through
+the questions alone, a small part of the tokens.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from vestige.kernels import AttentionScale, reference
+from vestige.models.compat import CACHE_NAME
+from vestige.training.retention.hidden_states import entering
+from vestige.training.retention.soft_attention import BLOCK, Attended, Keys, Queries, Values, attending
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text that was read in full.
+
+    Args:
+        cache: Its pairs.
+        states: What entered each evictable layer.
+    """
+
+    cache: Cache
+    states: Mapping[int, Float[Tensor, "1 text hidden"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Fading:
+    """Attention that looks at the pairs of a text as far as they are kept: ``softmax(q.k + log kept)``.
+
+    Args:
+        log_kept: Of each evictable layer.
+    """
+
+    log_kept: Mapping[int, Float[Tensor, "_kv_heads text"]]
+
+    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
+        """Attend causally, in blocks of queries that are computed again for the backward pass."""
+        log_kept = self.log_kept[layer_idx].repeat_interleave(query.shape[1] // keys.shape[1], 0)
+        before = keys.shape[2] - query.shape[2]
+        blocks = [
+            checkpoint(_block, block, keys, values, log_kept, before + i * BLOCK, scale, use_reentrant=False)
+            for i, block in enumerate(query.split(BLOCK, 2))
+        ]
+        return torch.cat(blocks, 2)
+
+
+def _block(query: Tensor, keys: Tensor, values: Tensor, log_kept: Tensor, start: int, scale: AttentionScale) -> Tensor:
+    end = start + query.shape[2]
+    text, lowest = log_kept.shape[1], torch.finfo(query.dtype).min
+    hidden = ~reference.lower_right(query.shape[2], end, query.device)
+    mask = torch.zeros(hidden.shape, device=query.device).masked_fill(hidden, lowest).repeat(len(log_kept), 1, 1)
+    mask = torch.cat([mask[..., :text] + log_kept[:, None], mask[..., text:]], -1)
+    return reference.written_out(query, keys[:, :, :end], values[:, :, :end], mask, scale)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Text:
+    """Read a text."""
+    with entering(model) as states:
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return Text(cache=out[CACHE_NAME], states=states)
+
+
+def asked_behind(
+    model: PreTrainedModel,
+    text: Text,
+    ids: Int[Tensor, "1 behind"],
+    at: Int[Tensor, " some"],
+    fading: Fading | None = None,
+) -> Float[Tensor, "some vocab"]:
+    """Return log probabilities of the next token at some places behind a text, which stays as it was.
+
+    Args:
+        model: Frozen; gradients go through it all the same.
+        text: Read by this model.
+        ids: What stands behind.
+        at: Places in ``ids``.
+        fading: What is left of the text; None is all.
+    """
+    given: dict[str, Any] = {"input_ids": ids, CACHE_NAME: copy.deepcopy(text.cache), "logits_to_keep": at}
+    if fading is None:
+        out = model(**given, use_cache=True)
+    else:
+        with attending(model, fading):
+            out = model(**given, use_cache=True)
+    logits: Tensor = out.logits[0]
+    return logits.float().log_softmax(-1)
