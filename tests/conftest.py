@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from vestige import Budget, ModelError, Policy, cli, policies
+from vestige import Budget, ModelError, Policy, policies
+from vestige.cli import main as cli
 from vestige.models.anatomy import check
 from vestige.models.loading import is_cached
 from vestige.nn import pretrained

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import vestige
 from vestige import Budget, KVCache, policies
-from vestige.cli import app
+from vestige.cli.main import app
 from vestige.testing import random_ids, tiny
 
 CONTRACT = Path(__file__).parent / "contract"

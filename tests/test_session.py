@@ -9,7 +9,7 @@ from rich.console import Console
 
 from vestige import CacheFileError, InputError, Session, Span, erasers, policies
 from vestige.budget import Budget
-from vestige.chat import chat
+from vestige.cli.chat import chat
 from vestige.text.turns import Turns
 
 SAY = ("Lamp 3 is kept by Ann.", "Lamp 7 is kept by Bob.", "Who keeps lamp 3?")

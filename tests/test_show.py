@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from vestige import show
 from vestige.cache.report import LayerReport, Report
+from vestige.cli import render
 
 QUESTION = "Who keeps lamp 16?"
 EVICT = ("--policy", "streaming_llm", "--budget", "48", "--max-new-tokens", "8")
@@ -33,7 +33,7 @@ def rendered(*parts, width: int = 80) -> str:
 
 
 def test_the_table_of_a_report_has_its_numbers():
-    text = " ".join(rendered(show.report_table(report(), prefill_s=6.789, tokens_per_s=27.44)).split())
+    text = " ".join(rendered(render.report_table(report(), prefill_s=6.789, tokens_per_s=27.44)).split())
     for words in (
         "tokens read 8,000",
         "36,000 of 720,000 (5.0%), budget 36,000 pairs",
@@ -49,12 +49,12 @@ def test_the_table_of_a_report_has_its_numbers():
 
 def test_other_layers_are_shown_if_there_are_any_and_no_budget_is_said_so():
     numbers = report(other_kv_bytes=1_000_000, budget_total=None)
-    text = " ".join(rendered(show.report_table(numbers, prefill_s=0.0, tokens_per_s=0.0)).split())
+    text = " ".join(rendered(render.report_table(numbers, prefill_s=0.0, tokens_per_s=0.0)).split())
     assert "other layers 1.0 MB" in text and "budget none" in text
 
 
 def test_the_picture_has_a_bar_for_each_layer():
-    text = rendered(show.layers_picture(report()))
+    text = rendered(render.layers_picture(report()))
     lines = text.splitlines()
     assert len([line for line in lines if "·" in line]) == 30
     first = next(line for line in lines if line.split()[:1] == ["0"])
@@ -63,38 +63,38 @@ def test_the_picture_has_a_bar_for_each_layer():
 
 
 def test_the_picture_of_all_and_of_nothing():
-    full = rendered(show.layers_picture(report(layers=(LayerReport(0, (8000,) * 3, 8000),))))
+    full = rendered(render.layers_picture(report(layers=(LayerReport(0, (8000,) * 3, 8000),))))
     assert "█" * 40 in full and "·" not in full
-    empty = rendered(show.layers_picture(report(layers=(LayerReport(0, (), 0), LayerReport(1, (0, 0), 5)))))
+    empty = rendered(render.layers_picture(report(layers=(LayerReport(0, (), 0), LayerReport(1, (0, 0), 5)))))
     assert "·" * 40 in empty
-    rendered(show.layers_picture(report(layers=())))
+    rendered(render.layers_picture(report(layers=())))
 
 
 def test_the_picture_of_many_rows_fits():
-    rendered(show.layers_picture(report(layers=(LayerReport(0, tuple(range(100)), 100),))))
+    rendered(render.layers_picture(report(layers=(LayerReport(0, tuple(range(100)), 100),))))
 
 
 @pytest.mark.parametrize(("count", "words"), [(0, "0.0 MB"), (1_234_567_890, "1,234.6 MB"), (5e5, "0.5 MB")])
 def test_bytes_as_people_read_them(count, words):
-    assert show.megabytes(count) == words
+    assert render.megabytes(count) == words
 
 
 def test_a_table_of_rows_formats_each_column_and_leaves_gaps():
     rows = [{"length": 8000, "decode_ms": 38.26, "policy": "streaming_llm"}, {"length": 60, "decode_ms": None}]
-    lines = rendered(show.rows_table(rows, {"length": "d", "decode_ms": ".1f", "policy": "s"})).splitlines()
+    lines = rendered(render.rows_table(rows, {"length": "d", "decode_ms": ".1f", "policy": "s"})).splitlines()
     assert lines[0].split() == ["length", "decode", "ms", "policy"]
     assert lines[1].split() == ["8000", "38.3", "streaming_llm"]
     assert lines[2].split() == ["60"]
 
 
 def test_markup_in_values_is_shown_as_it_is():
-    assert "[red]x[/red]" in rendered(show.rows_table([{"policy": "[red]x[/red]"}], {"policy": "s"}))
+    assert "[red]x[/red]" in rendered(render.rows_table([{"policy": "[red]x[/red]"}], {"policy": "s"}))
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_reading_bar_leaves_nothing_where_there_is_no_terminal(terminal):
     console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
-    with show.reading_bar(console) as advance:
+    with render.reading_bar(console) as advance:
         advance(512, 2048)
         advance(2048, 2048)
     said = console.file.getvalue()
@@ -104,7 +104,7 @@ def test_the_reading_bar_leaves_nothing_where_there_is_no_terminal(terminal):
 
 def test_the_reading_bar_goes_away_when_reading_fails():
     console = Console(file=io.StringIO(), width=80)
-    with pytest.raises(ValueError, match="broken"), show.reading_bar(console):
+    with pytest.raises(ValueError, match="broken"), render.reading_bar(console):
         raise ValueError("broken")
     assert console.file.getvalue() == ""
 
@@ -112,7 +112,7 @@ def test_the_reading_bar_goes_away_when_reading_fails():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_training_bar_tells_parts_of_the_loss_and_the_latest_validation(terminal):
     console = Console(file=io.StringIO(), width=160, force_terminal=terminal)
-    with show.training_bar(console) as tell:
+    with render.training_bar(console) as tell:
         tell(41, 100, {"step": 41, "loss": 0.5, "kl": 0.25, "lr": 1e-3, "seconds": 1.5, "validation": {"exact": 0.75}})
         tell(42, 100, {"step": 42, "loss": None, "kl": 0.125, "lr": 1e-3, "seconds": 1.5})
     said = console.file.getvalue()
@@ -139,7 +139,7 @@ def test_people_see_questions_and_answers_as_they_are(vestige, folders, place):
 
 
 def test_demo_shows_the_main_job_and_its_json(vestige, folders, monkeypatch, place):
-    from vestige import demo
+    from vestige.cli import demo
     from vestige.models.loading import load
 
     class Document:
@@ -169,7 +169,8 @@ def test_demo_shows_the_main_job_and_its_json(vestige, folders, monkeypatch, pla
 
 
 def test_a_demo_without_its_model_is_one_line(vestige, monkeypatch):
-    from vestige import ModelError, demo
+    from vestige import ModelError
+    from vestige.cli import demo
 
     def offline(*_: object, **__: object) -> None:
         raise ModelError("cannot download smollm2-135m: the package index could not be reached")
@@ -181,7 +182,7 @@ def test_a_demo_without_its_model_is_one_line(vestige, monkeypatch):
 def test_the_shipped_document_is_long_enough_for_the_main_job():
     from importlib.resources import files
 
-    from vestige import demo
+    from vestige.cli import demo
 
     text = (files("vestige") / "data" / demo.DOCUMENT).read_text(encoding="utf-8")
     assert len(text.split()) > 4500  # at least 6,000 tokens, by a wide margin at 4/3 a word
@@ -197,7 +198,7 @@ def bench_row(**changes) -> dict:
 
 
 def bench_text(*rows: dict) -> str:
-    return rendered(show.bench_table(rows))
+    return rendered(render.bench_table(rows))
 
 
 def test_a_bench_row_shows_score_interval_size_and_time():
@@ -221,7 +222,7 @@ def test_a_failed_bench_row_says_so_in_place_of_numbers():
 def test_a_bench_table_fits_80_columns_and_hides_no_name():
     peer = "kvpress:ComposedPress([KnormPress(), SnapKVPress()])"
     rows = [bench_row(task="[b]lamps", policy=peer, share=None), bench_row()]
-    narrow, wide = bench_text(*rows), rendered(show.bench_table(rows), width=160)
+    narrow, wide = bench_text(*rows), rendered(render.bench_table(rows), width=160)
     for word in ("[b]lamps", "0.30-0.70", "41.2"):
         assert word in narrow and word in wide, word
     assert peer in wide and "…" not in narrow  # long names go on in the next line

@@ -52,7 +52,7 @@ def command(roomy, texts):
 @pytest.fixture
 def process(command):
     """Return what trains in a process of its own."""
-    run = [sys.executable, "-c", "from vestige.cli import main; main()"]
+    run = [sys.executable, "-c", "from vestige.cli.main import main; main()"]
     return lambda *words: [*run, *map(str, command(*words))]
 
 

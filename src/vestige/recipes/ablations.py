@@ -63,14 +63,14 @@ def trained(way: str, data: tuple[str, ...], field: str, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from vestige import show
+    from vestige.cli import render
     from vestige.models.loading import load
     from vestige.training.trainer import Job
 
     if is_done(folder):
         return
     network, tokenizer = load(MODEL)
-    with show.training_bar(Console(stderr=True)) as tell:
+    with render.training_bar(Console(stderr=True)) as tell:
         job = Job(out=folder, name=MODEL, command=COMMAND, resume=folder.exists(), tell=tell)
         done = training(way, data, field).run(network, tokenizer, job)
     if not done.finished:

@@ -186,17 +186,17 @@ def main(
     """Run the comparison, or go on with it, part by part, and write the report."""
     from rich.console import Console
 
-    from vestige import show
     from vestige.bench.erasing.runner import bench_erase
+    from vestige.cli import render
     from vestige.models.loading import load
 
     wanted = {} if report else chosen(parts(essays, qa, split_of(dev)), part)
     for name, config in wanted.items():
         model, tokenizer = load(MODEL)
         to: dict[str, Any] = {"out": out / name, "resume": True, "command": COMMAND}
-        with show.reading_bar(Console(stderr=True), name) as advance:
+        with render.reading_bar(Console(stderr=True), name) as advance:
             rows = bench_erase(config, model, tokenizer, name=MODEL, progress=advance, **to)
-        Console().print(show.erase_bench_table(rows))
+        Console().print(render.erase_bench_table(rows))
     summary(out)
 
 

@@ -13,7 +13,7 @@ import typer
 from transformers import PreTrainedModel
 
 from vestige.bench.results.aggregate import Record, Row, gain
-from vestige.cli_options import Dtype
+from vestige.cli.options import Dtype
 from vestige.recipes import equal
 from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.recipes.standing import picture, table, verdict

@@ -24,7 +24,7 @@ from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import announce, finish
-from vestige.cli_options import Dtype
+from vestige.cli.options import Dtype
 from vestige.kernels.merge import Partial
 from vestige.models.anatomy import check
 from vestige.pipelines.explain import held_of

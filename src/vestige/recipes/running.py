@@ -57,12 +57,12 @@ def benched(
     """
     from rich.console import Console
 
-    from vestige import show
     from vestige.bench.runner import bench
+    from vestige.cli import render
     from vestige.models.loading import load
 
     network, tokenizer = load(model, dtype=dtype)
-    with show.reading_bar(Console(stderr=True), label) as advance:
+    with render.reading_bar(Console(stderr=True), label) as advance:
         rows = bench(config, network, tokenizer, name=model, out=folder, resume=True, command=command, progress=advance)
-    Console().print(show.bench_table(rows))
+    Console().print(render.bench_table(rows))
     return rows

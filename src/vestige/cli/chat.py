@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from vestige import show
+from vestige.cli import render
 from vestige.errors import InputError, VestigeError
 from vestige.pipelines.session import Message, Session
 
@@ -57,7 +57,7 @@ def _command(session: Session, line: str, console: Console) -> None:
     if word == "/erase" and rest:
         number = int(rest) if rest.lstrip("-").isdecimal() else None
         done = session.erase(message=number) if number is not None else session.erase(text=rest)
-        console.print(show.erase_table(done))
+        console.print(render.erase_table(done))
     elif word == "/messages":
         for number, message in enumerate(session.messages):
             console.print(f"[dim]{number} {message.role}[/dim] {escape(_shown(message))}", soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vestige.cli_options import (
+from vestige.cli.options import (
     BudgetText,
     Chunk,
     Device,
@@ -104,11 +104,11 @@ def tasks(
     as_json: Json = False,
 ) -> None:
     """Put every sample of the tasks through every method and peer: accuracy, bytes and milliseconds side by side."""
-    from vestige import show
     from vestige.bench.config import BenchConfig
     from vestige.bench.methods.method import cross
     from vestige.bench.results.store import check_folder
     from vestige.bench.runner import bench as job
+    from vestige.cli import render
     from vestige.models.loading import load
 
     names, cases = _tasks_and_cases(task)
@@ -125,11 +125,11 @@ def tasks(
         raise typer.BadParameter("name a new folder for the results with --out DIR")
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err, "bench") as advance:
+    with render.reading_bar(err, "bench") as advance:
         rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
     if as_json:
         return print_json({"rows": rows})
-    out.print(show.bench_table(rows))
+    out.print(render.bench_table(rows))
     for row in rows:
         if row["score"] is None:
             what = f"failed: {row['task']} {row['policy']}@{row['budget']}: {row['error']}"
@@ -166,10 +166,10 @@ def speed(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
-    from vestige import show
     from vestige.bench.results.store import check_folder, keep_speed
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
+    from vestige.cli import render
     from vestige.models.loading import load
 
     config = SpeedConfig(
@@ -180,7 +180,7 @@ def speed(
     if folder is not None:
         check_folder(folder, resume=False)
     network, _ = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err, "timing") as advance:
+    with render.reading_bar(err, "timing") as advance:
         rows = timed(config, network, advance, name=model)
     if folder is not None:
         keep_speed(folder, rows)
@@ -193,7 +193,7 @@ def speed(
         "decode_over_floor": ".2f", "decode_speedup": ".2f", "prefill_s": ".2f",
         "prefill_overhead": ".2f", "evict_s": ".2f",
     }  # fmt: skip
-    out.print(show.rows_table(rows, columns))
+    out.print(render.rows_table(rows, columns))
 
 
 @bench.command()
@@ -232,10 +232,10 @@ def erase(
     as_json: Json = False,
 ) -> None:
     """Take passages out of caches by every method and ask: is the answer that of a text which never had them?"""
-    from vestige import show
     from vestige.bench.erasing.config import EraseBenchConfig
     from vestige.bench.erasing.runner import bench_erase as job
     from vestige.bench.results.store import check_folder
+    from vestige.cli import render
     from vestige.models.loading import load
 
     config = EraseBenchConfig(
@@ -246,11 +246,11 @@ def erase(
         raise typer.BadParameter("name a new folder for the results with --out DIR")
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err, "bench erase") as advance:
+    with render.reading_bar(err, "bench erase") as advance:
         rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
     if as_json:
         return print_json({"rows": rows})
-    out.print(show.erase_bench_table(rows))
+    out.print(render.erase_bench_table(rows))
     for row in rows:
         if row["error"] is not None:
             err.print(plain(f"failed: {row['task']} {row['method']}: {row['error']}"), style="red", soft_wrap=True)
@@ -274,9 +274,9 @@ def erase_speed(
     as_json: Json = False,
 ) -> None:
     """Time edits by length, all methods alternating: the edit, the first token behind it and decoding, apart."""
-    from vestige import show
     from vestige.bench.erasing.latency import LatencyConfig, latency
     from vestige.bench.results.store import check_speed_folder, keep_speed
+    from vestige.cli import render
     from vestige.models.loading import load
 
     config = LatencyConfig(
@@ -285,14 +285,14 @@ def erase_speed(
     if folder is not None:
         check_speed_folder(folder)
     network, _ = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err, "timing") as advance:
+    with render.reading_bar(err, "timing") as advance:
         rows = latency(config, network, name=model, progress=advance)
     if folder is not None:
         keep_speed(folder, rows)
     if as_json:
         return print_json({"rows": rows})
     columns = {"length": "d", "method": "s", "edit_s": ".3f", "first_token_s": ".3f", "decode_ms": ".1f"}
-    out.print(show.rows_table(rows, columns))
+    out.print(render.rows_table(rows, columns))
 
 
 def _tasks_and_cases(words: list[str]) -> tuple[tuple[str, ...], Path | None]:

@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from vestige import show as shows
+from vestige.cli import render as shows
 from vestige.models.loading import load
 from vestige.pipelines.document_qa import RunConfig, RunResult, run
 from vestige.pipelines.erase_passage import EraseConfig, EraseResult, erase_text

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vestige.cli_options import Device, Dtype, Json, Model, Seed, err, out, plain, print_json, typed
+from vestige.cli.options import Device, Dtype, Json, Model, Seed, err, out, plain, print_json, typed
 
 if TYPE_CHECKING:
     from vestige.training.config import LoopConfig
@@ -58,7 +58,7 @@ def _carry_out(
     training: "Training", to: Path, *, model: str, device: str | None, dtype: str | None, resume: bool, as_json: bool
 ) -> None:
     """Train, and say where the weights are, or how to go on."""
-    from vestige import show
+    from vestige.cli import render
     from vestige.models.loading import load
     from vestige.training.checkpoint import Checkpoints
     from vestige.training.data.documents import require_sources
@@ -69,7 +69,7 @@ def _carry_out(
     Checkpoints(to, {}).check(resume=resume)
     among = processes()
     network, tokenizer = load(model, device=device if among.device is None else str(among.device), dtype=dtype)
-    with show.training_bar(err) as tell:
+    with render.training_bar(err) as tell:
         job = Job(out=to, name=model, command=typed(), resume=resume, among=among, tell=tell)
         done = training.run(network, tokenizer, job)
     if not done.finished:

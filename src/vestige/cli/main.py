@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from vestige.cli_bench import bench
-from vestige.cli_options import (
+from vestige.cli.bench import bench
+from vestige.cli.options import (
     BudgetText,
     Chunk,
     Device,
@@ -24,7 +24,7 @@ from vestige.cli_options import (
     plain,
     print_json,
 )
-from vestige.cli_train import train
+from vestige.cli.train import train
 from vestige.errors import InputError, VestigeError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Read a long text within a budget and answer questions about it."""
-    from vestige import show
+    from vestige.cli import render
     from vestige.models.loading import load
     from vestige.pipelines.document_qa import RunConfig
     from vestige.pipelines.document_qa import run as job
@@ -87,16 +87,16 @@ def run(
     )  # fmt: skip
     config.text()  # a missing file should not cost a download
     network, tokenizer = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err) as advance:
+    with render.reading_bar(err) as advance:
         result = job(config, network, tokenizer, advance)
     row = result.as_dict(model, chunk)
     if as_json:
         return print_json(row)
     _print_answers(config.questions, result)
     out.print(
-        show.report_table(result.report, prefill_s=result.prefill_s, tokens_per_s=result.decode_tokens_per_s),
-        show.layers_picture(result.report),
-        *(show.explained_table(one) for one in result.explained),
+        render.report_table(result.report, prefill_s=result.prefill_s, tokens_per_s=result.decode_tokens_per_s),
+        render.layers_picture(result.report),
+        *(render.explained_table(one) for one in result.explained),
         sep="\n\n",
     )
 
@@ -124,7 +124,7 @@ def erase(
     as_json: Json = False,
 ) -> None:
     """Read a text, take a passage out of what was read, and ask about what is left."""
-    from vestige import show
+    from vestige.cli import render
     from vestige.models.loading import load
     from vestige.pipelines.document_qa import RunConfig
     from vestige.pipelines.erase_passage import EraseConfig, erase_text
@@ -136,14 +136,14 @@ def erase(
     config = EraseConfig(run=reading, span_text=span_text, span=span, method=method)
     reading.text()  # a missing file should not cost a download
     network, tokenizer = load(model, device=device, dtype=dtype)
-    with show.reading_bar(err) as advance:
+    with render.reading_bar(err) as advance:
         result = erase_text(config, network, tokenizer, advance)
     row = result.as_dict(model, chunk)
     if as_json:
         return print_json(row)
     out.print(f"[dim]erased:[/dim] {plain(result.passage.strip())}\n")
     _print_answers(reading.questions, result.run)
-    out.print(show.erase_table(result.report))
+    out.print(render.erase_table(result.report))
 
 
 @app.command()
@@ -166,7 +166,7 @@ def chat(
     from vestige import erasers, policies
     from vestige import memory as memories
     from vestige.budget import Budget
-    from vestige.chat import chat as talk
+    from vestige.cli.chat import chat as talk
     from vestige.models.loading import load
     from vestige.pipelines.session import Session
 
@@ -192,7 +192,7 @@ def chat(
 @app.command()
 def demo(device: Device = None, dtype: Dtype = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Show the main job on the default model and a shipped document, in about a minute."""
-    from vestige import demo as shown
+    from vestige.cli import demo as shown
 
     with err.status("getting the model and reading ..."):
         result = shown.demo(device=device, dtype=dtype, seed=seed)
