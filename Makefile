@@ -53,7 +53,7 @@ matrix-newest: $(VENV)/.stamp-test
 
 # The essays are Paul Graham's, in text files; without ESSAYS they are fetched.
 results-bench: $(VENV)/.stamp-test peers ## the comparison in the README (hours; goes on after an interrupt): ESSAYS=DIR
-	$(BIN)/python -m vestige.recipes.bench --out results/bench $(if $(ESSAYS),--essays "$(ESSAYS)")
+	$(BIN)/python -m experiments.bench --out results/bench $(if $(ESSAYS),--essays "$(ESSAYS)")
 	$(BIN)/vestige report results/bench results/speed --out results/bench
 	$(BIN)/python tools/readme.py
 
@@ -63,54 +63,54 @@ results-speed: $(VENV)/.stamp-test peers ## the speed table in the README, on an
 	$(BIN)/vestige bench speed --length 8000 --budget 0.05 --peer kvpress:SnapKVPress --prefills 2 --out results/speed/8000
 
 results-bench-dev: $(VENV)/.stamp-test ## what the tasks of results-bench are chosen by, on the dev split
-	$(BIN)/python -m vestige.recipes.bench --dev --out out/bench-dev $(if $(ESSAYS),--essays "$(ESSAYS)")
+	$(BIN)/python -m experiments.bench --dev --out out/bench-dev $(if $(ESSAYS),--essays "$(ESSAYS)")
 
 results-laprox: $(VENV)/.stamp-test ## LaProx beside the field (hours; goes on after an interrupt): ESSAYS=DIR LONGBENCH=DIR PART=name
-	$(BIN)/python -m vestige.recipes.laprox --out results/laprox $(LAPROX_ARGS)
+	$(BIN)/python -m experiments.laprox --out results/laprox $(LAPROX_ARGS)
 	$(BIN)/vestige report results/laprox --out results/laprox
 
 results-laprox-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
-	$(BIN)/python -m vestige.recipes.laprox --dev --out out/laprox-dev $(LAPROX_ARGS)
+	$(BIN)/python -m experiments.laprox --dev --out out/laprox-dev $(LAPROX_ARGS)
 
 results-memory: $(VENV)/.stamp-test ## what a memory of the evicted is worth at 4K and 8K (hours; goes on after an interrupt): ESSAYS=DIR
-	$(BIN)/python -m vestige.recipes.memory --out results/memory $(if $(ESSAYS),--essays "$(ESSAYS)")
+	$(BIN)/python -m experiments.memory --out results/memory $(if $(ESSAYS),--essays "$(ESSAYS)")
 	$(BIN)/vestige report results/memory results/memory/*/* --out results/memory
 
 results-retention: $(VENV)/.stamp-test peers ## retention gates beside the field (3 hours on two cores; goes on after an interrupt): ESSAYS=DIR PART=name
-	$(BIN)/python -m vestige.recipes.retention --out results/retention $(RETENTION_ARGS)
+	$(BIN)/python -m experiments.retention --out results/retention $(RETENTION_ARGS)
 
 results-retention-dev: $(VENV)/.stamp-test peers ## what their rivals are chosen by, on the dev split: ESSAYS=DIR PART=name
-	$(BIN)/python -m vestige.recipes.retention --dev --out out/retention-dev $(RETENTION_ARGS)
+	$(BIN)/python -m experiments.retention --dev --out out/retention-dev $(RETENTION_ARGS)
 
 results-dilution: $(VENV)/.stamp-test ## whether eviction can beat the full cache among distractors (half an hour; goes on after an interrupt): ESSAYS=DIR
-	$(BIN)/python -m vestige.recipes.dilution --out results/retention $(if $(ESSAYS),--essays "$(ESSAYS)")
+	$(BIN)/python -m experiments.distractor_attention --out results/retention $(if $(ESSAYS),--essays "$(ESSAYS)")
 
 results-gates: $(VENV)/.stamp-test ## gates trained in other ways (two hours; goes on after an interrupt): DATA="DIR FILE.jsonl" FIELD=name ESSAYS=DIR PART=name
-	$(BIN)/python -m vestige.recipes.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(if $(FIELD),--field $(FIELD)) $(RETENTION_ARGS)
+	$(BIN)/python -m experiments.ablations --gates out/gates --out results/retention/gates $(addprefix --data ,$(DATA)) $(if $(FIELD),--field $(FIELD)) $(RETENTION_ARGS)
 
 results-indexmem: $(VENV)/.stamp-test ## IndexMem beside the field, memories on and off (3 hours; goes on after an interrupt): ESSAYS=DIR PART=name DTYPE=float32
-	$(BIN)/python -m vestige.recipes.indexmem --out results/indexmem $(INDEXMEM_ARGS)
+	$(BIN)/python -m experiments.indexmem --out results/indexmem $(INDEXMEM_ARGS)
 
 results-indexmem-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
-	$(BIN)/python -m vestige.recipes.indexmem --dev --out out/indexmem-dev $(INDEXMEM_ARGS)
+	$(BIN)/python -m experiments.indexmem --dev --out out/indexmem-dev $(INDEXMEM_ARGS)
 
 results-indexmem-speed: $(VENV)/.stamp-test ## what a memory costs while decoding, at equal bytes, on an idle machine (minutes): DTYPE=float32
 	rm -rf results/indexmem/speed
 	$(BIN)/vestige bench speed --length 4000 --budget $(if $(filter float32,$(DTYPE)),18MB,9MB) --policy "indexmem(share=model)" --memory none,linear,slots,moments,centroids --blocks 5 --prefills 1 $(if $(DTYPE),--dtype $(DTYPE)) --out results/indexmem/speed
 
 results-restored: $(VENV)/.stamp-test ## what memories give back of what evictors take from attention (half an hour; goes on after an interrupt): ESSAYS=DIR
-	$(BIN)/python -m vestige.recipes.restored --out results/indexmem $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(DTYPE),--dtype $(DTYPE))
+	$(BIN)/python -m experiments.memory_restoration --out results/indexmem $(if $(ESSAYS),--essays "$(ESSAYS)") $(if $(DTYPE),--dtype $(DTYPE))
 
 results-erase: $(VENV)/.stamp-test ## erasers side by side (hours; goes on after an interrupt): ESSAYS=DIR QA=FILE PART=name
-	$(BIN)/python -m vestige.recipes.erase --out results/erase $(ERASE_ARGS)
+	$(BIN)/python -m experiments.erase --out results/erase $(ERASE_ARGS)
 
 results-erase-dev: $(VENV)/.stamp-test ## the same on the dev split, to choose by
-	$(BIN)/python -m vestige.recipes.erase --dev --out out/erase-dev $(ERASE_ARGS)
+	$(BIN)/python -m experiments.erase --dev --out out/erase-dev $(ERASE_ARGS)
 
 results-erase-speed: $(VENV)/.stamp-test ## what an edit takes by length, on an idle machine (minutes)
 	rm -f results/erase/speed.json
 	$(BIN)/vestige bench erase-speed --method learned,shift,drop,repair,blend,erratum --rounds 11 --out results/erase
-	$(BIN)/python -m vestige.recipes.erase --report --out results/erase
+	$(BIN)/python -m experiments.erase --report --out results/erase
 
 peers: .venv-peers/.stamp-peers ## make .venv-peers with kvpress in it, for `vestige bench --peer kvpress:...`
 	@echo "Ready: vestige bench ... --peer kvpress:SnapKVPress"

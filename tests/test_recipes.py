@@ -5,6 +5,17 @@ from dataclasses import asdict
 from itertools import product
 
 import pytest
+from experiments import (
+    ablations,
+    bench,
+    comparison,
+    distractor_attention,
+    erase,
+    evidence_attention,
+    laprox,
+    memory,
+    retention,
+)
 
 from vestige.bench.config import BenchConfig
 from vestige.bench.erasing.aggregate import aggregate
@@ -13,17 +24,6 @@ from vestige.bench.methods import vestige_runner
 from vestige.bench.results.aggregate import Record
 from vestige.erasers import ERASERS
 from vestige.policies import POLICIES
-from vestige.recipes import (
-    ablations,
-    bench,
-    dilution,
-    erase,
-    evidence,
-    laprox,
-    memory,
-    retention,
-    standing,
-)
 from vestige.testing import tiny
 
 
@@ -111,9 +111,9 @@ def test_a_picture_for_each_budget_names_every_method_and_its_loss():
 
 def test_a_span_is_found_among_tokens_that_cut_words():
     words = ("the ", "co", "de ", "is 7", "31", ".")
-    assert evidence.span_of(words, "code") == range(1, 3)
-    assert evidence.span_of(words, "731") == range(3, 5)
-    assert evidence.span_of(words, "nothing") == range(0)
+    assert evidence_attention.span_of(words, "code") == range(1, 3)
+    assert evidence_attention.span_of(words, "731") == range(3, 5)
+    assert evidence_attention.span_of(words, "nothing") == range(0)
 
 
 # Memories.
@@ -283,15 +283,15 @@ def test_the_verdict_pairs_samples_and_takes_equal_bytes_for_one_budget(small):
     records = kept("full", "1.0", 1, 1, 1, 0) + kept("snapkv", "0.1", 0, 0, 1, 0)
     records += kept("kvpress:KVzipPress", "0.1", 1, 1, 1, 1)
     records += kept("retention", own, 1, 0, 1)  # the last one is still to come
-    rows = {row["policy"]: row for row in standing.verdict(records, "retention", part.budget_of)}
+    rows = {row["policy"]: row for row in comparison.verdict(records, "retention", part.budget_of)}
     assert set(rows) == {"snapkv", "kvpress:KVzipPress", "retention"}
     assert {row["budget"] for row in rows.values()} == {"0.1"}
     assert rows["snapkv"]["ours_above"] == 1 / 3 and rows["snapkv"]["of_full"] == 1 / 3
     assert rows["retention"]["of_full"] == 2 / 3 and rows["retention"]["n"] == 3
-    shown = standing.table(list(rows.values()), "retention")
+    shown = comparison.table(list(rows.values()), "retention")
     assert "| 2048 | 0.1 | snapkv | 4 | 1.00 | 0.25" in shown and "+0.33" in shown
     assert "| 2048 | 0.1 | KVzip (kvpress) | 4 |" in shown
-    assert standing.picture(list(rows.values()), 2048, "a model").startswith("<svg")
+    assert comparison.picture(list(rows.values()), 2048, "a model").startswith("<svg")
 
 
 def test_the_summary_of_gates_is_of_what_is_there(small, tmp_path):
@@ -360,16 +360,24 @@ def test_dilution_is_measured_beside_the_full_cache_of_the_same_sample(chatter):
     config = BenchConfig(
         tasks=("ruler/niah_multikey_2",), arms=(), lengths=(480,), samples=1, answer_room=retention.ANSWER_ROOM
     )
-    seen = list(dilution.measure(config, model, tokenizer))
+    seen = list(distractor_attention.measure(config, model, tokenizer))
     arms = {(one["arm"]["policy"], one["arm"]["budget"]) for one in seen}
-    assert arms == {(method, budget) for method in dilution.METHODS for budget in dilution.BUDGETS}
+    assert arms == {
+        (method, budget) for method in distractor_attention.METHODS for budget in distractor_attention.BUDGETS
+    }
     assert len({(one["score_full"], one["dilution_full"]) for one in seen}) == 1
     assert all(0 <= one["dilution"] <= 1 for one in seen)
     assert all(one["dilution"] != one["dilution_full"] for one in seen if one["arm"]["budget"] in ("0.25", "0.1"))
     known = [one["arm"] for one in seen]
-    assert not list(dilution.measure(config, model, tokenizer, done=lambda task, length, index, arm: arm in known))
-    assert len(list(dilution.measure(config, model, tokenizer, done=lambda *at: at[3] in known[1:]))) == len(known)
-    (row,) = [row for row in dilution.rows_of(seen) if row["method"] == "retention" and row["budget"] == "0.1"]
+    assert not list(
+        distractor_attention.measure(config, model, tokenizer, done=lambda task, length, index, arm: arm in known)
+    )
+    assert len(
+        list(distractor_attention.measure(config, model, tokenizer, done=lambda *at: at[3] in known[1:]))
+    ) == len(known)
+    (row,) = [
+        row for row in distractor_attention.rows_of(seen) if row["method"] == "retention" and row["budget"] == "0.1"
+    ]
     assert row["n"] == 1 and row["gain"] == row["score"] - row["score_full"]
-    assert ">retention, share model<" in dilution.picture([row], row["task"])
-    assert f"| retention | 0.1 | 1 | {row['score_full']:.2f} |" in dilution.table([row])
+    assert ">retention, share model<" in distractor_attention.picture([row], row["task"])
+    assert f"| retention | 0.1 | 1 | {row['score_full']:.2f} |" in distractor_attention.table([row])

@@ -5,25 +5,25 @@ from itertools import product
 
 import pytest
 import torch
+from experiments import comparison, equal_bytes, indexmem, memory_restoration
 
 from vestige import KVCache, attach, memory, policies, prefill
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.results.aggregate import MEANS, MEDIANS, aggregate
 from vestige.budget import Budget
-from vestige.recipes import equal, indexmem, restored, standing
 from vestige.testing import random_ids, tiny
 
 MODEL = tiny("llama", vocab_size=128, max_position_embeddings=8192)
 WHOLE = ("full", "none", "1.0")
-PLAIN = equal.plain_pair(MODEL)
+PLAIN = equal_bytes.plain_pair(MODEL)
 
 
 @pytest.mark.parametrize("name", [*indexmem.MEMORIES])
 @pytest.mark.parametrize("policy", indexmem.FIELD)
 def test_methods_weigh_what_was_measured(policy, name):
-    own = equal.weight(MODEL, policy, name)
-    made = policies.make(policy, Budget.fraction(equal.kept_fraction(own, PLAIN, 400, 0.5)))
+    own = equal_bytes.weight(MODEL, policy, name)
+    made = policies.make(policy, Budget.fraction(equal_bytes.kept_fraction(own, PLAIN, 400, 0.5)))
     cache = KVCache(MODEL, made, memory=memory.make(name))
     with attach(MODEL), torch.no_grad():
         prefill(MODEL, random_ids(MODEL, 1, 400), cache, chunk=400)
@@ -34,14 +34,14 @@ def test_methods_weigh_what_was_measured(policy, name):
 
 def test_a_cache_that_keeps_everything_weighs_its_pairs():
     assert PLAIN == 2 * 16 * 4
-    assert equal.weight(MODEL, "full") == equal.Weight(pair=PLAIN + 4, fixed=0.0)
-    indexed = equal.weight(MODEL, "indexmem")
+    assert equal_bytes.weight(MODEL, "full") == equal_bytes.Weight(pair=PLAIN + 4, fixed=0.0)
+    indexed = equal_bytes.weight(MODEL, "indexmem")
     assert indexed.pair == PLAIN + 4 + 4 * 4 + 4 and indexed.fixed == 0
-    assert equal.weight(MODEL, "snapkv").fixed == 32 * 2 * 16 * 4  # the latest queries of two heads each
+    assert equal_bytes.weight(MODEL, "snapkv").fixed == 32 * 2 * 16 * 4  # the latest queries of two heads each
 
 
 def test_what_weighs_more_than_the_budget_beside_its_pairs_is_left_out_and_named():
-    part = equal.part(MODEL, ("expected_attention", "keydiff"), ("0.5", "0.05"), 200, tasks=("niah",))
+    part = equal_bytes.part(MODEL, ("expected_attention", "keydiff"), ("0.5", "0.05"), 200, tasks=("niah",))
     assert {(policy, fraction) for (policy, _, _), fraction in part.fractions.items()} == {
         ("expected_attention", "0.5"), ("keydiff", "0.5"), ("keydiff", "0.05"),
     }  # fmt: skip
@@ -119,7 +119,7 @@ def test_the_verdict_compares_what_weighs_the_same():
     part = indexmem.parts(MODEL)["memories-aware"]
     given = records(part, indexmem.OURS, "none", "0.1", 1, 1) + records(part, "retention", "none", "0.1", 0, 1)
     given += records(part, "full", "none", "1.0", 1, 1)
-    rows = {row["policy"]: row for row in standing.verdict(given, indexmem.OURS, part.budget_of)}
+    rows = {row["policy"]: row for row in comparison.verdict(given, indexmem.OURS, part.budget_of)}
     assert rows["retention"]["budget"] == rows[indexmem.OURS]["budget"] == "0.1"
     assert rows["retention"]["ours_above"] == 0.5 and rows[indexmem.OURS]["of_full"] == 1.0
 
@@ -153,7 +153,7 @@ def test_a_memory_that_keeps_each_pair_gives_back_what_an_eviction_took(chatter)
     names = ("none", EXACT, "moments")
     arms = cross(("random", "retention"), ("0.4", "0.1"), memories=names)
     config = BenchConfig(tasks=("ruler/niah_single_1",), arms=arms, lengths=(480,), samples=1, answer_room=16)
-    found = {arm_of(one): one for one in restored.measure(config, model, tokenizer)}
+    found = {arm_of(one): one for one in memory_restoration.measure(config, model, tokenizer)}
     assert len(found) == 12
     for policy in ("random", "retention"):
         plain = {budget: found[policy, "none", budget] for budget in ("0.4", "0.1")}
@@ -163,11 +163,11 @@ def test_a_memory_that_keeps_each_pair_gives_back_what_an_eviction_took(chatter)
             assert exact["lost"] == one["lost"] and exact["error"] < 1e-6 < 1e-4 < one["error"]
     known = [one["arm"] for one in found.values()]
     assert not list(
-        restored.measure(config, model, tokenizer, known=lambda task, length, index, arm, *of: arm in known)
+        memory_restoration.measure(config, model, tokenizer, known=lambda task, length, index, arm, *of: arm in known)
     )
-    rows = {(row["policy"], row["budget"], row["memory"]): row for row in restored.rows_of(found.values())}
+    rows = {(row["policy"], row["budget"], row["memory"]): row for row in memory_restoration.rows_of(found.values())}
     assert rows["random", "0.4", "none"]["left"] == 1.0 and rows["random", "0.4", EXACT]["left"] < 1e-2
-    said = restored.table(rows.values()).splitlines()
+    said = memory_restoration.table(rows.values()).splitlines()
     moments = rows["random", "0.4", "moments"]["left"]
     assert len(said) == 6 and f"| {moments:.0%} ({moments:.0%} to {moments:.0%}) |" in said[2]
 
@@ -180,7 +180,7 @@ def arm_of(record: dict) -> tuple[str, str, str]:
 
 
 def test_the_better_and_the_worse_evictors_are_measured_beside_chance():
-    config = restored.compared()
+    config = memory_restoration.compared()
     assert config.split == "test" and config.lengths == (4096,) and config.tasks == indexmem.TASKS[1:3]
     assert {arm.policy for arm in config.arms} == {*indexmem.REMEMBERING, "random"}
     assert {arm.memory for arm in config.arms} == set(indexmem.MEMORIES)

@@ -1,6 +1,6 @@
 """What eviction leaves of the attention that an answer pays to its evidence: finer than right or wrong.
 
-``python -m vestige.recipes.evidence --essays DIR`` runs on the dev split, to choose by: of the attention that the full
+``python -m experiments.evidence_attention --essays DIR`` runs on the dev split, to choose by: of the attention that the full
 cache's right answers pay to the needle, summed over layers and heads, the share whose pairs each method keeps.
 """
 
@@ -12,6 +12,8 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments import laprox
+from experiments.runner import Essays
 from vestige import policies
 from vestige.bench import items
 from vestige.bench.config import BenchConfig
@@ -20,8 +22,6 @@ from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.pipelines.explain import attention_to, held_of, left_of
-from vestige.recipes import laprox
-from vestige.recipes.running import Essays
 
 TASKS = ("ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
 METHODS = tuple(

@@ -12,11 +12,11 @@ from typing import Any
 import typer
 from transformers import PreTrainedModel
 
+from experiments import equal_bytes
+from experiments.comparison import picture, table, verdict
+from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.bench.results.aggregate import Record, Row, gain
 from vestige.cli.options import Dtype
-from vestige.recipes import equal
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
-from vestige.recipes.standing import picture, table, verdict
 
 MODEL, OURS = "smollm2-135m", "indexmem(share=model)"
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_multikey_1", "niah")
@@ -38,7 +38,7 @@ SAMPLES, LONG_SAMPLES, ANSWER_ROOM = 20, 10, 16
 COMMAND = "make results-indexmem ESSAYS=DIR"
 
 
-def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, equal.Part]:
+def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, equal_bytes.Part]:
     """Return the runs by name.
 
     Args:
@@ -49,12 +49,12 @@ def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test
     made = {}
     for name, aware in (("agnostic", False), ("aware", True)):
         common: dict[str, Any] = {"question_aware": aware, "essays": essays, "split": split, "answer_room": ANSWER_ROOM}
-        made[name] = equal.part(model, FIELD, FRACTIONS, LENGTH, tasks=TASKS, samples=SAMPLES, **common)
+        made[name] = equal_bytes.part(model, FIELD, FRACTIONS, LENGTH, tasks=TASKS, samples=SAMPLES, **common)
         remembering: dict[str, Any] = {"memories": MEMORIES, "tasks": TASKS[1:3], "samples": LONG_SAMPLES}
-        made[f"memories-{name}"] = equal.part(model, REMEMBERING, FRACTIONS, LONG, **remembering, **common)
+        made[f"memories-{name}"] = equal_bytes.part(model, REMEMBERING, FRACTIONS, LONG, **remembering, **common)
     for length in MAP_LENGTHS:
         on: dict[str, Any] = {"tasks": ("niah",), "samples": SAMPLES, "essays": essays, "split": split}
-        made[f"map-{length}"] = equal.part(model, FIELD, (MAPPED,), length, answer_room=ANSWER_ROOM, **on)
+        made[f"map-{length}"] = equal_bytes.part(model, FIELD, (MAPPED,), length, answer_room=ANSWER_ROOM, **on)
     return made
 
 
@@ -113,7 +113,7 @@ def needles(rows: Iterable[tuple[Row, str]]) -> str:
     return heat_map(title, grid, methods, names, ("method", "depth of the needle, and length"))
 
 
-def summed_up(out: Path, name: str, part: equal.Part) -> list[Row]:
+def summed_up(out: Path, name: str, part: equal_bytes.Part) -> list[Row]:
     """Return a part's gains or verdict: of its samples, or where these are not kept, as it was last written."""
     from vestige.utils.files import write_atomically
 
@@ -125,12 +125,12 @@ def summed_up(out: Path, name: str, part: equal.Part) -> list[Row]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
+def summary(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
     """Write the verdicts, gains and pictures of all parts that have results."""
     from vestige.bench.report.rows import read_rows
     from vestige.utils.files import write_atomically
 
-    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`.", *equal.left_out(made)], list[tuple[Row, str]]()
+    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`.", *equal_bytes.left_out(made)], list[tuple[Row, str]]()
     for name, one in made.items():
         if not (rows := summed_up(out, name, one)):
             continue

@@ -13,12 +13,12 @@ from typing import Any
 import typer
 from transformers import PreTrainedModel
 
+from experiments import equal_bytes
+from experiments.comparison import picture, table, verdict
+from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.results.aggregate import Row
-from vestige.recipes import equal
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of
-from vestige.recipes.standing import picture, table, verdict
 
 MODEL = "smollm2-135m"
 TASKS = (
@@ -60,7 +60,7 @@ CANDIDATE_PRESSES = (
 CHOOSING_BUDGETS, CHOOSING_SAMPLES = ("0.25", "0.1"), 3
 
 
-def parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal.Part]:
+def parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal_bytes.Part]:
     """Return the judged runs, on the test split: for each length ours, and the presses.
 
     Args:
@@ -70,12 +70,12 @@ def parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal
     names, made = (RETENTION, *RIVALS, *CONTROLS), {}
     for length, budgets in BUDGETS.items():
         common = _common(essays, "test") | {"samples": SAMPLES[length]}
-        made[str(length)] = equal.part(model, names, budgets, length, **common)
+        made[str(length)] = equal_bytes.part(model, names, budgets, length, **common)
         arms = [
             replace(arm, samples=n) for name, n in PRESSES.items() for arm in cross((), budgets, peers=(_press(name),))
         ]
         pressed = BenchConfig(arms=tuple(arms), lengths=(length,), **common | {"tasks": PRESSED})
-        made[f"{length}-presses"] = equal.Part(config=pressed, fractions={})
+        made[f"{length}-presses"] = equal_bytes.Part(config=pressed, fractions={})
     return made
 
 
@@ -98,7 +98,7 @@ def _press(name: str) -> str:
     return f"kvpress:{head}Press{bracket}{rest}"
 
 
-def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
+def summary(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
     """Write the verdict and the pictures of all lengths that have results."""
     from vestige.utils.files import write_atomically
 
@@ -107,7 +107,7 @@ def summary(out: Path, made: Mapping[str, equal.Part]) -> None:
         records = records_of(out / length) + records_of(out / f"{length}-presses")
         rows += verdict(records, RETENTION, made[length].budget_of)
     write_atomically(out / "verdict.json", json.dumps(rows, indent=1) + "\n")
-    said = ["# Retention gates", f"Remade by `{COMMAND}`. {NOTES}", *equal.left_out(made), table(rows, RETENTION)]
+    said = ["# Retention gates", f"Remade by `{COMMAND}`. {NOTES}", *equal_bytes.left_out(made), table(rows, RETENTION)]
     write_atomically(out / "verdict.md", "\n\n".join(said))
     for at in {row["length"] for row in rows}:
         write_atomically(out / f"scores-{at}.svg", picture(rows, at, MODEL))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
+from experiments.runner import Dev, Essays, Out, benched
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
-from vestige.recipes.running import Dev, Essays, Out, benched
 
 MODEL = "smollm2-135m"
 CANDIDATES = (

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
 """The four RULER tasks that the full cache answers best on the dev split at 2,048 tokens, and needles by depth."""

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.retention import ANSWER_ROOM, MODEL
+from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.results.aggregate import Record, resampled
-from vestige.recipes.retention import ANSWER_ROOM, MODEL
-from vestige.recipes.running import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.training.model_card import CARD
 
 STEPS, WARM, LENGTH, LEAST, ASKED = 300, 100, 1536, 500, 16

@@ -14,6 +14,8 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
+from experiments.runner import Dev, Essays, Out, split_of
 from vestige import memory
 from vestige.bench import items
 from vestige.bench.config import BenchConfig
@@ -28,8 +30,6 @@ from vestige.cli.options import Dtype
 from vestige.kernels.merge import Partial
 from vestige.models.anatomy import check
 from vestige.pipelines.explain import held_of
-from vestige.recipes.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
-from vestige.recipes.running import Dev, Essays, Out, split_of
 from vestige.training.indexmem.memory_loss import attended, rejoined
 from vestige.training.indexmem.teacher_trace import Layer, seen
 

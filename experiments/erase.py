@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.runner import Dev, Essays, Out, Parts, chosen, records_of, split_of
 from vestige.bench.erasing.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erasing.tasks import TASKS
 from vestige.bench.results.aggregate import Record, Row
-from vestige.recipes.running import Dev, Essays, Out, Parts, chosen, records_of, split_of
 
 MODEL = "smollm2-135m"
 APPROXIMATE = ("learned", "shift", "drop", "repair", "repair(where=end)", "blend", "erratum")

@@ -13,11 +13,11 @@ from typing import Any
 
 import typer
 
+from experiments.runner import Dev, Essays, Out, benched, records_of, split_of
 from vestige import memory
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
 from vestige.bench.results.aggregate import Record, Row, gain
-from vestige.recipes.running import Dev, Essays, Out, benched, records_of, split_of
 
 MODEL = "smollm2-135m"
 TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1")

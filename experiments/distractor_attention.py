@@ -13,6 +13,9 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.evidence_attention import span_of
+from experiments.retention import ANSWER_ROOM, MODEL, RETENTION, RIVALS
+from experiments.runner import Dev, Essays, Out, split_of
 from vestige import policies
 from vestige.bench import items
 from vestige.bench.config import BenchConfig
@@ -27,9 +30,6 @@ from vestige.cache.prefill import announce, finish
 from vestige.pipelines.explain import attention_to, share_of
 from vestige.policies import Full
 from vestige.policies.base import Policy
-from vestige.recipes.evidence import span_of
-from vestige.recipes.retention import ANSWER_ROOM, MODEL, RETENTION, RIVALS
-from vestige.recipes.running import Dev, Essays, Out, split_of
 
 TASKS = ("ruler/niah_multikey_1", "ruler/niah_multikey_2")
 METHODS = (RETENTION, RIVALS[0])
