@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import on_the_default_model
+from tests.conftest import on_the_default_model
 from vestige import Budget, KVCache, attach, load, policies, prefill
 from vestige.pipelines.answer import answer
 from vestige.text.chat_template import Frame
