@@ -1,7 +1,7 @@
 """What eviction leaves of the attention that an answer pays to its evidence: finer than right or wrong.
 
-``python -m experiments.evidence_attention --essays DIR`` runs on the dev split, to choose by: of the attention that the full
-cache's right answers pay to the needle, summed over layers and heads, the share whose pairs each method keeps.
+``python -m experiments.evidence_attention --essays DIR`` runs on the dev split, to choose by: of the attention that the
+full cache's right answers pay to the needle, summed over layers and heads, the share whose pairs each method keeps.
 """
 
 from collections.abc import Iterator, Sequence

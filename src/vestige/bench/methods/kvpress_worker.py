@@ -147,7 +147,7 @@ def needs_weights(press: Any, kind: type) -> bool:
 
 
 def storage_bytes(held: Any) -> int:
-    """Return the bytes of all storages below an object, each once and whole; as ``vestige.bench.metrics.byte_meter`` does."""
+    """Return the bytes of all storages below an object, each once and whole, as ``bench.metrics.byte_meter`` does."""
     storages = {(str(x.device), x.untyped_storage().data_ptr()): x.untyped_storage().nbytes() for x in tensors(held)}
     return sum(storages.values())
 

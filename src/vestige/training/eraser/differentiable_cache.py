@@ -1,7 +1,7 @@
 """The surrogate cache with gradients: plain tensors, one model for reading, erasing and answering.
 
-What :mod:`vestige.cache.overlay` does on a live cache, done on keys and values that nothing was evicted from, fast enough to
-train through. Attention is eager where gradients flow: fused kernels are slow in their backward pass on CPUs.
+What :mod:`vestige.cache.overlay` does on a live cache, done on keys and values that nothing was evicted from, fast
+enough to train through. Attention is eager where gradients flow: fused kernels are slow in their backward pass on CPUs.
 """
 
 from collections.abc import Iterator, Sequence
