@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import vestige
+from tests.conftest import on_the_default_model
 from vestige import Budget, KVCache, policies
 from vestige.cli.main import app
 from vestige.testing import random_ids, tiny
@@ -54,6 +55,15 @@ def test_a_listing_is_as_it_was(name):
 
 def test_public_names_are_as_they_were():
     assert sorted(vestige.__all__) == read("names.json")
+
+
+@pytest.mark.slow
+@on_the_default_model
+def test_the_demo_answers_as_it_did():
+    printed = json.loads(CliRunner().invoke(app, ["demo", "--json"]).stdout.splitlines()[-1])
+    expected = read("demo.json")
+    assert sorted(printed) == expected.pop("keys")
+    assert {name: printed[name] for name in expected} == expected
 
 
 @torch.no_grad()

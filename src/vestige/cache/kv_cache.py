@@ -259,7 +259,7 @@ class KVCache(Cache):
         self.peak_kv_bytes = peak
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a folder: safetensors and JSON, all of it or nothing. See :mod:`~vestige.cache.serialization`."""
+        """Write the cache to a folder, whole or not at all: see :mod:`~vestige.cache.serialization`."""
         from vestige.cache import serialization
 
         serialization.save(self, Path(path))

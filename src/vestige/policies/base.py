@@ -215,7 +215,7 @@ class Allots(Protocol):
     """A policy that says how many pairs each row keeps (a pyramid, classes of heads): rows do not compete."""
 
     def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
-        """Return the pairs wanted for each row, in proportion; :func:`~vestige.policies.selection.apportion` rounds them.
+        """Return the pairs wanted for each row, in proportion: ``selection.apportion`` makes them add up.
 
         Args:
             scores: Of all layers.
