@@ -50,7 +50,7 @@ def weight(model: PreTrainedModel, policy: str, memory: str = "none") -> Weight:
     """
     cache = _read(model, policy, memory)
     whole = cache.footprint()
-    fixed = whole.fixed_bytes - cache.slack * whole.pair_bytes
+    fixed = whole.fixed_bytes - cache.growth_slots * whole.pair_bytes
     return Weight(pair=whole.pair_bytes / whole.rows, fixed=fixed / whole.rows)
 
 

@@ -27,7 +27,7 @@ from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import announce, finish
 from vestige.cli.options import Dtype
-from vestige.kernels.merge import Partial
+from vestige.kernels.merge import PartialAttention
 from vestige.models.anatomy import check
 from vestige.pipelines.explain import held_of
 from vestige.training.indexmem.memory_loss import attended, rejoined
@@ -87,7 +87,7 @@ def _all(layer: Layer, text: int) -> Tensor:
     return torch.ones(len(layer.keys), text, dtype=torch.bool, device=layer.keys.device)
 
 
-def _compared(cache: KVCache, layers: list[Layer], whole: list[Partial], text: int) -> dict[str, float]:
+def _compared(cache: KVCache, layers: list[Layer], whole: list[PartialAttention], text: int) -> dict[str, float]:
     """Return the share of attention that went with the evicted, and the error of attention's output as a share of its
     size, the mean over layers."""
     lost, errors = [], []

@@ -98,9 +98,9 @@ def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
     """Have random weights where a model without any would be refused, so that all policies run on tiny models."""
     root = tmp_path_factory.mktemp("gates")
 
-    get = pretrained.Shelf.get
+    get = pretrained.WeightsCache.get
 
-    def get_or_draw(shelf: pretrained.Shelf, name: str | None, model: PreTrainedModel) -> Any:
+    def get_or_draw(shelf: pretrained.WeightsCache, name: str | None, model: PreTrainedModel) -> Any:
         own = f"{shelf.kind}-{check(model).fingerprint()}"
         if name is not None or shelf.kind not in MADE or (pretrained.SHIPPED / own).exists():
             return get(shelf, name, model)
@@ -111,7 +111,7 @@ def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
         return get(shelf, str(folder), model)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained.Shelf, "get", get_or_draw)
+        patch.setattr(pretrained.WeightsCache, "get", get_or_draw)
         yield
 
 

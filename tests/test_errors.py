@@ -6,7 +6,7 @@ import pytest
 
 import vestige
 from vestige import errors
-from vestige.errors import VestigeError, unknown
+from vestige.errors import VestigeError, unknown_name_message
 
 CLASSES = {
     name: item for name, item in vars(errors).items() if inspect.isclass(item) and item.__module__ == errors.__name__
@@ -53,15 +53,15 @@ def test_an_error_is_also_the_builtin_that_callers_expect(name, builtin):
 
 
 def test_an_unknown_word_that_is_near_a_valid_one_gets_a_hint():
-    assert unknown("policy", "snapvk", ["tova", "snapkv"]) == (
+    assert unknown_name_message("policy", "snapvk", ["tova", "snapkv"]) == (
         "unknown policy 'snapvk'; did you mean 'snapkv'? available: tova, snapkv"
     )
 
 
 def test_an_unknown_word_that_is_near_none_gets_the_list_alone():
-    assert unknown("share", "xyz", ["head", "layer"]) == "unknown share 'xyz'; available: head, layer"
+    assert unknown_name_message("share", "xyz", ["head", "layer"]) == "unknown share 'xyz'; available: head, layer"
 
 
 def test_valid_words_may_come_from_a_dict_or_be_yielded_once():
-    assert unknown("policy", "ful", {"full": 1}).endswith("did you mean 'full'? available: full")
-    assert unknown("policy", "q", (word for word in "ab")).endswith("available: a, b")
+    assert unknown_name_message("policy", "ful", {"full": 1}).endswith("did you mean 'full'? available: full")
+    assert unknown_name_message("policy", "q", (word for word in "ab")).endswith("available: a, b")

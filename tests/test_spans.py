@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vestige import InputError, Span
-from vestige.spans import Closing, within
+from vestige.spans import PositionMap, within
 
 
 def test_a_span_is_as_long_as_its_end_is_far_from_its_start():
@@ -43,7 +43,7 @@ SPANS = st.sets(st.integers(0, 29), max_size=12).map(lambda chosen: tuple(Span(i
 def test_what_stays_is_numbered_anew_without_holes(spans):
     positions = torch.arange(30)
     left = positions[~within(positions, spans)]
-    closing = Closing(spans)
+    closing = PositionMap(spans)
     assert closing.moved(left).tolist() == list(range(len(left))) and closing.removed == 30 - len(left)
     assert [closing.at(int(p)) for p in left] == list(range(len(left)))
 
@@ -51,7 +51,7 @@ def test_what_stays_is_numbered_anew_without_holes(spans):
 def test_pads_lie_in_no_span_and_do_not_move():
     pads = torch.tensor([-1, -1, 0, 1, 2])
     assert within(pads, [Span(0, 2)]).tolist() == [False, False, True, True, False]
-    assert Closing((Span(0, 2),)).moved(pads).tolist()[:2] == [-1, -1]
+    assert PositionMap((Span(0, 2),)).moved(pads).tolist()[:2] == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_pads_lie_in_no_span_and_do_not_move():
     ],
 )
 def test_a_span_keeps_what_is_left_of_it(span, expected):
-    assert Closing((Span(5, 9), Span(22, 24)))(span) == expected
+    assert PositionMap((Span(5, 9), Span(22, 24)))(span) == expected
 
 
 def test_several_spans_keep_those_of_which_something_is_left():
-    assert Closing((Span(5, 9),)).over((Span(1, 2), Span(6, 8), Span(9, 11))) == (Span(1, 2), Span(5, 7))
+    assert PositionMap((Span(5, 9),)).over((Span(1, 2), Span(6, 8), Span(9, 11))) == (Span(1, 2), Span(5, 7))

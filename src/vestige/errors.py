@@ -43,7 +43,7 @@ class CacheFileError(CacheError):
     """A saved cache that is missing, damaged, or made for another model."""
 
 
-def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
+def unknown_name_message(kind: str, name: str, valid: Iterable[str]) -> str:
     """Return the one line that names an unknown word, its likely meaning and the valid words."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1)

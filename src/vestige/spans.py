@@ -43,7 +43,7 @@ def within(positions: Int[Tensor, "*shape"], spans: Sequence[Span]) -> Bool[Tens
 
 
 @dataclass(frozen=True)
-class Closing:
+class PositionMap:
     """Spans leave a sequence and what follows moves up: positions before become positions after.
 
     Args:

@@ -172,7 +172,7 @@ def test_transforms_after_update_that_no_list_knows_raise_at_the_handle(name, mo
     monkeypatch.setattr(type(model.config), "kv_lora_rank", None, raising=False)
     if name == "deepseek_v3":
         monkeypatch.delattr(PreTrainedConfig, "kv_lora_rank", raising=False)
-        anatomy_of = models.Anatomy
+        anatomy_of = models.ModelLayout
         layers = model.get_decoder().layers
         anatomy = anatomy_of(model, model.get_decoder(), (0, 1, 2), {i: layers[i].self_attn for i in range(3)})
         monkeypatch.setattr("vestige.cache.attach.check", lambda _: anatomy)

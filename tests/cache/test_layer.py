@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vestige import Budget, CacheError, KVCache, attach, policies, prefill
-from vestige.cache.handle import Handle
+from vestige.cache.handle import KVHandle
 from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
 
@@ -22,7 +22,7 @@ def layer():
 
 @pytest.fixture
 def handle(layer):
-    return Handle(layer, torch.Size((2, 2, 10, 16)), torch.float32, torch.device("cpu"))
+    return KVHandle(layer, torch.Size((2, 2, 10, 16)), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_the_dense_view_is_no_copy_and_a_step_within_the_slack_moves_nothing(lay
     assert layer.view("keys").untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
     model = cache.anatomy.model
     with torch.no_grad(), attach(model):
-        for _ in range(cache.slack - 1):
+        for _ in range(cache.growth_slots - 1):
             model(random_ids(model, 2, 1), **cache_argument(cache))
         assert layer.columns["keys"] is keys
         model(random_ids(model, 2, 1), **cache_argument(cache))
         assert layer.columns["keys"] is not keys
-    assert layer.get_seq_length() == 10 + cache.slack
+    assert layer.get_seq_length() == 10 + cache.growth_slots
 
 
 def test_mask_sizes_are_the_whole_while_dense_and_the_new_tokens_once_ragged():

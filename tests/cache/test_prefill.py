@@ -7,7 +7,7 @@ from packaging.version import Version
 
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, attach, policies, prefill
 from vestige.cache.prefill import announce, finish, forward, replay
-from vestige.cache.query_records import Ring
+from vestige.cache.query_records import RingBuffer
 from vestige.models.compat import cache_argument
 from vestige.testing import left_padded, random_ids, tiny
 
@@ -162,7 +162,7 @@ def held_by_row(cache) -> list[int]:
 def test_a_fraction_is_one_of_each_rows_own_length(announced, chunk):
     cache = announced[1](chunk=chunk)
     assert cache.lengths == LENGTHS
-    assert cache.room() == [10, 15, 12] and held_by_row(cache) == [40, 60, 48]
+    assert cache.pair_limits() == [10, 15, 12] and held_by_row(cache) == [40, 60, 48]
     assert cache.report().budget_total == (10 + 15 + 12) * 4
 
 
@@ -174,18 +174,18 @@ def test_one_length_is_that_of_all_rows_and_none_leaves_what_was_announced(annou
         prefill(model, random_ids(model, 3, 4, seed=1), cache)
         assert cache.lengths == (40, 40, 40) and held_by_row(cache) == [40] * 3
         prefill(model, random_ids(model, 3, 9, seed=2), cache, length=[80, 48, 60])
-    assert cache.lengths == (80, 48, 60) and cache.room() == [20, 12, 15]
+    assert cache.lengths == (80, 48, 60) and cache.pair_limits() == [20, 12, 15]
     assert held_by_row(cache) == [19 * 4, 48, 60]  # 10 and 9 more are within 20
 
 
 def test_rows_take_their_lengths_along(announced):
     cache = announced[1]()
     cache.reorder_cache(torch.tensor([2, 0, 1]))
-    assert cache.lengths == (50, 40, 60) and cache.room() == [12, 10, 15]
+    assert cache.lengths == (50, 40, 60) and cache.pair_limits() == [12, 10, 15]
     cache.batch_repeat_interleave(2)
     assert cache.lengths == (50, 50, 40, 40, 60, 60)
     cache.batch_select_indices(torch.tensor([5, 0]))
-    assert cache.lengths == (60, 50) and cache.room() == [15, 12]
+    assert cache.lengths == (60, 50) and cache.pair_limits() == [15, 12]
 
 
 def test_forks_and_saved_caches_keep_lengths(announced, tmp_path):
@@ -195,7 +195,7 @@ def test_forks_and_saved_caches_keep_lengths(announced, tmp_path):
     cache.save(tmp_path / "kept")
     loaded = KVCache.load(tmp_path / "kept", model)
     assert twin.lengths == loaded.lengths == LENGTHS
-    assert twin.room() == loaded.room() == [10, 15, 12]
+    assert twin.pair_limits() == loaded.pair_limits() == [10, 15, 12]
     cache.reorder_cache(torch.tensor([1, 0, 2]))
     assert twin.lengths == LENGTHS  # and a fork goes its own way
     unread = KVCache(model, policies.Full())
@@ -214,7 +214,7 @@ def test_another_number_of_lengths_is_refused_and_nothing_is_read(announced, len
 
 def test_the_shortest_row_must_have_room_for_what_is_protected(announced):
     model, read = announced
-    assert read(length=(20, 60, 50)).room()[0] == 5
+    assert read(length=(20, 60, 50)).pair_limits()[0] == 5
     cache = KVCache(model, policies.Random(budget=Budget.fraction(0.25), sink=2, window=3))
     with torch.no_grad(), attach(model), pytest.raises(BudgetError, match="gives 4 pairs a row, but .* protect 5"):
         prefill(model, random_ids(model, 3, 18), cache, length=(60, 19, 50))
@@ -286,7 +286,7 @@ def traces(cache) -> list:
             pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
             tensors += [column[pairs] for _, column in sorted(layer.columns.items())]
         rings = [ring for _, ring in sorted(getattr(layer, "rings", {}).items())]
-        found += [list(ring.floor) for ring in rings if isinstance(ring, Ring)]
+        found += [list(ring.floor) for ring in rings if isinstance(ring, RingBuffer)]
         tensors += [ring.data for ring in rings]
         found += [tensor.tolist() for tensor in tensors]
     return found

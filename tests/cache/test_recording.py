@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.conftest import ROOMY
 from vestige import Budget, KVCache, Observation, PolicyError, attach, check, policies, prefill
-from vestige.cache.recording import Recording
+from vestige.cache.recording import RecordingSpec
 from vestige.models.compat import cache_argument
-from vestige.policies.base import Policy, Written
-from vestige.policies.observation import Glance, LayerGlance, attention_weights
+from vestige.policies.base import NewPairs, Policy
+from vestige.policies.observation import LayerView, RowView, attention_weights
 from vestige.testing import TINY, attention, full_layers, left_padded, random_ids, tiny
 
 SMALL = {"sink": 2, "window": 3, "every": 4}
@@ -25,9 +25,9 @@ class Notes(Policy):
 
     number: float = 1.0
     annotations: ClassVar[frozenset[str]] = frozenset({"note"})
-    annotated_with: ClassVar[tuple[str, ...]] = ("number",)
+    annotation_options: ClassVar[tuple[str, ...]] = ("number",)
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         return {"note": torch.full(written.keys.shape[:3], self.number)}
 
     def score(self, seen: Observation) -> Tensor:
@@ -40,10 +40,10 @@ class Sums(Policy):
 
     annotations: ClassVar[frozenset[str]] = frozenset({"mass"})
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         return {"mass": torch.zeros(written.keys.shape[:3])}
 
-    def watch(self, glance: Glance) -> None:
+    def watch(self, glance: RowView) -> None:
         weights = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, glance.attention)
         glance.annotations["mass"].add_(weights.sum((0, 1)))
 
@@ -54,11 +54,11 @@ class Sums(Policy):
 class Watcher(policies.KNorm):
     """Keeps what it is shown."""
 
-    def watch(self, glance: Glance) -> None:
+    def watch(self, glance: RowView) -> None:
         seen.append(glance)
 
 
-seen: list[Glance] = []
+seen: list[RowView] = []
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +70,13 @@ def nothing_seen_yet():
 
 
 def test_policies_that_look_back_at_nothing_record_nothing():
-    assert Recording.of([policies.Full(), policies.KNorm(budget=ROOMY)]) == Recording()
-    assert Recording.of([]).longest == 0
+    assert RecordingSpec.of([policies.Full(), policies.KNorm(budget=ROOMY)]) == RecordingSpec()
+    assert RecordingSpec.of([]).longest == 0
 
 
 def test_of_several_policies_the_longest_ring_and_all_needs_are_recorded():
     chosen = [policies.SnapKV(budget=ROOMY, observed=n) for n in (5, 9, 7)]
-    recording = Recording.of([*chosen, policies.LaProx(budget=ROOMY, observed=3), policies.TOVA(budget=ROOMY)])
+    recording = RecordingSpec.of([*chosen, policies.LaProx(budget=ROOMY, observed=3), policies.TOVA(budget=ROOMY)])
     assert recording.needs == {"queries", "output"}
     assert recording.ring_sizes == {"queries": 9} and recording.longest == 9
     assert recording.annotations == {"output_norms"} and recording.watchers == ()
@@ -84,14 +84,14 @@ def test_of_several_policies_the_longest_ring_and_all_needs_are_recorded():
 
 def test_policies_that_write_the_same_write_it_once():
     one, other = Notes(budget=ROOMY), Notes(budget=Budget.tokens(20), sink=0, window=0, share="model")
-    assert len(Recording.of([one, other, one]).writers) == 1
-    assert len(Recording.of([Watcher(budget=ROOMY), Watcher(budget=ROOMY, window=1)]).watchers) == 1
-    assert Recording.of([one, policies.LaProx(budget=ROOMY)]).annotations == {"note", "output_norms"}
+    assert len(RecordingSpec.of([one, other, one]).writers) == 1
+    assert len(RecordingSpec.of([Watcher(budget=ROOMY), Watcher(budget=ROOMY, window=1)]).watchers) == 1
+    assert RecordingSpec.of([one, policies.LaProx(budget=ROOMY)]).annotations == {"note", "output_norms"}
 
 
 def test_two_policies_that_would_write_different_things_into_one_array_are_refused():
     with pytest.raises(PolicyError, match=r"two policies would write different things into the side array 'note'"):
-        Recording.of([Notes(budget=ROOMY), Notes(budget=ROOMY, number=2.0)])
+        RecordingSpec.of([Notes(budget=ROOMY), Notes(budget=ROOMY, number=2.0)])
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_two_policies_that_would_write_different_things_into_one_array_are_refus
     ],
 )
 def test_what_was_not_recorded_is_named_with_what_was(policy, told):
-    recording = Recording.of([policies.SnapKV(budget=ROOMY, observed=8), Notes(budget=ROOMY)])
+    recording = RecordingSpec.of([policies.SnapKV(budget=ROOMY, observed=8), Notes(budget=ROOMY)])
     with pytest.raises(PolicyError, match=told + r".*observers=\[...\]"):
         recording.check(policy)
 
 
 def test_what_was_recorded_and_less_is_enough():
-    recording = Recording.of([policies.SnapKV(budget=ROOMY, observed=8), Notes(budget=ROOMY)])
+    recording = RecordingSpec.of([policies.SnapKV(budget=ROOMY, observed=8), Notes(budget=ROOMY)])
     for policy in (policies.SnapKV(budget=ROOMY, observed=3), policies.TOVA(budget=ROOMY), Notes(budget=None)):
         recording.check(policy)
 
@@ -268,11 +268,11 @@ class Overseer(Notes):
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
-    def watch_layer(self, glance: LayerGlance) -> None:
+    def watch_layer(self, glance: LayerView) -> None:
         shown.append((glance, glance.rows, {name: x.clone() for name, x in glance.slots.items()}))
 
 
-shown: list[tuple[LayerGlance, tuple[Glance, ...], dict[str, Tensor]]] = []
+shown: list[tuple[LayerView, tuple[RowView, ...], dict[str, Tensor]]] = []
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4"])

@@ -86,7 +86,7 @@ def assert_equal(one: KVCache, other: KVCache) -> None:
     assert type(one.policy) is type(other.policy) and one.policy.budget == other.policy.budget
     assert torch.equal(one.ids, other.ids) and torch.equal(one.real, other.real)
     assert (one.ids.dtype, one.real.dtype) == (other.ids.dtype, other.real.dtype)
-    assert one.room() == other.room()
+    assert one.pair_limits() == other.pair_limits()
     assert len(one.layers) == len(other.layers)
     for a, b in zip(one.layers, other.layers, strict=True):
         assert type(a) is type(b)

@@ -6,7 +6,7 @@ import torch
 from vestige import Budget, CacheError, InputError, KVCache, Span, attach, erase, erasers, memory, policies, prefill
 from vestige.cache.overlay import rerun, write
 from vestige.erasers import ERASERS
-from vestige.memory.base import Forgotten
+from vestige.memory.base import ForgetResult
 from vestige.models.compat import cache_argument
 from vestige.nn.lora import Adapter
 from vestige.spans import within
@@ -154,9 +154,9 @@ def test_recompute_reads_a_hybrid_model_anew():
 def test_recompute_rebuilds_a_memory():
     model, ids = tiny("llama"), random_ids(tiny("llama"), 1, 60)
     cache = read(model, ids, evicting(16), kept=memory.make("moments"))
-    assert cache.forget(SPAN) is Forgotten.IMPOSSIBLE
+    assert cache.forget(SPAN) is ForgetResult.IMPOSSIBLE
     report = erase(cache, SPAN, made("recompute"), model=model, input_ids=ids).report
-    assert report.memory is Forgotten.REBUILT
+    assert report.memory is ForgetResult.REBUILT
     fresh = read(model, torch.cat([ids[:, :10], ids[:, 16:]], 1), evicting(16), kept=memory.make("moments"))
     question = random_ids(model, 1, 3, seed=1)
     torch.testing.assert_close(logits_of(model, cache, question), logits_of(model, fresh, question))
@@ -362,7 +362,7 @@ def test_every_slot_is_accounted_for_beside_a_memory_which_says_how_free_it_is(n
     before = [layer.remains for layer in cache.evictable]
     report = erase(cache, spans, made(name), model=model, input_ids=ids).report
     assert all(one.dropped + one.replaced + one.left == held[one.span] > 0 for one in report.spans)
-    assert report.memory is (Forgotten.REBUILT if name == "recompute" else Forgotten.IMPOSSIBLE)
+    assert report.memory is (ForgetResult.REBUILT if name == "recompute" else ForgetResult.IMPOSSIBLE)
     if name == "recompute":
         left = torch.cat([ids[:, : SPAN.start], ids[:, SPAN.end : 30], ids[:, 34:]], 1)
         fresh = read(model, left, evicting(20), kept=memory.make(kept))
@@ -526,7 +526,7 @@ def test_a_memory_of_what_follows_cannot_be_moved(name):
     with pytest.raises(CacheError, match="drop, learned"):
         erase(cache, SPAN, made(name), model=model, input_ids=ids)
     report = erase(cache, SPAN, made("drop"), model=model, input_ids=ids).report
-    assert report.memory is Forgotten.IMPOSSIBLE
+    assert report.memory is ForgetResult.IMPOSSIBLE
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vestige.kernels import AttentionScale, fused, reference
-from vestige.kernels.merge import Partial, merge
+from vestige.kernels.merge import PartialAttention, merge
 from vestige.kernels.weighted import attend_weighted
 
 HEAD_DIM, VALUE_DIM = 8, 6
@@ -52,7 +52,7 @@ def case(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
-    """Return random queries and rows in a buffer that begins with a hole and has ``slack`` behind each row."""
+    """Return random queries and rows in a buffer that begins with a hole and has ``growth_slots`` behind each row."""
     generator = torch.Generator().manual_seed(seed)
     heads = len(lengths) // batch * queries_per_kv
     starts, end = [], 3
@@ -236,7 +236,7 @@ def formula_lse(given: Case) -> Tensor:
     return lse
 
 
-def partially(given: Case) -> Partial:
+def partially(given: Case) -> PartialAttention:
     return reference.attend_partially(
         given.query, given.keys, given.values, given.starts, given.lengths, given.scale
     )  # fmt: skip

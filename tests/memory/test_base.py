@@ -9,9 +9,9 @@ from torch import Tensor
 
 from vestige import PolicyError, Span, memory
 from vestige.kernels import AttentionScale
-from vestige.kernels.merge import Added, Partial, merge
+from vestige.kernels.merge import AdditiveOutput, PartialAttention, merge
 from vestige.memory import MEMORIES, Centroids, Linear, Moments, Slots
-from vestige.memory.base import Absorbed, Asked, Evicted, Remains, log_count
+from vestige.memory.base import AbsorbedRanges, EvictedPairs, LayerMemory, MemoryQuery, log_count
 from vestige.memory.storage import check_dtype
 from vestige.nn.latent_memory import Latent, LatentConfig, kind_of
 
@@ -40,7 +40,7 @@ def made(name: str, **options):
     return cls(**options)
 
 
-def evicted(*rows: tuple[list[list[float]], list[list[float]]]) -> Evicted:
+def evicted(*rows: tuple[list[list[float]], list[list[float]]]) -> EvictedPairs:
     """Return pairs of rows given as (keys, values)."""
     sizes = (len(rows[0][0][0]), len(rows[0][1][0]))
     return gone(
@@ -48,11 +48,11 @@ def evicted(*rows: tuple[list[list[float]], list[list[float]]]) -> Evicted:
     )
 
 
-def gone(keys: list[Tensor], values: list[Tensor]) -> Evicted:
+def gone(keys: list[Tensor], values: list[Tensor]) -> EvictedPairs:
     """Return pairs of rows; their slots lie in one buffer after another's."""
     columns = {"keys": torch.cat(keys), "values": torch.cat(values)}
     columns["positions"] = torch.cat([torch.arange(len(k), dtype=torch.int32) for k in keys])
-    return Evicted.of(0, columns, torch.arange(len(columns["keys"])), [len(k) for k in keys])
+    return EvictedPairs.of(0, columns, torch.arange(len(columns["keys"])), [len(k) for k in keys])
 
 
 def random_rows(lengths: list[int], seed: int = 0, spread: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
@@ -74,8 +74,8 @@ def empty(one, rows: int):
     return one.empty(rows, HEAD_DIM, VALUE_DIM, "cpu")
 
 
-def ask(one, state, given: Tensor, scale: AttentionScale = PLAIN) -> Partial | Added:
-    return one.recall(state, Asked(layer_idx=0, queries=given, scale=scale))
+def ask(one, state, given: Tensor, scale: AttentionScale = PLAIN) -> PartialAttention | AdditiveOutput:
+    return one.recall(state, MemoryQuery(layer_idx=0, queries=given, scale=scale))
 
 
 def in_pieces(one, keys: list[Tensor], values: list[Tensor], seed: int = 0):
@@ -90,25 +90,27 @@ def in_pieces(one, keys: list[Tensor], values: list[Tensor], seed: int = 0):
     return state
 
 
-def attention(given: Tensor, keys: Tensor, values: Tensor, scale: AttentionScale = PLAIN) -> Partial:
+def attention(given: Tensor, keys: Tensor, values: Tensor, scale: AttentionScale = PLAIN) -> PartialAttention:
     """Return attention over one row's pairs in float64."""
     logits = scale.capped(given.double() @ keys.double().T * scale.scaling)
-    return Partial(logits.softmax(-1) @ values.double(), logits.logsumexp(-1))
+    return PartialAttention(logits.softmax(-1) @ values.double(), logits.logsumexp(-1))
 
 
-def close(got: Partial | Added, expected: Partial | Added, tolerance: float = 1e-5) -> None:
+def close(
+    got: PartialAttention | AdditiveOutput, expected: PartialAttention | AdditiveOutput, tolerance: float = 1e-5
+) -> None:
     assert vars(got).keys() == vars(expected).keys()
     for one, other in zip(vars(got).values(), vars(expected).values(), strict=True):
         torch.testing.assert_close(one.double(), other.double(), atol=tolerance, rtol=tolerance)
 
 
-def part(found: Partial | Added, at) -> Partial | Added:
+def part(found: PartialAttention | AdditiveOutput, at) -> PartialAttention | AdditiveOutput:
     """Return what some rows recall."""
     return type(found)(*(x[at] for x in vars(found).values()))
 
 
-def joined(kept: Partial, found: Partial | Added) -> Tensor:
-    return kept.output + found.output if isinstance(found, Added) else merge(kept, found)
+def joined(kept: PartialAttention, found: PartialAttention | AdditiveOutput) -> Tensor:
+    return kept.output + found.output if isinstance(found, AdditiveOutput) else merge(kept, found)
 
 
 # Pairs that go.
@@ -120,7 +122,7 @@ def test_evicted_pairs_are_padded_with_zeros_and_nothing_leaks_from_other_slots(
         "values": torch.tensor([[math.nan], [5.0], [6.0], [7.0]]),
         "positions": torch.tensor([0, 11, 12, 13], dtype=torch.int32),
     }
-    one = Evicted.of(3, columns, torch.tensor([3, 1, 2]), [1, 0, 2])
+    one = EvictedPairs.of(3, columns, torch.tensor([3, 1, 2]), [1, 0, 2])
     assert one.layer_idx == 3 and one.counts.tolist() == [1, 0, 2]
     assert one.keys[..., 0].tolist() == [[3, 0], [0, 0], [1, 2]]
     assert one.values[..., 0].tolist() == [[7, 0], [0, 0], [5, 6]]
@@ -143,13 +145,13 @@ def test_two_exact_parts_make_the_whole():
 
 @pytest.mark.parametrize("lse", [-math.inf, -1e30, -1e4])
 def test_a_part_that_weighs_nothing_changes_no_bit(lse):
-    kept = Partial(torch.randn(3, 2), torch.tensor([-50.0, 0.0, 50.0]))
-    assert torch.equal(merge(kept, Partial(torch.full((3, 2), 7.0), torch.full((3,), lse))), kept.output)
+    kept = PartialAttention(torch.randn(3, 2), torch.tensor([-50.0, 0.0, 50.0]))
+    assert torch.equal(merge(kept, PartialAttention(torch.full((3, 2), 7.0), torch.full((3,), lse))), kept.output)
 
 
 def test_a_part_that_outweighs_the_other_overflows_nothing():
-    kept = Partial(torch.ones(1, 2), torch.tensor([-1e4]))
-    assert merge(kept, Partial(torch.full((1, 2), 7.0), torch.tensor([1e4]))).tolist() == [[7, 7]]
+    kept = PartialAttention(torch.ones(1, 2), torch.tensor([-1e4]))
+    assert merge(kept, PartialAttention(torch.full((1, 2), 7.0), torch.tensor([1e4]))).tolist() == [[7, 7]]
 
 
 # What every memory promises.
@@ -172,7 +174,7 @@ def test_a_row_that_absorbed_nothing_weighs_nothing_and_has_finite_gradients(nam
     keys, values = random_rows([9, 0])
     state = one.absorb(empty(one, 2), gone(keys, values))
     given = queries(2).requires_grad_()
-    kept = Partial(torch.randn(2, 5, VALUE_DIM), torch.randn(2, 5))
+    kept = PartialAttention(torch.randn(2, 5, VALUE_DIM), torch.randn(2, 5))
     for now in (empty(one, 2), state):
         out = joined(kept, ask(one, now, given))
         assert torch.equal(out[1], kept.output[1])
@@ -242,7 +244,7 @@ def test_keys_and_values_beyond_the_range_of_float16_do_not_overflow(name):
     )
     torch.testing.assert_close(got.output, expected.output, rtol=0.02, atol=0.01 * float(expected.output.abs().max()))
     assert all(x.isfinite().all() for x in vars(got).values())
-    if isinstance(got, Partial):
+    if isinstance(got, PartialAttention):
         torch.testing.assert_close(got.lse, expected.lse, rtol=0.01, atol=0.05)
 
 
@@ -255,14 +257,14 @@ def test_what_is_recalled_is_nearer_than_nothing(name):
     exact = merge(attention(given[0], kept_keys, kept_values), attention(given[0], keys[0], values[0]))
     kept = attention(given[0], kept_keys, kept_values)
     found = ask(one, one.absorb(empty(one, 1), gone(keys, values)), given)
-    with_memory = merge(kept, Partial(found.output[0], found.lse[0]))
+    with_memory = merge(kept, PartialAttention(found.output[0], found.lse[0]))
     assert (with_memory - exact).norm() < 0.3 * (kept.output - exact).norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_read_the_row_of_their_group(name):
     one = made(name, **EXACTLY)
-    remains = Remains(memory=one, layer_idx=0, state=empty(one, 4)).absorb(gone(*random_rows([9, 5, 7, 1])))
+    remains = LayerMemory(memory=one, layer_idx=0, state=empty(one, 4)).absorb(gone(*random_rows([9, 5, 7, 1])))
     query = torch.randn(2, 6, 3, HEAD_DIM)  # two batch rows, two KV heads, three queries per KV
     got = remains.recall(query, slice(0, 4), PLAIN)
     second = remains.recall(query[1:], slice(2, 4), PLAIN)
@@ -416,7 +418,7 @@ def test_as_many_pairs_as_centroids_are_remembered_exactly_however_they_come():
     keys, values = random_rows([12, 5])
     got = ask(one, in_pieces(one, keys, values), given := queries(2))
     for r in range(2):
-        close(Partial(got.output[r], got.lse[r]), attention(given[r], keys[r], values[r]))
+        close(PartialAttention(got.output[r], got.lse[r]), attention(given[r], keys[r], values[r]))
 
 
 def test_clusters_that_are_apart_are_found_and_weigh_what_they_hold():
@@ -441,7 +443,7 @@ def test_equal_keys_share_a_centroid_and_leave_the_others_empty():
     assert sorted(state["count"][0].tolist()) == [0, 0, 0, 9]
     got = ask(one, state, given := queries(1))
     close(
-        Partial(got.output[0], got.lse[0]),
+        PartialAttention(got.output[0], got.lse[0]),
         attention(given[0], torch.ones(9, HEAD_DIM), torch.arange(36.0).view(9, VALUE_DIM)),
     )
 
@@ -454,7 +456,7 @@ def test_log_counts():
 
 
 def test_ranges_are_those_of_the_set_of_positions():
-    noted, expected = Absorbed(), {0: set(), 2: set()}
+    noted, expected = AbsorbedRanges(), {0: set(), 2: set()}
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
         b, longest = 2 * (step % 2), 40 - 3 * step
@@ -471,7 +473,7 @@ def test_ranges_are_those_of_the_set_of_positions():
 
 
 def test_ranges_follow_their_batch_rows():
-    noted = Absorbed()
+    noted = AbsorbedRanges()
     noted.add(1, torch.tensor([3, 4, 9]), 12)
     assert noted.ranges == {1: (Span(3, 5), Span(9, 10))}
     assert noted.select([1, 0, 1]).ranges == {0: noted.ranges[1], 2: noted.ranges[1]}

@@ -21,7 +21,7 @@ from tests.memory.test_base import (
     random_weights,
 )  # fmt: skip
 from vestige import InputError, PolicyError
-from vestige.kernels.merge import Added, Partial
+from vestige.kernels.merge import AdditiveOutput, PartialAttention
 from vestige.memory import Linear, Slots
 from vestige.nn.latent_memory import Latent, LatentConfig
 
@@ -81,7 +81,7 @@ def test_a_gate_that_is_closed_changes_no_bit():
     state = one.absorb(empty(one, 1), gone(*random_rows([40])))
     found = ask(one, state, queries(1))
     kept = torch.randn(1, 5, VALUE_DIM)
-    assert isinstance(found, Added) and torch.equal(kept + found.output, kept)
+    assert isinstance(found, AdditiveOutput) and torch.equal(kept + found.output, kept)
 
 
 def test_a_gate_may_hang_on_the_query():
@@ -115,7 +115,7 @@ def test_slots_are_those_of_a_loop_however_the_pairs_came(name, seed):
         slots = torch.stack([means[s][0] / mass[s] for s in range(5)])
         logits = 1.3 * 0.4 * given[r] @ slots.T + torch.tensor(mass).log()
         expected = logits.softmax(-1) @ torch.stack([means[s][1] / mass[s] for s in range(5)])
-        close(part(found, r), Partial(expected, logits.logsumexp(-1) - 0.5), 1e-3)
+        close(part(found, r), PartialAttention(expected, logits.logsumexp(-1) - 0.5), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["linear", "slots"])

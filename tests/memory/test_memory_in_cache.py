@@ -14,9 +14,9 @@ from torch import Tensor
 from vestige import Budget, BudgetError, CacheFileError, KVCache, PolicyError, Span, attach, memory, policies, prefill
 from vestige.bench.methods import vestige_runner
 from vestige.bench.methods.conversation import Job, TurnIds
-from vestige.kernels.merge import Partial
+from vestige.kernels.merge import PartialAttention
 from vestige.memory import MEMORIES, Centroids, Moments
-from vestige.memory.base import Asked, Evicted, Forgotten, Memory, State, log_count
+from vestige.memory.base import EvictedPairs, ForgetResult, Memory, MemoryQuery, State, log_count
 from vestige.models.compat import cache_argument
 from vestige.policies import POLICIES
 from vestige.testing import TINY, left_padded, random_ids, tiny
@@ -36,21 +36,21 @@ class Everything(Memory):
         sizes = {"keys": (0, head_dim), "values": (0, value_dim), "valid": (0,)}
         return {name: torch.zeros(rows, *size, device=device) for name, size in sizes.items()}
 
-    def absorb(self, state: State, evicted: Evicted) -> State:
+    def absorb(self, state: State, evicted: EvictedPairs) -> State:
         new = {"keys": evicted.keys, "values": evicted.values, "valid": evicted.valid.float()}
         return {name: torch.cat([state[name], x], 1) for name, x in new.items()}
 
-    def recall(self, state: State, asked: Asked) -> Partial:
+    def recall(self, state: State, asked: MemoryQuery) -> PartialAttention:
         logits = asked.scale.capped(asked.queries @ state["keys"].mT * asked.scale.scaling)
         logits = logits + log_count(state["valid"])[:, None]
-        return Partial(logits.softmax(-1) @ state["values"], logits.logsumexp(-1))
+        return PartialAttention(logits.softmax(-1) @ state["values"], logits.logsumexp(-1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forgetful(Everything):
     """Breaks in a layer in the middle."""
 
-    def absorb(self, state: State, evicted: Evicted) -> State:
+    def absorb(self, state: State, evicted: EvictedPairs) -> State:
         if evicted.layer_idx == 1:
             raise RuntimeError("out of memory")
         return super().absorb(state, evicted)
@@ -370,24 +370,24 @@ def test_a_memory_without_a_name_is_not_saved(tmp_path):
 
 def test_a_span_is_forgotten_exactly_until_a_pair_of_it_was_absorbed():
     cache = KVCache(LLAMA, policy("streaming_llm"), memory=Moments())
-    assert cache.forget(Span(0, 5)) is Forgotten.EXACT
+    assert cache.forget(Span(0, 5)) is ForgetResult.EXACT
     ids, mask = left_padded(LLAMA, [40, 20])
     with torch.no_grad(), attach(LLAMA):
         prefill(LLAMA, ids, cache, attention_mask=mask)  # holds 0, 1 and the last ten
         assert cache.absorbed.ranges == {0: (Span(2, 30),), 1: (Span(2, 10),)}
-        assert cache.forget(Span(0, 2)) is cache.forget(Span(30, 40)) is Forgotten.EXACT
+        assert cache.forget(Span(0, 2)) is cache.forget(Span(30, 40)) is ForgetResult.EXACT
         for impossible in (Span(0, 3), Span(5, 6), Span(29, 31), Span(0, 100)):
-            assert cache.forget(impossible) is Forgotten.IMPOSSIBLE
+            assert cache.forget(impossible) is ForgetResult.IMPOSSIBLE
         cache.pin(Span(30, 34))
         prefill(LLAMA, ids[:, :7], cache)
-        assert cache.forget(Span(30, 34)) is Forgotten.EXACT
-        assert cache.forget(Span(34, 35)) is Forgotten.IMPOSSIBLE
-    assert {one.value for one in Forgotten} == {"exact", "subtracted", "rebuilt", "impossible"}
+        assert cache.forget(Span(30, 34)) is ForgetResult.EXACT
+        assert cache.forget(Span(34, 35)) is ForgetResult.IMPOSSIBLE
+    assert {one.value for one in ForgetResult} == {"exact", "subtracted", "rebuilt", "impossible"}
 
 
 def test_without_a_memory_every_span_is_forgotten():
     cache = read(None)
-    assert cache.ragged and cache.forget(Span(0, 40)) is Forgotten.EXACT and not cache.absorbed.ranges
+    assert cache.ragged and cache.forget(Span(0, 40)) is ForgetResult.EXACT and not cache.absorbed.ranges
 
 
 # Bytes.
@@ -395,7 +395,7 @@ def test_without_a_memory_every_span_is_forgotten():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_of_states_are_reported_as_they_are_and_paid_by_budgets_in_bytes(name):
-    one, rows = made(name).made_for(LLAMA), 2 * 6
+    one, rows = made(name).bind(LLAMA), 2 * 6
     weight = one.state_bytes(16, 16) * rows
     cache = read(one, policy("snapkv"))
     report = cache.report()
@@ -417,7 +417,7 @@ def test_bytes_of_states_are_reported_as_they_are_and_paid_by_budgets_in_bytes(n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_in_bytes_that_the_states_eat_up_is_refused_at_once(name):
-    one, pair = made(name).made_for(LLAMA), 2 * 16 * 4 + 4
+    one, pair = made(name).bind(LLAMA), 2 * 16 * 4 + 4
     budget = Budget.bytes(6 * (5 * pair + one.state_bytes(16, 16)))
     KVCache(LLAMA, policies.KNorm(budget=budget, **SMALL), memory=one)
     with pytest.raises(BudgetError, match="gives 4 pairs a row, but sink and window protect 5"):

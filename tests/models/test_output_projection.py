@@ -7,7 +7,7 @@ from vestige import KVCache, ModelError, attach, policies
 from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
 from vestige.models.output_projection import OutputProjection
-from vestige.policies.base import Written
+from vestige.policies.base import NewPairs
 from vestige.testing import full_layers, random_ids, tiny
 
 
@@ -107,7 +107,7 @@ def test_a_model_whose_projection_is_packed_is_refused_before_anything_is_read()
 
 
 def test_what_is_written_is_shown_with_the_projection_of_its_own_layer():
-    shown: list[Written] = []
+    shown: list[NewPairs] = []
 
     class Notes(policies.LaProx):
         def annotate(self, written):

@@ -10,15 +10,15 @@ from tests.conftest import made
 from tests.policies.test_policies import EXTRAS, naive_attention, naive_snapkv, random_observation, rows_of
 from vestige import Budget, InputError, KVCache, PolicyError, attach, policies, prefill
 from vestige.policies import duo_attention, xkv
-from vestige.policies.selection import Grid
+from vestige.policies.selection import RowIndex
 from vestige.testing import left_padded, random_ids, tiny
 
 SMALL = {"sink": 2, "window": 3, "every": 4}
 
 
-def grid(*rows: tuple[int, int, int]) -> Grid:
+def grid(*rows: tuple[int, int, int]) -> RowIndex:
     """Return a grid of rows of (pairs, layer, batch row)."""
-    return Grid(*(torch.tensor(column) for column in zip(*rows, strict=True)))
+    return RowIndex(*(torch.tensor(column) for column in zip(*rows, strict=True)))
 
 
 def held(cache: KVCache) -> list[list[int]]:

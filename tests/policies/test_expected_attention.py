@@ -14,8 +14,8 @@ from vestige import Budget, InputError, KVCache, PolicyError, attach, check, pol
 from vestige.cache.prefill import forward, replay
 from vestige.cache.query_records import Moments, QueryMoments
 from vestige.kernels import AttentionScale
-from vestige.policies.base import Written
-from vestige.policies.observation import Glance
+from vestige.policies.base import NewPairs
+from vestige.policies.observation import RowView
 from vestige.testing import left_padded, random_ids, tiny
 
 OPEN = Budget.tokens(10_000)
@@ -89,9 +89,9 @@ def test_merging_is_exact_far_from_zero_where_sums_of_squares_are_not():
 
 
 def step_of(positions: Tensor) -> Any:
-    from vestige.cache.forward_pass import Step
+    from vestige.cache.forward_pass import ForwardPass
 
-    return Step(1, positions, (0,), padded=False, even=True)
+    return ForwardPass(1, positions, (0,), padded=False, even=True)
 
 
 def test_long_texts_in_one_piece_are_counted_in_blocks(monkeypatch):
@@ -313,11 +313,11 @@ def naive_chunk_attention(queries: Tensor, keys: Tensor, positions: list[int], c
     return got
 
 
-def glance_at(at: list[int], before: int = 0, seed: int = 0) -> Glance:
+def glance_at(at: list[int], before: int = 0, seed: int = 0) -> RowView:
     """Return a row that holds pairs of ``before`` earlier tokens (each third) and those of new tokens."""
     generator = torch.Generator().manual_seed(seed)
     positions = [*range(0, before, 3), *at]
-    return Glance(
+    return RowView(
         layer_idx=0,
         kv_head=0,
         queries=torch.randn(3, len(at), 8, generator=generator),
@@ -359,7 +359,7 @@ def test_the_mean_of_a_chunk_is_1_what_a_token_alone_gets():
     for part in (slice(-16, -8), slice(-8, None)):
         assert glance.annotations["chunk_attention"][part].float().mean() == pytest.approx(1, abs=1e-3)
     keys = torch.ones(2, 3, 1, 4)
-    written = compactor().annotate(Written(layer_idx=0, hidden=None, keys=keys, values=keys))
+    written = compactor().annotate(NewPairs(layer_idx=0, hidden=None, keys=keys, values=keys))
     assert torch.equal(written["chunk_attention"], torch.ones(2, 3, 1).half())
 
 
@@ -426,7 +426,7 @@ def naive_compactor(seen: Any, sketch: Any, weight: list[float]) -> list[float]:
 def test_compactor_equals_the_naive_one(blending, size):
     rope = check(tiny("llama", head_dim=8)).rope()
     seen = random_observation(3, seen=(60, 40))
-    seen = dataclasses.replace(seen, rope=rope, layer_idx=1, room=(20, 50))
+    seen = dataclasses.replace(seen, rope=rope, layer_idx=1, pair_limits=(20, 50))
     policy = made("compactor", blending=blending, sketch=size, seed=5)
 
     def sketch(kv_head: int) -> Tensor:

@@ -15,9 +15,9 @@ from vestige.kernels import AttentionScale
 from vestige.models.compat import cache_argument
 from vestige.models.output_projection import OutputProjection
 from vestige.policies import h2o
-from vestige.policies.base import Written
-from vestige.policies.observation import Glance
-from vestige.policies.selection import Grid, select
+from vestige.policies.base import NewPairs
+from vestige.policies.observation import RowView
+from vestige.policies.selection import RowIndex, select
 from vestige.testing import attention, left_padded, random_ids, tiny
 
 SMALL = {"sink": 1, "window": 3, "every": 4}
@@ -77,7 +77,7 @@ def test_h2o_receives_the_column_sums_of_a_dense_softmax(name, chunk, monkeypatc
         assert not received[1, :, :11].any(), "nobody sees a pad"
 
 
-def naive_received(glance: Glance, scale: AttentionScale) -> list[float]:
+def naive_received(glance: RowView, scale: AttentionScale) -> list[float]:
     """Return what every pair of a row received, by loops over query heads, queries and pairs."""
     received = [0.0] * len(glance.positions)
     for head, queries in enumerate(glance.queries.double()):
@@ -104,7 +104,7 @@ def test_h2o_adds_up_what_a_row_with_gaps_and_pads_is_paid(block, extra, monkeyp
     sinks = torch.randn(2, generator=generator) if "sinks" in options else None
     scale = AttentionScale(0.5, options.get("softcap"), sinks)
     before = torch.rand(10, generator=generator)
-    glance = Glance(
+    glance = RowView(
         layer_idx=0,
         kv_head=0,
         queries=torch.randn(2, 5, 4, generator=generator),
@@ -177,13 +177,13 @@ def test_forks_and_loaded_caches_of_h2o_go_on_counting(tmp_path):
 # PyramidKV.
 
 
-def rectangle(layers: list[int], lengths: list[int], heads: int = 2) -> Grid:
+def rectangle(layers: list[int], lengths: list[int], heads: int = 2) -> RowIndex:
     """Return a grid in which each batch row has so many pairs in every row."""
     flat = [(n, layer, b) for layer in layers for b, n in enumerate(lengths) for _ in range(heads)]
-    return Grid(*(torch.tensor(x) for x in zip(*flat, strict=True)))
+    return RowIndex(*(torch.tensor(x) for x in zip(*flat, strict=True)))
 
 
-def wanted(grid: Grid, room: list[int], **options) -> list[float]:
+def wanted(grid: RowIndex, room: list[int], **options) -> list[float]:
     policy = made("pyramidkv", sink=2, window=2, **options)
     return policy.allot(torch.empty(int(grid.lengths.sum())), grid, torch.tensor(room)).tolist()
 
@@ -296,7 +296,7 @@ def naive_criticalkv(seen: Observation, policy) -> list[float]:
     members["model"] = members["layer"]
     for group in members[policy.share]:
         for _ in range(
-            sum(int((seen.room[r // seen.kv_heads] - policy.protected) * policy.first_stage) for r in group)
+            sum(int((seen.pair_limits[r // seen.kv_heads] - policy.protected) * policy.first_stage) for r in group)
         ):
             left = [i for i, (row, _) in enumerate(pairs) if row in group and free[i] and i not in first]
             first |= {max(left, key=lambda i: (attention[i], pairs[i][1]))} if left else set()
@@ -366,7 +366,7 @@ def test_criticalkv_stores_mean_l1_norms_after_the_output_projection(name):
 def test_norms_beyond_half_precision_stay_finite():
     values = torch.full((1, 1, 2, 4), 30.0, dtype=torch.bfloat16)
     output = OutputProjection(torch.ones(2, 4, 1024, dtype=torch.bfloat16))
-    written = Written(layer_idx=0, hidden=None, keys=values, values=values, output=output)
+    written = NewPairs(layer_idx=0, hidden=None, keys=values, values=values, output=output)
     norms = made("criticalkv").annotate(written)["absolute_output_norms"]
     assert norms.tolist() == [[[120.0 * 1024] * 2]]  # 122880 > 65504
 

@@ -12,7 +12,7 @@ from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
 from vestige.models.output_projection import OutputProjection
 from vestige.policies import observation
-from vestige.policies.base import Written
+from vestige.policies.base import NewPairs
 from vestige.testing import left_padded, random_ids, tiny
 
 TOKENS = Budget.tokens(12)
@@ -188,7 +188,7 @@ def test_a_padded_batch_stores_norms_for_every_pair():
 def test_large_values_stay_finite():
     values = torch.full((1, 1, 2, 8), 1e6)
     policy, output = laprox(), OutputProjection(torch.eye(8)[None])
-    written = Written(layer_idx=0, hidden=None, keys=values, values=values, output=output)
+    written = NewPairs(layer_idx=0, hidden=None, keys=values, values=values, output=output)
     assert policy.annotate(written)["output_norms"].isfinite().all()
 
 

@@ -98,7 +98,7 @@ def random_observation(
         phase=Phase.DECODE,
         kv_heads=kv_heads,
         seen=seen,
-        room=(4,) * len(seen),
+        pair_limits=(4,) * len(seen),
         cu_seqlens=tuple(sum(map(len, rows[:n])) for n in range(len(rows) + 1)),
         positions=torch.tensor([position for row in rows for position in row], dtype=torch.int32),
         keys=torch.randn(held, head_dim, generator=generator).to(dtype),
@@ -126,7 +126,7 @@ def batch_row(seen: Observation, b: int) -> Observation:
         values=seen.values[pairs],
         queries=seen.queries[b : b + 1],
         query_moments=seen.query_moments[b : b + 1],
-        room=seen.room[b : b + 1],
+        pair_limits=seen.pair_limits[b : b + 1],
         annotations={name: x[pairs] for name, x in seen.annotations.items()},
     )
 
@@ -218,7 +218,7 @@ GOLDEN = {
         lambda: packed(
             [{3: [5.0, 0.0], 4: [1.0, 0.0], 5: [1.0, 0.0], 6: [-2.0, 0.0]}],
             seen=[8],
-            room=(4,),
+            pair_limits=(4,),
             annotations={"chunk_attention": torch.tensor([3.0, 3.0, 0.0, 3.0]).half()},
         ),
         {},
@@ -253,7 +253,9 @@ GOLDEN = {
     # 7 + 13 + 13 + 9 = 42; times the norms that is 7, 26, 39, 36 of 108, and 3 * 2 for token 5.
     "criticalkv": (
         lambda: dataclasses.replace(
-            by_queries(1), room=(5,), annotations={"absolute_output_norms": torch.tensor([1.0, 2.0, 3.0, 4.0, 2.0])}
+            by_queries(1),
+            pair_limits=(5,),
+            annotations={"absolute_output_norms": torch.tensor([1.0, 2.0, 3.0, 4.0, 2.0])},
         ),
         {"observed": 2, "kernel": 3, "sink": 0, "window": 1, "epsilon": 0.0},
         [7 / 108, 2 + 13 / 42, 2 + 13 / 42, 36 / 108, 6 / 108],

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vestige import BudgetError, PolicyError
-from vestige.policies.selection import SHARES, Grid, Scale, keep_topk, protected_per_row, refuse_nan, rescale, select
+from vestige.policies.selection import (
+    SHARES,
+    RowIndex,
+    Scale,
+    keep_topk,
+    protected_per_row,
+    refuse_nan,
+    rescale,
+    select,
+)
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=30)
 INF, NAN = float("inf"), float("nan")
@@ -41,9 +50,9 @@ class Scene:
     room: list[int]
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> RowIndex:
         columns = zip(*((len(pairs), layer, batch) for layer, batch, pairs in self.rows), strict=True)
-        return Grid(*(torch.tensor(column) for column in columns))
+        return RowIndex(*(torch.tensor(column) for column in columns))
 
     @property
     def pairs(self) -> list[Pair]:
@@ -366,7 +375,7 @@ def test_layers_may_be_numbered_with_gaps():
 
 
 def test_a_grid_names_the_row_of_each_pair_and_who_competes():
-    grid = Grid(torch.tensor([2, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
+    grid = RowIndex(torch.tensor([2, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
     assert grid.row.tolist() == [0, 0, 2, 3]
     assert grid.groups("head").tolist() == [0, 1, 2, 3]
     assert len(set(grid.groups("layer").tolist())) == 4

@@ -30,7 +30,7 @@ def test_a_list_is_split_at_commas_outside_parentheses():
     ],
 )
 def test_a_name_is_taken_apart(text, expected):
-    assert options.parse(text, "policy", PolicyError) == expected
+    assert options.parse_options(text, "policy", PolicyError) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_name_is_taken_apart(text, expected):
 )
 def test_what_cannot_be_read_is_an_error_that_shows_how(text):
     with pytest.raises(PolicyError, match=r"cannot read policy .*: write it like .*\(option=value\)"):
-        options.parse(text, "policy", PolicyError)
+        options.parse_options(text, "policy", PolicyError)
 
 
 def test_options_in_a_name_make_the_policy():

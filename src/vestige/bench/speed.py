@@ -32,7 +32,7 @@ from vestige.cache.prefill import prefill
 from vestige.errors import InputError, VestigeError
 from vestige.models.compat import cache_argument
 from vestige.policies.base import Policy
-from vestige.utils.timing import now
+from vestige.utils.timing import synchronized_time
 
 _WARM_UP = 8
 _TURN = 8
@@ -293,9 +293,9 @@ def _time_prefills(
     for _ in range(rounds):
         for arm, taken in zip(arms, seconds, strict=True):
             arm.cache = None  # frees the last one first
-            started = now(ids.device)
+            started = synchronized_time(ids.device)
             arm.cache = arm.read(ids)
-            taken.append(now(ids.device) - started)
+            taken.append(synchronized_time(ids.device) - started)
             advance()
         for other in foreign:
             other.time(peer)
@@ -336,11 +336,11 @@ class _Decoding:
     def take_turn(self, model: PreTrainedModel) -> None:
         """Decode the next few tokens, if any are left, and add the time they take."""
         steps = min(self.left, _TURN)
-        started = now(self.token.device)
+        started = synchronized_time(self.token.device)
         for _ in range(steps):
             logits = model(input_ids=self.token, **cache_argument(self.cache), use_cache=True).logits
             self.token = logits[:, -1:].argmax(-1)
-        self.seconds += now(self.token.device) - started
+        self.seconds += synchronized_time(self.token.device) - started
         self.left -= steps
 
 

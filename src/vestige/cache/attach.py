@@ -14,9 +14,9 @@ from transformers.masking_utils import sdpa_mask
 
 from vestige.cache.attention import NAME, vestige_attention
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.overlay import Overlay
+from vestige.cache.overlay import OverlayCache
 from vestige.errors import CacheError
-from vestige.models.anatomy import Anatomy, check, entered
+from vestige.models.anatomy import ModelLayout, attention_input, check
 from vestige.models.compat import cache_passed
 
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
@@ -25,7 +25,7 @@ _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.We
 class Attachment:
     """A model that vestige is plugged into; leaving the ``with`` block, or :meth:`detach`, unplugs it."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: ModelLayout) -> None:
         self.anatomy = anatomy
         self.depth = 0
         self._hooks: list[RemovableHandle] = []
@@ -102,7 +102,7 @@ def require_cache(cache: object) -> KVCache:
 def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Open a forward on the cache before masks and positions are made from it."""
     cache = cache_passed(kwargs)
-    if cache is None or type(cache) is DynamicCache or isinstance(cache, Overlay):
+    if cache is None or type(cache) is DynamicCache or isinstance(cache, OverlayCache):
         return
     if not isinstance(cache, KVCache):
         if isinstance(cache, Cache):
@@ -118,7 +118,7 @@ def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if fed is None:
         return  # the model will say so itself
     batch, new = fed.shape[:2]
-    outer, cache.ids_shown = cache.ids_shown, None
+    outer, cache.outer_input_ids = cache.outer_input_ids, None
     if ids is None and outer is not None and outer.shape == (batch, new):
         ids = outer
     valid = _valid_tokens(kwargs.get("attention_mask"), new, cache.ragged)
@@ -130,16 +130,16 @@ def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Show the cache the ids that the whole model was given."""
     cache = cache_passed(kwargs)
     if isinstance(cache, KVCache):
-        cache.ids_shown = kwargs.get("input_ids", args[0] if args else None)
+        cache.outer_input_ids = kwargs.get("input_ids", args[0] if args else None)
 
 
 def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the layer what enters its attention, for policies that look at hidden states."""
     cache = cache_passed(kwargs)
-    ours = cache.cache if isinstance(cache, Overlay) else cache
+    ours = cache.cache if isinstance(cache, OverlayCache) else cache
     if isinstance(ours, KVCache) and "hidden" in ours.recording.needs:
         layer: Any = cache.layers[module.layer_idx]
-        layer.hidden = entered(args, kwargs)
+        layer.hidden = attention_input(args, kwargs)
 
 
 def _text_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vestige.cache.forward_pass import Step
-from vestige.cache.handle import Handle
+from vestige.cache.forward_pass import ForwardPass
+from vestige.cache.handle import KVHandle
 from vestige.cache.layer import RaggedLayer
 from vestige.cache.overlay import OverlayLayer
 from vestige.errors import ModelError
 from vestige.kernels import AttentionScale, reference
-from vestige.kernels.merge import Added, merge
+from vestige.kernels.merge import AdditiveOutput, merge
 
 NAME = "vestige"
 """The name under which the attention function and its mask are registered."""
@@ -38,7 +38,7 @@ def vestige_attention(
 ) -> tuple[Tensor, None]:
     """Attend over a layer's pairs; the signature and the result, ``batch new heads value_dim``, are transformers'."""
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    if not isinstance(key, Handle):
+    if not isinstance(key, KVHandle):
         return _dense(module, query, key, value, attention_mask, scale, position_bias, kwargs)
     if isinstance(key.layer, OverlayLayer):
         return key.layer.attend(query, scale).transpose(1, 2).contiguous(), None
@@ -54,7 +54,7 @@ def vestige_attention(
     return _dense(module, query, keys, values, attention_mask, scale, position_bias, kwargs)
 
 
-def _ragged(query: Tensor, layer: RaggedLayer, step: Step, scale: AttentionScale) -> Tensor:
+def _ragged(query: Tensor, layer: RaggedLayer, step: ForwardPass, scale: AttentionScale) -> Tensor:
     """Attend over rows of different lengths; pads, which have no pairs, read 0."""
     if not step.padded:
         return _remembering(query, layer, slice(0, layer.rows), scale)
@@ -75,7 +75,7 @@ def _remembering(query: Tensor, layer: RaggedLayer, rows: slice, scale: Attentio
     if layer.remains is None:
         return reference.attend(*pairs)
     recalled = layer.remains.recall(query, rows, scale)
-    if isinstance(recalled, Added):
+    if isinstance(recalled, AdditiveOutput):
         return reference.attend(*pairs) + recalled.output.to(query.dtype)
     return merge(reference.attend_partially(*pairs), recalled).to(query.dtype)
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vestige.cache.forward_pass import Step
+from vestige.cache.forward_pass import ForwardPass
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.layer import RaggedLayer
-from vestige.cache.token_history import Fed
+from vestige.cache.token_history import TokenHistory
 from vestige.errors import CacheError
 from vestige.policies import Full
 
@@ -33,9 +33,9 @@ def join(caches: Sequence[KVCache]) -> KVCache:
         raise CacheError(refusal)
     twin = KVCache(caches[0].anatomy.model, Full())
     twin.seen = tuple(n for cache in caches for n in cache.seen)
-    twin.fed = Fed.beside([cache.fed for cache in caches])
+    twin.fed = TokenHistory.beside([cache.fed for cache in caches])
     nothing = torch.empty(len(twin.seen), 0, dtype=torch.int32, device=twin.anatomy.device)
-    twin.step = Step(1, nothing, twin.seen, padded=False, even=False)
+    twin.step = ForwardPass(1, nothing, twin.seen, padded=False, even=False)
     for index, layer in enumerate(twin.evictable):
         parts = [cache.evictable[index].packed() for cache in caches]
         columns = {name: torch.cat([pairs[name] for pairs, _ in parts]) for name in parts[0][0]}

@@ -14,10 +14,10 @@ from vestige.budget import UNLIMITED
 from vestige.cache.layer import RaggedLayer
 from vestige.errors import PolicyError
 from vestige.kernels import packed
-from vestige.memory.base import Absorbed
-from vestige.policies.base import Allots, Policy, Renews
+from vestige.memory.base import AbsorbedRanges
+from vestige.policies.base import AllocatesRows, Policy, ResetsStatistics
 from vestige.policies.observation import Observation, Phase
-from vestige.policies.selection import Grid, apportion, protected_per_row, select
+from vestige.policies.selection import RowIndex, apportion, protected_per_row, select
 from vestige.spans import Span, within
 
 
@@ -29,7 +29,7 @@ def evict(
     pins: Sequence[Span],
     phase: Phase,
     coming: int = 0,
-    absorbed: Absorbed | None = None,
+    absorbed: AbsorbedRanges | None = None,
 ) -> tuple[int, ...]:
     """Bring every batch row that holds too much down to its room; return the batch rows of which pairs went.
 
@@ -89,7 +89,7 @@ def evict(
 
 def renew(layers: Sequence[RaggedLayer], policy: Policy, batch_rows: Sequence[int]) -> None:
     """Have the policy begin its side arrays anew in these batch rows, if it wants to."""
-    if not isinstance(policy, Renews):
+    if not isinstance(policy, ResetsStatistics):
         return
     for layer in layers:
         for row in (b * layer.kv_heads + head for b in batch_rows for head in range(layer.kv_heads)):
@@ -99,7 +99,7 @@ def renew(layers: Sequence[RaggedLayer], policy: Policy, batch_rows: Sequence[in
 def _absorb(layers: Sequence[RaggedLayer], live: Sequence[tuple[Tensor, list[int]]], masks: Sequence[Tensor]) -> None:
     """Hand the pairs that go to the memory of each layer: to all of them, or to none if one fails."""
     remains = [
-        layer.remaining(slots[~mask], packed.counts_per_row(~mask, lengths))
+        layer.absorb_evicted(slots[~mask], packed.counts_per_row(~mask, lengths))
         for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True)
     ]
     for layer, left in zip(layers, remains, strict=True):
@@ -118,32 +118,32 @@ def _score(policy: Policy, seen: Observation) -> Float[Tensor, " held"]:
 
 
 def _allotted(
-    policy: Policy, scores: Tensor, stays: Tensor, grid: Grid, room: Int[Tensor, " batch"], rows: int
+    policy: Policy, scores: Tensor, stays: Tensor, grid: RowIndex, room: Int[Tensor, " batch"], rows: int
 ) -> Int[Tensor, " rows"] | None:
     """Return how many pairs each row keeps, if the policy says so."""
-    if not isinstance(policy, Allots):
+    if not isinstance(policy, AllocatesRows):
         return None
     wanted = policy.allot(scores, grid, room)
     return apportion(wanted, protected_per_row(stays, grid), grid.lengths, grid.batch, room * rows)
 
 
-def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> Grid:
+def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> RowIndex:
     layer = [one.layer_idx for one, rows in zip(layers, lengths, strict=True) for _ in rows]
     batch = [row // one.kv_heads for one, rows in zip(layers, lengths, strict=True) for row in range(len(rows))]
     flat = [n for rows in lengths for n in rows]
-    return Grid(*(torch.tensor(x, device=layers[0].device) for x in (flat, layer, batch)))
+    return RowIndex(*(torch.tensor(x, device=layers[0].device) for x in (flat, layer, batch)))
 
 
-def _held_per_batch_row(grid: Grid, batch: int) -> Int[Tensor, " batch"]:
+def _held_per_batch_row(grid: RowIndex, batch: int) -> Int[Tensor, " batch"]:
     held = torch.zeros(batch, dtype=torch.long, device=grid.lengths.device)
     return held.index_add_(0, grid.batch, grid.lengths)
 
 
 def _protected(
-    policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], limits: Tensor, grid: Grid
+    policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], limits: Tensor, grid: RowIndex
 ) -> Bool[Tensor, " held"]:
     """Return which pairs no policy may evict: sink, window, pins."""
-    sinks, windows = zip(*map(policy.ends, limits.tolist()), strict=True)
+    sinks, windows = zip(*map(policy.protected_ends, limits.tolist()), strict=True)
     begins = [end - window for end, window in zip(seen, windows, strict=True)]
     first, last = (torch.tensor(x, device=positions.device)[grid.batch][grid.row] for x in (sinks, begins))
     return (positions < first) | (positions >= last) | within(positions, pins)

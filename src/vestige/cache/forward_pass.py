@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Step:
+class ForwardPass:
     """One forward on a cache.
 
     Args:
@@ -26,7 +26,7 @@ class Step:
     """Whether all batch rows have seen the same number of tokens, none of them pads in this forward."""
 
     @classmethod
-    def of(cls, number: int, seen: tuple[int, ...], real: Bool[Tensor, "batch new"], *, padded: bool) -> "Step":
+    def of(cls, number: int, seen: tuple[int, ...], real: Bool[Tensor, "batch new"], *, padded: bool) -> "ForwardPass":
         """Return the forward of tokens behind those that each batch row has seen.
 
         Args:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vestige.cache.overlay import OverlayLayer
 
 
-class Handle:
+class KVHandle:
     """Stands for a layer's keys or values between ``update`` and the attention function. Not a tensor.
 
     Models that transform keys after storing them would be silently wrong on a ragged layer; with the handle they
@@ -26,7 +26,7 @@ class Handle:
         self.dtype = dtype
         self.device = device
 
-    def to(self, device: torch.device) -> "Handle":
+    def to(self, device: torch.device) -> "KVHandle":
         """Stay where the layer is: models with KV sharing ask for the query's device, which is that one."""
         if torch.device(device) != self.device:
             self._refuse(f"moving them from {self.device} to {device}")

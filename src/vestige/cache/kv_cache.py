@@ -16,19 +16,19 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from vestige.budget import UNLIMITED, Budget, Footprint
 from vestige.cache import evict
-from vestige.cache.forward_pass import Step
+from vestige.cache.forward_pass import ForwardPass
 from vestige.cache.layer import RaggedLayer
 from vestige.cache.other_layers import copy_layer, tensors_of
-from vestige.cache.recording import Recording
+from vestige.cache.recording import RecordingSpec
 from vestige.cache.report import LayerReport, Report
 from vestige.cache.schedule import Schedule
-from vestige.cache.token_history import Fed, check_positions
+from vestige.cache.token_history import TokenHistory, check_positions
 from vestige.errors import CacheError, InputError, PolicyError
-from vestige.memory.base import Absorbed, Forgotten, Memory
-from vestige.models.anatomy import Anatomy, check
+from vestige.memory.base import AbsorbedRanges, ForgetResult, Memory
+from vestige.models.anatomy import ModelLayout, check
 from vestige.models.rope import Rope
-from vestige.policies.base import Policy, Prepares, Written
-from vestige.policies.observation import Glance, Phase
+from vestige.policies.base import NeedsReplay, NewPairs, Policy
+from vestige.policies.observation import Phase, RowView
 from vestige.spans import Span
 
 
@@ -60,17 +60,19 @@ class KVCache(Cache):
     ) -> None:
         self._start(check(model), policy, [policy, *observers], memory)
         if policy.budget is not None:
-            policy.budget.check(policy.protected, footprint=self.anatomy.expected_footprint(model.dtype, self.ready))
+            policy.budget.check(
+                policy.protected, footprint=self.anatomy.expected_footprint(model.dtype, self.bound_memory)
+            )
 
-    def _start(self, anatomy: Anatomy, policy: Policy, observers: Sequence[Policy], memory: Memory | None) -> None:
+    def _start(self, anatomy: ModelLayout, policy: Policy, observers: Sequence[Policy], memory: Memory | None) -> None:
         self.anatomy = anatomy
         layers = DynamicCache(config=anatomy.config).layers
         for idx in anatomy.evictable:
             layers[idx] = RaggedLayer(self, idx)
         super().__init__(layers=layers)
-        self.policy, self.memory, self.absorbed = policy, memory, Absorbed()
-        self.ready = memory and memory.made_for(anatomy.model)  # with what it needs for the model at hand
-        self.recording = Recording.of(observers)
+        self.policy, self.memory, self.absorbed = policy, memory, AbsorbedRanges()
+        self.bound_memory = memory and memory.bind(anatomy.model)  # with what it needs for the model at hand
+        self.recording = RecordingSpec.of(observers)
         self.recording.require_of(anatomy)
         self.schedule = Schedule()
         self.lengths: tuple[int, ...] | None = None
@@ -80,14 +82,14 @@ class KVCache(Cache):
         self.pins: tuple[Span, ...] = ()
         self.erased: tuple[Span, ...] = ()
         """What was erased and kept its positions: every replay of the ids leaves it out."""
-        self.step: Step | None = None
+        self.step: ForwardPass | None = None
         self.seen: tuple[int, ...] = ()
         self.peak_kv_bytes = 0
         self.evict_s = 0.0
         self.annotate_s = 0.0
         self.prepared = False
-        self.fed = Fed()
-        self.ids_shown: Tensor | None = None
+        self.fed = TokenHistory()
+        self.outer_input_ids: Tensor | None = None
         """What the outer model was given, for decoders that are given embeddings."""
 
     # What people call.
@@ -123,7 +125,7 @@ class KVCache(Cache):
         return any(layer.padded_seen != n for layer in self.evictable[:1] for n in self.seen)
 
     @property
-    def slack(self) -> int:
+    def growth_slots(self) -> int:
         """Free slots that each row gets when tokens come: room until the next settle. A cache at rest has none."""
         return self.policy.every
 
@@ -141,7 +143,7 @@ class KVCache(Cache):
         pins = (*self.pins, span)
         pinned = sum(len(one) for one in pins)
         if (budget := self.policy.budget) is not None:
-            ends = self.policy.ends(int(budget.amount) if budget.kind == "tokens" else 0)
+            ends = self.policy.protected_ends(int(budget.amount) if budget.kind == "tokens" else 0)
             budget.check(sum(ends) + pinned)
         self.pins = pins
 
@@ -161,12 +163,12 @@ class KVCache(Cache):
         """
         if not self.policy.evicts or not self.seen or (reading and math.isinf(self.policy.reading_slack)):
             return
-        if any(layer.lacks(self.policy.ring_sizes) for layer in self.evictable):
+        if any(layer.is_missing(self.policy.ring_sizes) for layer in self.evictable):
             return
         self._check_whole()
         started = time.perf_counter()
         phase = Phase.PREFILL if self.schedule.prompt or not self.schedule.generated else Phase.DECODE
-        room = self.room(reading=reading)
+        room = self.pair_limits(reading=reading)
         noted = None if self.memory is None else self.absorbed
         gone = evict.evict(self.evictable, self.policy, room, self.seen, self.pins, phase, coming, noted)
         if not reading:
@@ -175,7 +177,7 @@ class KVCache(Cache):
             self.evict_s += time.perf_counter() - started
         self.schedule.settled()
 
-    def room(self, *, reading: bool = False) -> list[int]:
+    def pair_limits(self, *, reading: bool = False) -> list[int]:
         """Return the average pairs per row that each batch row may hold after a settle.
 
         Args:
@@ -199,15 +201,15 @@ class KVCache(Cache):
         return Footprint(
             rows=sum(layer.kv_heads for layer in layers),
             pair_bytes=pair_bytes * batch,  # a budget in bytes is the whole cache's: batch rows share it evenly
-            fixed_bytes=sum(layer.fixed_bytes for layer in layers) + pair_bytes * batch * self.slack,
+            fixed_bytes=sum(layer.fixed_bytes for layer in layers) + pair_bytes * batch * self.growth_slots,
         )
 
-    def forget(self, span: Span) -> Forgotten:
+    def forget(self, span: Span) -> ForgetResult:
         """Return how far the memory is free of a span, in every batch row. Nothing is changed.
 
         ``EXACT`` if no pair of the span was ever absorbed, or all were taken out again, else ``IMPOSSIBLE``: see
         :mod:`vestige.erasers.forget` for what can be done then, short of reading the ids anew without the span."""
-        return Forgotten.IMPOSSIBLE if self.absorbed.overlaps(span) else Forgotten.EXACT
+        return ForgetResult.IMPOSSIBLE if self.absorbed.overlaps(span) else ForgetResult.EXACT
 
     def fork(self, policy: Policy | None = None, *, memory: Memory | Literal["same"] | None = "same") -> "KVCache":
         """Return an equal cache that shares no storage, with another policy or memory if one is given.
@@ -234,7 +236,7 @@ class KVCache(Cache):
         ]
         if changed:
             for layer in twin.evictable:
-                layer.narrow(policy.annotations, policy.ring_sizes)
+                layer.drop_unused(policy.annotations, policy.ring_sizes)
         else:
             twin.recording = self.recording
         twin.peak_kv_bytes = twin.nbytes
@@ -243,14 +245,14 @@ class KVCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
         return self.fork()
 
-    def emptied(self) -> "KVCache":
+    def empty_copy(self) -> "KVCache":
         """Return a cache like this one that has read nothing."""
         twin = object.__new__(KVCache)
         twin._start(self.anatomy, self.policy, [self.policy], self.memory)
         twin.recording = self.recording
         return twin
 
-    def adopt(self, other: "KVCache") -> None:
+    def replace_with(self, other: "KVCache") -> None:
         """Become another cache of the same model, which is not to be used any more."""
         peak = max(self.peak_kv_bytes, self.nbytes + other.peak_kv_bytes)
         vars(self).update(vars(other))
@@ -279,7 +281,9 @@ class KVCache(Cache):
         """Return what the cache holds and costs."""
         layers, tokens = self.evictable, sum(self.seen)
         per_layer = [layer.live_lengths() for layer in layers]
-        budget = None if self.policy.budget is None or not self.seen else sum(self.room()) * self.footprint().rows
+        budget = (
+            None if self.policy.budget is None or not self.seen else sum(self.pair_limits()) * self.footprint().rows
+        )
         return Report(
             seen=self.seen,
             held=sum(map(sum, per_layer)),
@@ -340,7 +344,7 @@ class KVCache(Cache):
         if not self.schedule.reading and new > self.schedule.chunk:
             self.prepared = False  # a text that no prefill reads is not prepared for
         if self.policy.evicts and self.schedule.due(new, self.policy.every):
-            if isinstance(self.policy, Prepares) and not self.prepared:
+            if isinstance(self.policy, NeedsReplay) and not self.prepared:
                 raise PolicyError(
                     f"policy {type(self.policy).__name__} runs forwards of its own after reading; "
                     "read the prompt with vestige.prefill(model, ids, cache) before generate"
@@ -349,12 +353,12 @@ class KVCache(Cache):
         device = self.anatomy.device if ids is None else ids.device
         real = torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid.to(device)
         number = self.step.number + 1 if self.step else 1
-        self.step = Step.of(number, self.seen, real, padded=valid is not None)
+        self.step = ForwardPass.of(number, self.seen, real, padded=valid is not None)
         self.seen = tuple(s + n for s, n in zip(self.seen, self.step.fed, strict=True))
         self.schedule.fed(new)
         self.fed.add(ids, real)
 
-    def take_step(self, layer: RaggedLayer) -> Step:
+    def take_step(self, layer: RaggedLayer) -> ForwardPass:
         """Return the forward under way to a layer that is about to store its pairs.
 
         Raises:
@@ -372,7 +376,7 @@ class KVCache(Cache):
         if not self.recording.writers:
             return {}
         started = time.perf_counter()
-        written = Written(
+        written = NewPairs(
             model=self.anatomy.model,
             layer_idx=layer_idx,
             hidden=hidden,
@@ -385,7 +389,7 @@ class KVCache(Cache):
         return found
 
     @contextmanager
-    def aside(self, watch: Callable[[Glance], None] | None = None) -> Iterator[None]:
+    def rolled_back(self, watch: Callable[[RowView], None] | None = None) -> Iterator[None]:
         """Take back at the end whatever is fed inside: only ``watch`` looks at it, and no settle happens.
 
         Args:
@@ -424,7 +428,7 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything that was read; policy, memory (emptied) and observers stay."""
-        self.adopt(self.emptied())
+        self.replace_with(self.empty_copy())
         self.peak_kv_bytes = 0
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:

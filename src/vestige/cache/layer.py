@@ -16,15 +16,15 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from vestige.cache.forward_pass import Step
-from vestige.cache.handle import Handle
+from vestige.cache.forward_pass import ForwardPass
+from vestige.cache.handle import KVHandle
 from vestige.cache.observers import show
 from vestige.cache.query_records import Record, kind_of
 from vestige.errors import CacheError, PolicyError
 from vestige.kernels import AttentionScale
 from vestige.kernels import packed as ragged
 from vestige.kernels.packed import PAIR
-from vestige.memory.base import Evicted, Remains
+from vestige.memory.base import EvictedPairs, LayerMemory
 from vestige.policies.observation import Observation, Phase
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ class RaggedLayer(CacheLayerMixin):
         self.ragged = False
         self.rings: dict[str, Record] = {}
         """The latest queries, and what enters the layer, as far as policies look back; and moments of all queries."""
-        self.remains: Remains | None = None
+        self.remains: LayerMemory | None = None
         """What the cache's memory knows of evicted pairs; None until it absorbed one."""
         self.attention: AttentionScale | None = None
         self.hidden: Tensor | None = None
         self._capacity = 0
-        self._room = 0
+        self._free_slots = 0
         self.step_number = 0
         self._tails: Tensor | None = None
         self._slots: dict[int, tuple[slice, Tensor]] = {}
@@ -143,7 +143,7 @@ class RaggedLayer(CacheLayerMixin):
             left = [int((self.positions(row) < seen[row // self.kv_heads]).sum()) for row in range(self.rows)]
         else:  # pads are stored too, and all rows have one length
             left = [length + tokens_to_remove for length in self.lengths]
-        self._room += min(old - new for old, new in zip(self.lengths, left, strict=True))
+        self._free_slots += min(old - new for old, new in zip(self.lengths, left, strict=True))
         self._capacity = self._capacity if len(set(left)) == 1 else 0
         self.lengths, self._tails = left, None
         self.padded_seen += tokens_to_remove
@@ -210,9 +210,9 @@ class RaggedLayer(CacheLayerMixin):
     @property
     def fixed_bytes(self) -> int:
         """Bytes that no eviction frees, those that a memory takes from the first eviction on included."""
-        if self.cache.ready is None or not self.columns:
+        if self.cache.bound_memory is None or not self.columns:
             return self._ring_bytes
-        return self._ring_bytes + self.rows * self.cache.ready.state_bytes(*self._pair_sizes)
+        return self._ring_bytes + self.rows * self.cache.bound_memory.state_bytes(*self._pair_sizes)
 
     @property
     def _ring_bytes(self) -> int:
@@ -268,7 +268,7 @@ class RaggedLayer(CacheLayerMixin):
         self,
         phase: Phase,
         seen: tuple[int, ...],
-        room: Sequence[int],
+        pair_limits: Sequence[int],
         slots: Int[Tensor, " held"],
         lengths: Sequence[int],
     ) -> Observation:
@@ -280,7 +280,7 @@ class RaggedLayer(CacheLayerMixin):
             phase=phase,
             kv_heads=self.kv_heads,
             seen=seen,
-            room=tuple(room),
+            pair_limits=tuple(pair_limits),
             cu_seqlens=tuple(ragged.cumulative(lengths)),
             keys=packed.pop("keys"),
             values=packed.pop("values"),
@@ -300,18 +300,18 @@ class RaggedLayer(CacheLayerMixin):
         self._rebuild(slots, list(lengths), coming=[coming] * len(lengths) if coming else None)
         self.ragged = True
 
-    def remaining(self, slots: Int[Tensor, " gone"], lengths: Sequence[int]) -> Remains | None:
+    def absorb_evicted(self, slots: Int[Tensor, " gone"], lengths: Sequence[int]) -> LayerMemory | None:
         """Return what remains of evicted pairs once these slots (packed) go too; the layer is not changed."""
-        memory = self.cache.ready
+        memory = self.cache.bound_memory
         if memory is None or not len(slots):
             return self.remains
-        evicted = Evicted.of(self.layer_idx, self.columns, slots, lengths)
+        evicted = EvictedPairs.of(self.layer_idx, self.columns, slots, lengths)
         self.cache.note_peak(evicted.nbytes)
         empty = memory.empty(self.rows, *self._pair_sizes, self.device) if self.remains is None else {}
-        before = self.remains or Remains(memory=memory, layer_idx=self.layer_idx, state=empty)
+        before = self.remains or LayerMemory(memory=memory, layer_idx=self.layer_idx, state=empty)
         return before.absorb(evicted)
 
-    def record(self, name: str, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
+    def record(self, name: str, new: Float[Tensor, "batch heads new dim"], step: ForwardPass) -> None:
         """Remember the latest rows of a kind, if any policy looks back at them."""
         size = self.cache.recording.ring_sizes.get(name, 0)
         if size:
@@ -320,11 +320,11 @@ class RaggedLayer(CacheLayerMixin):
                 self.cache.note_peak()
             self.rings[name].record(new.detach(), step)
 
-    def lacks(self, names: Iterable[str]) -> bool:
+    def is_missing(self, names: Iterable[str]) -> bool:
         """Return whether all that one of these records knew was taken back, so that nobody can look at it."""
         return any(self.rings[name].blank(self.cache.seen) for name in names if name in self.rings)
 
-    def show(self, query: Float[Tensor, "batch heads new head_dim"], step: Step, scale: AttentionScale) -> None:
+    def show(self, query: Float[Tensor, "batch heads new head_dim"], step: ForwardPass, scale: AttentionScale) -> None:
         """Show new queries to what looks at every query, row by row; their own pairs are stored already."""
         self.attention = scale
         self.record("queries", query, step)
@@ -352,10 +352,10 @@ class RaggedLayer(CacheLayerMixin):
 
     def shrink(self) -> None:
         """Give free slots back, if there are any."""
-        if self._room:
+        if self._free_slots:
             self._rebuild(ragged.packed_slots(self.starts, self.lengths, self.device), list(self.lengths))
 
-    def _record_moments(self, query: Float[Tensor, "batch heads new head_dim"], step: Step) -> None:
+    def _record_moments(self, query: Float[Tensor, "batch heads new head_dim"], step: ForwardPass) -> None:
         """Count queries in as they were before RoPE, in blocks: turned back in float32, all of a text would weigh."""
         rope = self.cache.rope
         assert rope is not None, "moments are recorded for policies that need the rotation"
@@ -364,7 +364,7 @@ class RaggedLayer(CacheLayerMixin):
             block = query[:, :, start : start + _BLOCK].float()
             self.record("query_moments", rope.unrotate(block, part.positions, self.layer_idx), part)
 
-    def narrow(self, annotations: frozenset[str], ring_sizes: Mapping[str, int]) -> None:
+    def drop_unused(self, annotations: frozenset[str], ring_sizes: Mapping[str, int]) -> None:
         """Forget side arrays and rings beyond those named, and make rings as short as asked."""
         self.columns = {name: x for name, x in self.columns.items() if name in PAIR or name in annotations}
         kept = {name: ring for name, ring in self.rings.items() if ring_sizes.get(name)}
@@ -396,7 +396,7 @@ class RaggedLayer(CacheLayerMixin):
 
     # Storage.
 
-    def _append(self, new: dict[str, Tensor], step: Step) -> list[int]:
+    def _append(self, new: dict[str, Tensor], step: ForwardPass) -> list[int]:
         """Write new pairs behind each row's, and return how many each row got."""
         fed = [step.new] * self.rows
         source: Tensor | None = None
@@ -405,10 +405,10 @@ class RaggedLayer(CacheLayerMixin):
             fed, source = valid.sum(1).tolist(), valid.flatten().nonzero()[:, 0]
         for name in new.keys() - self.columns.keys():
             self.columns[name] = self._empty_column(name, new[name])
-        if self._room < max(fed):
+        if self._free_slots < max(fed):
             slots = ragged.packed_slots(self.starts, self.lengths, self.device)
             self._rebuild(slots, list(self.lengths), coming=fed)
-        self._room -= max(fed)
+        self._free_slots -= max(fed)
         autograd = torch.is_grad_enabled() and any(x.requires_grad for x in (*new.values(), *self.columns.values()))
         if self.uniform and source is None and not autograd:
             for name, x in new.items():
@@ -451,7 +451,7 @@ class RaggedLayer(CacheLayerMixin):
         A cache at rest has no free slots. Where pairs are ``coming``, every row gets room for them, the last one being
         the first of the slack for the tokens until the next settle.
         """
-        room = [0] * len(lengths) if coming is None else [max(n, 1) + self.cache.slack - 1 for n in coming]
+        room = [0] * len(lengths) if coming is None else [max(n, 1) + self.cache.growth_slots - 1 for n in coming]
         capacities = [length + n for length, n in zip(lengths, room, strict=True)]
         index = ragged.layout_index(slots, lengths, capacities)
         highest = 0
@@ -462,8 +462,8 @@ class RaggedLayer(CacheLayerMixin):
         self.cache.note_peak(highest - self.nbytes)
         self.lengths, self.starts = lengths, ragged.cumulative(capacities)[:-1]
         self._capacity = capacities[0] if len(set(lengths)) == len(set(capacities)) == 1 else 0
-        self._room, self._tails, self._slots = min(room, default=0), None, {}
+        self._free_slots, self._tails, self._slots = min(room, default=0), None, {}
 
-    def _handle(self, new: Tensor) -> Handle:
+    def _handle(self, new: Tensor) -> KVHandle:
         batch, heads, _, size = new.shape
-        return Handle(self, torch.Size((batch, heads, self.padded_seen, size)), self.dtype, self.device)
+        return KVHandle(self, torch.Size((batch, heads, self.padded_seen, size)), self.dtype, self.device)

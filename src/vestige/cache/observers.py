@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.cache.forward_pass import Step
+from vestige.cache.forward_pass import ForwardPass
 from vestige.kernels import AttentionScale
 from vestige.kernels.packed import PAIR
-from vestige.policies.observation import Glance, LayerGlance
+from vestige.policies.observation import LayerView, RowView
 
 if TYPE_CHECKING:
     from vestige.cache.layer import RaggedLayer
@@ -19,7 +19,7 @@ def show(
     layer: "RaggedLayer",
     query: Float[Tensor, "batch heads new head_dim"],
     hidden: Float[Tensor, "batch new hidden"] | None,
-    step: Step,
+    step: ForwardPass,
     scale: AttentionScale,
 ) -> None:
     """Show new queries row by row, and layer by layer to those who want that; their own pairs are stored already.
@@ -53,9 +53,9 @@ def _whole(
     hidden: Float[Tensor, "new hidden"] | None,
     at: Int[Tensor, " new"],
     scale: AttentionScale,
-) -> LayerGlance:
+) -> LayerView:
     slots, heads = layer.slots_of(b)
-    return LayerGlance(
+    return LayerView(
         layer_idx=layer.layer_idx,
         model=layer.cache.anatomy.model,
         queries=queries,
@@ -73,11 +73,11 @@ def _rows(
     queries: Float[Tensor, "heads new head_dim"],
     at: Int[Tensor, " new"],
     scale: AttentionScale,
-) -> Iterator[Glance]:
+) -> Iterator[RowView]:
     for kv_head, group in enumerate(queries.chunk(layer.kv_heads)):
         row = b * layer.kv_heads + kv_head
         pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
-        yield Glance(
+        yield RowView(
             layer_idx=layer.layer_idx,
             batch=b,
             kv_head=kv_head,

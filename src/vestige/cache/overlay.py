@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vestige.cache.handle import Handle
+from vestige.cache.handle import KVHandle
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.layer import RaggedLayer
 from vestige.kernels import AttentionScale, packed, reference
@@ -44,11 +44,11 @@ class Pairs:
         return {name: column.detach().reshape(-1, *column.shape[3:]) for name, column in columns.items()}
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Raised out of a forward once the layer that was asked for has its pairs."""
 
 
-class Overlay(Cache):
+class OverlayCache(Cache):
     """What a forward is given in place of a cache: it reads that cache, and keeps what the forward stores.
 
     Memories are not read: what they absorbed may come after the tokens.
@@ -56,7 +56,7 @@ class Overlay(Cache):
     Args:
         cache: Read, never changed.
         at: Positions of the tokens, ascending, the same in every batch row.
-        until: Layer after whose pairs the forward is left, by :class:`Enough`; None runs it to the end.
+        until: Layer after whose pairs the forward is left, by :class:`StopForward`; None runs it to the end.
     """
 
     def __init__(self, cache: KVCache, at: Int[Tensor, " tokens"], until: int | None = None) -> None:
@@ -70,7 +70,7 @@ class OverlayLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, overlay: Overlay, layer: RaggedLayer) -> None:
+    def __init__(self, overlay: OverlayCache, layer: RaggedLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.overlay, self.layer = overlay, layer
         self.hidden: Tensor | None = None
@@ -84,9 +84,9 @@ class OverlayLayer(CacheLayerMixin):
         annotations = self.overlay.cache.annotate(self.layer.layer_idx, self.hidden, key_states, value_states)
         self.pairs = Pairs(key_states, value_states, annotations)
         if self.overlay.until == self.layer.layer_idx:
-            raise Enough
+            raise StopForward
         shape = torch.Size((*key_states.shape[:2], len(self.overlay.at), key_states.shape[3]))
-        handle = Handle(self, shape, key_states.dtype, key_states.device)
+        handle = KVHandle(self, shape, key_states.dtype, key_states.device)
         return handle, handle
 
     def get_seq_length(self) -> int:
@@ -149,10 +149,10 @@ def rerun(cache: KVCache, at: Int[Tensor, " tokens"], *, until: int | None = Non
         until: Last layer that is wanted.
     """
     at = at.to(cache.anatomy.device)
-    overlay = Overlay(cache, at, until)
+    overlay = OverlayCache(cache, at, until)
     ids = torch.stack([row[real][at.cpu()] for row, real in zip(cache.ids, cache.real, strict=True)])
     positions = at.expand(len(ids), -1)
-    with contextlib.suppress(Enough):
+    with contextlib.suppress(StopForward):
         cache.anatomy.decoder(input_ids=ids.to(at.device), position_ids=positions, **cache_argument(overlay))
     layers: list[Any] = overlay.layers
     return {one.layer.layer_idx: one.pairs for one in layers if one.pairs is not None}
@@ -163,11 +163,11 @@ def write(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) 
 
     Side arrays that a policy gathers while queries pass stay as they are.
     """
-    gathered = _gathered(cache)
+    query_annotations = _gathered(cache)
     for layer in cache.evictable:
         slots, source = slots_of(layer, at.to(layer.device))
         for name, column in new[layer.layer_idx].flat().items():
-            if name not in gathered:
+            if name not in query_annotations:
                 layer.columns[name].index_copy_(0, slots, column[source].to(layer.columns[name].dtype))
 
 
@@ -176,13 +176,13 @@ def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pa
 
     Side arrays that a policy gathers while queries pass stay as they are where a pair was held.
     """
-    gathered = _gathered(cache)
+    query_annotations = _gathered(cache)
     for layer in cache.evictable:
         fresh = new[layer.layer_idx].flat()
         fresh["positions"] = at.to(layer.device, torch.int32).repeat(layer.rows)
         stored = len(layer.columns["positions"])
         old, source = slots_of(layer, at.to(layer.device))
-        for name in gathered & fresh.keys():
+        for name in query_annotations & fresh.keys():
             fresh[name] = fresh[name].index_copy(0, source, layer.columns[name][old].to(fresh[name].dtype))
         slots, lengths = layer.live_slots()
         held = layer.columns["positions"][slots]
@@ -199,7 +199,7 @@ def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pa
 
 def _gathered(cache: KVCache) -> set[str]:
     """Return the names of side arrays that policies gather while queries pass."""
-    return {name for one in cache.recording.writers if isinstance(one, Policy) for name in one.gathered}
+    return {name for one in cache.recording.writers if isinstance(one, Policy) for name in one.query_annotations}
 
 
 def slots_of(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:

@@ -13,8 +13,8 @@ from vestige.cache.attach import require_cache
 from vestige.cache.kv_cache import KVCache
 from vestige.errors import InputError
 from vestige.models.compat import cache_argument
-from vestige.policies.base import Prepares
-from vestige.policies.observation import Glance
+from vestige.policies.base import NeedsReplay
+from vestige.policies.observation import RowView
 
 
 def prefill(
@@ -83,11 +83,11 @@ def finish(model: PreTrainedModel, cache: KVCache, input_ids: Int[Tensor, "batch
         cache: Holds the ids; changed in place.
         input_ids: What was read last.
     """
-    if isinstance(cache.policy, Prepares) and not cache.prepared:
+    if isinstance(cache.policy, NeedsReplay) and not cache.prepared:
         cache.policy.prepare(model, cache, input_ids)
         cache.prepared = True
     cache.settle()
-    if isinstance(cache.policy, Prepares):  # a cache that had nothing to evict still has room for what was replayed
+    if isinstance(cache.policy, NeedsReplay):  # a cache that had nothing to evict still has room for what was replayed
         for layer in cache.evictable:
             layer.shrink()
     cache.schedule.prefilled = True
@@ -97,7 +97,7 @@ def replay(
     model: PreTrainedModel,
     ids: Int[Tensor, "batch new"],
     cache: KVCache,
-    watch: Callable[[Glance], None],
+    watch: Callable[[RowView], None],
     mask: Int[Tensor, "batch new"] | None = None,
 ) -> None:
     """Feed ids after what the cache holds, show every row that they attend to, and take them back.
@@ -111,7 +111,7 @@ def replay(
         watch: Shown each row of each layer, but for batch rows that have only pads.
         mask: 0 for pads, which must be at the left.
     """
-    with torch.no_grad(), cache.aside(watch):
+    with torch.no_grad(), cache.rolled_back(watch):
         forward(model, ids, cache, mask)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.cache.forward_pass import Step
+from vestige.cache.forward_pass import ForwardPass
 
 OUTLIERS = 4
 """First tokens, whose queries and keys are unlike all others: statistics leave them out."""
@@ -27,7 +27,7 @@ class Record(Protocol):
     def nbytes(self) -> int:
         """Bytes of live storage."""
 
-    def record(self, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: ForwardPass) -> None:
         """Take in new rows, pads left out."""
 
     def latest(self, seen: Sequence[int]) -> tuple[Any, ...]:
@@ -53,7 +53,7 @@ class Record(Protocol):
 
 
 @dataclass
-class Ring:
+class RingBuffer:
     """The latest ``size`` rows of each batch row: that of position p in slot ``p % size``, so order needs no pointer.
 
     Args:
@@ -66,7 +66,7 @@ class Ring:
     floor: list[int]
 
     @classmethod
-    def like(cls, new: Float[Tensor, "batch heads new dim"], size: int, seen: Sequence[int]) -> "Ring":
+    def like(cls, new: Float[Tensor, "batch heads new dim"], size: int, seen: Sequence[int]) -> "RingBuffer":
         """Return an empty ring for rows such as these, the first of which come behind so many tokens."""
         batch, heads, _, dim = new.shape
         return cls(new.new_zeros(batch, heads, size, dim), list(seen))
@@ -81,7 +81,7 @@ class Ring:
         """Bytes of live storage."""
         return self.data.nbytes
 
-    def record(self, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: ForwardPass) -> None:
         """Remember the last of these rows, pads left out."""
         if step.even:
             last = step.seen[0] + step.new
@@ -123,22 +123,22 @@ class Ring:
         """Go on behind tokens of which there are no rows."""
         self.floor = list(seen)
 
-    def shrunk(self, size: int, seen: Sequence[int]) -> "Ring":
+    def shrunk(self, size: int, seen: Sequence[int]) -> "RingBuffer":
         """Return a smaller ring of the latest rows."""
-        smaller = Ring(self.data.new_zeros(*self.data.shape[:2], size, self.data.shape[3]), list(self.floor))
+        smaller = RingBuffer(self.data.new_zeros(*self.data.shape[:2], size, self.data.shape[3]), list(self.floor))
         begins = smaller.begins(seen)
         for b, (end, latest) in enumerate(zip(seen, self.latest(seen), strict=True)):
             at = torch.arange(begins[b], end, device=self.data.device)
             smaller.data[b][:, at % size] = latest[:, latest.shape[1] - len(at) :]
         return smaller
 
-    def select(self, rows: Sequence[int]) -> "Ring":
+    def select(self, rows: Sequence[int]) -> "RingBuffer":
         """Return a ring of these batch rows, in this order, that shares no memory."""
-        return Ring(self.data[torch.tensor(rows, device=self.data.device)], [self.floor[b] for b in rows])
+        return RingBuffer(self.data[torch.tensor(rows, device=self.data.device)], [self.floor[b] for b in rows])
 
-    def copy(self) -> "Ring":
+    def copy(self) -> "RingBuffer":
         """Return an equal ring that shares no memory."""
-        return Ring(self.data.clone(), list(self.floor))
+        return RingBuffer(self.data.clone(), list(self.floor))
 
 
 class Moments(NamedTuple):
@@ -175,7 +175,7 @@ class QueryMoments:
         """Bytes of live storage."""
         return self.data.nbytes
 
-    def record(self, new: Float[Tensor, "batch heads new dim"], step: Step) -> None:
+    def record(self, new: Float[Tensor, "batch heads new dim"], step: ForwardPass) -> None:
         """Count in queries that were turned back to what they were before RoPE."""
         counted = (step.positions >= OUTLIERS)[:, None, :, None]  # (batch, 1, new, 1)
         queries = new.float().masked_fill(~counted, 0.0)
@@ -217,6 +217,6 @@ class QueryMoments:
         return QueryMoments(self.data.clone())
 
 
-def kind_of(name: str) -> type[Ring] | type[QueryMoments]:
+def kind_of(name: str) -> type[RingBuffer] | type[QueryMoments]:
     """Return how rows of a kind are remembered."""
-    return QueryMoments if name == "query_moments" else Ring
+    return QueryMoments if name == "query_moments" else RingBuffer

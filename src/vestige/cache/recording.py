@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.models.anatomy import Anatomy
-from vestige.policies.base import Annotates, Binds, Policy, Watches, WatchesLayers, Written
-from vestige.policies.observation import Glance, LayerGlance
+from vestige.models.anatomy import ModelLayout
+from vestige.policies.base import LayerObserver, NeedsWeights, NewPairs, PairAnnotator, Policy, QueryObserver
+from vestige.policies.observation import LayerView, RowView
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordingSpec:
     """What the layers keep beside keys and values.
 
     Args:
@@ -25,21 +25,21 @@ class Recording:
 
     needs: frozenset[str] = frozenset()
     ring_sizes: Mapping[str, int] = field(default_factory=dict)
-    writers: tuple[Annotates, ...] = ()
-    watchers: tuple[Callable[[Glance], None], ...] = field(
+    writers: tuple[PairAnnotator, ...] = ()
+    watchers: tuple[Callable[[RowView], None], ...] = field(
         default=(), compare=False
     )  # methods of equal policies differ
-    layer_watchers: tuple[Callable[[LayerGlance], None], ...] = field(default=(), compare=False)
+    layer_watchers: tuple[Callable[[LayerView], None], ...] = field(default=(), compare=False)
 
     @classmethod
-    def of(cls, observers: Sequence[Policy]) -> "Recording":
+    def of(cls, observers: Sequence[Policy]) -> "RecordingSpec":
         """Return what these policies need together; those that would write the same do so once.
 
         Raises:
             PolicyError: Two policies would write different things into one side array.
         """
-        recording = [one for one in observers if isinstance(one, Annotates | Watches | WatchesLayers)]
-        distinct = {hand(one): one for one in recording}.values()
+        recording = [one for one in observers if isinstance(one, PairAnnotator | QueryObserver | LayerObserver)]
+        distinct = {annotation_key(one): one for one in recording}.values()
         owners: dict[str, Policy] = {}
         for policy in distinct:
             for name in policy.annotations:
@@ -51,9 +51,9 @@ class Recording:
         return cls(
             needs=frozenset[str]().union(*(observer.needs for observer in observers)),
             ring_sizes=_largest(observer.ring_sizes for observer in observers),
-            writers=tuple(one for one in distinct if isinstance(one, Annotates)),
-            watchers=tuple(one.watch for one in distinct if isinstance(one, Watches)),
-            layer_watchers=tuple(one.watch_layer for one in distinct if isinstance(one, WatchesLayers)),
+            writers=tuple(one for one in distinct if isinstance(one, PairAnnotator)),
+            watchers=tuple(one.watch for one in distinct if isinstance(one, QueryObserver)),
+            layer_watchers=tuple(one.watch_layer for one in distinct if isinstance(one, LayerObserver)),
         )
 
     @property
@@ -76,7 +76,7 @@ class Recording:
         """Whether keys or queries are turned back to what they were before RoPE."""
         return not self.needs.isdisjoint({"rope", "query_moments"})
 
-    def require_of(self, anatomy: Anatomy) -> None:
+    def require_of(self, anatomy: ModelLayout) -> None:
         """Refuse a model that lacks what is to be recorded, before anything is read.
 
         Raises:
@@ -84,7 +84,7 @@ class Recording:
                 made for another model.
         """
         for policy in self.writers:
-            if isinstance(policy, Binds):
+            if isinstance(policy, NeedsWeights):
                 policy.bind(anatomy.model)
         if "output" in self.needs:
             for layer_idx in anatomy.evictable:
@@ -92,7 +92,7 @@ class Recording:
         if self.turns:
             anatomy.rope()
 
-    def annotate(self, written: Written) -> dict[str, Tensor]:
+    def annotate(self, written: NewPairs) -> dict[str, Tensor]:
         """Return the side arrays of new pairs.
 
         Raises:
@@ -115,17 +115,17 @@ class Recording:
                 f"this cache recorded {_told(self.needs | self.annotations, self.ring_sizes)}; "
                 "name the policy in KVCache(..., observers=[...]) before reading"
             )
-        if isinstance(policy, Annotates) and hand(policy) not in map(hand, self.writers):
-            options = ", ".join(policy.annotated_with) or "options"
+        if isinstance(policy, PairAnnotator) and annotation_key(policy) not in map(annotation_key, self.writers):
+            options = ", ".join(policy.annotation_options) or "options"
             raise PolicyError(
                 f"what this cache keeps beside its pairs ({', '.join(sorted(policy.annotations))}) was written with "
                 f"other {options} than those of {policy}"
             )
 
 
-def hand(policy: Policy | Annotates) -> tuple[object, ...]:
+def annotation_key(policy: Policy | PairAnnotator) -> tuple[object, ...]:
     """Return what bears on what a policy writes: its class and the options that it names."""
-    return (type(policy), *(getattr(policy, name) for name in policy.annotated_with))
+    return (type(policy), *(getattr(policy, name) for name in policy.annotation_options))
 
 
 def _told(names: frozenset[str], sizes: Mapping[str, int]) -> str:

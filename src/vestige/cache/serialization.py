@@ -16,18 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.budget import Budget
-from vestige.cache.forward_pass import Step
+from vestige.cache.forward_pass import ForwardPass
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.layer import RaggedLayer
-from vestige.cache.query_records import QueryMoments, Ring
-from vestige.cache.recording import Recording
+from vestige.cache.query_records import QueryMoments, RingBuffer
+from vestige.cache.recording import RecordingSpec
 from vestige.cache.schedule import Schedule
 from vestige.errors import CacheFileError, ModelError
 from vestige.kernels import AttentionScale, packed
 from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
-from vestige.memory.base import Absorbed, Memory, Remains
+from vestige.memory.base import AbsorbedRanges, LayerMemory, Memory
 from vestige.models.anatomy import check
 from vestige.nn.pretrained import digest
 from vestige.policies import POLICIES, name_of, resolve
@@ -135,7 +135,7 @@ def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]
     tensors = {f"column.{name}": packed.gather(column, slots) for name, column in layer.columns.items()}
     plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
     tensors |= {f"ring.{name}": ring.data for name, ring in layer.rings.items()}
-    plain["floors"] = {name: ring.floor for name, ring in layer.rings.items() if isinstance(ring, Ring)}
+    plain["floors"] = {name: ring.floor for name, ring in layer.rings.items() if isinstance(ring, RingBuffer)}
     tensors |= {f"memory.{name}": x for name, x in layer.remains.state.items()} if layer.remains else {}
     if layer.attention is not None:
         plain |= {"scaling": layer.attention.scaling, "softcap": layer.attention.softcap}
@@ -175,13 +175,13 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
         raise CacheFileError(f"{path} was written with other trained weights than lie there now")
     for name in ("prepared", "peak_kv_bytes", "evict_s", "annotate_s"):
         setattr(cache, name, books[name])
-    recording = Recording.of([cache.policy, *map(_policy_from_json, books["writers"])])
+    recording = RecordingSpec.of([cache.policy, *map(_policy_from_json, books["writers"])])
     cache.recording = replace(recording, needs=frozenset(books["needs"]), ring_sizes=books["ring_sizes"])
     cache.lengths = books["lengths"] and tuple(books["lengths"])
     cache.pins, cache.erased, released = (
         tuple(Span(*span) for span in books[name]) for name in ("pins", "erased", "released")
     )
-    cache.absorbed = Absorbed(
+    cache.absorbed = AbsorbedRanges(
         {int(b): tuple(Span(*x) for x in row) for b, row in books["absorbed"].items()},
         {int(b): tokens for b, tokens in books["replayable"].items()},
         released,
@@ -192,7 +192,7 @@ def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrained
         cache.fed.add(tensors["ids"].cpu(), tensors["real"].bool())
         cache.fed.stale = tensors["stale"].cpu() if "stale" in tensors else None
     if "step.positions" in tensors:
-        cache.step = Step(1, tensors["step.positions"], cache.seen, padded=False, even=False)
+        cache.step = ForwardPass(1, tensors["step.positions"], cache.seen, padded=False, even=False)
     for i, plain in enumerate(books["layers"]):
         inner = {name.partition(".")[2]: x for name, x in tensors.items() if name.partition(".")[0] == str(i)}
         layer: Any = cache.layers[i]
@@ -213,12 +213,12 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
         kinds[kind][own_name] = tensor
     floors = plain["floors"]
     layer.rings = {
-        name: Ring(x, floors[name]) if name in floors else QueryMoments(x) for name, x in kinds["ring"].items()
+        name: RingBuffer(x, floors[name]) if name in floors else QueryMoments(x) for name, x in kinds["ring"].items()
     }
     if kinds["memory"]:
-        memory = layer.cache.ready
+        memory = layer.cache.bound_memory
         assert memory is not None, "states are saved with the memory that owns them"
-        layer.remains = Remains(memory=memory, layer_idx=layer.layer_idx, state=kinds["memory"])
+        layer.remains = LayerMemory(memory=memory, layer_idx=layer.layer_idx, state=kinds["memory"])
     if "scaling" in plain:
         layer.attention = AttentionScale(plain["scaling"], plain["softcap"], sinks)
     layer.restore(kinds["column"], plain["lengths"], plain["kv_heads"], plain["padded_seen"], plain["ragged"])

@@ -12,7 +12,7 @@ from vestige.errors import CacheError
 
 
 @dataclass
-class Fed:
+class TokenHistory:
     """Ids and pads of all forwards, kept in pieces so that a decode step copies nothing."""
 
     _pieces: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Fed:
             )
 
     @classmethod
-    def beside(cls, records: Sequence["Fed"]) -> "Fed":
+    def beside(cls, records: Sequence["TokenHistory"]) -> "TokenHistory":
         """Return the batch rows of several records as those of one, the shorter ones padded at the left."""
         longest = max(one.ids.shape[1] for one in records)
         ids = torch.cat([pad(one.ids, (longest - one.ids.shape[1], 0)) for one in records])
@@ -73,9 +73,9 @@ class Fed:
             ids, real = self._whole()
             self._pieces = [(ids[rows.cpu()], real[rows.cpu()])]
 
-    def copy(self) -> "Fed":
+    def copy(self) -> "TokenHistory":
         """Return an equal record; the pieces themselves are never changed, so they are shared."""
-        return Fed(list(self._pieces), self.stale)
+        return TokenHistory(list(self._pieces), self.stale)
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         if not self._pieces:

@@ -17,9 +17,9 @@ from vestige.cli.options import (
     Seed,
     ShareName,
     err,
+    escape_markup,
     numbers,
     out,
-    plain,
     print_json,
     typed,
     words,
@@ -133,8 +133,8 @@ def tasks(
     for row in rows:
         if row["score"] is None:
             what = f"failed: {row['task']} {row['policy']}@{row['budget']}: {row['error']}"
-            err.print(plain(what), style="red", soft_wrap=True)
-    where = plain(str(folder))
+            err.print(escape_markup(what), style="red", soft_wrap=True)
+    where = escape_markup(str(folder))
     out.print(f"\nresults: {where}; pictures: vestige report {where}", style="dim", soft_wrap=True)
 
 
@@ -253,8 +253,10 @@ def erase(
     out.print(render.erase_bench_table(rows))
     for row in rows:
         if row["error"] is not None:
-            err.print(plain(f"failed: {row['task']} {row['method']}: {row['error']}"), style="red", soft_wrap=True)
-    out.print(f"\nresults: {plain(str(folder))}", style="dim", soft_wrap=True)
+            err.print(
+                escape_markup(f"failed: {row['task']} {row['method']}: {row['error']}"), style="red", soft_wrap=True
+            )
+    out.print(f"\nresults: {escape_markup(str(folder))}", style="dim", soft_wrap=True)
 
 
 @bench.command()

@@ -64,7 +64,9 @@ def _command(session: Session, line: str, console: Console) -> None:
     elif word == "/report":
         report = session.report()
         held = f"{report.held:,} of {report.full:,} pairs" if report.full else "nothing yet"
-        console.print(f"{held}, {render.megabytes(report.kv_bytes)} instead of {render.megabytes(report.full_kv_bytes)}")
+        console.print(
+            f"{held}, {render.megabytes(report.kv_bytes)} instead of {render.megabytes(report.full_kv_bytes)}"
+        )
     elif word == "/save" and rest:
         session.save(Path(rest).expanduser())
         console.print(f"[dim]saved to {escape(rest)}[/dim]")

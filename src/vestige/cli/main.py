@@ -20,8 +20,8 @@ from vestige.cli.options import (
     Seed,
     ShareName,
     err,
+    escape_markup,
     out,
-    plain,
     print_json,
 )
 from vestige.cli.train import train
@@ -141,7 +141,7 @@ def erase(
     row = result.as_dict(model, chunk)
     if as_json:
         return print_json(row)
-    out.print(f"[dim]erased:[/dim] {plain(result.passage.strip())}\n")
+    out.print(f"[dim]erased:[/dim] {escape_markup(result.passage.strip())}\n")
     _print_answers(reading.questions, result.run)
     out.print(render.erase_table(result.report))
 
@@ -252,7 +252,10 @@ def report(
         written = made(folders, out=output, title=title or TITLE)
     if as_json:
         return print_json({"html": str(written.html), "markdown": str(written.markdown), "rows": written.rows})
-    out.print(f"{written.rows} rows: {plain(str(written.html))} and {plain(str(written.markdown))}", soft_wrap=True)
+    out.print(
+        f"{written.rows} rows: {escape_markup(str(written.html))} and {escape_markup(str(written.markdown))}",
+        soft_wrap=True,
+    )
 
 
 def main() -> NoReturn:
@@ -286,7 +289,7 @@ def _complain(message: str, status: int = 2) -> int:
 
 def _print_answers(questions: tuple[str, ...], result: "RunResult") -> None:
     for asked, reply in zip(questions, result.answers, strict=True):
-        out.print(f"[dim]{plain(asked)}[/dim]\n[bold]{plain(reply.text)}[/bold]\n")
+        out.print(f"[dim]{escape_markup(asked)}[/dim]\n[bold]{escape_markup(reply.text)}[/bold]\n")
 
 
 def _print_listing(entries: dict[str, str], as_json: bool) -> None:

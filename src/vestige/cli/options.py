@@ -50,7 +50,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{option} takes whole numbers separated by commas, got {text!r}") from None
 
 
-def plain(text: str) -> str:
+def escape_markup(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)

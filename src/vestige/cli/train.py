@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vestige.cli.options import Device, Dtype, Json, Model, Seed, err, out, plain, print_json, typed
+from vestige.cli.options import Device, Dtype, Json, Model, Seed, err, escape_markup, out, print_json, typed
 
 if TYPE_CHECKING:
     from vestige.training.config import LoopConfig
@@ -78,7 +78,7 @@ def _carry_out(
     what, made = training.weights, to / training.weights
     if as_json:
         return print_json({"step": done.step, "finished": True, "checkpoint": str(done.checkpoint), what: str(made)})
-    out.print(f"the {what} {'are' if what.endswith('s') else 'is'} in {plain(str(made))}")
+    out.print(f"the {what} {'are' if what.endswith('s') else 'is'} in {escape_markup(str(made))}")
 
 
 @train.command("eraser")

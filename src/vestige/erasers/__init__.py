@@ -45,9 +45,9 @@ def make(name: str) -> Eraser:
     Raises:
         InputError: An unknown name or option, or a value out of range.
     """
-    name, options = called.parse(name, "eraser", InputError)
+    name, options = called.parse_options(name, "eraser", InputError)
     cls = resolve(name)
-    return cls(**called.fitted(options, cls, name, "eraser", InputError))
+    return cls(**called.coerce_options(options, cls, name, "eraser", InputError))
 
 
 def name_of(eraser: Eraser) -> str:

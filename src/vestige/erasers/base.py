@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.cache.kv_cache import KVCache
-from vestige.memory.base import Forgotten
-from vestige.spans import Closing, Span
+from vestige.memory.base import ForgetResult
+from vestige.spans import PositionMap, Span
 
 
-class Fate(Enum):
+class SlotOutcome(Enum):
     """What an eraser makes of the slots of a span."""
 
     DROPPED = "dropped"
@@ -27,7 +27,7 @@ class Fate(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class EraseRequest:
     """What an eraser is given.
 
     Args:
@@ -41,14 +41,14 @@ class Scene:
     spans: tuple[Span, ...]
 
     @property
-    def memory(self) -> Forgotten:
+    def memory(self) -> ForgetResult:
         """How far the cache's memory is free of the spans."""
         found = [self.cache.forget(span) for span in self.spans]
-        return next((one for one in found if one is not Forgotten.EXACT), Forgotten.EXACT)
+        return next((one for one in found if one is not ForgetResult.EXACT), ForgetResult.EXACT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class EditResult:
     """What an eraser did, beyond the fate of the slots.
 
     Args:
@@ -61,22 +61,22 @@ class Edit:
     recomputed: int = 0
     suffix_recomputed: int = 0
     added: int = 0
-    memory: Forgotten = Forgotten.EXACT
+    memory: ForgetResult = ForgetResult.EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eraser(ABC):
     """A way to take spans out of a cache. Frozen: what it does depends on its options and the scene alone."""
 
-    fate: ClassVar[Fate]
+    fate: ClassVar[SlotOutcome]
     """What becomes of the slots of a span."""
-    closes: ClassVar[bool] = False
+    renumbers: ClassVar[bool] = False
     """Whether the ids leave the sequence and what follows is renumbered; else positions stay."""
     replays: ClassVar[bool] = False
     """Whether the cache is read anew from its ids, which also serves sliding and linear layers, and pads."""
 
     @abstractmethod
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Edit the scene's cache in place; on any error it is as it was.
 
         Raises:
@@ -120,7 +120,7 @@ class EraseReport:
     spans: tuple[SpanReport, ...]
     suffix_left: int
     tokens_recomputed: int
-    memory: Forgotten
+    memory: ForgetResult
     edit_s: float
 
     @property
@@ -151,4 +151,4 @@ class Erased:
 
     input_ids: Int[Tensor, "batch _length"]
     report: EraseReport
-    remap: Closing
+    remap: PositionMap

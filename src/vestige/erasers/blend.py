@@ -10,7 +10,7 @@ from torch import Tensor
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.overlay import rerun, slots_of, write
 from vestige.erasers import edits
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.errors import InputError
 
 
@@ -25,8 +25,8 @@ class Blend(Eraser):
     by layer.
     """
 
-    fate: ClassVar[Fate] = Fate.DROPPED
-    closes: ClassVar[bool] = True
+    fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
+    renumbers: ClassVar[bool] = True
     share: float = 0.15
     """Of the tokens behind the first span, in (0, 1]."""
 
@@ -34,7 +34,7 @@ class Blend(Eraser):
         if not 0 < self.share <= 1:
             raise InputError(f"share must lie in (0, 1], got {self.share!r}")
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Edit a fork, which takes the place of the cache once it is whole."""
         twin = scene.cache.fork()
         closing = edits.close(twin, scene.spans)
@@ -43,11 +43,11 @@ class Blend(Eraser):
         if count:
             at = suffix[_changes(scene, twin, suffix).topk(count).indices.cpu().sort().values]
             write(twin, at, rerun(twin, at))
-        scene.cache.adopt(twin)
-        return Edit(recomputed=len(suffix), suffix_recomputed=count)
+        scene.cache.replace_with(twin)
+        return EditResult(recomputed=len(suffix), suffix_recomputed=count)
 
 
-def _changes(scene: Scene, cache: KVCache, at: Tensor) -> Tensor:
+def _changes(scene: EraseRequest, cache: KVCache, at: Tensor) -> Tensor:
     """Return how far each token's keys in the probed layer are from those held, summed over rows."""
     layer = cache.evictable[min(1, len(cache.evictable) - 1)]
     fresh = rerun(cache, at, until=layer.layer_idx)[layer.layer_idx].keys

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vestige.erasers import edits
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
-from vestige.erasers.forget import Release
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
+from vestige.erasers.forget import MemoryRelease
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +15,14 @@ class Drop(Eraser):
     What follows the span keeps what it read of it.
     """
 
-    fate: ClassVar[Fate] = Fate.DROPPED
+    fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
 
     forget: bool = False
     """Also take the spans' evicted pairs out of a memory that is a sum, by reading up to their end once more."""
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Drop the pairs of the spans."""
-        release = Release.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
+        release = MemoryRelease.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
         edits.drop(scene.cache, scene.spans)
         release.carry_out()
-        return Edit(recomputed=release.read, memory=release.outcome)
+        return EditResult(recomputed=release.read, memory=release.outcome)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.layer import RaggedLayer
-from vestige.cache.query_records import Ring
+from vestige.cache.query_records import RingBuffer
 from vestige.errors import CacheError
 from vestige.kernels import packed
 from vestige.models.rope import Rope
-from vestige.spans import Closing, Span, within
+from vestige.spans import PositionMap, Span, within
 
 
 def drop(cache: KVCache, spans: Sequence[Span]) -> None:
@@ -26,7 +26,7 @@ def drop(cache: KVCache, spans: Sequence[Span]) -> None:
         layer.keep(slots[stays], packed.counts_per_row(stays, lengths))
 
 
-def close(cache: KVCache, spans: Sequence[Span]) -> Closing:
+def close(cache: KVCache, spans: Sequence[Span]) -> PositionMap:
     """Take spans out of the sequence: free their pairs, move what follows up, turn its keys to where they then are.
 
     Values are untouched, so what follows still carries what it read of the spans. Records of queries are turned and
@@ -43,7 +43,7 @@ def close(cache: KVCache, spans: Sequence[Span]) -> Closing:
         ModelError: How the model turns keys is not understood. Nothing was changed.
         CacheError: A memory absorbed pairs at or behind the spans, which it cannot move. Nothing was changed.
     """
-    rope, closing = cache.anatomy.rope(), Closing(tuple(spans))
+    rope, closing = cache.anatomy.rope(), PositionMap(tuple(spans))
     if cache.absorbed.overlaps(Span(spans[0].start, max(*cache.seen, spans[-1].end))):
         raise CacheError(
             "the cache's memory took in pairs at or behind the span, and what it holds cannot be moved; "
@@ -70,7 +70,7 @@ def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
         layer.ragged = True
 
 
-def _close_layer(layer: RaggedLayer, closing: Closing, rope: Rope) -> None:
+def _close_layer(layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
     """Drop a layer's pairs of the spans and renumber the others; a layer of which nothing was evicted stays dense."""
     dense = not layer.ragged
     slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
@@ -89,10 +89,10 @@ def _close_layer(layer: RaggedLayer, closing: Closing, rope: Rope) -> None:
         layer.columns["positions"] = after
 
 
-def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: Closing, rope: Rope) -> None:
+def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
     """Move a layer's latest queries and hidden states to their new positions; those of the spans are forgotten."""
     for name, ring in layer.rings.items():
-        if not isinstance(ring, Ring):
+        if not isinstance(ring, RingBuffer):
             continue
         fresh, begins = torch.zeros_like(ring.data), ring.begins(cache.seen)
         for b, rows in enumerate(ring.latest(cache.seen)):
@@ -104,10 +104,10 @@ def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: Closing, rope: Rope
                 still = rope.unrotate(rows.float(), before, layer.layer_idx)
                 rows = rope.rotate(still, after, layer.layer_idx).to(ring.data.dtype)
             fresh[b][:, after % ring.size] = rows
-        layer.rings[name] = Ring(fresh, list(map(closing.at, begins)))
+        layer.rings[name] = RingBuffer(fresh, list(map(closing.at, begins)))
 
 
-def _close_books(cache: KVCache, closing: Closing) -> None:
+def _close_books(cache: KVCache, closing: PositionMap) -> None:
     places = torch.where(cache.real, cache.real.cumsum(1) - 1, -1)
     cache.fed.select(~within(places, closing.spans))
     cache.seen = tuple(map(closing.at, cache.seen))

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from vestige.cache.attach import attach, require_cache
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers import name_of
-from vestige.erasers.base import Erased, Eraser, EraseReport, Fate, Scene, SpanReport
+from vestige.erasers.base import Erased, Eraser, EraseReport, EraseRequest, SlotOutcome, SpanReport
 from vestige.errors import CacheError, InputError
-from vestige.spans import Closing, Span
-from vestige.utils.timing import now
+from vestige.spans import PositionMap, Span
+from vestige.utils.timing import synchronized_time
 
 
 def erase(
@@ -49,10 +49,10 @@ def erase(
     behind = max(cache.seen) - chosen[0].end - sum(map(len, chosen[1:]))
     pending = input_ids[:, cache.ids.shape[1] :]
     with attach(model), torch.no_grad():
-        started = now(model.device)
-        edit = eraser.edit(Scene(model=model, cache=cache, spans=chosen))
-        seconds = now(model.device) - started
-    if not eraser.closes and eraser.fate is not Fate.LEFT:
+        started = synchronized_time(model.device)
+        edit = eraser.edit(EraseRequest(model=model, cache=cache, spans=chosen))
+        seconds = synchronized_time(model.device) - started
+    if not eraser.renumbers and eraser.fate is not SlotOutcome.LEFT:
         cache.erased = _merged((*cache.erased, *chosen))
     report = EraseReport(
         method=name_of(eraser),
@@ -66,7 +66,7 @@ def erase(
         edit_s=seconds,
     )
     ids = torch.cat([cache.ids.to(input_ids.device), pending], 1)
-    return Erased(input_ids=ids, report=report, remap=Closing(chosen if eraser.closes else ()))
+    return Erased(input_ids=ids, report=report, remap=PositionMap(chosen if eraser.renumbers else ()))
 
 
 def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids: Tensor) -> tuple[Span, ...]:
@@ -92,7 +92,7 @@ def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids:
     if eraser.replays:
         return ordered
     name = name_of(eraser)
-    if ordered[0].start == 0 and eraser.fate is not Fate.LEFT:
+    if ordered[0].start == 0 and eraser.fate is not SlotOutcome.LEFT:
         raise InputError(f"{name} cannot erase the first token: all later ones lean on it; use recompute")
     if len(cache.evictable) != len(cache.layers):
         raise CacheError(f"{name} cannot edit sliding or linear layers; use recompute, which reads the ids anew")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from vestige.cache.prefill import prefill
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.errors import InputError
 
 TEXT = (
@@ -23,11 +23,11 @@ class Erratum(Eraser):
     2606.17107), so that one edit serves all later questions.
     """
 
-    fate: ClassVar[Fate] = Fate.LEFT
+    fate: ClassVar[SlotOutcome] = SlotOutcome.LEFT
     ids: tuple[int, ...] | None = None
     """Token ids to append. None makes them of ``TEXT`` with the tokenizer that lies beside the model."""
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Read the correction into a fork, which takes the place of the cache; it stays whole until the next settle."""
         rows = [self._ids(scene, b) for b in range(len(scene.cache.seen))]
         if len(set(map(len, rows))) > 1:
@@ -35,10 +35,10 @@ class Erratum(Eraser):
         ids = torch.tensor(rows, device=scene.model.device)
         twin = scene.cache.fork()
         prefill(scene.model, ids, twin, settle=False)
-        scene.cache.adopt(twin)
-        return Edit(recomputed=ids.shape[1], added=ids.shape[1], memory=scene.memory)
+        scene.cache.replace_with(twin)
+        return EditResult(recomputed=ids.shape[1], added=ids.shape[1], memory=scene.memory)
 
-    def _ids(self, scene: Scene, batch: int) -> list[int]:
+    def _ids(self, scene: EraseRequest, batch: int) -> list[int]:
         if self.ids is not None:
             return list(self.ids)
         tokenizer = _tokenizer(scene.model)

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers.replay import fed_rows, reread
-from vestige.memory.base import Evicted, Forgotten, Remains
+from vestige.memory.base import EvictedPairs, ForgetResult, LayerMemory
 from vestige.policies.full import Full
 from vestige.spans import Span, within
 
 
 @dataclass(frozen=True)
-class Release:
+class MemoryRelease:
     """What will remain of the evicted without some spans; nothing is changed until :meth:`carry_out`.
 
     Args:
@@ -27,12 +27,12 @@ class Release:
 
     cache: KVCache
     spans: tuple[Span, ...]
-    outcome: Forgotten
+    outcome: ForgetResult
     read: int = 0
-    remains: Mapping[int, Remains] | None = None
+    remains: Mapping[int, LayerMemory] | None = None
 
     @staticmethod
-    def of(cache: KVCache, spans: Sequence[Span], model: PreTrainedModel, *, wanted: bool = True) -> "Release":
+    def of(cache: KVCache, spans: Sequence[Span], model: PreTrainedModel, *, wanted: bool = True) -> "MemoryRelease":
         """Return what it takes to forget some spans, which every batch row has seen.
 
         The ids up to the last one's end are read again, in one piece and with nothing evicted, to have their pairs once
@@ -45,14 +45,14 @@ class Release:
             model: An attached model.
             wanted: False only says how far the memory is free of the spans as it is.
         """
-        found = {cache.forget(span) for span in spans} - {Forgotten.EXACT}
+        found = {cache.forget(span) for span in spans} - {ForgetResult.EXACT}
         if not found or not wanted or not _can_release(cache, spans):
-            return Release(cache, tuple(spans), found.pop() if found else Forgotten.EXACT)
+            return MemoryRelease(cache, tuple(spans), found.pop() if found else ForgetResult.EXACT)
         end = spans[-1].end
         twin = KVCache(model, Full())
         with torch.no_grad():
             reread(model, twin, [row[:end] for row in fed_rows(cache)], chunk=end)
-        return Release(cache, tuple(spans), Forgotten.SUBTRACTED, end, _without(cache, twin, spans))
+        return MemoryRelease(cache, tuple(spans), ForgetResult.SUBTRACTED, end, _without(cache, twin, spans))
 
     def carry_out(self) -> None:
         """Have the cache forget."""
@@ -64,7 +64,7 @@ class Release:
             self.cache.absorbed.remove(span)
 
 
-def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedModel) -> Forgotten:
+def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedModel) -> ForgetResult:
     """Free a cache's memory of spans, in place, as far as can be; pairs that are held are left as they are.
 
     Args:
@@ -77,7 +77,7 @@ def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedMod
         of reading up to their end once more, else ``IMPOSSIBLE``, and then nothing is changed. What is left is exact up
         to how the memory rounds what it stores: of ``slots`` in float16 that were nearly emptied, a few percent.
     """
-    release = Release.of(cache, (spans,) if isinstance(spans, Span) else sorted(spans), model)
+    release = MemoryRelease.of(cache, (spans,) if isinstance(spans, Span) else sorted(spans), model)
     release.carry_out()
     return release.outcome
 
@@ -90,10 +90,17 @@ def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
     changed = any(one.start < end for one in cache.erased)
     replayable = all(end <= most for most in cache.absorbed.replayable.values())
     again = any(map(cache.absorbed.again, spans))
-    return cache.ready is not None and cache.ready.releases and fed and not changed and replayable and not again
+    return (
+        cache.bound_memory is not None
+        and cache.bound_memory.releases
+        and fed
+        and not changed
+        and replayable
+        and not again
+    )
 
 
-def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, Remains]:
+def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, LayerMemory]:
     """Return what remains without the pairs of spans that a cache no longer holds, and that are not out already; a twin
     holds all of them."""
     found, out = {}, cache.absorbed.released
@@ -107,6 +114,6 @@ def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, 
             slots.append(again.starts[row] + gone.nonzero()[:, 0])
             lengths.append(int(gone.sum()))
         if sum(lengths):
-            absorbed = Evicted.of(layer.layer_idx, again.columns, torch.cat(slots), lengths)
+            absorbed = EvictedPairs.of(layer.layer_idx, again.columns, torch.cat(slots), lengths)
             found[layer.layer_idx] = layer.remains.release(absorbed)
     return found

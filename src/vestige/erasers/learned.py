@@ -7,10 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from vestige.cache.overlay import rerun, write, write_whole
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
-from vestige.erasers.forget import Release
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
+from vestige.erasers.forget import MemoryRelease
 from vestige.nn.lora import Adapter
-from vestige.nn.pretrained import Shelf
+from vestige.nn.pretrained import WeightsCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Learned(Eraser):
     held are replaced, or with ``whole`` all are written; memories are not read while the span is run.
     """
 
-    fate: ClassVar[Fate] = Fate.REPLACED
+    fate: ClassVar[SlotOutcome] = SlotOutcome.REPLACED
     adapter: str | Adapter | None = None
     """A folder or hub id with an adapter in peft's format, or one at hand; None takes what is shipped for the model."""
     whole: bool = False
@@ -35,15 +35,15 @@ class Learned(Eraser):
     forget: bool = False
     """Also take the spans' evicted pairs out of a memory that is a sum, by reading up to their end once more."""
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Run the spans, then write: nothing is changed before all pairs are there."""
         at = torch.cat([torch.arange(span.start, span.end) for span in scene.spans])
         with self.weights_for(scene.model).applied(scene.model):
             new = rerun(scene.cache, at)
-        release = Release.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
+        release = MemoryRelease.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
         (write_whole if self.whole else write)(scene.cache, at, new)
         release.carry_out()
-        return Edit(recomputed=len(at) + release.read, memory=release.outcome)
+        return EditResult(recomputed=len(at) + release.read, memory=release.outcome)
 
     def weights_for(self, model: PreTrainedModel) -> Adapter:
         """Return the adapter for a model.
@@ -51,7 +51,7 @@ class Learned(Eraser):
         Raises:
             ModelError: There is none, or it does not fit.
         """
-        return _SHELF.look_again(self.adapter, model)
+        return _SHELF.refresh(self.adapter, model)
 
 
-_SHELF = Shelf("eraser", Adapter.load)
+_SHELF = WeightsCache("eraser", Adapter.load)

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noop(Eraser):
     """Leave the cache as it is."""
 
-    fate: ClassVar[Fate] = Fate.LEFT
+    fate: ClassVar[SlotOutcome] = SlotOutcome.LEFT
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Do nothing, and say how little the memory is free of the spans."""
-        return Edit(memory=scene.memory)
+        return EditResult(memory=scene.memory)

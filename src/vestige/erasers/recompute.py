@@ -8,10 +8,10 @@ from torch import Tensor
 
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.schedule import Schedule
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.erasers.replay import fed_rows, reread
-from vestige.memory.base import Forgotten
-from vestige.spans import Closing, Span
+from vestige.memory.base import ForgetResult
+from vestige.spans import PositionMap, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +22,18 @@ class Recompute(Eraser):
     generated taken as read. Ids that an earlier erase marked stay out, and their positions stay a gap.
     """
 
-    fate: ClassVar[Fate] = Fate.DROPPED
-    closes: ClassVar[bool] = True
+    fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
+    renumbers: ClassVar[bool] = True
     replays: ClassVar[bool] = True
     chunk: int = 1024
     """Tokens per forward."""
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Read into a second cache, which takes the place of the first once it is whole."""
-        cache, closing = scene.cache, Closing(scene.spans)
+        cache, closing = scene.cache, PositionMap(scene.spans)
         rows = fed_rows(cache)
         begin = scene.spans[0].start if _can_go_on(cache, scene.spans) else 0
-        twin = cache.fork() if begin else cache.emptied()
+        twin = cache.fork() if begin else cache.empty_copy()
         if begin:
             twin.crop(begin - cache.seen[0])
             twin.schedule = Schedule(prompt=begin)  # as if it had never read further
@@ -41,16 +41,16 @@ class Recompute(Eraser):
         left = [_without(row, scene.spans) for row in rows]
         lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
         reread(scene.model, twin, left, begin=begin, length=lengths, chunk=self.chunk)
-        rebuilt = scene.memory is not Forgotten.EXACT
-        cache.adopt(twin)
+        rebuilt = scene.memory is not ForgetResult.EXACT
+        cache.replace_with(twin)
         cache.fed.stale = _last(rows, closing.removed)
         skipped = sum(max(span.end - max(span.start, begin), 0) for span in cache.erased)
         read = max(map(len, left)) - begin - skipped
         behind = min(read, max(map(len, left)) - scene.spans[0].start)
-        return Edit(
+        return EditResult(
             recomputed=read,
             suffix_recomputed=behind,
-            memory=Forgotten.REBUILT if rebuilt else Forgotten.EXACT,
+            memory=ForgetResult.REBUILT if rebuilt else ForgetResult.EXACT,
         )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from vestige.cache.overlay import rerun, write
 from vestige.erasers import edits
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.errors import InputError
 
 Where = Literal["cut", "end"]
@@ -23,8 +23,8 @@ class Repair(Eraser):
     share of what lies between one and the next is run at its own cut.
     """
 
-    fate: ClassVar[Fate] = Fate.DROPPED
-    closes: ClassVar[bool] = True
+    fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
+    renumbers: ClassVar[bool] = True
     share: float = 0.15
     """Of the tokens behind the span, in (0, 1]."""
     where: Where = "cut"
@@ -35,7 +35,7 @@ class Repair(Eraser):
                 f"share must lie in (0, 1] and where be 'cut' or 'end', got share={self.share!r}, where={self.where!r}"
             )
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Edit a fork, which takes the place of the cache once it is whole."""
         twin = scene.cache.fork()
         closing = edits.close(twin, scene.spans)
@@ -47,5 +47,5 @@ class Repair(Eraser):
         at = torch.cat(pieces)
         if len(at):
             write(twin, at, rerun(twin, at))
-        scene.cache.adopt(twin)
-        return Edit(recomputed=len(at), suffix_recomputed=len(at))
+        scene.cache.replace_with(twin)
+        return EditResult(recomputed=len(at), suffix_recomputed=len(at))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vestige.erasers import edits
-from vestige.erasers.base import Edit, Eraser, Fate, Scene
+from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +15,10 @@ class Shift(Eraser):
     they read of the span. What llama.cpp's cache reuse does.
     """
 
-    fate: ClassVar[Fate] = Fate.DROPPED
-    closes: ClassVar[bool] = True
+    fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
+    renumbers: ClassVar[bool] = True
 
-    def edit(self, scene: Scene) -> Edit:
+    def edit(self, scene: EraseRequest) -> EditResult:
         """Close the cache over the spans."""
         edits.close(scene.cache, scene.spans)
-        return Edit()
+        return EditResult()

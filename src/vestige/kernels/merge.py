@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Partial:
+class PartialAttention:
     """What queries read from some of the pairs, and how much these weigh.
 
     Args:
@@ -22,7 +22,7 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class Added:
+class AdditiveOutput:
     """What is added to attention over the kept pairs, outside its softmax.
 
     Args:
@@ -32,7 +32,7 @@ class Added:
     output: Float[Tensor, "*queries value_dim"]
 
 
-def merge(kept: Partial, evicted: Partial) -> Float[Tensor, "*queries value_dim"]:
+def merge(kept: PartialAttention, evicted: PartialAttention) -> Float[Tensor, "*queries value_dim"]:
     """Return attention over both parts: exact if both are.
 
     ``(e^a x + e^b y) / (e^a + e^b)`` is ``x`` moved towards ``y`` by ``sigmoid(b - a)``, which cannot overflow. Where

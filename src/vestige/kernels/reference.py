@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.kernels import AttentionScale
 from vestige.kernels.fused import fused, fuses
-from vestige.kernels.merge import Partial
+from vestige.kernels.merge import PartialAttention
 
 QUERY_BLOCK = 256
 """Queries per call in a piece of text: measured fastest of 64 to 1024 (LOG.md)."""
@@ -54,7 +54,7 @@ def attend_partially(
     starts: Sequence[int],
     lengths: Sequence[int],
     scale: AttentionScale,
-) -> Partial:
+) -> PartialAttention:
     """Return what :func:`attend` returns, in float32 or wider, and how much the pairs weigh, sinks included.
 
     Written out, but for a step of one token where a fused kernel says what it weighed. Arguments as above.
@@ -66,7 +66,7 @@ def attend_partially(
     outputs, masses = zip(*parts, strict=True)
     wide = torch.promote_types(query.dtype, torch.float32)
     output = _joined(outputs).reshape(*query.shape[:3], -1).to(wide)
-    return _beside_sinks(Partial(output, _joined(masses).reshape(query.shape[:3]).to(wide)), scale)
+    return _beside_sinks(PartialAttention(output, _joined(masses).reshape(query.shape[:3]).to(wide)), scale)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -180,12 +180,12 @@ def _weighed_rows(
     return torch.cat(outputs, 2), torch.cat(masses, 2)
 
 
-def _beside_sinks(read: Partial, scale: AttentionScale) -> Partial:
+def _beside_sinks(read: PartialAttention, scale: AttentionScale) -> PartialAttention:
     """Return what is read once the layer's sinks take their part of the softmax, if it has any."""
     if scale.sinks is None:
         return read
     lse = torch.logaddexp(read.lse, scale.sinks.to(read.lse.dtype)[:, None])
-    return Partial(read.output * (read.lse - lse).exp()[..., None], lse)
+    return PartialAttention(read.output * (read.lse - lse).exp()[..., None], lse)
 
 
 def lower_right(new: int, held: int, device: torch.device) -> Bool[Tensor, "new held"]:

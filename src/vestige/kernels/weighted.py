@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vestige.kernels import AttentionScale
 from vestige.kernels.fused import fused, fuses
-from vestige.kernels.merge import Partial
+from vestige.kernels.merge import PartialAttention
 
 
 def attend_weighted(
@@ -14,7 +14,7 @@ def attend_weighted(
     values: Float[Tensor, "rows held value_dim"],
     log_mass: Float[Tensor, "rows held"],
     scale: AttentionScale,
-) -> Partial:
+) -> PartialAttention:
     """Return what each row's queries read from its pairs, where a pair weighs as much as ``exp(log_mass)`` of its kind.
 
     Args:
@@ -27,6 +27,6 @@ def attend_weighted(
     bias = log_mass[:, None]
     if scale.softcap is None and fuses(queries, keys, values, log_mass):
         output, lse = fused(queries[None], keys[None], values[None], scale.scaling, bias[None])
-        return Partial(output[0], lse[0])
+        return PartialAttention(output[0], lse[0])
     logits = scale.capped(queries * scale.scaling @ keys.mT) + bias
-    return Partial(logits.softmax(-1) @ values, logits.logsumexp(-1))
+    return PartialAttention(logits.softmax(-1) @ values, logits.logsumexp(-1))

@@ -42,11 +42,11 @@ def make(name: str) -> Memory | None:
     Raises:
         PolicyError: An unknown name or option, or a value out of range.
     """
-    name, options = called.parse(name, "memory", PolicyError)
+    name, options = called.parse_options(name, "memory", PolicyError)
     cls = resolve(name)
     if cls is None and options:
         raise PolicyError(f"memory {name!r} takes no options, got {', '.join(options)}")
-    return None if cls is None else cls(**called.fitted(options, cls, name, "memory", PolicyError))
+    return None if cls is None else cls(**called.coerce_options(options, cls, name, "memory", PolicyError))
 
 
 def name_of(memory: Memory | None) -> str:

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale, packed
-from vestige.kernels.merge import Added, Partial
-from vestige.spans import Closing, Span
+from vestige.kernels.merge import AdditiveOutput, PartialAttention
+from vestige.spans import PositionMap, Span
 
 State = Mapping[str, Tensor]
 """A memory's tensors by name, ``rows ...`` each; replaced, never changed in place."""
 
 
-class Forgotten(Enum):
+class ForgetResult(Enum):
     """How far a memory is free of a span."""
 
     EXACT = "exact"
@@ -37,7 +37,7 @@ class Forgotten(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evicted:
+class EvictedPairs:
     """Pairs of one layer that are about to go, padded to the longest row, in float32. Pads are not among them.
 
     Args:
@@ -57,7 +57,7 @@ class Evicted:
     @classmethod
     def of(
         cls, layer_idx: int, columns: Mapping[str, Tensor], slots: Int[Tensor, " gone"], lengths: Sequence[int]
-    ) -> "Evicted":
+    ) -> "EvictedPairs":
         """Return copies of the given slots of a layer's columns; row r owns the next ``lengths[r]`` of them."""
         rows, longest = len(lengths), max(lengths)
         index = packed.layout_index(slots, lengths, [longest] * rows)
@@ -84,7 +84,7 @@ class Evicted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class MemoryQuery:
     """Queries of one layer, by the row they read. All of them come after what was evicted, so no mask is needed.
 
     Args:
@@ -107,18 +107,18 @@ class Memory(ABC):
         """Return the state of rows that absorbed nothing."""
 
     @abstractmethod
-    def absorb(self, state: State, evicted: Evicted) -> State:
+    def absorb(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows that absorbed these pairs too."""
 
     @abstractmethod
-    def recall(self, state: State, asked: Asked) -> Partial | Added:
+    def recall(self, state: State, asked: MemoryQuery) -> PartialAttention | AdditiveOutput:
         """Return an estimate of attention over what each row absorbed, ``rows queries ...``, in float32; or what is to
         be added to attention over what is kept.
 
         Differentiable in the queries. A row that absorbed nothing weighs nothing, or adds 0: see :func:`log_count`.
         """
 
-    def made_for(self, model: PreTrainedModel) -> "Memory":
+    def bind(self, model: PreTrainedModel) -> "Memory":
         """Return this memory with everything at hand that it needs for a model.
 
         Raises:
@@ -131,7 +131,7 @@ class Memory(ABC):
         """Whether pairs that were absorbed can be taken out again: see :meth:`release`."""
         return False
 
-    def release(self, state: State, evicted: Evicted) -> State:
+    def release(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows without these pairs, which they absorbed.
 
         Raises:
@@ -150,7 +150,7 @@ def log_count(count: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remains:
+class LayerMemory:
     """What one layer remembers of its evicted pairs: row ``batch_idx * kv_heads + head`` as in the layer.
 
     Args:
@@ -168,19 +168,19 @@ class Remains:
         """Bytes of live storage."""
         return sum(x.nbytes for x in self.state.values())
 
-    def absorb(self, evicted: Evicted) -> "Remains":
+    def absorb(self, evicted: EvictedPairs) -> "LayerMemory":
         """Return what remains once these pairs are gone too."""
         with torch.no_grad():
             return replace(self, state=self.memory.absorb(self.state, evicted))
 
-    def release(self, evicted: Evicted) -> "Remains":
+    def release(self, evicted: EvictedPairs) -> "LayerMemory":
         """Return what would remain had these pairs never been absorbed."""
         with torch.no_grad():
             return replace(self, state=self.memory.release(self.state, evicted))
 
     def recall(
         self, query: Float[Tensor, "batch heads new head_dim"], rows: slice, scale: AttentionScale
-    ) -> Partial | Added:
+    ) -> PartialAttention | AdditiveOutput:
         """Return what queries read from the memory, ``batch heads new ...``.
 
         Args:
@@ -191,21 +191,25 @@ class Remains:
         every = rows.stop - rows.start == len(next(iter(self.state.values())))
         state = self.state if every else {name: x[rows] for name, x in self.state.items()}
         flat = query.float().reshape(rows.stop - rows.start, -1, query.shape[-1])
-        found = self.memory.recall(state, Asked(layer_idx=self.layer_idx, queries=flat, scale=scale))
+        found = self.memory.recall(state, MemoryQuery(layer_idx=self.layer_idx, queries=flat, scale=scale))
         output = found.output.reshape(*query.shape[:3], -1)
-        return Added(output) if isinstance(found, Added) else Partial(output, found.lse.reshape(query.shape[:3]))
+        return (
+            AdditiveOutput(output)
+            if isinstance(found, AdditiveOutput)
+            else PartialAttention(output, found.lse.reshape(query.shape[:3]))
+        )
 
-    def select(self, rows: Sequence[int]) -> "Remains":
+    def select(self, rows: Sequence[int]) -> "LayerMemory":
         """Return the memory of these rows, in this order, sharing no storage."""
         return replace(self, state={name: x[torch.tensor(rows, device=x.device)] for name, x in self.state.items()})
 
-    def copy(self) -> "Remains":
+    def copy(self) -> "LayerMemory":
         """Return an equal memory that shares no storage."""
         return replace(self, state={name: x.clone() for name, x in self.state.items()})
 
 
 @dataclass
-class Absorbed:
+class AbsorbedRanges:
     """The ranges of positions of which some layer's memory took in a pair, by batch row.
 
     One list for all layers and heads: whether a span can be forgotten asks for no more.
@@ -236,7 +240,7 @@ class Absorbed:
         """Note that tokens were taken back, to so many of each batch row."""
         self.replayable = {b: min(most, seen[b]) for b, most in self.replayable.items()}
 
-    def moved(self, closing: Closing, batch: int) -> None:
+    def moved(self, closing: PositionMap, batch: int) -> None:
         """Note that spans, behind all that was absorbed, left each batch row: what follows was read with them in view,
         and no replay without them gives its pairs."""
         start = closing.spans[0].start
@@ -259,13 +263,13 @@ class Absorbed:
         """Return whether pairs of a span were absorbed that come beside others of it, which were taken out before."""
         return any(self.overlaps(part) for one in self.released if (part := one.common(span)))
 
-    def copy(self) -> "Absorbed":
+    def copy(self) -> "AbsorbedRanges":
         """Return the same, for a fork."""
-        return Absorbed(dict(self.ranges), dict(self.replayable), self.released)
+        return AbsorbedRanges(dict(self.ranges), dict(self.replayable), self.released)
 
-    def select(self, batch_rows: Sequence[int]) -> "Absorbed":
+    def select(self, batch_rows: Sequence[int]) -> "AbsorbedRanges":
         """Return the ranges of these batch rows, in this order."""
         old_of = list(enumerate(batch_rows))
         ranges = {new: self.ranges[old] for new, old in old_of if old in self.ranges}
         replayable = {new: self.replayable[old] for new, old in old_of if old in self.replayable}
-        return Absorbed(ranges, replayable, self.released)
+        return AbsorbedRanges(ranges, replayable, self.released)

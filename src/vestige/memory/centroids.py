@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vestige.errors import require_whole
-from vestige.kernels.merge import Partial
+from vestige.kernels.merge import PartialAttention
 from vestige.kernels.weighted import attend_weighted
-from vestige.memory.base import Asked, Evicted, Memory, State, log_count
+from vestige.memory.base import EvictedPairs, Memory, MemoryQuery, State, log_count
 from vestige.memory.storage import Dtype, check_dtype, restored, stored
 
 
@@ -47,7 +47,7 @@ class Centroids(Memory):
         keys, values = (torch.zeros(rows, self.centroids, size, device=device) for size in (head_dim, value_dim))
         return self._state(torch.zeros(rows, self.centroids, device=device), keys, values)
 
-    def absorb(self, state: State, evicted: Evicted) -> State:
+    def absorb(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows that absorbed these pairs too."""
         count, keys, values = state["count"], restored(state, "keys"), restored(state, "values")
         fresh, seeds = self._seeds(count, evicted)
@@ -61,7 +61,7 @@ class Centroids(Memory):
         values = _merged(count, values, members, evicted.values)
         return self._state(count + members.sum(1), moved, values)
 
-    def recall(self, state: State, asked: Asked) -> Partial:
+    def recall(self, state: State, asked: MemoryQuery) -> PartialAttention:
         """Return attention over the centroids."""
         pairs = restored(state, "keys"), restored(state, "values"), log_count(state["count"])
         return attend_weighted(asked.queries, *pairs, asked.scale)
@@ -70,7 +70,7 @@ class Centroids(Memory):
         return {"count": count, **stored("keys", keys, self.dtype), **stored("values", values, self.dtype)}
 
     def _seeds(
-        self, count: Float[Tensor, "rows centroids"], evicted: Evicted
+        self, count: Float[Tensor, "rows centroids"], evicted: EvictedPairs
     ) -> tuple[Bool[Tensor, "rows centroids"], Float[Tensor, "rows centroids head_dim"]]:
         """Return which centroids begin with this batch, and the keys they begin at."""
         vacant = count == 0
@@ -82,7 +82,10 @@ class Centroids(Memory):
         return fresh, evicted.keys.gather(1, at[..., None].expand(-1, -1, evicted.keys.shape[-1]))
 
     def _members(
-        self, centres: Float[Tensor, "rows centroids head_dim"], present: Bool[Tensor, "rows centroids"], new: Evicted
+        self,
+        centres: Float[Tensor, "rows centroids head_dim"],
+        present: Bool[Tensor, "rows centroids"],
+        new: EvictedPairs,
     ) -> Float[Tensor, "rows longest centroids"]:
         """Return 1 where a new pair belongs to a centroid: the nearest, the first of those that are equally near."""
         distance = centres.square().sum(-1)[:, None] - 2 * new.keys @ centres.mT  # less |key|^2, the same for all

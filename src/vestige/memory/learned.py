@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError
-from vestige.memory.base import Evicted, Memory, State
+from vestige.memory.base import EvictedPairs, Memory, State
 from vestige.memory.storage import Dtype, check_dtype
 from vestige.nn.latent_memory import KINDS, Kind, Latent, LayerLatent, kind_of
-from vestige.nn.pretrained import Shelf
+from vestige.nn.pretrained import WeightsCache
 
 INTERVAL = 128
 """Tokens in which a pair fades by its layer's decay once."""
@@ -35,21 +35,21 @@ class LearnedMemory(Memory):
         if isinstance(self.latent, Latent) and self.latent.config.kind != self.kind:
             raise PolicyError(f"memory {self.kind!r} was given the weights of a {self.latent.config.kind} memory")
 
-    def made_for(self, model: PreTrainedModel) -> "LearnedMemory":
+    def bind(self, model: PreTrainedModel) -> "LearnedMemory":
         """Return this memory with its weights at hand.
 
         Raises:
             ModelError: There are none, they are damaged, or another model's.
         """
-        return replace(self, latent=_SHELVES[self.kind].look_again(self.latent, model))
+        return replace(self, latent=_SHELVES[self.kind].refresh(self.latent, model))
 
     def weights_for(self, model: PreTrainedModel) -> Latent:
         """Return the weights for a model.
 
         Raises:
-            ModelError: As :meth:`made_for`.
+            ModelError: As :meth:`bind`.
         """
-        return self.made_for(model).weights
+        return self.bind(model).weights
 
     @property
     def releases(self) -> bool:
@@ -62,11 +62,11 @@ class LearnedMemory(Memory):
         assert isinstance(self.latent, Latent), "the cache asks for the memory that is made for its model"
         return self.latent
 
-    def absorb(self, state: State, evicted: Evicted) -> State:
+    def absorb(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows that absorbed these pairs too."""
         return self._changed(state, evicted, 1.0)
 
-    def release(self, state: State, evicted: Evicted) -> State:
+    def release(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows without these pairs, which they absorbed.
 
         Raises:
@@ -77,7 +77,7 @@ class LearnedMemory(Memory):
         return self._changed(state, evicted, -1.0)
 
     @abstractmethod
-    def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
+    def _changed(self, state: State, evicted: EvictedPairs, sign: float) -> State:
         """Return the state with pairs added, or taken away where ``sign`` is -1."""
 
     def _clock(self, rows: int, device: torch.device | str) -> State:
@@ -86,7 +86,7 @@ class LearnedMemory(Memory):
         return {name: torch.zeros(rows, device=device) for name in names}
 
     def _advanced(
-        self, layer: LayerLatent, state: State, evicted: Evicted, sign: float
+        self, layer: LayerLatent, state: State, evicted: EvictedPairs, sign: float
     ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows longest 1"], dict[str, Tensor]]:
         """Return what is left of the state and of each new pair (0 behind a row's pairs), and the clock."""
         clock = {"count": (state["count"] + sign * evicted.counts).clamp_min(0.0)}
@@ -101,4 +101,4 @@ class LearnedMemory(Memory):
         return before, (there * lives)[..., None], clock | {"latest": latest}
 
 
-_SHELVES = {kind: Shelf("indexmem", partial(Latent.load, kind=kind_of(kind))) for kind in KINDS}
+_SHELVES = {kind: WeightsCache("indexmem", partial(Latent.load, kind=kind_of(kind))) for kind in KINDS}

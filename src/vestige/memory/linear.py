@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from vestige.kernels.merge import Added
-from vestige.memory.base import Asked, Evicted, State
+from vestige.kernels.merge import AdditiveOutput
+from vestige.memory.base import EvictedPairs, MemoryQuery, State
 from vestige.memory.learned import LearnedMemory
 from vestige.memory.storage import restored, stored
 from vestige.nn.latent_memory import Kind
@@ -38,15 +38,15 @@ class Linear(LearnedMemory):
         matrix = stored("matrix", torch.zeros(rows, width, value_dim, device=device), self.dtype)
         return {**matrix, "mass": torch.zeros(rows, width, device=device), **self._clock(rows, device)}
 
-    def recall(self, state: State, asked: Asked) -> Added:
+    def recall(self, state: State, asked: MemoryQuery) -> AdditiveOutput:
         """Return what is added to attention."""
         layer = self.weights.at(asked.layer_idx)
         projected = layer.project(asked.queries)
         weighed = torch.bmm(projected.square(), state["mass"][..., None])
         found = torch.bmm(projected, restored(state, "matrix"))
-        return Added(found * (layer.open(asked.queries) / (weighed + _LEAST)))
+        return AdditiveOutput(found * (layer.open(asked.queries) / (weighed + _LEAST)))
 
-    def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
+    def _changed(self, state: State, evicted: EvictedPairs, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)
         before, lives, clock = self._advanced(layer, state, evicted, sign)
         projected = layer.project(evicted.keys)

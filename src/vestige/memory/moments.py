@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.kernels.merge import Partial
-from vestige.memory.base import Asked, Evicted, Memory, State, log_count
+from vestige.kernels.merge import PartialAttention
+from vestige.memory.base import EvictedPairs, Memory, MemoryQuery, State, log_count
 from vestige.memory.storage import Dtype, check_dtype, restored, stored
 
 
@@ -50,7 +50,7 @@ class Moments(Memory):
         }
         return self._state(torch.zeros(rows, device=device), means, covariances)
 
-    def absorb(self, state: State, evicted: Evicted) -> State:
+    def absorb(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows that absorbed these pairs too."""
         added = evicted.counts.float()
         count = state["count"] + added
@@ -69,7 +69,7 @@ class Moments(Memory):
             covariances[name] = (1 - share) * restored(state, name) + within + between
         return self._state(count, means, covariances)
 
-    def recall(self, state: State, asked: Asked) -> Partial:
+    def recall(self, state: State, asked: MemoryQuery) -> PartialAttention:
         """Return an estimate of attention over what each row absorbed."""
         queries, cap = asked.queries * asked.scale.scaling, asked.scale.softcap
         if cap is None:
@@ -81,7 +81,7 @@ class Moments(Memory):
         output = torch.baddbmm(state["value_mean"], queries, restored(state, "key_value"))
         if self.mass:
             lse = lse + self._second_order(queries, restored(state, "key_key"))
-        return Partial(output, lse[..., 0])
+        return PartialAttention(output, lse[..., 0])
 
     def _second_order(
         self, bent: Float[Tensor, "rows queries head_dim"], covariance: Float[Tensor, "rows head_dim head_dim"]

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.kernels.merge import Partial
+from vestige.kernels.merge import PartialAttention
 from vestige.kernels.weighted import attend_weighted
-from vestige.memory.base import Asked, Evicted, State, log_count
+from vestige.memory.base import EvictedPairs, MemoryQuery, State, log_count
 from vestige.memory.learned import LearnedMemory
 from vestige.memory.storage import restored, stored
 from vestige.nn.latent_memory import Kind
@@ -43,12 +43,12 @@ class Slots(LearnedMemory):
         nothing = self._state(log_count(torch.zeros(rows, width, device=device)), keys, values)
         return {**nothing, **self._clock(rows, device)}
 
-    def recall(self, state: State, asked: Asked) -> Partial:
+    def recall(self, state: State, asked: MemoryQuery) -> PartialAttention:
         """Return attention over the slots."""
         pairs = restored(state, "keys"), restored(state, "values"), state["log_mass"]
         return attend_weighted(asked.queries, *pairs, asked.scale)
 
-    def _changed(self, state: State, evicted: Evicted, sign: float) -> State:
+    def _changed(self, state: State, evicted: EvictedPairs, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)
         assert layer.reading is not None, "linear memories have a gate instead"
         factor, offset = layer.reading.unbind()

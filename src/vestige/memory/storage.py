@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vestige.errors import PolicyError, unknown
+from vestige.errors import PolicyError, unknown_name_message
 from vestige.memory.base import State
 
 Dtype = Literal["float16", "float32"]
@@ -16,7 +16,7 @@ DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "float32": torch.flo
 def check_dtype(name: str) -> None:
     """Raise a PolicyError unless the name is one of ``DTYPES``."""
     if name not in DTYPES:
-        raise PolicyError(unknown("dtype", str(name), DTYPES))
+        raise PolicyError(unknown_name_message("dtype", str(name), DTYPES))
 
 
 def stored(name: str, exact: Tensor, dtype: Dtype) -> dict[str, Tensor]:

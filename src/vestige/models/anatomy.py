@@ -37,7 +37,7 @@ TRANSFORMS_AFTER_UPDATE = {
 
 
 @dataclass(frozen=True, eq=False)
-class Anatomy:
+class ModelLayout:
     """Where a model keeps what vestige needs.
 
     Args:
@@ -154,7 +154,7 @@ _SAMPLED = 64  # weights of each parameter, evenly spaced: a fine-tuned model di
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
 
 
-def check(model: nn.Module) -> Anatomy:
+def check(model: nn.Module) -> ModelLayout:
     """Return where things are in a model that vestige can serve. Nothing is changed.
 
     Raises:
@@ -182,10 +182,10 @@ def check(model: nn.Module) -> Anatomy:
     attentions = {i: module for i, module in _attention_modules(decoder).items() if i in evictable}
     if set(attentions) != set(evictable):
         raise ModelError(f"{name} cannot be evicted: no attention module was found for every full-attention layer")
-    return Anatomy(model, decoder, evictable, attentions)
+    return ModelLayout(model, decoder, evictable, attentions)
 
 
-def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "batch new hidden"]:
+def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "batch new hidden"]:
     """Return the hidden states among what an attention module was called with."""
     hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return hidden
@@ -206,7 +206,7 @@ _TRIED = (0, 7)  # positions at which a layer is tried out
 _AGREES = 0.05  # relative error: bf16 rounds to less, another rotation is off by far more
 
 
-def _check_rope_kind(anatomy: Anatomy) -> None:
+def _check_rope_kind(anatomy: ModelLayout) -> None:
     """Refuse by config what trying out would not show: it happens with images, or in long texts only."""
     settings = getattr(anatomy.config, "rope_parameters", None) or {}
     for one in [settings, *(x for x in settings.values() if isinstance(x, dict))]:  # some have one per layer type
@@ -216,12 +216,12 @@ def _check_rope_kind(anatomy: Anatomy) -> None:
             raise _no_rope(anatomy, f"their angles depend on the length of the text (rope_type {kind!r})")
 
 
-def _no_rope(anatomy: Anatomy, reason: str) -> ModelError:
+def _no_rope(anatomy: ModelLayout, reason: str) -> ModelError:
     name = f"{type(anatomy.model).__name__} ({anatomy.config.model_type})"
     return ModelError(f"keys of {name} cannot be turned back to what they were before RoPE: {reason}")
 
 
-def _rotation(anatomy: Anatomy, layer_idx: int) -> Rotation:
+def _rotation(anatomy: ModelLayout, layer_idx: int) -> Rotation:
     """Return the rotation that explains what a layer does to its keys."""
     module, rotary = anatomy.attentions[layer_idx], getattr(anatomy.decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
@@ -264,7 +264,7 @@ def _candidates(rotary: Any, apply: Any, layer_type: str | None) -> list[Rotatio
     return [Rotation(turns, turn) for turns in (angles, still) for turn in (whole, first_part)]
 
 
-def _keys_at(anatomy: Anatomy, layer_idx: int, angles: Any, positions: Tensor) -> Tensor:
+def _keys_at(anatomy: ModelLayout, layer_idx: int, angles: Any, positions: Tensor) -> Tensor:
     """Return the keys ``tried kv_heads 1 head_dim`` that a layer stores for one made-up token at each position."""
     module, cache = anatomy.attentions[layer_idx], DynamicCache()
     like = torch.linspace(-1, 1, anatomy.config.hidden_size, device=anatomy.device, dtype=anatomy.model.dtype)

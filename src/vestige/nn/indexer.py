@@ -142,7 +142,7 @@ class Indexer(nn.Module):
             heads=heads,
             dim=dim,
             apart=apart,
-            **io.owner(model),
+            **io.ownership(model),
         )
         return Indexer(config).to(model.device)
 

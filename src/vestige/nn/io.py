@@ -24,7 +24,7 @@ _BROKEN = (
 
 
 @runtime_checkable
-class Shape(Protocol):
+class OwnedConfig(Protocol):
     """A frozen dataclass: the shape of a module, and whose it is."""
 
     @property
@@ -78,14 +78,14 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def owner(model: PreTrainedModel) -> dict[str, str]:
+def ownership(model: PreTrainedModel) -> dict[str, str]:
     """Return the fields of a shape that say whose it is."""
     name = model.config.name_or_path or ""
     is_folder = Path(name).is_dir()  # whose path is nobody else's business
     return {"base": check(model).fingerprint(), "model": Path(name).name if is_folder else name}
 
 
-def require_fit(shape: Shape, model: PreTrainedModel, what: str) -> None:
+def require_fit(shape: OwnedConfig, model: PreTrainedModel, what: str) -> None:
     """Raise a ModelError unless something of this shape was made for a model."""
     if shape.base != check(model).fingerprint():
         whose = f" ({shape.model})" if shape.model else ""

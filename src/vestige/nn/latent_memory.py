@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 from transformers import PreTrainedModel
 
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 from vestige.models.anatomy import check
 from vestige.nn import io
 
@@ -34,7 +34,7 @@ def kind_of(name: str) -> Kind:
         InputError: There is none.
     """
     if name not in KINDS:
-        raise InputError(unknown("trained memory", str(name), KINDS))
+        raise InputError(unknown_name_message("trained memory", str(name), KINDS))
     return cast(Kind, name)
 
 
@@ -131,7 +131,7 @@ class Latent(nn.Module):
             width=WIDTHS[kind] if width is None else width,
             decays=decays,
             asks=asks,
-            **io.owner(model),
+            **io.ownership(model),
         )
         return Latent(config).to(model.device)
 

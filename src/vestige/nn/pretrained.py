@@ -74,7 +74,7 @@ def _shipped(kind: str, model: PreTrainedModel) -> Path:
     return home
 
 
-class Shelf(Generic[M]):
+class WeightsCache(Generic[M]):
     """Weights of a kind that were read already, by model and name: each is read once.
 
     Args:
@@ -100,7 +100,7 @@ class Shelf(Generic[M]):
             known[name] = _stamp(name, model), self.read(folder_of(self.kind, name, model), model)
         return known[name][1]
 
-    def look_again(self, name: str | M | None, model: PreTrainedModel) -> M:
+    def refresh(self, name: str | M | None, model: PreTrainedModel) -> M:
         """Return the same, read anew if the model was moved or the folder written since.
 
         Raises:

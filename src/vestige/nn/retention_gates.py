@@ -103,7 +103,7 @@ class Gates(nn.Module):
             depth=depth,
             tied=tied,
             bias=bias,
-            **io.owner(model),
+            **io.ownership(model),
         )
         return Gates(config).to(model.device)
 

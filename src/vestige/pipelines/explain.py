@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import replay
 from vestige.errors import InputError
-from vestige.policies.observation import Glance, attention_weights
+from vestige.policies.observation import RowView, attention_weights
 from vestige.spans import Span, within
 
 Paid = Float[Tensor, "kv_heads evidence"]
@@ -88,7 +88,7 @@ def attention_to(
     """
     paid = {layer.layer_idx: torch.zeros(layer.kv_heads, len(evidence)) for layer in cache.evictable}
 
-    def watch(glance: Glance) -> None:
+    def watch(glance: RowView) -> None:
         scale = glance.attention
         weights = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, scale).mean((0, 1)).cpu()
         positions = glance.positions.cpu()

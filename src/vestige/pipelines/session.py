@@ -25,7 +25,7 @@ from vestige.models.compat import cache_argument
 from vestige.pipelines.answer import check_room
 from vestige.policies.base import Policy
 from vestige.policies.full import Full
-from vestige.spans import Closing, Span
+from vestige.spans import PositionMap, Span
 from vestige.text import locate
 from vestige.text.turns import Turns
 from vestige.utils.files import new_folder
@@ -142,7 +142,7 @@ class Session:
         ids = torch.cat([self.cache.ids, pending], 1)
         done = erase(self.cache, in_cache, self.eraser, model=self.model, input_ids=ids)
         self._pending = [] if waits else self._pending
-        closing = Closing((span,)) if self.eraser.closes else None
+        closing = PositionMap((span,)) if self.eraser.renumbers else None
         self.messages = tuple(_without(one, span, closing) for one in self.messages)
         return done.report
 
@@ -313,7 +313,7 @@ class _Streamer(BaseStreamer):
             self.on_text(text[len(self.said) :])
 
 
-def _without(message: Message, span: Span, closing: Closing | None) -> Message:
+def _without(message: Message, span: Span, closing: PositionMap | None) -> Message:
     """Return a message after a span went: where it stands now, and which of its characters are gone.
 
     Args:

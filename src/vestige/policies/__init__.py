@@ -65,9 +65,9 @@ def make(name: str, budget: Budget | None = None, *, share: str | None = None, s
     Raises:
         PolicyError: An unknown name, option or share, or no budget where one is needed.
     """
-    name, options = called.parse(name, "policy", PolicyError)
+    name, options = called.parse_options(name, "policy", PolicyError)
     cls: Any = resolve(name)
-    options = called.fitted(options, cls, name, "policy", PolicyError, taken=("budget",))
+    options = called.coerce_options(options, cls, name, "policy", PolicyError, taken=("budget",))
     if budget is None and name != "full" and options.get("threshold") is None:
         raise PolicyError(f"policy {name!r} needs a budget: tokens (512), a fraction (0.1) or bytes (64MB)")
     fields = {field.name for field in dataclasses.fields(cls)}

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.budget import Budget
-from vestige.errors import PolicyError, require_whole, unknown
+from vestige.errors import PolicyError, require_whole, unknown_name_message
 from vestige.models.output_projection import OutputProjection
-from vestige.policies.observation import Glance, LayerGlance, Observation
-from vestige.policies.selection import SCALES, Grid, Scale, Share, share_of
+from vestige.policies.observation import LayerView, Observation, RowView
+from vestige.policies.selection import SCALES, RowIndex, Scale, Share, share_of
 
 if TYPE_CHECKING:
     from vestige.cache.kv_cache import KVCache
@@ -60,9 +60,9 @@ class Policy(ABC):
     """
     annotations: ClassVar[frozenset[str]] = frozenset()
     """Names of the side arrays that the policy keeps beside each pair."""
-    gathered: ClassVar[frozenset[str]] = frozenset()
+    query_annotations: ClassVar[frozenset[str]] = frozenset()
     """Those of them that tell what queries found in a pair: they outlive its being replaced."""
-    annotated_with: ClassVar[tuple[str, ...]] = ()
+    annotation_options: ClassVar[tuple[str, ...]] = ()
     """Fields that bear on what these hold: policies that differ in others only can share them."""
     reading_slack: ClassVar[float] = 1.0
     """Between chunks of a text the limit is this many times the budget."""
@@ -70,7 +70,7 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         share_of(self.share)
         if self.scale not in SCALES:
-            raise PolicyError(unknown("scale", str(self.scale), SCALES))
+            raise PolicyError(unknown_name_message("scale", str(self.scale), SCALES))
         for name, least in (("sink", 0), ("window", 0), ("every", 1)):
             require_whole(name, getattr(self, name), least)
         for name in ("floor", "first_share", "recent_share"):
@@ -90,7 +90,7 @@ class Policy(ABC):
         """Pairs of every row that are never evicted, pins aside."""
         return self.sink + self.window
 
-    def ends(self, room: int) -> tuple[int, int]:
+    def protected_ends(self, room: int) -> tuple[int, int]:
         """Return how many of a row's first and of its latest tokens are never evicted.
 
         Args:
@@ -123,7 +123,7 @@ class Policy(ABC):
 
 
 @runtime_checkable
-class Binds(Protocol):
+class NeedsWeights(Protocol):
     """A policy that writes what something made for one model says (trained gates): asked before anything is read."""
 
     def bind(self, model: PreTrainedModel) -> None:
@@ -135,7 +135,7 @@ class Binds(Protocol):
 
 
 @runtime_checkable
-class Prepares(Protocol):
+class NeedsReplay(Protocol):
     """A policy that needs forwards of its own (a replay of the text, say) after reading and before the settle."""
 
     def prepare(self, model: Any, cache: "KVCache", ids: Int[Tensor, "batch new"]) -> None:
@@ -151,7 +151,7 @@ class Prepares(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class NewPairs:
     """Pairs of one layer at the moment they are stored.
 
     Args:
@@ -172,34 +172,34 @@ class Written:
 
 
 @runtime_checkable
-class Annotates(Protocol):
+class PairAnnotator(Protocol):
     """A policy that stores side arrays beside each pair when it is written (a gate's retention, a value's norm)."""
 
     annotations: ClassVar[frozenset[str]]
-    annotated_with: ClassVar[tuple[str, ...]]
+    annotation_options: ClassVar[tuple[str, ...]]
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return a ``batch kv_heads new ...`` tensor for each of ``annotations``; they travel with the pairs."""
 
 
 @runtime_checkable
-class Watches(Protocol):
+class QueryObserver(Protocol):
     """A policy that looks at every query as it attends (accumulated attention, say)."""
 
-    def watch(self, glance: Glance) -> None:
+    def watch(self, glance: RowView) -> None:
         """Look at one row and write what is found into the policy's own side arrays, in place."""
 
 
 @runtime_checkable
-class WatchesLayers(Protocol):
+class LayerObserver(Protocol):
     """A policy that looks at every query as it attends, at all heads of a layer together (an indexer, say)."""
 
-    def watch_layer(self, glance: LayerGlance) -> None:
+    def watch_layer(self, glance: LayerView) -> None:
         """Look at one batch row of a layer and write what is found into the policy's own side arrays, in place."""
 
 
 @runtime_checkable
-class Renews(Protocol):
+class ResetsStatistics(Protocol):
     """A policy whose side arrays speak of the queries since the last eviction."""
 
     def renew(self, annotations: Mapping[str, Tensor]) -> None:
@@ -211,10 +211,12 @@ class Renews(Protocol):
 
 
 @runtime_checkable
-class Allots(Protocol):
+class AllocatesRows(Protocol):
     """A policy that says how many pairs each row keeps (a pyramid, classes of heads): rows do not compete."""
 
-    def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
+    def allot(
+        self, scores: Float[Tensor, " held"], grid: RowIndex, room: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " rows"]:
         """Return the pairs wanted for each row, in proportion: ``selection.apportion`` makes them add up.
 
         Args:

@@ -13,8 +13,8 @@ from torch import Tensor
 from vestige.cache.query_records import OUTLIERS
 from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale
-from vestige.policies.base import Policy, Written
-from vestige.policies.observation import Glance, Observation, attention_weights, pooled
+from vestige.policies.base import NewPairs, Policy
+from vestige.policies.observation import Observation, RowView, attention_weights, pooled
 from vestige.policies.selection import Scale
 
 _UNSCALED = AttentionScale(1.0)
@@ -51,8 +51,8 @@ class Compactor(Policy):
     """Of the sketch."""
     needs: ClassVar[frozenset[str]] = frozenset({"rope"})
     annotations: ClassVar[frozenset[str]] = frozenset({"chunk_attention"})
-    gathered: ClassVar[frozenset[str]] = annotations
-    annotated_with: ClassVar[tuple[str, ...]] = ("chunk",)
+    query_annotations: ClassVar[frozenset[str]] = annotations
+    annotation_options: ClassVar[tuple[str, ...]] = ("chunk",)
     scale: Scale = "signed"
 
     def __post_init__(self) -> None:
@@ -62,11 +62,11 @@ class Compactor(Policy):
         if self.blending is not None and not (math.isfinite(self.blending) and self.blending >= 0):
             raise PolicyError(f"blending must be None or a number that is not negative, got {self.blending!r}")
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return 1 for each new pair, what a token alone in its chunk gets; `watch` knows better when more come."""
         return {"chunk_attention": torch.ones_like(written.keys[..., 0], dtype=torch.float16)}
 
-    def watch(self, glance: Glance) -> None:
+    def watch(self, glance: RowView) -> None:
         """Write the attention that new pairs get from the new tokens of their chunk, summed, meaned over the group."""
         if len(glance.at) == 1:
             return
@@ -102,7 +102,7 @@ class Compactor(Policy):
             attended[row.pairs] = pooled(attended[row.pairs], _POOLED)
             batch[row.pairs] = row.batch
         scores = torch.zeros_like(norms)
-        for b, (length, room) in enumerate(zip(seen.seen, seen.room, strict=True)):
+        for b, (length, room) in enumerate(zip(seen.seen, seen.pair_limits, strict=True)):
             among = counted & (batch == b)
             weight = max(1 - room / max(length, 1), 0.0) if self.blending is None else self.blending
             scores[among] = weight * _z(leverage[among]) + _z(attended[among])

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.policies.base import Policy, Written
+from vestige.policies.base import NewPairs, Policy
 from vestige.policies.observation import Observation
-from vestige.policies.selection import Grid, Scale, keep_topk, rescale
+from vestige.policies.selection import RowIndex, Scale, keep_topk, rescale
 from vestige.policies.snapkv import SnapKV
 
 
@@ -61,7 +61,7 @@ class CriticalKV(Policy):
         """What scores the first stage."""
         return SnapKV(budget=None, observed=self.observed, kernel=self.kernel, causal=self.causal)
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return each value's L1 norm after the output projection, averaged over the query group.
 
         ``batch kv_heads new``, float32: a sum over the hidden size can be too large for half precision.
@@ -82,17 +82,20 @@ class CriticalKV(Policy):
         """Return which pairs are sink or window; pins are not known here."""
         guarded = torch.zeros_like(seen.positions, dtype=torch.bool)
         for row in seen.rows():
-            first, recent = self.ends(seen.room[row.batch])
+            first, recent = self.protected_ends(seen.pair_limits[row.batch])
             at = seen.positions[row.pairs]
             guarded[row.pairs] = (at < first) | (at >= seen.seen[row.batch] - recent)
         return guarded
 
     def _chosen(
-        self, attention: Float[Tensor, " held"], guarded: Bool[Tensor, " held"], grid: Grid, seen: Observation
+        self, attention: Float[Tensor, " held"], guarded: Bool[Tensor, " held"], grid: RowIndex, seen: Observation
     ) -> Bool[Tensor, " held"]:
         """Return the pairs of the first stage."""
         groups = grid.groups("head" if self.share == "head" else "layer")
-        free = [Budget.share_of(max(room - sum(self.ends(room)), 0), self.first_stage) for room in seen.room]
+        free = [
+            Budget.share_of(max(room - sum(self.protected_ends(room)), 0), self.first_stage)
+            for room in seen.pair_limits
+        ]
         each = torch.tensor(free, device=groups.device)[grid.batch]
         counts = torch.zeros(int(groups.max()) + 1, dtype=torch.long, device=groups.device)
         counts.index_add_(0, groups, each)
@@ -101,8 +104,8 @@ class CriticalKV(Policy):
         return keep_topk(candidates, seen.positions, none, groups[grid.row], counts) & ~guarded
 
 
-def _grid(seen: Observation) -> Grid:
+def _grid(seen: Observation) -> RowIndex:
     """Return whose pairs are whose within one layer."""
     lengths = torch.tensor(seen.cu_seqlens, device=seen.positions.device).diff()
     batch = torch.arange(len(lengths), device=lengths.device) // seen.kv_heads
-    return Grid(lengths, torch.zeros_like(lengths), batch)
+    return RowIndex(lengths, torch.zeros_like(lengths), batch)

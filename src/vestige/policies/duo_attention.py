@@ -11,7 +11,7 @@ from torch import Tensor
 from vestige.errors import InputError, PolicyError
 from vestige.policies.base import Policy
 from vestige.policies.observation import Observation, Row, observed_attention
-from vestige.policies.selection import Grid
+from vestige.policies.selection import RowIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,9 @@ class DuoAttention(Policy):
             scores[row.pairs] = (1 + self._retrieval(seen, row)) / (1 + off)
         return scores
 
-    def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
+    def allot(
+        self, scores: Float[Tensor, " held"], grid: RowIndex, room: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " rows"]:
         """Return what a streaming head wants, and of what that leaves all that the best heads have, best first."""
         best = scores.new_zeros(len(grid.lengths)).scatter_reduce(0, grid.row, scores, "amax")
         wanted = grid.lengths.clamp_max(self.first + self.recent)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.policies.base import Policy, Written
-from vestige.policies.observation import Glance, Observation, attention_weights
+from vestige.policies.base import NewPairs, Policy
+from vestige.policies.observation import Observation, RowView, attention_weights
 from vestige.policies.selection import Scale
 
 QUERY_BLOCK = 256
@@ -31,13 +31,13 @@ class H2O(Policy):
     recent_share: float = 0.5
     scale: Scale = "mass"
     annotations: ClassVar[frozenset[str]] = frozenset({"received"})
-    gathered: ClassVar[frozenset[str]] = annotations
+    query_annotations: ClassVar[frozenset[str]] = annotations
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return zeros, ``batch kv_heads new``: new pairs were attended to by nobody yet."""
         return {"received": written.keys.new_zeros(written.keys.shape[:3], dtype=torch.float32)}
 
-    def watch(self, glance: Glance) -> None:
+    def watch(self, glance: RowView) -> None:
         """Add to each pair of a row what new queries pay to it, averaged over the query group."""
         received = glance.annotations["received"]
         blocks = zip(glance.queries.split(QUERY_BLOCK, 1), glance.at.split(QUERY_BLOCK), strict=True)
@@ -52,6 +52,6 @@ class H2O(Policy):
         return seen.annotations["received"].float()
 
 
-def _seen_by(at: Tensor, glance: Glance) -> int:
+def _seen_by(at: Tensor, glance: RowView) -> int:
     """Return where the pairs end that any of these queries sees: half of a long text's work is beyond."""
     return int((glance.positions <= at.max()).nonzero()[-1]) + 1

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vestige.errors import PolicyError, require_whole, unknown
+from vestige.errors import PolicyError, require_whole, unknown_name_message
 from vestige.nn.indexer import Comparison, Indexer, IndexQueries, asked
-from vestige.nn.pretrained import Shelf
-from vestige.policies.base import Policy, Written
-from vestige.policies.observation import LayerGlance, Observation
+from vestige.nn.pretrained import WeightsCache
+from vestige.policies.base import NewPairs, Policy
+from vestige.policies.observation import LayerView, Observation
 
 REDUCTIONS = ("max", "mean")
 _MOST = 6e4  # float16 holds it
@@ -45,13 +45,13 @@ class IndexMem(Policy):
     every: int = 128
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     annotations: ClassVar[frozenset[str]] = frozenset({"index_key", "asked_for"})
-    gathered: ClassVar[frozenset[str]] = frozenset({"asked_for"})
-    annotated_with: ClassVar[tuple[str, ...]] = ("indexer", "reduction", "reuse")
+    query_annotations: ClassVar[frozenset[str]] = frozenset({"asked_for"})
+    annotation_options: ClassVar[tuple[str, ...]] = ("indexer", "reduction", "reuse")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reduction not in REDUCTIONS:
-            raise PolicyError(unknown("reduction", str(self.reduction), REDUCTIONS))
+            raise PolicyError(unknown_name_message("reduction", str(self.reduction), REDUCTIONS))
         require_whole("reuse", self.reuse, 1)
         if self.reuse > 1 and self.share != "head":
             raise PolicyError("layers that keep the same tokens keep equally many: reuse needs share='head'")
@@ -75,9 +75,9 @@ class IndexMem(Policy):
         Raises:
             ModelError: As :meth:`bind`.
         """
-        return _SHELF.look_again(self.indexer, model)
+        return _SHELF.refresh(self.indexer, model)
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return each row's part of the index keys, and that nobody asked yet; nothing where another layer leads."""
         assert written.hidden is not None and written.model is not None, "the cache shows both"
         indexer, shape = _SHELF.get(self.indexer, written.model), written.keys.shape[:3]
@@ -92,7 +92,7 @@ class IndexMem(Policy):
             nobody = torch.full((*shape, 2), -torch.inf, dtype=torch.float16, device=device)
         return {"index_key": parts.to(written.keys.dtype), "asked_for": nobody}
 
-    def watch_layer(self, glance: LayerGlance) -> None:
+    def watch_layer(self, glance: LayerView) -> None:
         """Write down what new queries ask for."""
         indexer = _SHELF.get(self.indexer, glance.model)
         if indexer.leader(glance.layer_idx, self.reuse) != glance.layer_idx:
@@ -161,7 +161,7 @@ class IndexMem(Policy):
         return torch.where(notes[:, 0] == -torch.inf, notes[:, 1], notes[:, 0]).clamp_min(-_MOST)
 
 
-def _asked_at_once(asking: IndexQueries, glance: LayerGlance, apart: bool) -> Float[Tensor, " slots"]:
+def _asked_at_once(asking: IndexQueries, glance: LayerView, apart: bool) -> Float[Tensor, " slots"]:
     """Return how much one token asks for each slot, of all rows in a few operations."""
     keys = glance.slots["index_key"].float()
     if apart:
@@ -184,4 +184,4 @@ _UNLIKE = (
     "this indexer has one score for all heads of a layer, which must hold the same tokens, but another policy has "
     "evicted pairs of each head; use an indexer trained with scores apart"
 )
-_SHELF = Shelf("indexmem", Indexer.load)
+_SHELF = WeightsCache("indexmem", Indexer.load)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vestige.errors import PolicyError
-from vestige.policies.base import Policy, Written
-from vestige.policies.observation import Glance, Observation, attention_weights
+from vestige.policies.base import NewPairs, Policy
+from vestige.policies.observation import Observation, RowView, attention_weights
 from vestige.policies.selection import Share
 from vestige.text.chat_template import Frame
 
@@ -53,7 +53,7 @@ class KVzip(Policy):
     quoted: int = 8
     """Last tokens of the chunk before, with which the replay of a later chunk begins."""
     annotations: ClassVar[frozenset[str]] = frozenset({"asked"})
-    gathered: ClassVar[frozenset[str]] = annotations
+    query_annotations: ClassVar[frozenset[str]] = annotations
     reading_slack: ClassVar[float] = float("inf")
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class KVzip(Policy):
                 f"got replay_chunk={self.replay_chunk}, quoted={self.quoted}"
             )
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return the mark of pairs that no replay has looked at yet: ``batch kv_heads new``."""
         return {"asked": torch.full(written.keys.shape[:3], _UNASKED, device=written.keys.device)}
 
@@ -109,7 +109,7 @@ class KVzip(Policy):
             )
         return min(size, free)
 
-    def _ask(self, spans: Sequence[range], glance: Glance) -> None:
+    def _ask(self, spans: Sequence[range], glance: RowView) -> None:
         """Write down the most attention that the replay pays to each pair of a row's chunk.
 
         Args:

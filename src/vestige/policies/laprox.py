@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.policies.base import Policy, Written, check_pooling
+from vestige.policies.base import NewPairs, Policy, check_pooling
 from vestige.policies.observation import Observation, observed_attention, pooled
 from vestige.policies.selection import Scale, Share
 
@@ -48,7 +48,7 @@ class LaProx(Policy):
         super().__post_init__()
         check_pooling(self.observed, self.kernel)
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return the norm of each value after the output projection, by query head."""
         assert written.output is not None
         norms = written.output.norms(written.values)

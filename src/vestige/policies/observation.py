@@ -44,7 +44,7 @@ class Observation:
         phase: Whether a text is being read or tokens were generated.
         kv_heads: KV heads of the layer; ``len(cu_seqlens) - 1 == batch * kv_heads``.
         seen: Logical length of each batch row.
-        room: Average pairs per row that each batch row may hold after this settle.
+        pair_limits: Average pairs per row that each batch row may hold after this settle.
         positions: Position of each pair in the sequence as seen.
         keys: Keys as stored: after RoPE.
         values: Values as stored.
@@ -66,7 +66,7 @@ class Observation:
     phase: Phase
     kv_heads: int
     seen: tuple[int, ...]
-    room: tuple[int, ...] = ()
+    pair_limits: tuple[int, ...] = ()
     cu_seqlens: tuple[int, ...]
     positions: Int[Tensor, " held"]
     keys: Float[Tensor, "held head_dim"]
@@ -89,7 +89,7 @@ class Observation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glance:
+class RowView:
     """One row of a layer while new queries attend to it, their own pairs included. Views of live storage.
 
     Args:
@@ -118,7 +118,7 @@ class Glance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerGlance:
+class LayerView:
     """One batch row of a layer while new tokens attend to it: all its rows together, and what made the queries.
 
     Args:
@@ -138,12 +138,12 @@ class LayerGlance:
     queries: Float[Tensor, "heads new head_dim"]
     hidden: Float[Tensor, "new hidden"] | None
     at: Int[Tensor, " new"]
-    see: Callable[[], tuple[Glance, ...]]
+    see: Callable[[], tuple[RowView, ...]]
     slots: Mapping[str, Tensor]
     heads: Int[Tensor, " slots"]
 
     @cached_property
-    def rows(self) -> tuple[Glance, ...]:
+    def rows(self) -> tuple[RowView, ...]:
         """A glance at each row, by KV head."""
         return self.see()
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.policies.selection import Grid
+from vestige.policies.selection import RowIndex
 from vestige.policies.snapkv import SnapKV
 
 
@@ -33,7 +33,9 @@ class PyramidKV(SnapKV):
         if not self.beta >= 1:
             raise PolicyError(f"beta must be a number of at least 1, got {self.beta!r}")
 
-    def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
+    def allot(
+        self, scores: Float[Tensor, " held"], grid: RowIndex, room: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " rows"]:
         """Return the pairs wanted for each row: a straight line over the layers. Scores do not matter."""
         depth, layers = _depth(grid)
         base = (room - self.protected).clamp_min(0).float()
@@ -44,7 +46,7 @@ class PyramidKV(SnapKV):
         return self.protected + base[grid.batch] + level * (most - base)[grid.batch]
 
 
-def _depth(grid: Grid) -> tuple[Int[Tensor, " rows"], int]:
+def _depth(grid: RowIndex) -> tuple[Int[Tensor, " rows"], int]:
     """Return how many evictable layers are below each row's, and how many there are."""
     layers, depth = torch.unique(grid.layer, return_inverse=True)
     return depth, len(layers)

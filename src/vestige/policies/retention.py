@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError
-from vestige.nn.pretrained import Shelf
+from vestige.nn.pretrained import WeightsCache
 from vestige.nn.retention_gates import Gates
-from vestige.policies.base import Policy, Written
+from vestige.policies.base import NewPairs, Policy
 from vestige.policies.observation import Observation
 from vestige.policies.selection import Share
 
@@ -39,7 +39,7 @@ class Retention(Policy):
     window: int = 0
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     annotations: ClassVar[frozenset[str]] = frozenset({"log_beta"})
-    annotated_with: ClassVar[tuple[str, ...]] = ("gates",)
+    annotation_options: ClassVar[tuple[str, ...]] = ("gates",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,9 +60,9 @@ class Retention(Policy):
         Raises:
             ModelError: As :meth:`bind`.
         """
-        return _SHELF.look_again(self.gates, model)
+        return _SHELF.refresh(self.gates, model)
 
-    def annotate(self, written: Written) -> Mapping[str, Tensor]:
+    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
         """Return log beta of new pairs, ``batch kv_heads new``, float32."""
         assert written.hidden is not None and written.model is not None, "the cache shows both"
         return {"log_beta": _SHELF.get(self.gates, written.model)(written.layer_idx, written.hidden)}
@@ -90,4 +90,4 @@ def worth(log_beta: Float[Tensor, " pairs"], age: Float[Tensor, " pairs"], horiz
     return first + torch.log(torch.expm1(horizon * rate) / torch.expm1(rate))
 
 
-_SHELF = Shelf("retention", lambda folder, model: Gates.load(folder, model).for_inference(model.dtype))
+_SHELF = WeightsCache("retention", lambda folder, model: Gates.load(folder, model).for_inference(model.dtype))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.budget import Budget
-from vestige.errors import BudgetError, PolicyError, unknown
+from vestige.errors import BudgetError, PolicyError, unknown_name_message
 
 Share = Literal["head", "layer", "model"]
 Scale = Literal["calibrated", "mass", "signed"]
@@ -29,12 +29,12 @@ def share_of(name: str) -> Share:
         PolicyError: There is none.
     """
     if name not in SHARES:
-        raise PolicyError(unknown("share", str(name), SHARES))
+        raise PolicyError(unknown_name_message("share", str(name), SHARES))
     return cast(Share, name)
 
 
 @dataclass(frozen=True)
-class Grid:
+class RowIndex:
     """The packed rows of all evictable layers, layer by layer, each layer's rows in (batch, kv_head) order.
 
     Args:
@@ -65,7 +65,7 @@ def select(
     scores: Float[Tensor, " held"],
     positions: Int[Tensor, " held"],
     protected: Bool[Tensor, " held"],
-    grid: Grid,
+    grid: RowIndex,
     room: Int[Tensor, " batch"],
     *,
     share: Share,
@@ -112,7 +112,7 @@ def select(
 
 
 def _floored(
-    scores: Tensor, positions: Tensor, protected: Tensor, grid: Grid, room: Int[Tensor, " batch"], floor: float
+    scores: Tensor, positions: Tensor, protected: Tensor, grid: RowIndex, room: Int[Tensor, " batch"], floor: float
 ) -> Bool[Tensor, " held"]:
     """Return the pairs that rows keep before they compete."""
     floors = torch.tensor([Budget.share_of(int(n), floor) for n in room], device=scores.device)[grid.batch]
@@ -203,7 +203,7 @@ def _level(share: Tensor, low: Tensor, high: Tensor, target: int) -> float:
     return above
 
 
-def protected_per_row(protected: Bool[Tensor, " held"], grid: Grid) -> Int[Tensor, " rows"]:
+def protected_per_row(protected: Bool[Tensor, " held"], grid: RowIndex) -> Int[Tensor, " rows"]:
     """Return how many pairs of each row are protected."""
     return _protected_per(grid.row, protected, len(grid.lengths))
 
@@ -242,7 +242,7 @@ def rescale(
     return centred / deviation[layers]
 
 
-def refuse_nan(scores: Float[Tensor, " held"], grid: Grid) -> None:
+def refuse_nan(scores: Float[Tensor, " held"], grid: RowIndex) -> None:
     """Raise a PolicyError that names the first layer with a score that is not a number."""
     bad = torch.isnan(scores)
     if bool(bad.any()):

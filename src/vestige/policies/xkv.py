@@ -12,7 +12,7 @@ from vestige.budget import Budget
 from vestige.errors import PolicyError
 from vestige.policies.base import Policy
 from vestige.policies.observation import Observation, over_heads
-from vestige.policies.selection import Grid, Scale, rescale
+from vestige.policies.selection import RowIndex, Scale, rescale
 from vestige.policies.snapkv import SnapKV
 
 _MOST = 2.0**60  # any number, but neither infinite nor NaN
@@ -57,7 +57,9 @@ class XKV(Policy):
         """Return SnapKV's score of each token, the same for every KV head that holds it."""
         return over_heads(seen, self._scorer.score(seen))
 
-    def allot(self, scores: Float[Tensor, " held"], grid: Grid, room: Int[Tensor, " batch"]) -> Float[Tensor, " rows"]:
+    def allot(
+        self, scores: Float[Tensor, " held"], grid: RowIndex, room: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " rows"]:
         """Return the window's pairs and those among the best of all layers, the same for each row of a layer."""
         layers, order = torch.unique(grid.layer, return_inverse=True)
         if self.profile is not None:

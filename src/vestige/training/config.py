@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 
 SCHEDULES = ("cosine", "wsd", "constant")
 
@@ -45,7 +45,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise InputError(unknown("schedule", self.schedule, SCHEDULES))
+            raise InputError(unknown_name_message("schedule", self.schedule, SCHEDULES))
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("save_every", 1), ("validate_every", 1)):
             value = getattr(self, name)
             if not ((type(value) is int and value >= least) or (value is None and name == "validate_every")):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from vestige.errors import VestigeError, unknown
+from vestige.errors import VestigeError, unknown_name_message
 
 
 def split(text: str) -> list[str]:
@@ -25,7 +25,7 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def parse(text: str, kind: str, error: type[VestigeError]) -> tuple[str, dict[str, Any]]:
+def parse_options(text: str, kind: str, error: type[VestigeError]) -> tuple[str, dict[str, Any]]:
     """Return a name and its options; a value is a Python literal, or else text: a word, a path, a hub id.
 
     Args:
@@ -47,7 +47,7 @@ def parse(text: str, kind: str, error: type[VestigeError]) -> tuple[str, dict[st
     return name, options
 
 
-def fitted(
+def coerce_options(
     options: dict[str, Any], cls: Any, name: str, kind: str, error: type[VestigeError], *, taken: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Return options as the fields of a dataclass want them: known, of the field's type, whole numbers as floats.
@@ -70,8 +70,8 @@ def fitted(
             found[option] = _as(value, wanted)
         except ValueError:
             if get_origin(wanted) is Literal:
-                raise error(f"{kind} {name!r}: {unknown(option, str(value), get_args(wanted))}") from None
-            raise error(f"{kind} {name!r}: {option} takes {_said(wanted)}, got {value!r}") from None
+                raise error(f"{kind} {name!r}: {unknown_name_message(option, str(value), get_args(wanted))}") from None
+            raise error(f"{kind} {name!r}: {option} takes {_type_name(wanted)}, got {value!r}") from None
     return found
 
 
@@ -98,12 +98,12 @@ def _as(value: Any, wanted: Any) -> Any:
     raise ValueError(value)
 
 
-def _said(wanted: Any) -> str:
+def _type_name(wanted: Any) -> str:
     """Return what a type is called, of a union what can be written down."""
     if get_origin(wanted) is tuple:
-        return f"several in brackets, each {_said(get_args(wanted)[0])}"
+        return f"several in brackets, each {_type_name(get_args(wanted)[0])}"
     alternatives = [one for one in get_args(wanted) or (wanted,) if one in _SAID or get_origin(one) is tuple]
-    return " or ".join(_SAID.get(one) or _said(one) for one in alternatives)
+    return " or ".join(_SAID.get(one) or _type_name(one) for one in alternatives)
 
 
 def _tupled(value: Any) -> Any:

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vestige.errors import VestigeError, unknown
+from vestige.errors import VestigeError, unknown_name_message
 
 Paths = Mapping[str, str | None]
 """``module:Class`` by name; None names nothing."""
@@ -17,7 +17,7 @@ def resolve(name: str, paths: Paths, kind: str, error: type[VestigeError]) -> An
         VestigeError: No such name (the error that was given); the message gives the nearest and all valid ones.
     """
     if name not in paths:
-        raise error(unknown(kind, name, paths))
+        raise error(unknown_name_message(kind, name, paths))
     path = paths[name]
     return path and load(path)
 

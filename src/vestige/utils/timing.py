@@ -5,7 +5,7 @@ import time
 import torch
 
 
-def now(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Return a clock in seconds that waits for what the device was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -14,7 +14,7 @@ from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
 from vestige.pipelines.answer import answer
 from vestige.policies import POLICIES
-from vestige.policies.base import Prepares
+from vestige.policies.base import NeedsReplay
 from vestige.testing import random_ids, tiny
 from vestige.text.chat_template import Frame
 
@@ -136,7 +136,7 @@ def test_one_reading_is_one_long_forward():
     hook = MODEL.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)
     try:
         arms = [policy(name) for name in sorted(POLICIES)]
-        arms = [arm for arm in arms if vestige_runner.company(arm) is None and not isinstance(arm, Prepares)]
+        arms = [arm for arm in arms if vestige_runner.company(arm) is None and not isinstance(arm, NeedsReplay)]
         assert len(arms) > 10
         reading = vestige_runner.read(MODEL, [one], arms)
         for arm in arms:

@@ -15,7 +15,7 @@ from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import forward, padding, prefill
 from vestige.models.compat import cache_argument
 from vestige.policies import Full
-from vestige.utils.timing import now
+from vestige.utils.timing import synchronized_time
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Listeners:
     @contextmanager
     def asked(self, question: Int[Tensor, "1 question"]) -> Iterator["Asked"]:
         """Feed a question behind the contexts, for as long as it takes to hear the replies."""
-        with self.cache.aside():
+        with self.cache.rolled_back():
             fed = question.expand(len(self.cache.seen), -1).to(self.model.device)
-            started = now(self.model.device)
+            started = synchronized_time(self.model.device)
             logits = prefill(self.model, fed, self.cache, settle=False)
-            yield Asked(self.model, self.cache, logits, now(self.model.device) - started)
+            yield Asked(self.model, self.cache, logits, synchronized_time(self.model.device) - started)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Asked:
 
     def replies(self, limit: int, stop: Collection[int]) -> Decoded:
         """Return the greedy reply of each cache, of at most so many tokens."""
-        with self.cache.aside():
+        with self.cache.rolled_back():
             return decode(
                 lambda token: forward(self.model, token, self.cache), self.logits, [limit] * len(self.logits), stop
             )
@@ -87,7 +87,7 @@ class Asked:
         fed = torch.tensor([reply[:-1]] * len(self.logits), device=self.model.device)
         if not fed.numel():
             return self.logits[:, None].float()
-        with self.cache.aside():
+        with self.cache.rolled_back():
             given = {**cache_argument(self.cache), **padding(fed, self.cache)}
             later = self.model(input_ids=fed, use_cache=True, **given).logits
         return torch.cat([self.logits[:, None], later], 1).float()

@@ -7,7 +7,7 @@ from vestige.bench.erasing import derived_facts, distractors, needles, stories
 from vestige.bench.erasing.sample import EraseSample
 from vestige.bench.erasing.story_templates import Maker, each
 from vestige.bench.tasks import Order
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 
 TASKS: dict[str, Maker] = {
     "needles_early": each(needles.early),
@@ -32,7 +32,7 @@ SAMPLES = 20
 def check(name: str) -> None:
     """Raise an InputError that lists the tasks if none has this name."""
     if name not in TASKS:
-        raise InputError(unknown("task", name, TASKS))
+        raise InputError(unknown_name_message("task", name, TASKS))
 
 
 def make(name: str, order: Order) -> Iterator[EraseSample]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.utils.timing import now
+from vestige.utils.timing import synchronized_time
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ def decode(
         stop: Ids that end a reply.
     """
     replies: list[list[int]] = [[] for _ in limits]
-    started, steps = now(logits.device), 0
+    started, steps = synchronized_time(logits.device), 0
     while True:
         token = logits.argmax(-1, keepdim=True)
         for reply, limit, new in zip(replies, limits, token[:, 0].tolist(), strict=True):
             if not _ended(reply, limit, stop):
                 reply.append(new)
         if all(_ended(reply, limit, stop) for reply, limit in zip(replies, limits, strict=True)):
-            return Decoded(tuple(map(tuple, replies)), now(logits.device) - started, steps)
+            return Decoded(tuple(map(tuple, replies)), synchronized_time(logits.device) - started, steps)
         logits = feed(token)
         steps += 1
 

@@ -14,12 +14,12 @@ from vestige.bench.methods.decode import decode
 from vestige.budget import Budget
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import announce, finish, forward, pad_left, prefill
-from vestige.cache.recording import hand
+from vestige.cache.recording import annotation_key
 from vestige.cache.report import Report
 from vestige.memory.base import Memory
 from vestige.nn.pretrained import Trained
-from vestige.policies.base import Policy, Prepares, Watches, WatchesLayers
-from vestige.utils.timing import now
+from vestige.policies.base import LayerObserver, NeedsReplay, Policy, QueryObserver
+from vestige.utils.timing import synchronized_time
 
 ONE_PIECE = 2**20
 
@@ -37,13 +37,13 @@ class Reading:
 
     def ready_for(self, model: PreTrainedModel, policy: Policy) -> tuple[KVCache, float]:
         """Return the cache that a policy forks, and the seconds of its own forwards, which run once for all budgets."""
-        if not isinstance(policy, Prepares):
+        if not isinstance(policy, NeedsReplay):
             return self.cache, 0.0
         unlimited = replace(policy, budget=None, threshold=None)
         if unlimited not in self.prepared:
-            cache, started = self.cache.fork(unlimited), now(model.device)
+            cache, started = self.cache.fork(unlimited), synchronized_time(model.device)
             finish(model, cache, self.ids)
-            self.prepared[unlimited] = cache, now(model.device) - started
+            self.prepared[unlimited] = cache, synchronized_time(model.device) - started
         return self.prepared[unlimited]
 
 
@@ -52,7 +52,7 @@ def company(policy: Policy) -> Hashable:
 
     Those that look at every query, or at every token with trained weights, are alone with those that do the same.
     """
-    return hand(policy) if isinstance(policy, Watches | WatchesLayers | Trained) else None
+    return annotation_key(policy) if isinstance(policy, QueryObserver | LayerObserver | Trained) else None
 
 
 def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:
@@ -65,9 +65,9 @@ def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy
     """
     cache = KVCache(model, policies.Full(), observers=observers)
     ids, mask = pad_left([job.turns[0].context for job in jobs], model.device)
-    started = now(model.device)
+    started = synchronized_time(model.device)
     logits = prefill(model, ids, cache, chunk=ONE_PIECE, attention_mask=mask)
-    return Reading(cache, ids, logits, now(model.device) - started)
+    return Reading(cache, ids, logits, synchronized_time(model.device) - started)
 
 
 def run(
@@ -127,7 +127,7 @@ class _Talk:
         cache = self.cache or self._begin(reading)
         seen = (0,) * len(contexts) if self.cache is None else cache.seen
         lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
-        evicted, started = cache.evict_s, now(self.model.device)
+        evicted, started = cache.evict_s, synchronized_time(self.model.device)
         if reading is not None:
             self.prefill_s += reading.seconds
             announce(cache, lengths, len(contexts))
@@ -136,7 +136,7 @@ class _Talk:
         else:
             ids, mask = pad_left(contexts, self.model.device)
             self.logits = prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
-        self.prefill_s += now(self.model.device) - started
+        self.prefill_s += synchronized_time(self.model.device) - started
         self.evict_s += cache.evict_s - evicted
         self.cache, self.report = cache, cache.report()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from vestige.utils.timing import now
+from vestige.utils.timing import synchronized_time
 
 _OPAQUE = (str, bytes, int, float, type, nn.Module, PreTrainedConfig, ModuleType, FunctionType, MethodType)
 
@@ -70,14 +70,14 @@ class Scales:
 
         def weighed(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
             handed = update(keys, values, layer_idx, *args, **kwargs)
-            started = now(keys.device)
+            started = synchronized_time(keys.device)
             if layer_idx in self.layers:
                 per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (keys, values))
                 self.heads[layer_idx], self.pair_bytes[layer_idx] = keys.shape[1], per_token
             # What the attention is handed may be a copy in full precision; activations passed on are none.
             copies = [x for x in handed if x is not keys and x is not values]
             self.weigh(cache, copies if layer_idx in self.layers else [])
-            self.overhead_s += now(keys.device) - started
+            self.overhead_s += synchronized_time(keys.device) - started
             return handed
 
         cache.update = weighed  # type: ignore[method-assign, assignment]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from vestige.bench.sample import Sample, Turn
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 
 TASKS: dict[str, str] = {
     "cases": "vestige.bench.tasks.cases:samples",
@@ -92,4 +92,4 @@ def make(name: str, order: Order) -> list[Sample]:
 def check(name: str) -> None:
     """Raise an InputError that lists the tasks if none has this name."""
     if name.partition("/")[0] not in TASKS:
-        raise InputError(unknown("task", name, TASKS))
+        raise InputError(unknown_name_message("task", name, TASKS))

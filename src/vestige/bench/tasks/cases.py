@@ -16,7 +16,7 @@ from pathlib import Path
 from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import Order
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 from vestige.utils import jsonl
 from vestige.utils.jsonl import Entry
 
@@ -50,7 +50,7 @@ def samples(order: Order) -> list[Sample]:
     if order.part is not None:
         tasks = sorted({case.task for case in cases})
         if order.part not in tasks:
-            raise InputError(unknown(f"task of {order.file}", order.part, tasks))
+            raise InputError(unknown_name_message(f"task of {order.file}", order.part, tasks))
         cases = [case for case in cases if case.task == order.part]
     return _first(order, _with_lengths(cases) if order.length is None else _of_length(cases, order.length, order.file))
 
@@ -114,7 +114,7 @@ def _turn(order: Order, entry: Entry, *, first: bool) -> Turn:
         raise entry.error("'answer' has an empty text, which every reply contains")
     metric = entry.text("metric") if entry.has("metric") else _DEFAULTS.metric
     if metric not in METRICS:
-        raise entry.error(unknown("metric", metric, METRICS))
+        raise entry.error(unknown_name_message("metric", metric, METRICS))
     own = entry.number("max_new_tokens") if entry.has("max_new_tokens") else _DEFAULTS.max_new_tokens
     return Turn(
         context=_filled(entry, "context") if first else entry.text("context") if entry.has("context") else "",
@@ -143,4 +143,4 @@ def _filled(entry: Entry, name: str) -> str:
 def _check_keys(entry: Entry, valid: Sequence[str]) -> None:
     for key in entry.columns:
         if key not in valid:
-            raise entry.error(unknown("key", key, valid))
+            raise entry.error(unknown_name_message("key", key, valid))

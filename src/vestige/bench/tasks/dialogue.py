@@ -13,7 +13,7 @@ from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import Order
 from vestige.bench.tasks.fitting import key, largest, named_length
 from vestige.bench.tasks.ruler.needles import DEPTHS, MAX_NEW_TOKENS, NEEDLES, draw_pairs, haystack, insert, needle_text
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 
 PARTS = ("retrieval", "recall")
 SAMPLES = 20
@@ -39,7 +39,7 @@ def samples(order: Order) -> list[Sample]:
         InputError: An unknown part, no length, a length that even the shortest texts exceed, or texts missing.
     """
     if order.part is not None and order.part not in PARTS:
-        raise InputError(unknown("part of dialogue", order.part, PARTS))
+        raise InputError(unknown_name_message("part of dialogue", order.part, PARTS))
     number = SAMPLES if order.samples is None else order.samples
     parts = PARTS if order.part is None else (order.part,)
     return [_sample(order, part, index) for part in parts for index in range(number)]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, asked
 from vestige.training.indexmem.teacher_trace import Layer
 
@@ -31,7 +31,7 @@ def teacher_of(name: str) -> Teacher:
         InputError: There is none.
     """
     if name not in TEACHERS:
-        raise InputError(unknown("teacher", str(name), TEACHERS))
+        raise InputError(unknown_name_message("teacher", str(name), TEACHERS))
     return cast(Teacher, name)
 
 

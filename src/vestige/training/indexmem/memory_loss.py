@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vestige.kernels.merge import Added, Partial, merge
-from vestige.memory.base import Evicted, Memory, Remains
+from vestige.kernels.merge import AdditiveOutput, PartialAttention, merge
+from vestige.memory.base import EvictedPairs, LayerMemory, Memory
 from vestige.memory.linear import Linear
 from vestige.memory.slots import Slots
 from vestige.nn.indexer import Indexer
@@ -48,14 +48,14 @@ def remembering(latent: Latent) -> Memory:
 
 
 @torch.no_grad()
-def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> Partial:
+def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> PartialAttention:
     """Return attention of what stands behind a text, ``heads behind ...``, over some of its pairs and over itself."""
     heads, tokens, _ = layer.queries.shape
     groups = heads // len(layer.keys)
     visible = torch.nn.functional.pad(seen, (0, tokens - text), value=True).repeat_interleave(groups, 0)
     logits = layer.logits(slice(text, tokens)).masked_fill(~visible[:, None], -torch.inf)
     lse = layer.weigh(logits)
-    return Partial((logits - lse[..., None]).exp() @ layer.values.repeat_interleave(groups, 0), lse)
+    return PartialAttention((logits - lse[..., None]).exp() @ layer.values.repeat_interleave(groups, 0), lse)
 
 
 @torch.no_grad()
@@ -86,18 +86,20 @@ def chosen(
     return list(stays.split([len(layer.keys) for layer in layers]))
 
 
-def rejoined(left: Partial, remains: Remains, layer: Layer, text: int) -> Float[Tensor, "heads behind value_dim"]:
+def rejoined(
+    left: PartialAttention, remains: LayerMemory, layer: Layer, text: int
+) -> Float[Tensor, "heads behind value_dim"]:
     """Return attention of what stands behind a text over what is left together with what remains of the rest."""
     recalled = remains.recall(layer.queries[None, :, text:], slice(0, len(layer.keys)), layer.scale)
-    both: Tensor = left.output + recalled.output if isinstance(recalled, Added) else merge(left, recalled)
+    both: Tensor = left.output + recalled.output if isinstance(recalled, AdditiveOutput) else merge(left, recalled)
     return both[0]
 
 
-def _remains(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"]) -> Remains:
+def _remains(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"]) -> LayerMemory:
     """Return what remains of the pairs that do not stay. All are handed over, those that stay marked as none."""
     kv_heads, text = stays.shape
     gone = ~stays
-    evicted = Evicted(
+    evicted = EvictedPairs(
         layer_idx=layer.layer_idx,
         counts=gone.sum(1),
         keys=layer.keys[:, :text] * gone[..., None],
@@ -105,4 +107,4 @@ def _remains(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"])
         positions=torch.where(gone, torch.arange(text, device=gone.device), -1).to(torch.int32),
     )
     empty = memory.empty(kv_heads, layer.keys.shape[2], layer.values.shape[2], layer.keys.device)
-    return Remains(memory=memory, layer_idx=layer.layer_idx, state=memory.absorb(empty, evicted))
+    return LayerMemory(memory=memory, layer_idx=layer.layer_idx, state=memory.absorb(empty, evicted))

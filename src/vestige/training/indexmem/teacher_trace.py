@@ -13,7 +13,7 @@ from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import prefill
 from vestige.kernels import AttentionScale
 from vestige.policies.full import Full
-from vestige.policies.observation import LayerGlance
+from vestige.policies.observation import LayerView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,14 @@ def seen(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[Layer]:
 class _Recorder(Full):
     """Keeps all pairs, and what it is shown."""
 
-    glances: list[LayerGlance] = field(default_factory=list, compare=False)
+    glances: list[LayerView] = field(default_factory=list, compare=False)
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
-    def watch_layer(self, glance: LayerGlance) -> None:
+    def watch_layer(self, glance: LayerView) -> None:
         self.glances.append(glance)
 
 
-def _layer(glance: LayerGlance) -> Layer:
+def _layer(glance: LayerView) -> Layer:
     assert glance.hidden is not None, "it was asked for"
     keys, values = (torch.stack([getattr(row, name) for row in glance.rows]).float() for name in ("keys", "values"))
     whole = [row.attention for row in glance.rows]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vestige.models.anatomy import check, entered
+from vestige.models.anatomy import attention_input, check
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def entering(model: PreTrainedModel) -> Iterator[dict[int, Float[Tensor, "batch 
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer_idx: Any = module.layer_idx
-        states.setdefault(layer_idx, entered(args, kwargs))
+        states.setdefault(layer_idx, attention_input(args, kwargs))
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in check(model).attentions.values()]
     try:

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vestige.cache.attention import vestige_attention
 from vestige.kernels import AttentionScale, reference
-from vestige.models.anatomy import Anatomy, check, entered
+from vestige.models.anatomy import ModelLayout, attention_input, check
 from vestige.nn.retention_gates import Gates
 
 NAME = "vestige_gated"
@@ -136,7 +136,7 @@ _running: dict[nn.Module, tuple[Attends, int]] = {}
 """By attention module: what is at work, and the layer whose pairs it reads."""
 
 
-def _readers(anatomy: Anatomy) -> Iterator[tuple[nn.Module, int]]:
+def _readers(anatomy: ModelLayout) -> Iterator[tuple[nn.Module, int]]:
     """Yield the modules that read evictable pairs, with the layer that writes these: the last one if it is shared."""
     yield from ((module, layer_idx) for layer_idx, module in anatomy.attentions.items())
     config: Any = anatomy.decoder.config
@@ -149,7 +149,7 @@ def _readers(anatomy: Anatomy) -> Iterator[tuple[nn.Module, int]]:
 
 def _gate(gating: Gating, gates: Gates, layer_idx: int) -> Any:
     def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        gating.log_beta[layer_idx] = gates(layer_idx, entered(args, kwargs))
+        gating.log_beta[layer_idx] = gates(layer_idx, attention_input(args, kwargs))
 
     return gate
 

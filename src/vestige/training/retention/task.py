@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 from vestige.models.anatomy import check
 from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
@@ -88,11 +88,11 @@ class RetentionOptions:
         if self.warm < 0:
             raise InputError(f"warm must not be negative, got {self.warm}")
         if self.warm_by not in WARM:
-            raise InputError(unknown("warm-by", self.warm_by, WARM))
+            raise InputError(unknown_name_message("warm-by", self.warm_by, WARM))
         if self.warm_loss not in WARM_LOSSES:
-            raise InputError(unknown("warm-loss", self.warm_loss, WARM_LOSSES))
+            raise InputError(unknown_name_message("warm-loss", self.warm_loss, WARM_LOSSES))
         if self.forgets not in FORGETS:
-            raise InputError(unknown("forgets", self.forgets, FORGETS))
+            raise InputError(unknown_name_message("forgets", self.forgets, FORGETS))
         if self.asked < 1:
             raise InputError(f"asked must be at least 1, got {self.asked}")
         share_of(self.share)

@@ -20,7 +20,7 @@ from vestige.cache.prefill import prefill, replay
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
-from vestige.policies.observation import Glance, attention_weights
+from vestige.policies.observation import RowView, attention_weights
 from vestige.training.retention.hidden_states import entering
 from vestige.training.retention.soft_topk import log_kept, log_lives, said
 
@@ -97,7 +97,7 @@ def asked(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"], text: int) -> Lo
     cache = KVCache(model, Full())
     worth: dict[int, list[Tensor]] = {}
 
-    def watch(glance: Glance) -> None:
+    def watch(glance: RowView) -> None:
         paid = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, glance.attention)
         worth.setdefault(glance.layer_idx, []).append(paid.amax((0, 1))[:text])
 

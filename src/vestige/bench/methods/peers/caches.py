@@ -15,7 +15,7 @@ from vestige.bench.metrics.byte_meter import Scales
 from vestige.errors import InputError, VestigeError
 from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
-from vestige.utils.timing import now
+from vestige.utils.timing import synchronized_time
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "hqq": {"nbits": 4, "axis_key": 1, "axis_value": 1},  # transformers' own axes, 0, do not suit hqq
@@ -70,10 +70,10 @@ class CachePeer(Peer):
         for turn in job.turns:
             ids = (*pending, *turn.context)
             if ids:
-                started, idle = now(self.model.device), scales.overhead_s
+                started, idle = synchronized_time(self.model.device), scales.overhead_s
                 with scales.on(cache):
                     logits = self._feed(cache, self._tensor(ids, job.copies))
-                prefill_s += now(self.model.device) - started - (scales.overhead_s - idle)
+                prefill_s += synchronized_time(self.model.device) - started - (scales.overhead_s - idle)
             seen, kv_bytes = total + len(ids), scales.weigh(cache)
             if turn.question:
                 logits = self._feed(cache, self._tensor(turn.question, job.copies))

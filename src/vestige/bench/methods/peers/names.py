@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 
 AVAILABLE = ("kvpress:<press class>", "transformers:dynamic", "transformers:quantized")
 QUANTIZED_OPTIONS = ("backend", "nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
@@ -34,7 +34,7 @@ def parse(text: str) -> PeerName:
     """
     kind, _, rest = text.partition(":")
     if kind not in ("kvpress", "transformers") or not rest.strip():
-        raise InputError(unknown("peer", text, AVAILABLE))
+        raise InputError(unknown_name_message("peer", text, AVAILABLE))
     try:
         call = _call(ast.parse(rest.strip(), mode="eval").body, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -88,12 +88,12 @@ def _check_press(text: str, call: Call) -> None:
 def _check_transformers(text: str, call: Call) -> None:
     name, options = call["name"], call["options"]
     if name not in ("dynamic", "quantized"):
-        raise InputError(unknown("peer", text, AVAILABLE))
+        raise InputError(unknown_name_message("peer", text, AVAILABLE))
     known = QUANTIZED_OPTIONS if name == "quantized" else ()
     if call["args"] or set(options) - set(known):
         raise InputError(f"peer {text!r}: transformers:{name} takes {', '.join(known) or 'no options'}, by name")
     if (backend := options.get("backend", BACKENDS[0])) not in BACKENDS:
-        raise InputError(unknown("backend", str(backend), BACKENDS))
+        raise InputError(unknown_name_message("backend", str(backend), BACKENDS))
     for option in set(options) - {"backend"}:
         if type(options[option]) is not int:
             raise InputError(f"peer {text!r}: {option} must be a whole number, got {options[option]!r}")

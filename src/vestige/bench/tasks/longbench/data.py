@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from vestige.bench import hub
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 from vestige.utils import jsonl
 from vestige.utils.jsonl import Entry
 
@@ -59,7 +59,7 @@ def _of_file(path: Path, known: Collection[str], part: str | None) -> dict[str, 
         name = sample.text(named[0]) if named else path.stem
         name = name.removesuffix("_e").removesuffix("-e")
         if name not in known:
-            raise sample.error(unknown("data set", name, known))
+            raise sample.error(unknown_name_message("data set", name, known))
         groups.setdefault(name, []).append(sample)
     if part is None:
         return groups

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vestige.errors import unknown
+from vestige.errors import unknown_name_message
 from vestige.utils.jsonl import Entry, entry, read_whole
 
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -78,7 +78,7 @@ def read(path: Path | None) -> dict[str, Prompt]:
 def _prompts(given: Entry, known: Collection[str]) -> dict[str, Prompt]:
     for name in given.columns:
         if name not in known:
-            raise given.error(unknown("data set", name, known))
+            raise given.error(unknown_name_message("data set", name, known))
     return {name: _prompt(name, entry(value, f"{given.where}, {name}")) for name, value in given.columns.items()}
 
 
@@ -86,7 +86,7 @@ def _prompt(dataset: str, given: Entry) -> Prompt:
     valid = ("context", "question", "answer_prefix", "max_new_tokens")
     for key in given.columns:
         if key not in valid:
-            raise given.error(unknown("key", key, valid))
+            raise given.error(unknown_name_message("key", key, valid))
     values: dict[str, Any] = {key: given.text(key) for key in valid[:3] if key in given.columns or key == "question"}
     if given.has("max_new_tokens"):
         values["max_new_tokens"] = given.number("max_new_tokens")

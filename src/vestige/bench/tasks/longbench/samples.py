@@ -18,7 +18,7 @@ from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import SPLITS, Order
 from vestige.bench.tasks.longbench import prompts as prompts
 from vestige.bench.tasks.longbench.data import HUB, HUB_V2, of_hub, of_path, of_path_v2
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 from vestige.utils.jsonl import Entry
 
 Tags = dict[str, str | int | float]
@@ -101,7 +101,7 @@ def _of_datasets(
     order: Order, task: str, known: tuple[str, ...], suffix: str, tags: Callable[[Entry], Tags]
 ) -> list[Sample]:
     if order.part is not None and order.part not in known:
-        raise InputError(unknown(f"data set of {task}", order.part, known))
+        raise InputError(unknown_name_message(f"data set of {task}", order.part, known))
     given = prompts.read(order.prompts)
     if order.file is not None:
         found = of_path(order.file, suffix, known, order.part)

@@ -15,7 +15,7 @@ from vestige.bench.sample import Sample
 from vestige.bench.tasks import Order
 from vestige.bench.tasks.fitting import Draft, fit, named_length
 from vestige.bench.tasks.ruler import needles, qa, variable_tracking, word_counts
-from vestige.errors import InputError, unknown
+from vestige.errors import InputError, unknown_name_message
 
 SAMPLES = 20
 """Samples of each part if none are asked for."""
@@ -37,7 +37,7 @@ def samples(order: Order) -> list[Sample]:
         InputError: An unknown part, no length, a length that even the smallest haystack exceeds, or texts missing.
     """
     if order.part is not None and order.part not in PARTS:
-        raise InputError(unknown("part of ruler", order.part, PARTS))
+        raise InputError(unknown_name_message("part of ruler", order.part, PARTS))
     named_length(order, "ruler")
     names = PARTS if order.part is None else [order.part]
     return [sample for name in names for sample in _part(order, name)]
