@@ -1,4 +1,4 @@
-"""Write the generated parts of ``docs/``: tables of methods and results, the command line, the tree of modules.
+"""Write the generated parts of the documents: tables of methods and results, the command line, the tree of modules.
 
 A generated part stands between two comments, ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``tools/check_docs.py`` fails if
 one of them is stale.
@@ -120,11 +120,19 @@ def wrap(text: str, width: int = 100) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
+def build_names() -> str:
+    """Return the names of all policies."""
+    from vestige.policies import POLICIES
+
+    return "\n".join(wrap(", ".join(f"`{name}`" for name in POLICIES) + "."))
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "methods.md": {"methods": build_methods},
-    "benchmarks.md": {"bench": build_bench},
-    "cli.md": {"commands": build_cli},
-    "architecture.md": {"tree": build_tree},
+    "README.md": {"policies": build_names},
+    "docs/methods.md": {"methods": build_methods},
+    "docs/benchmarks.md": {"bench": build_bench},
+    "docs/cli.md": {"commands": build_cli},
+    "docs/architecture.md": {"tree": build_tree},
 }
 """Generated parts by document and marker."""
 
@@ -138,8 +146,8 @@ def replace_part(text: str, name: str, content: str) -> str:
 
 
 def build(document: str) -> str:
-    """Return a document of ``docs/`` with its generated parts fresh."""
-    text = (ROOT / "docs" / document).read_text()
+    """Return a document with its generated parts fresh."""
+    text = (ROOT / document).read_text()
     for name, make in PARTS[document].items():
         text = replace_part(text, name, make())
     return text
@@ -147,4 +155,4 @@ def build(document: str) -> str:
 
 if __name__ == "__main__":
     for document in PARTS:
-        (ROOT / "docs" / document).write_text(build(document))
+        (ROOT / document).write_text(build(document))

@@ -67,8 +67,8 @@ def find_faults(path: Path, text: str) -> Iterator[str]:
 def find_stale() -> Iterator[str]:
     """Yield the documents whose generated parts are stale."""
     for document in PARTS:
-        if build(document) != (ROOT / "docs" / document).read_text():
-            yield f"docs/{document}: stale; run python tools/build_docs.py"
+        if build(document) != (ROOT / document).read_text():
+            yield f"{document}: stale; run python tools/build_docs.py"
 
 
 def find_excess(text: str) -> Iterator[str]:
