@@ -66,7 +66,7 @@ test-peers: $(VENV)/.stamp-test peers ## compare with kvpress on the default mod
 	$(RUN_PYTEST) $(BIN)/python -m pytest -m peers $(PYTEST_ARGS)
 
 clean: ## remove all that make made: environments, caches, builds
-	rm -rf .venv .venv-peers $(OLD_TRANSFORMERS:%=.venv-%) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-peers $(OLD_TRANSFORMERS:%=.venv-%) build dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .grimp_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp is touched last, so an interrupted set-up is done again and a finished one costs nothing.
