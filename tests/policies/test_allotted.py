@@ -9,7 +9,7 @@ import torch
 from tests.conftest import made
 from tests.policies.test_policies import EXTRAS, naive_attention, naive_snapkv, random_observation, rows_of
 from vestige import Budget, InputError, KVCache, PolicyError, attach, policies, prefill
-from vestige.policies import duo_attention, xkv
+from vestige.policies import duo_attention
 from vestige.policies.selection import RowIndex
 from vestige.testing import left_padded, random_ids, tiny
 
@@ -282,7 +282,7 @@ def test_a_profile_made_on_a_sample_is_what_that_sample_holds():
     ids = random_ids(model, 2, 50)
     options = {**SMALL, "observed": 5}
     with attach(model):
-        made_before = xkv.profile(model, ids, Budget.tokens(12), **options)
+        made_before = profile_layers(model, ids, Budget.tokens(12), **options)
     own = read(model, policies.XKV(budget=Budget.tokens(12), **options), ids)
     assert made_before == tuple(sum(rows) / 4 for rows in held(own))
     assert sum(made_before) == 36 and len(set(made_before)) == 3
