@@ -9,6 +9,7 @@ import torch
 from tests.conftest import made
 from tests.policies.test_policies import EXTRAS, naive_attention, naive_snapkv, random_observation, rows_of
 from vestige import Budget, InputError, KVCache, PolicyError, attach, policies, prefill
+from vestige.pipelines.calibrate import profile_layers
 from vestige.policies import duo_attention
 from vestige.policies.selection import RowIndex
 from vestige.testing import left_padded, random_ids, tiny

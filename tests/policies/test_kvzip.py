@@ -123,7 +123,7 @@ def books(cache: KVCache) -> list:
     found = [cache.ids, cache.real, cache.seen, dataclasses.replace(cache.state.schedule), cache.state.step]
     for layer in cache.layers:
         state = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor | int)}
-        found += [(name, state[name]) for name in sorted(state) if name not in ("_room", "_capacity")]
+        found += [(name, state[name]) for name in sorted(state) if name not in ("_free_slots", "_capacity")]
         for row in range(getattr(layer, "rows", 0)):
             pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
             found += [x[pairs].clone() for name, x in sorted(layer.columns.items()) if name != "asked"]

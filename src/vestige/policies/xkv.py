@@ -27,14 +27,14 @@ class XKV(Policy):
     Source: XKV, arXiv 2412.05896, as far as its abstract goes: layers differ in how importance is spread, so caches
     are sized layer by layer, as a combinatorial problem with a greedy solution, after a small inference that samples
     the differences. Inferred by us: what importance is, and that its share of the layer is what counts. Differs:
-    layers are sized anew from each text unless a ``profile`` is given, and :func:`vestige.pipelines.calibrate.profile_layers` samples with the model
-    itself, where the authors take a light variant of it. Rows of a layer may differ by one pair, where whole numbers
-    do not add up; they never compete, so ``share`` and ``floor`` have no effect.
+    layers are sized again from each text unless a ``profile`` is given, and ``pipelines.calibrate.profile_layers``
+    samples with the model itself, where the authors take a light variant of it. Rows of a layer may differ by one pair,
+    where whole numbers do not add up; they never compete, so ``share`` and ``floor`` have no effect.
     """
 
     scale: Scale = "mass"
     profile: tuple[float, ...] | None = None
-    """Room of each evictable layer relative to the others, as ``profile_layers`` finds; None goes by the text itself."""
+    """Room of each evictable layer relative to the others, from ``profile_layers``; None measures each text."""
     observed: int = 32
     """Latest queries whose attention is averaged."""
     kernel: int = 5
