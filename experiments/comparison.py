@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from vestige.bench.report.methods import Method
+from vestige.bench.report.methods import MethodKey
 from vestige.bench.results.aggregate import Record, Row, resampled
 
 
@@ -18,10 +18,10 @@ def verdict(records: Iterable[Record], ours: str, budget_of: Callable[[Record], 
         ours: The policy that is judged.
         budget_of: Under which budget a record is compared; "1.0" for the full cache's.
     """
-    cells: dict[tuple[int, str], dict[Method, dict[tuple[str, int], Record]]] = {}
+    cells: dict[tuple[int, str], dict[MethodKey, dict[tuple[str, int], Record]]] = {}
     for record in records:
         at = record["length"], budget_of(record)
-        cells.setdefault(at, {}).setdefault(Method.of(record["arm"]), {})[record["task"], record["index"]] = record
+        cells.setdefault(at, {}).setdefault(MethodKey.of(record["arm"]), {})[record["task"], record["index"]] = record
     rows = []
     for (length, budget), methods in cells.items():
         full = next((cell for method, cell in cells.get((length, "1.0"), {}).items() if method.policy == "full"), {})
@@ -63,7 +63,7 @@ def table(rows: Iterable[Row], ours: str) -> str:
         said = "" if above is None or row["policy"] == ours else f"{above:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
         of_full = "" if row["of_full"] is None else f"{row['of_full']:.0%}"
         lines.append(
-            f"| {row['length']} | {row['budget']} | {Method.of(row).label} | {row['n']} | {row['kv_bytes'] / 1e6:.2f} "
+            f"| {row['length']} | {row['budget']} | {MethodKey.of(row).label} | {row['n']} | {row['kv_bytes'] / 1e6:.2f} "
             f"| {row['score']:.2f} ({low:.2f} to {high:.2f}) | {of_full} | {said} |"
         )
     return "\n".join(lines) + "\n"
@@ -71,17 +71,17 @@ def table(rows: Iterable[Row], ours: str) -> str:
 
 def picture(rows: Sequence[Row], length: int, title: str) -> str:
     """Return an SVG: the mean score of each method by measured bytes."""
-    from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
+    from vestige.bench.report.plots import Axis, Point, draw_line_chart, make_lines
 
-    drawn: dict[Method, list[Point]] = {}
+    drawn: dict[MethodKey, list[Point]] = {}
     for row in rows:
         if row["length"] == length:
             point = Point(x=row["kv_bytes"] / 1e6, y=row["score"], interval=tuple(row["score_ci95"]))
-            drawn.setdefault(Method.of(row), []).append(point)
+            drawn.setdefault(MethodKey.of(row), []).append(point)
     full = max((row for row in rows if row["length"] == length), key=lambda row: row["n"])["full"]
-    return line_chart(
+    return draw_line_chart(
         f"{title}, {length:,} tokens, all tasks",
-        lines_of(drawn),
+        make_lines(drawn),
         Axis(label="MB kept", log=True),
         level=Point(x=0, y=full),
         legend=True,

@@ -134,18 +134,18 @@ def table(rows: Iterable[Row]) -> str:
 
 def picture(rows: Sequence[Row], task: str) -> str:
     """Return an SVG: by how much each method's score is above the full cache's, by budget."""
-    from vestige.bench.report.methods import Method
-    from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
+    from vestige.bench.report.methods import MethodKey
+    from vestige.bench.report.plots import Axis, Point, draw_line_chart, make_lines
 
-    drawn: dict[Method, list[Point]] = {}
+    drawn: dict[MethodKey, list[Point]] = {}
     for row in rows:
         if row["task"] == task:
             point = Point(x=float(row["budget"]), y=row["gain"], interval=tuple(row["gain_ci95"]))
             share = "model"  # both methods' heads and layers compete
-            drawn.setdefault(Method.of({"policy": row["method"], "share": share}), []).append(point)
+            drawn.setdefault(MethodKey.of({"policy": row["method"], "share": share}), []).append(point)
     above = Axis(label="score above the full cache's", limits=(-0.6, 0.4))
     kept = Axis(label="share of the pairs kept", whole=True, percent=True)
-    return line_chart(f"{task}, {LENGTH:,} tokens", lines_of(drawn), kept, above, legend=True)
+    return draw_line_chart(f"{task}, {LENGTH:,} tokens", make_lines(drawn), kept, above, legend=True)
 
 
 def main(

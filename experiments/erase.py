@@ -114,7 +114,7 @@ def _cell(row: Mapping[str, Any], figure: str) -> str:
 
 def map_of(rows: Sequence[Mapping[str, Any]], figure: str, title: str) -> str:
     """Return an SVG: a cell for each method and task, coloured by a figure."""
-    from vestige.bench.report.plots import heat_map
+    from vestige.bench.report.plots import draw_heat_map
 
     tasks = list(dict.fromkeys((row["task"], row["length"]) for row in rows if row.get(figure) is not None))
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -122,7 +122,7 @@ def map_of(rows: Sequence[Mapping[str, Any]], figure: str, title: str) -> str:
     values = [[found.get((method, *task)) for method in methods] for task in tasks]
     names = [f"{task} {length:,}" for task, length in tasks]
     short = [method.replace("where=end", "end") for method in methods]
-    return heat_map(title, values, names, short, ("task", "method"))
+    return draw_heat_map(title, values, names, short, ("task", "method"))
 
 
 def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -131,18 +131,18 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: Of :func:`vestige.bench.erasing.latency.latency`.
     """
-    from vestige.bench.report.methods import Method
-    from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
+    from vestige.bench.report.methods import MethodKey
+    from vestige.bench.report.plots import Axis, Point, draw_line_chart, make_lines
 
-    drawn: dict[Method, list[Point]] = {}
+    drawn: dict[MethodKey, list[Point]] = {}
     for row in rows:
         if row["method"] != BOUNDS[0]:
             point = Point(x=row["length"], y=1e3 * row["edit_s"])
-            drawn.setdefault(Method(policy=row["method"]), []).append(point)
+            drawn.setdefault(MethodKey(policy=row["method"]), []).append(point)
     before, span = rows[0]["before"], rows[0]["span"]
-    return line_chart(
+    return draw_line_chart(
         f"Erasing {span} tokens behind the first {before}",
-        lines_of(drawn),
+        make_lines(drawn),
         Axis(label="tokens read before", log=True, whole=True),
         Axis(label="edit, milliseconds", log=True),
         legend=True,

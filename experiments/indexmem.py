@@ -97,20 +97,20 @@ def needles(rows: Iterable[tuple[Row, str]]) -> str:
     Args:
         rows: Of the benchmark, each with the fraction that it is compared under.
     """
-    from vestige.bench.report.methods import Method
-    from vestige.bench.report.plots import heat_map
+    from vestige.bench.report.methods import MethodKey
+    from vestige.bench.report.plots import draw_heat_map
 
     found: dict[tuple[str, int, float], float] = {}
     for row, fraction in rows:
         if row["task"] == "niah" and fraction in (MAPPED, "1.0") and row["n"]:
             for place in row["parts"] or [row]:
-                found[Method.of(row).label, row["length"], place["tags"]["depth"]] = place["score"]
+                found[MethodKey.of(row).label, row["length"], place["tags"]["depth"]] = place["score"]
     methods = list(dict.fromkeys(method for method, _, _ in found))
     places = sorted({(length, depth) for _, length, depth in found})
     grid = [[found.get((method, *place)) for place in places] for method in methods]
     names = [f"{depth:.0%}\n{length:,}" for length, depth in places]
     title = f"{MODEL}, needles at a budget of {MAPPED}"
-    return heat_map(title, grid, methods, names, ("method", "depth of the needle, and length"))
+    return draw_heat_map(title, grid, methods, names, ("method", "depth of the needle, and length"))
 
 
 def summed_up(out: Path, name: str, part: equal_bytes.Part) -> list[Row]:

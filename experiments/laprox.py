@@ -131,21 +131,21 @@ def pictures(rows: Iterable[Mapping[str, Any]], title: str) -> dict[str, str]:
         rows: Of :func:`losses`.
         title: Stands above; the budget follows it.
     """
-    from vestige.bench.report.methods import Method, looks
-    from vestige.bench.report.plots import Line, Point, dot_chart
+    from vestige.bench.report.methods import MethodKey, assign_styles
+    from vestige.bench.report.plots import Line, Point, draw_dot_chart
 
-    drawn: dict[str, dict[Method, Mapping[str, Any]]] = {}
+    drawn: dict[str, dict[MethodKey, Mapping[str, Any]]] = {}
     for row in rows:
-        drawn.setdefault(row["budget"], {})[Method.of(row)] = row
+        drawn.setdefault(row["budget"], {})[MethodKey.of(row)] = row
     made = {}
     for budget, found in drawn.items():
         best = sorted(found, key=lambda method: -found[method]["score"])
-        look = looks(best)
+        styles = assign_styles(best)
         points = {m: Point(x=0, y=found[m]["score"], interval=tuple(found[m]["score_ci95"])) for m in best}
-        lines = [Line(label=m.label.replace(f"({POOLING})", ""), look=look[m], points=(points[m],)) for m in best]
+        lines = [Line(label=m.label.replace(f"({POOLING})", ""), style=styles[m], points=(points[m],)) for m in best]
         notes = [f"loses {found[m]['loss']:+.2f}" for m in best]
         full = Point(x=0, y=found[best[0]]["score"] + found[best[0]]["loss"])
-        made[budget] = dot_chart(f"{title}, budget {budget}", lines, notes, level=full)
+        made[budget] = draw_dot_chart(f"{title}, budget {budget}", lines, notes, level=full)
     return made
 
 
