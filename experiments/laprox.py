@@ -1,9 +1,9 @@
 """LaProx against the methods that its paper compares with, at equal budgets, question-aware and question-agnostic.
 
-``make results-laprox ESSAYS=DIR LONGBENCH=DIR`` runs it, and goes on with what is there after an interrupt. What was
-chosen by looking at scores was chosen on the dev split (``make results-laprox-dev``). All methods that look at the
-latest queries look at 32 and pool alike. The papers pool over 7 tokens around each, too few for this model, which
-writes a number digit by digit; with the question read first, SnapKV and LaProx also run with that, and with 21.
+``python -m experiments laprox --essays DIR --longbench DIR`` starts or resumes it. Options chosen by scores were chosen
+on the dev split (``--dev``). All methods that observe the latest queries observe 32 and pool alike. The papers pool
+over 7 tokens around each, too few for this model, which writes a number digit by digit; question-aware, SnapKV and
+LaProx also run with 7, and with 21.
 """
 
 import json
@@ -15,7 +15,18 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
+from experiments.runner import (
+    Dev,
+    Essays,
+    Out,
+    Parts,
+    choose_folder,
+    choose_split,
+    read_records,
+    run_bench,
+    select_parts,
+    write_report,
+)  # fmt: skip
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
 
@@ -39,23 +50,23 @@ ABLATIONS = (
     "window=8",
     "observed=8",
 )
-"""What is changed in laprox, one at a time: who competes, raw scores, pinned sinks, a tenth for boundary tokens, ..."""
+"""Changes of laprox, one at a time: who competes, raw scores, pinned sinks, a tenth for boundary tokens, ..."""
 ABLATED_TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1")
 SAMPLES, KVZIP_SAMPLES, ANSWER_ROOM, LENGTH = 20, 10, 16, 2048
-COMMAND = "make results-laprox ESSAYS=DIR LONGBENCH=DIR"
+COMMAND = 'make results NAME=laprox ARGS="--essays DIR --longbench DIR"'
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the runs: a model and what is measured on it."""
+    """One of the runs: a model and its benchmark."""
 
     config: BenchConfig
     model: str = "smollm2-135m"
 
 
-def parts(essays: Path | None = None, longbench: Path | None = None, split: str = "test") -> dict[str, Part]:
-    """Return the runs by name, the judged ones first."""
+def make_parts(essays: Path | None = None, longbench: Path | None = None, split: str = "test") -> dict[str, Part]:
+    """Return the runs by name, those that are judged first."""
     pooling = tuple(f"{name}({POOLING})" for name in METHODS)
     ablated = tuple(f"laprox({POOLING}, {change})" for change in ABLATIONS)
     arms = cross((*CONTROLS, *pooling), BUDGETS)
@@ -87,10 +98,10 @@ def parts(essays: Path | None = None, longbench: Path | None = None, split: str 
     }
 
 
-def losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what each method scores, and loses against the full cache on the same samples, by budget, over all tasks.
+def measure_losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return each method's score over all tasks by budget, and its loss against the full cache on the same samples.
 
-    ``of_snapkv`` is the loss as a share of SnapKV's. Intervals, 95 %, are by resampling samples.
+    ``of_snapkv`` is the loss as a share of SnapKV's. 95 % intervals come from resampling the samples.
 
     Args:
         records: Of one part.
@@ -124,12 +135,12 @@ def losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def pictures(rows: Iterable[Mapping[str, Any]], title: str) -> dict[str, str]:
-    """Return an SVG for each budget: what each method scores, the full cache as a line. Common pooling goes unsaid.
+def draw_scores(rows: Iterable[Mapping[str, Any]], title: str) -> dict[str, str]:
+    """Return the SVG of all scores for each budget, the full cache as a line; labels leave the common pooling out.
 
     Args:
-        rows: Of :func:`losses`.
-        title: Stands above; the budget follows it.
+        rows: Of :func:`measure_losses`.
+        title: Heading of the pictures, which the budget follows.
     """
     from vestige.bench.report.methods import MethodKey, assign_styles
     from vestige.bench.report.plots import Line, Point, draw_dot_chart
@@ -170,21 +181,20 @@ def _interval(own: Sequence[float | int], other: Sequence[float | int]) -> tuple
 
 
 def main(
-    out: Out,
+    out: Out = None,
     essays: Essays = None,
     longbench: Annotated[Path | None, typer.Option(help="A folder with multi_news.jsonl; default: online.")] = None,
     part: Parts = None,
     dev: Dev = False,
 ) -> None:
-    """Run the comparison, or go on with it, part by part."""
-    for name, run in chosen(parts(essays, longbench, split_of(dev)), part).items():
+    """Run the comparison, or resume it, part by part, and write its report."""
+    out = choose_folder(out, "laprox", dev=dev)
+    for name, run in select_parts(make_parts(essays, longbench, choose_split(dev)), part).items():
         folder = out / name
-        benched(run.config, folder, model=run.model, command=COMMAND, label=name)
-        found = losses(records_of(folder))
+        run_bench(run.config, folder, model=run.model, command=COMMAND, label=name)
+        found = measure_losses(read_records(folder))
         (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
-        for budget, picture in pictures(found, f"{run.model}, {name}").items():
+        for budget, picture in draw_scores(found, f"{run.model}, {name}").items():
             (folder / f"scores-{budget}.svg").write_text(picture)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    if not dev:
+        write_report(out)
