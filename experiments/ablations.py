@@ -10,20 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments import runner
 from experiments.retention import ANSWER_ROOM, MODEL
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    Parts,
-    choose_folder,
-    choose_split,
-    format_interval,
-    read_records,
-    run_bench,
-    select_parts,
-    write_summary,
-)  # fmt: skip
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.report.tables import format_markdown
@@ -130,17 +119,18 @@ def format_table(records: Iterable[Record], ways: Mapping[str, str]) -> str:
     rows = []
     for way in dict.fromkeys(way for way, _ in scores):
         other = BASELINES.get(way, FIRST) if way in WAYS and way != FIRST else ""
-        rows.append([way, other, *(_cell(scores.get((way, at), {}), scores.get((other, at), {})) for at in BUDGETS)])
+        pairs = [(scores.get((way, budget), {}), scores.get((other, budget), {})) for budget in BUDGETS]
+        rows.append([way, other, *(_format_cell(*pair) for pair in pairs)])
     return format_markdown(("trained", "beside", *BUDGETS), rows, words=("trained", "beside"))
 
 
-def _cell(scores: Mapping[Any, float], baseline: Mapping[Any, float]) -> str:
+def _format_cell(scores: Mapping[Any, float], baseline: Mapping[Any, float]) -> str:
     if not scores:
         return ""
     above = [score - baseline[key] for key, score in scores.items() if key in baseline]
     if not above:
         return f"{mean(scores.values()):.2f}"
-    return f"{mean(scores.values()):.2f}, {format_interval(mean(above), resampled(above) or (0.0, 0.0))}"
+    return f"{mean(scores.values()):.2f}, {runner.format_interval(mean(above), resampled(above) or (0.0, 0.0))}"
 
 
 def main(
@@ -153,10 +143,12 @@ def main(
     dev: Dev = False,
 ) -> None:
     """Train gates in each way, or resume that, and compare all that are complete."""
-    folder = choose_folder(out, "gates", results="retention/gates", dev=dev)
-    for way in select_parts(WAYS, part):
+    folder = runner.choose_folder(out, "gates", results="retention/gates", dev=dev)
+    for way in runner.select_parts(WAYS, part):
         train_gates(way, tuple(data), field, gates / way)
     ways = {make_policy_name(way, gates): way for way in WAYS if is_done(gates / way)}
-    run_bench(make_comparison(ways, essays, choose_split(dev)), folder, model=MODEL, command=COMMAND, label="gates")
-    table = format_table(read_records(folder), ways)
-    write_summary(folder / "ablations.md", "Gates trained in other ways", COMMAND, table, note=NOTE)
+    runner.run_bench(
+        make_comparison(ways, essays, runner.choose_split(dev)), folder, model=MODEL, command=COMMAND, label="gates"
+    )
+    table = format_table(runner.read_records(folder), ways)
+    runner.write_summary(folder / "ablations.md", "Gates trained in other ways", COMMAND, table, note=NOTE)

@@ -33,11 +33,11 @@ def verdict(records: Iterable[Record], ours: str, budget_of: Callable[[Record], 
         for method, found in methods.items():
             identity = {"policy": method.policy, "share": method.share, "peer": method.peer}
             if cell := {key: record for key, record in found.items() if key in full}:
-                rows.append({"length": length, "budget": budget} | identity | _row(cell, full, own))
+                rows.append({"length": length, "budget": budget} | identity | _compare(cell, full, own))
     return sorted(rows, key=lambda row: (row["length"], -float(row["budget"]), -row["score"]))
 
 
-def _row(cell: dict[Any, Record], full: dict[Any, Record], ours: dict[Any, Record]) -> Row:
+def _compare(cell: dict[Any, Record], full: dict[Any, Record], ours: dict[Any, Record]) -> Row:
     scores = {key: float(record["score"]) for key, record in cell.items()}
     mean, whole = (sum(float(records[key]["score"]) for key in scores) / len(scores) for records in (cell, full))
     above = [float(ours[key]["score"]) - score for key, score in scores.items() if key in ours]
@@ -77,7 +77,8 @@ def format_table(rows: Iterable[Row], ours: str) -> str:
 
 def draw_scores(rows: Sequence[Row], length: int, title: str) -> str:
     """Return the SVG of each method's mean score by measured bytes."""
-    from vestige.bench.report.plots import Axis, Point, draw_line_chart, make_lines
+    from vestige.bench.report.lines import make_lines
+    from vestige.bench.report.plots import Axis, Point, draw_line_chart
 
     drawn: dict[MethodKey, list[Point]] = {}
     for row in rows:

@@ -12,17 +12,9 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments import runner
 from experiments.retention import ANSWER_ROOM, MODEL, RETENTION, RIVALS
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    choose_folder,
-    choose_split,
-    format_interval,
-    update_rows,
-    write_summary,
-)
+from experiments.runner import Dev, Essays, Out
 from vestige import policies
 from vestige.bench import items
 from vestige.bench.config import BenchConfig
@@ -143,7 +135,7 @@ def format_table(rows: Iterable[Row]) -> str:
     lines = [
         [
             *(row["task"], row["method"], row["budget"], str(row["n"])),
-            *(f"{row['score_full']:.2f}", f"{row['score']:.2f}", format_interval(row["gain"], row["gain_ci95"])),
+            *(f"{row['score_full']:.2f}", f"{row['score']:.2f}", runner.format_interval(row["gain"], row["gain_ci95"])),
             *(f"{1 - row['dilution_full']:.2%}", f"{1 - row['dilution']:.2%}"),
         ]
         for row in rows
@@ -154,8 +146,9 @@ def format_table(rows: Iterable[Row]) -> str:
 
 def draw_gains(rows: Sequence[Row], task: str) -> str:
     """Return the SVG of each method's gain over the full cache, by budget."""
+    from vestige.bench.report.lines import make_lines
     from vestige.bench.report.methods import MethodKey
-    from vestige.bench.report.plots import Axis, Point, draw_line_chart, make_lines
+    from vestige.bench.report.plots import Axis, Point, draw_line_chart
 
     drawn: dict[MethodKey, list[Point]] = {}
     for row in rows:
@@ -181,13 +174,13 @@ def main(
     from vestige.models.loading import load
     from vestige.utils.files import write_atomically
 
-    folder = choose_folder(out, "dilution", results="retention", dev=dev)
+    folder = runner.choose_folder(out, "dilution", results="retention", dev=dev)
     config = BenchConfig(
         tasks=TASKS,
         arms=(),
         lengths=(LENGTH,),
         samples=samples,
-        split=choose_split(dev),
+        split=runner.choose_split(dev),
         answer_room=ANSWER_ROOM,
         essays=essays,
     )
@@ -195,8 +188,8 @@ def main(
     left = len(TASKS) * samples * len(METHODS) * len(BUDGETS) - len(store.records)
     for record in track(measure(config, *load(MODEL), done=store.has), "dilution", left):
         store.append(record)
-    rows = update_rows(folder / "dilution.json", aggregate_records(store.records.values()))
-    write_summary(folder / "dilution.md", "Dilution", COMMAND, format_table(rows))
+    rows = runner.update_rows(folder / "dilution.json", aggregate_records(store.records.values()))
+    runner.write_summary(folder / "dilution.md", "Dilution", COMMAND, format_table(rows))
     for task in TASKS:
         write_atomically(folder / f"dilution-{task.rpartition('/')[2]}.svg", draw_gains(rows, task))
     print(format_table(rows))

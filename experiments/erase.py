@@ -11,19 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    Parts,
-    choose_folder,
-    choose_split,
-    format_interval,
-    read_records,
-    select_parts,
-    update_rows,
-    write_summary,
-)
+from experiments import runner
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.erasing.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erasing.tasks import TASKS
 from vestige.bench.report.tables import format_markdown
@@ -99,7 +88,8 @@ def _format_figure(rows: Sequence[Mapping[str, Any]], title: str, figure: str, c
         filtered = not count.endswith("_kept") and any(row.get("kept_only") for row in found)
         end = "_kept" if filtered else ""
         columns.append(f"{task}{f' {length}' if length else ''}{', filtered' if filtered else ''}")
-        column = [_cell(row, figure + end) for row in found] + [str(max(row.get(count + end, 0) for row in found))]
+        samples = str(max(row.get(count + end, 0) for row in found))
+        column = [*(_format_cell(row, figure + end) for row in found), samples]
         for text, cell in zip(texts, column, strict=True):
             text.append(cell)
     return f"### {title}\n\n{format_markdown(columns, texts, words=('method',))}" if len(columns) > 1 else ""
@@ -115,12 +105,12 @@ FIGURES = (
 )  # fmt: skip
 
 
-def _cell(row: Mapping[str, Any], figure: str) -> str:
+def _format_cell(row: Mapping[str, Any], figure: str) -> str:
     value = row.get(figure)
     if value is None:
         return "-"
     ends = row.get(f"{figure}_ci95")
-    return f"{value:.2f}" if ends is None else format_interval(value, ends, ".2f")
+    return f"{value:.2f}" if ends is None else runner.format_interval(value, ends, ".2f")
 
 
 def draw_map(rows: Sequence[Mapping[str, Any]], figure: str, title: str) -> str:
@@ -142,8 +132,9 @@ def draw_times(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: Of :func:`vestige.bench.erasing.latency.latency`.
     """
+    from vestige.bench.report.lines import make_lines
     from vestige.bench.report.methods import MethodKey
-    from vestige.bench.report.plots import Axis, Point, draw_line_chart, make_lines
+    from vestige.bench.report.plots import Axis, Point, draw_line_chart
 
     drawn: dict[MethodKey, list[Point]] = {}
     for row in rows:
@@ -160,7 +151,7 @@ def draw_times(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def write_report(out: Path) -> None:
+def summarize(out: Path) -> None:
     """Write ``report.md`` and the pictures of all parts that have results, and the verdict on the needles."""
     from vestige.bench.results.store import ROWS, SPEED
     from vestige.utils.files import write_atomically
@@ -172,14 +163,14 @@ def write_report(out: Path) -> None:
         write_atomically(out / name / "exact.svg", picture)
         blocks.append(f"## {name}\n\n![exact match by task and method]({name}/exact.svg)\n\n{format_tables(rows)}")
         if name in ("needles", "needles-long"):
-            records += read_records(out / name)
-    if pooled := update_rows(out / "needles.json", verdict(records)):
+            records += runner.read_records(out / name)
+    if pooled := runner.update_rows(out / "needles.json", verdict(records)):
         blocks.insert(0, f"## needles, all lengths together\n\n{format_tables(pooled)}")
     if (out / SPEED).exists():
         timed = json.loads((out / SPEED).read_text())["rows"]
         write_atomically(out / "edit.svg", draw_times(timed))
         blocks.append("## What an edit takes\n\n![milliseconds by length](edit.svg)\n")
-    write_summary(out / "report.md", "Erasing", COMMAND, "\n".join(blocks))
+    runner.write_summary(out / "report.md", "Erasing", COMMAND, "\n".join(blocks))
 
 
 def main(
@@ -201,12 +192,12 @@ def main(
     from vestige.cli import render
     from vestige.models.loading import load
 
-    folder = choose_folder(out, "erase", dev=dev)
-    wanted = {} if report else select_parts(make_parts(essays, qa, choose_split(dev)), part)
+    folder = runner.choose_folder(out, "erase", dev=dev)
+    wanted = {} if report else runner.select_parts(make_parts(essays, qa, runner.choose_split(dev)), part)
     for name, config in wanted.items():
         model, tokenizer = load(MODEL)
         target: dict[str, Any] = {"out": folder / name, "resume": True, "command": COMMAND}
         with render.reading_bar(Console(stderr=True), name) as advance:
             rows = bench_erase(config, model, tokenizer, name=MODEL, progress=advance, **target)
         Console().print(render.erase_bench_table(rows))
-    write_report(folder)
+    summarize(folder)

@@ -10,22 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from experiments import equal_bytes
+from experiments import equal_bytes, runner
 from experiments.comparison import draw_scores, format_table, verdict
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    Parts,
-    choose_folder,
-    choose_split,
-    format_interval,
-    read_records,
-    run_bench,
-    select_parts,
-    update_rows,
-    write_summary,
-)
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.report.tables import format_markdown
 from vestige.bench.results.aggregate import Record, Row, gain
 from vestige.cli.options import Dtype
@@ -96,7 +83,7 @@ def format_gains(rows: Iterable[Row]) -> str:
     lines = [
         [
             *(row["policy"], row["fraction"], row["memory"], str(row["n"])),
-            *(f"{row['without']:.2f}", f"{row['score']:.2f}", format_interval(row["gain"], row["gain_ci95"])),
+            *(f"{row['without']:.2f}", f"{row['score']:.2f}", runner.format_interval(row["gain"], row["gain_ci95"])),
         ]
         for row in rows
     ]
@@ -133,9 +120,9 @@ def summarize(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
 
     blocks, needles = equal_bytes.list_impossible(made), list[tuple[Row, str]]()
     for name, part in made.items():
-        records, remembers = read_records(out / name), name.startswith("memories")
+        records, remembers = runner.read_records(out / name), name.startswith("memories")
         found = measure_gains(records, part.budget_of) if remembers else verdict(records, OURS, part.budget_of)
-        if not (rows := update_rows(out / f"{name}.json", found)):
+        if not (rows := runner.update_rows(out / f"{name}.json", found)):
             continue
         if name in MAPS:
             needles += [(row, part.budget_of({"arm": row})) for row in read_rows(out / name)]
@@ -147,15 +134,15 @@ def summarize(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
     if needles:
         write_atomically(out / "needles.svg", draw_needles(needles))
         blocks.append("## Needles by depth and length\n\n![needles found](needles.svg)\n")
-    write_summary(out / "verdict.md", "IndexMem", COMMAND, *blocks)
+    runner.write_summary(out / "verdict.md", "IndexMem", COMMAND, *blocks)
 
 
 def main(out: Out = None, essays: Essays = None, part: Parts = None, dev: Dev = False, dtype: Dtype = None) -> None:
     """Run the comparison, or resume it, part by part."""
     from vestige.models.loading import load
 
-    folder = choose_folder(out, "indexmem", dev=dev)
-    made = make_parts(load(MODEL, dtype=dtype)[0], essays, choose_split(dev))
-    for name, run in select_parts(made, part).items():
-        run_bench(run.config, folder / name, model=MODEL, command=COMMAND, label=name, dtype=dtype)
+    folder = runner.choose_folder(out, "indexmem", dev=dev)
+    made = make_parts(load(MODEL, dtype=dtype)[0], essays, runner.choose_split(dev))
+    for name, run in runner.select_parts(made, part).items():
+        runner.run_bench(run.config, folder / name, model=MODEL, command=COMMAND, label=name, dtype=dtype)
     summarize(folder, made)

@@ -15,18 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    Parts,
-    choose_folder,
-    choose_split,
-    read_records,
-    run_bench,
-    select_parts,
-    write_report,
-)  # fmt: skip
+from experiments import runner
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
 
@@ -125,11 +115,11 @@ def measure_losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
                 "policy": policy,
                 "budget": budget,
                 "n": len(shared),
-                "score": _mean([cell[key] for key in shared]),
-                "score_ci95": _interval([cell[key] for key in shared], [1.0] * len(shared)),
-                "loss": _mean(own),
-                "of_snapkv": _ratio(own, snapkv),
-                "of_snapkv_ci95": _interval(own, snapkv),
+                "score": _average([cell[key] for key in shared]),
+                "score_ci95": _resample([cell[key] for key in shared], [1.0] * len(shared)),
+                "loss": _average(own),
+                "of_snapkv": _find_ratio(own, snapkv),
+                "of_snapkv_ci95": _resample(own, snapkv),
             }
         )
     return rows
@@ -160,20 +150,20 @@ def draw_scores(rows: Iterable[Mapping[str, Any]], title: str) -> dict[str, str]
     return made
 
 
-def _mean(values: Sequence[float | int]) -> float:
+def _average(values: Sequence[float | int]) -> float:
     return sum(values) / len(values)
 
 
-def _ratio(own: Sequence[float | int], other: Sequence[float | int]) -> float | None:
+def _find_ratio(own: Sequence[float | int], other: Sequence[float | int]) -> float | None:
     return sum(own) / sum(other) if sum(other) > 0 else None
 
 
-def _interval(own: Sequence[float | int], other: Sequence[float | int]) -> tuple[float, float] | None:
+def _resample(own: Sequence[float | int], other: Sequence[float | int]) -> tuple[float, float] | None:
     draw = random.Random(0)
     found = []
     for _ in range(RESAMPLES):
         picked = draw.choices(range(len(own)), k=len(own))
-        ratio = _ratio([own[i] for i in picked], [other[i] for i in picked])
+        ratio = _find_ratio([own[i] for i in picked], [other[i] for i in picked])
         if ratio is not None:
             found.append(ratio)
     found.sort()
@@ -188,13 +178,13 @@ def main(
     dev: Dev = False,
 ) -> None:
     """Run the comparison, or resume it, part by part, and write its report."""
-    out = choose_folder(out, "laprox", dev=dev)
-    for name, run in select_parts(make_parts(essays, longbench, choose_split(dev)), part).items():
+    out = runner.choose_folder(out, "laprox", dev=dev)
+    for name, run in runner.select_parts(make_parts(essays, longbench, runner.choose_split(dev)), part).items():
         folder = out / name
-        run_bench(run.config, folder, model=run.model, command=COMMAND, label=name)
-        found = measure_losses(read_records(folder))
+        runner.run_bench(run.config, folder, model=run.model, command=COMMAND, label=name)
+        found = measure_losses(runner.read_records(folder))
         (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
         for budget, picture in draw_scores(found, f"{run.model}, {name}").items():
             (folder / f"scores-{budget}.svg").write_text(picture)
     if not dev:
-        write_report(out)
+        runner.write_report(out)

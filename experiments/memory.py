@@ -10,19 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    choose_folder,
-    choose_split,
-    format_interval,
-    read_records,
-    run_bench,
-    update_rows,
-    write_report,
-    write_summary,
-)
+from experiments import runner
+from experiments.runner import Dev, Essays, Out
 from vestige import memory
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
@@ -51,7 +40,7 @@ def make_comparison(length: int, *, aware: bool, essays: Path | None = None, spl
     """Return the run at one length, with the question read before eviction or after."""
     return BenchConfig(
         tasks=TASKS,
-        arms=(*cross(("full",), ()), *_arms(length, (AWARE if aware else AGNOSTIC)[length])),
+        arms=(*cross(("full",), ()), *_make_methods(length, (AWARE if aware else AGNOSTIC)[length])),
         lengths=(length,),
         samples=SAMPLES,
         split=split,
@@ -68,7 +57,7 @@ def count_memory_pairs(name: str) -> int:
     return math.ceil(made.state_bytes(HEAD_DIM, HEAD_DIM) / PAIR_BYTES)
 
 
-def _arms(length: int, policies: tuple[str, ...]) -> Iterator[Arm]:
+def _make_methods(length: int, policies: tuple[str, ...]) -> Iterator[Arm]:
     for policy in policies:
         share = "model" if "model" in policy else "head"
         for fraction in FRACTIONS:
@@ -114,7 +103,7 @@ def format_table(rows: Iterable[Row]) -> str:
     lines = []
     for policy, fraction, equal in heads:
         found = [row for name in MEMORIES if (row := cells.get((policy, fraction, equal, name)))]
-        gains = [format_interval(row["gain"], row["gain_ci95"]) for row in found]
+        gains = [runner.format_interval(row["gain"], row["gain_ci95"]) for row in found]
         lines.append([policy, f"{fraction:g}", equal, str(found[0]["n"]), f"{found[0]['without']:.2f}", *gains])
     columns = ("policy", "kept", "equal", "samples", "without", *MEMORIES)
     return format_markdown(columns, lines, words=("policy", "equal"))
@@ -122,20 +111,20 @@ def format_table(rows: Iterable[Row]) -> str:
 
 def summarize(out: Path) -> None:
     """Write ``gains.json`` and ``gains.md`` from all runs in a folder."""
-    records = [record for folder in sorted(out.glob("*/*/")) for record in read_records(folder)]
-    rows = update_rows(out / "gains.json", measure_gains(records))
+    records = [record for folder in sorted(out.glob("*/*/")) for record in runner.read_records(folder)]
+    rows = runner.update_rows(out / "gains.json", measure_gains(records))
     note = "What a memory adds to the mean score, beside the same policy without one."
-    write_summary(out / "gains.md", "Memories of the evicted", COMMAND, format_table(rows), note=note)
+    runner.write_summary(out / "gains.md", "Memories of the evicted", COMMAND, format_table(rows), note=note)
 
 
 def main(out: Out = None, essays: Essays = None, dev: Dev = False) -> None:
     """Run the comparison, or resume it, and write its report."""
-    out = choose_folder(out, "memory", dev=dev)
+    out = runner.choose_folder(out, "memory", dev=dev)
     for aware in (True, False):
         for length in AWARE if aware else AGNOSTIC:
-            config = make_comparison(length, aware=aware, essays=essays, split=choose_split(dev))
+            config = make_comparison(length, aware=aware, essays=essays, split=runner.choose_split(dev))
             folder = out / ("aware" if aware else "agnostic") / str(length)
-            run_bench(config, folder, model=MODEL, command=COMMAND, label=folder.name)
+            runner.run_bench(config, folder, model=MODEL, command=COMMAND, label=folder.name)
     summarize(out)
     if not dev:
-        write_report(out)
+        runner.write_report(out)

@@ -12,17 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments import runner
 from experiments.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    choose_folder,
-    choose_split,
-    format_interval,
-    update_rows,
-    write_summary,
-)
+from experiments.runner import Dev, Essays, Out
 from vestige import memory
 from vestige.bench import items
 from vestige.bench.config import BenchConfig
@@ -98,9 +90,8 @@ def _select_all(layer: Layer, text: int) -> Tensor:
 def _measure_error(cache: KVCache, layers: list[Layer], whole: list[PartialAttention], text: int) -> dict[str, float]:
     """Return means over layers: the share of attention to evicted pairs, and the output's relative squared error."""
     lost, errors = [], []
-    for cached, held, layer, exact in zip(
-        cache.evictable, held_of(cache, torch.arange(text)), layers, whole, strict=True
-    ):
+    kept = held_of(cache, torch.arange(text))
+    for cached, held, layer, exact in zip(cache.evictable, kept, layers, whole, strict=True):
         left = attended(layer, text, held.to(layer.keys.device))
         output = left.output if cached.remains is None else rejoined(left, cached.remains, layer, text)
         lost.append(1 - (left.lse - exact.lse).exp().mean())
@@ -136,7 +127,7 @@ def format_table(rows: Iterable[Row]) -> str:
     lines = []
     for (policy, budget), found in arms.items():
         left = [
-            format_interval(found[kind]["left"], found[kind]["left_ci95"], ".0%") if kind in found else ""
+            runner.format_interval(found[kind]["left"], found[kind]["left_ci95"], ".0%") if kind in found else ""
             for kind in (first, *kinds)
         ]
         plain = found["none"]
@@ -164,8 +155,8 @@ def main(out: Out = None, essays: Essays = None, dev: Dev = False, dtype: Dtype 
     from vestige.bench.results.store import Store
     from vestige.models.loading import load
 
-    folder = choose_folder(out, "restored", results="indexmem", dev=dev)
-    config = make_comparison(essays, choose_split(dev))
+    folder = runner.choose_folder(out, "restored", results="indexmem", dev=dev)
+    config = make_comparison(essays, runner.choose_split(dev))
     model, tokenizer = load(MODEL, dtype=dtype)
     books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}
     books |= {"weights": check(model).fingerprint()}
@@ -173,6 +164,6 @@ def main(out: Out = None, essays: Essays = None, dev: Dev = False, dtype: Dtype 
     left = len(config.tasks) * SAMPLES * len(config.arms) - len(store.records)
     for record in track(measure(config, model, tokenizer, known=store.known), "restored", left):
         store.append(record)
-    rows = update_rows(folder / "restored.json", aggregate_records(store.records.values()))
-    write_summary(folder / "restored.md", "What memories give back", COMMAND, format_table(rows))
+    rows = runner.update_rows(folder / "restored.json", aggregate_records(store.records.values()))
+    runner.write_summary(folder / "restored.md", "What memories give back", COMMAND, format_table(rows))
     print(format_table(rows))

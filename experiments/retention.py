@@ -11,20 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from experiments import equal_bytes
+from experiments import equal_bytes, runner
 from experiments.comparison import draw_scores, format_table, verdict
-from experiments.runner import (
-    Dev,
-    Essays,
-    Out,
-    Parts,
-    choose_folder,
-    read_records,
-    run_bench,
-    select_parts,
-    update_rows,
-    write_summary,
-)
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.results.aggregate import Row
@@ -78,11 +67,10 @@ def make_parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, 
     """
     names, made = (RETENTION, *RIVALS, *CONTROLS), {}
     for length, budgets in BUDGETS.items():
-        common = _common(essays, "test") | {"samples": SAMPLES[length]}
+        common = _make_options(essays, "test") | {"samples": SAMPLES[length]}
         made[str(length)] = equal_bytes.make_part(model, names, budgets, length, **common)
-        arms = [
-            replace(arm, samples=n) for name, n in PRESSES.items() for arm in cross((), budgets, peers=(_press(name),))
-        ]
+        presses = {name: cross((), budgets, peers=(_name_press(name),)) for name in PRESSES}
+        arms = [replace(arm, samples=PRESSES[name]) for name, found in presses.items() for arm in found]
         pressed = BenchConfig(arms=tuple(arms), lengths=(length,), **common | {"tasks": PRESSED})
         made[f"{length}-presses"] = equal_bytes.Part(config=pressed, fractions={})
     return made
@@ -91,18 +79,18 @@ def make_parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, 
 def make_rival_choice(essays: Path | None = None) -> dict[str, BenchConfig]:
     """Return the runs on the dev split that the rivals are chosen by."""
     policies = cross(("full", *CANDIDATES), CHOOSING_BUDGETS, shares=("head", "model"))
-    presses = cross(("full",), CHOOSING_BUDGETS, peers=tuple(map(_press, CANDIDATE_PRESSES)))
+    presses = cross(("full",), CHOOSING_BUDGETS, peers=tuple(map(_name_press, CANDIDATE_PRESSES)))
     return {
-        name: BenchConfig(arms=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_common(essays, "dev"))
+        name: BenchConfig(arms=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_make_options(essays, "dev"))
         for name, arms in (("policies", policies), ("presses", presses))
     }
 
 
-def _common(essays: Path | None, split: str) -> dict[str, Any]:
+def _make_options(essays: Path | None, split: str) -> dict[str, Any]:
     return {"tasks": TASKS, "split": split, "answer_room": ANSWER_ROOM, "essays": essays}
 
 
-def _press(name: str) -> str:
+def _name_press(name: str) -> str:
     head, bracket, rest = name.partition("(")
     return f"kvpress:{head}Press{bracket}{rest}"
 
@@ -113,11 +101,11 @@ def summarize(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
 
     found: list[Row] = []
     for length in map(str, BUDGETS):
-        records = read_records(out / length) + read_records(out / f"{length}-presses")
+        records = runner.read_records(out / length) + runner.read_records(out / f"{length}-presses")
         found += verdict(records, RETENTION, made[length].budget_of)
-    rows = update_rows(out / "verdict.json", found)
+    rows = runner.update_rows(out / "verdict.json", found)
     blocks = (*equal_bytes.list_impossible(made), format_table(rows, RETENTION))
-    write_summary(out / "verdict.md", "Retention gates", COMMAND, *blocks, note=NOTES)
+    runner.write_summary(out / "verdict.md", "Retention gates", COMMAND, *blocks, note=NOTES)
     for length in {row["length"] for row in rows}:
         write_atomically(out / f"scores-{length}.svg", draw_scores(rows, length, MODEL))
 
@@ -126,10 +114,10 @@ def main(out: Out = None, essays: Essays = None, part: Parts = None, dev: Dev = 
     """Run the comparison, or resume it, part by part; on the dev split run the choice of the rivals."""
     from vestige.models.loading import load
 
-    out = choose_folder(out, "retention", dev=dev)
+    out = runner.choose_folder(out, "retention", dev=dev)
     made = {} if dev else make_parts(load(MODEL)[0], essays)
-    configs = make_rival_choice(essays) if dev else {name: one.config for name, one in made.items()}
-    for name, config in select_parts(configs, part).items():
-        run_bench(config, out / name, model=MODEL, command=COMMAND, label=name)
+    configs = make_rival_choice(essays) if dev else {name: run.config for name, run in made.items()}
+    for name, config in runner.select_parts(configs, part).items():
+        runner.run_bench(config, out / name, model=MODEL, command=COMMAND, label=name)
     if not dev:
         summarize(out, made)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.erase import write_report
+from experiments.erase import summarize
 from experiments.indexmem import MEMORIES, OURS
 from experiments.runner import Out, choose_folder, time_in
 from vestige.cli.options import Dtype
@@ -30,4 +30,4 @@ def measure_edits(out: Out = None) -> None:
     """Time edits by length, and write the report of all erasers with them."""
     folder: Path = choose_folder(out, "erase-speed", results="erase")
     time_in(folder, "erase-speed", "--method", METHODS, "--rounds", "11")
-    write_report(folder)
+    summarize(folder)

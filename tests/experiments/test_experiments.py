@@ -251,7 +251,7 @@ def test_the_report_has_tables_and_pictures_of_what_is_there(tmp_path):
         for name in ("noop", "recompute", "learned")
     ]
     (tmp_path / "speed.json").write_text(json.dumps({"rows": timed}))
-    erase.write_report(tmp_path)
+    erase.summarize(tmp_path)
     said = (tmp_path / "report.md").read_text()
     assert "| learned | 1.00 (0.44 to 1.00) |" in said and "needles, all lengths together" in said
     assert "svg" in (part / "exact.svg").read_text() and "milliseconds" in (tmp_path / "edit.svg").read_text()

@@ -4,12 +4,12 @@ A picture is small: a wide page shows several side by side, a narrow one shows t
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vestige.bench.report.figure import COLOR_MAP, make_color_map, open_figure, set_title, strip_axes, to_svg
-from vestige.bench.report.methods import MethodKey, Style, assign_styles, shorten
+from vestige.bench.report.methods import Style, shorten
 
 _TICKS = tuple(float(f"{digit}e{power}") for power in range(-3, 6) for digit in (1, 2, 5))
 _SPREAD = 2.0
@@ -47,14 +47,6 @@ class Axis:
 
 
 SCORE = Axis(label="score", limits=(0.0, 1.0))
-
-
-def make_lines(drawn: Mapping[MethodKey, Sequence[Point]]) -> list[Line]:
-    """Return a line for each method, in the order of a legend, each from left to right."""
-    return [
-        Line(label=method.label, style=style, points=tuple(sorted(drawn[method], key=lambda point: point.x)))
-        for method, style in assign_styles(drawn).items()
-    ]
 
 
 def draw_line_chart(

@@ -47,7 +47,7 @@ def read_rows(folder: Path) -> list[Row]:
     """
     if not _has_results(folder):
         raise InputError(f"no results in {folder}: expected {ROWS}; {_HINT}")
-    return [row for name in (ROWS, SPEED) if (folder / name).is_file() for row in _read(folder / name)]
+    return [row for name in (ROWS, SPEED) if (folder / name).is_file() for row in _read_file(folder / name)]
 
 
 def read_commands(folders: Sequence[Path]) -> list[str]:
@@ -63,7 +63,7 @@ def _has_results(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (ROWS, SPEED))
 
 
-def _read(path: Path) -> list[Row]:
+def _read_file(path: Path) -> list[Row]:
     contents = _parse(path)
     rows = contents.get("rows") if isinstance(contents, dict) else None
     if not isinstance(rows, list):
@@ -188,19 +188,19 @@ class Chapter:
 def make_chapters(rows: Iterable[Row]) -> list[Chapter]:
     """Return rows with a score by model, split, protocol and seed, sorted."""
     scored = [row for row in rows if not is_speed(row) and not is_failed(row)]
-    groups = group_rows(
-        scored,
-        lambda row: (_word(row, "model"), _word(row, "split"), bool(row.get("question_aware")), _word(row, "seed")),
-    )
-    return [
-        Chapter(
-            title=f"{model}, {split} split, question-{'aware' if aware else 'agnostic'}, seed {seed}", rows=tuple(found)
-        )
-        for (model, split, aware, seed), found in groups.items()
-    ]
+    chapters = []
+    for (model, split, aware, seed), found in group_rows(scored, _chapter_key).items():
+        title = f"{model}, {split} split, question-{'aware' if aware else 'agnostic'}, seed {seed}"
+        chapters.append(Chapter(title=title, rows=tuple(found)))
+    return chapters
 
 
-def _word(row: Row, key: str) -> str:
+def _chapter_key(row: Row) -> tuple[str, str, bool, str]:
+    model, split, seed = (_read_word(row, key) for key in ("model", "split", "seed"))
+    return model, split, bool(row.get("question_aware")), seed
+
+
+def _read_word(row: Row, key: str) -> str:
     value = row.get(key)
     return "unknown" if value is None else str(value)
 

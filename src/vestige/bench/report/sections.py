@@ -1,10 +1,19 @@
 """Sections of a report: the pictures of a chapter or of speed, with their legends and a few words."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from vestige.bench.report import plots
+from vestige.bench.report.lines import (
+    STRONGEST,
+    Styles,
+    emphasize,
+    find_full,
+    is_sweep,
+    make_legend,
+    make_line,
+    trace_rows,
+)
 from vestige.bench.report.methods import MethodKey, Style
 from vestige.bench.report.plots import Axis, Line, Point
 from vestige.bench.report.rows import (
@@ -27,11 +36,8 @@ _BYTES = Axis(label="cache bytes, measured (of the full cache)", log=True, perce
 _DECODE = Axis(label="decode, ms per token")
 _TURN = Axis(label="turn", whole=True)
 _UNEVEN = 0.01
-_STRONGEST = 10
 _DYNAMIC = MethodKey(policy="transformers:dynamic", peer="transformers:dynamic")
 """The cache of ``full_decode_ms`` in rows of ``bench speed``: a DynamicCache."""
-
-Styles = dict[MethodKey, Style]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +61,11 @@ def make_sections(chapter: Chapter, styles: Styles) -> list[Section]:
 
 def _show_families(mean: Mean, styles: Styles) -> Section:
     """Return a picture for each family: ours, its peers, and the controls behind them."""
-    lines, level = _make_lines(mean.rows, styles, find_bytes_fraction), _find_full(mean.rows)
+    lines, level = trace_rows(mean.rows, styles, find_bytes_fraction), find_full(mean.rows)
     controls = [method for method in lines if method.kind == "control" and method.peer is None]
     pictures, shown = [], set(controls)
     # The picture of the one task is below; families tell more of several tasks, or of many methods.
-    is_worthwhile = _is_sweep(lines.values()) and (len(mean.tasks) > 1 or len(lines) > _STRONGEST)
+    is_worthwhile = is_sweep(lines.values()) and (len(mean.tasks) > 1 or len(lines) > STRONGEST)
     for family, members in _group_by_family(lines).items() if is_worthwhile else ():
         strong = [replace(lines[method], style=replace(lines[method].style, strong=True)) for method in members]
         shown |= set(members)
@@ -74,7 +80,7 @@ def _show_families(mean: Mean, styles: Styles) -> Section:
     if mean.partial:
         text += f" Without a mean, since a task is missing: {', '.join(method.label for method in mean.partial)}."
     return Section(
-        title=f"Headline: {mean.title}", text=text, pictures=tuple(pictures), legend=_make_legend(shown, styles)
+        title=f"Headline: {mean.title}", text=text, pictures=tuple(pictures), legend=make_legend(shown, styles)
     )
 
 
@@ -92,20 +98,20 @@ def _group_by_family(methods: Iterable[MethodKey]) -> dict[str, list[MethodKey]]
 def _show_tasks(chapter: Chapter, styles: Styles) -> Section:
     pictures = []
     for (task, length), rows in group_by_cell(chapter.rows).items():
-        lines = _make_lines(rows, styles, find_bytes_fraction)
-        pictures.append(_draw_task(title_cell(task, length), lines, _find_full(rows)) if lines else "")
+        lines = trace_rows(rows, styles, find_bytes_fraction)
+        pictures.append(_draw_task(title_cell(task, length), lines, find_full(rows)) if lines else "")
     return Section(
         title="Accuracy against measured bytes",
         text="A picture for each task and length, with every method that ran. Intervals are drawn for our methods; the "
         "table has all of them. Where there is one budget only, methods are listed with their bytes on the right.",
         pictures=tuple(filter(None, pictures)),
-        legend=_make_legend(map(MethodKey.of, chapter.rows), styles),
+        legend=make_legend(map(MethodKey.of, chapter.rows), styles),
     )
 
 
 def _draw_task(title: str, lines: dict[MethodKey, Line], level: Point | None) -> str:
-    if _is_sweep(lines.values()):
-        return plots.draw_line_chart(title, _emphasize(lines), _BYTES, level=level)
+    if is_sweep(lines.values()):
+        return plots.draw_line_chart(title, emphasize(lines), _BYTES, level=level)
     singles = [line for method, line in lines.items() if method.kind != "full"]
     notes = [f"{100 * line.points[0].x:.0f} % bytes" for line in singles]
     return plots.draw_dot_chart(title, singles, notes, level=level) if singles else ""
@@ -114,16 +120,16 @@ def _draw_task(title: str, lines: dict[MethodKey, Line], level: Point | None) ->
 def _show_decode_times(chapter: Chapter, means: Iterable[Mean], styles: Styles) -> Section:
     pictures = []
     for mean in means:
-        lines = _make_lines(mean.rows, styles, lambda row: read_number(row, "decode_ms"), by_budget=True)
+        lines = trace_rows(mean.rows, styles, lambda row: read_number(row, "decode_ms"), by_budget=True)
         if lines:
-            level = _find_full(mean.rows)
-            pictures.append(plots.draw_line_chart(mean.title, _emphasize(lines), _DECODE, level=level))
+            level = find_full(mean.rows)
+            pictures.append(plots.draw_line_chart(mean.title, emphasize(lines), _DECODE, level=level))
     return Section(
         title="Accuracy against decode time",
         text="Milliseconds of one decode step against score; a line joins a method's budgets. Higher and further left "
         "is better. Times are of this machine and this run: compare within a picture only.",
         pictures=tuple(pictures),
-        legend=_make_legend(map(MethodKey.of, chapter.rows), styles),
+        legend=make_legend(map(MethodKey.of, chapter.rows), styles),
     )
 
 
@@ -183,17 +189,17 @@ def _show_turns(chapter: Chapter, styles: Styles) -> Section:
         for budget, part in by_budget.items():
             methods = {MethodKey.of(row): row for row in [*part, *full]}
             lines = {
-                method: _make_line(method, styles, _find_turns(methods[method]))
+                method: make_line(method, styles, _find_turns(methods[method]))
                 for method in sorted(methods, key=lambda method: method.order)
             }
             title = f"{title_cell(task, length)}, budget {budget}"
-            pictures.append(plots.draw_line_chart(title, _emphasize(lines, full=True), _TURN))
+            pictures.append(plots.draw_line_chart(title, emphasize(lines, full=True), _TURN))
             shown |= set(lines)
     return Section(
         title="Dialogue, by turn",
         text="Score of each turn of a conversation over one cache, which is evicted between turns.",
         pictures=tuple(pictures),
-        legend=_make_legend(shown, styles),
+        legend=make_legend(shown, styles),
     )
 
 
@@ -262,13 +268,13 @@ def make_speed_sections(rows: Sequence[Row], styles: Styles) -> list[Section]:
                 _draw_speed(f"budget {budget}, batch {batch:.0f}", part, styles)
                 for (batch, budget), part in panels.items()
             ),
-            legend=_make_legend([*map(MethodKey.of, rows), _DYNAMIC], styles),
+            legend=make_legend([*map(MethodKey.of, rows), _DYNAMIC], styles),
         )
     ]
 
 
 def _draw_speed(title: str, rows: Sequence[Row], styles: Styles) -> str:
-    shown = _emphasize(_make_lines(rows, styles, lambda row: read_number(row, "length"), y=_read_over_floor))
+    shown = emphasize(trace_rows(rows, styles, lambda row: read_number(row, "length"), y=_read_over_floor))
     full = {read_number(row, "length"): value for row in rows if (value := _read_full_over_floor(row)) is not None}
     if points := tuple(Point(x=x, y=y) for x, y in sorted((x, y) for x, y in full.items() if x is not None)):
         shown.append(Line(label="DynamicCache", style=styles[_DYNAMIC], points=points))
@@ -290,55 +296,3 @@ def _read_over_floor(row: Row) -> float | None:
 def _read_full_over_floor(row: Row) -> float | None:
     full, floor = read_number(row, "full_decode_ms"), read_number(row, "floor_ms")
     return None if full is None or not floor else full / floor
-
-
-def _make_lines(
-    rows: Iterable[Row],
-    styles: Styles,
-    x: Callable[[Row], float | None],
-    y: Callable[[Row], float | None] = lambda row: read_number(row, "score"),
-    *,
-    by_budget: bool = False,
-) -> dict[MethodKey, Line]:
-    """Return a line for each method, by ``x`` or by budget; rows that lack a value are left out."""
-    points: dict[MethodKey, list[tuple[Any, Point]]] = {}
-    for row in rows:
-        across, up = x(row), y(row)
-        if across is not None and up is not None and across > 0:
-            order = budget_key(str(row.get("budget"))) if by_budget else across
-            point = Point(x=across, y=up, interval=read_interval(row))
-            points.setdefault(MethodKey.of(row), []).append((order, point))
-    lines = {}
-    for method in sorted(points, key=lambda method: method.order):
-        ordered = sorted(points[method], key=lambda pair: pair[0])
-        lines[method] = _make_line(method, styles, tuple(point for _, point in ordered))
-    return lines
-
-
-def _make_line(method: MethodKey, styles: Styles, points: tuple[Point, ...]) -> Line:
-    return Line(label=method.label, style=styles[method], points=points)
-
-
-def _find_full(rows: Iterable[Row]) -> Point | None:
-    """Return the score of the full cache."""
-    for row in rows:
-        score = read_number(row, "score")
-        if MethodKey.of(row).kind == "full" and score is not None:
-            return Point(x=1.0, y=score, interval=read_interval(row))
-    return None
-
-
-def _emphasize(lines: dict[MethodKey, Line], *, full: bool = False) -> list[Line]:
-    """Return the lines, at most ten of them strong: ours, or else those of peers."""
-    own = [m for m in lines if m.kind == "own" or (full and m.kind == "full")] or [m for m in lines if m.kind == "peer"]
-    strong = set(own[:_STRONGEST])
-    return [replace(line, style=replace(line.style, strong=method in strong)) for method, line in lines.items()]
-
-
-def _is_sweep(lines: Iterable[Line]) -> bool:
-    """Return whether a method has several budgets."""
-    return any(len(line.points) > 1 for line in lines)
-
-
-def _make_legend(methods: Iterable[MethodKey], styles: Styles) -> tuple[tuple[Style, str], ...]:
-    return tuple((styles[method], method.label) for method in sorted(set(methods), key=lambda method: method.order))

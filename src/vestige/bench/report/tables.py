@@ -42,11 +42,11 @@ class Table:
 Column = Callable[[Row], Cell]
 
 
-def _word(key: str, otherwise: str = NOTHING) -> Column:
+def _make_text(key: str, otherwise: str = NOTHING) -> Column:
     return lambda row: Cell(str(row.get(key) or otherwise))
 
 
-def _number(key: str, spec: str, scale: float = 1.0) -> Column:
+def _make_number(key: str, spec: str, scale: float = 1.0) -> Column:
     def cell(row: Row) -> Cell:
         value = read_number(row, key)
         return Cell(NOTHING) if value is None else Cell(format(value * scale, spec), value)
@@ -54,46 +54,46 @@ def _number(key: str, spec: str, scale: float = 1.0) -> Column:
     return cell
 
 
-def _percent(fraction: float | None) -> Cell:
+def _format_percent(fraction: float | None) -> Cell:
     return Cell(NOTHING) if fraction is None else Cell(f"{100 * fraction:.1f} %", fraction)
 
 
-def _interval(row: Row) -> Cell:
+def _format_interval(row: Row) -> Cell:
     ends = read_interval(row)
     return Cell(NOTHING) if ends is None else Cell(f"{ends[0]:.2f} to {ends[1]:.2f}", ends[0])
 
 
-def _budget(row: Row) -> Cell:
+def _format_budget(row: Row) -> Cell:
     text = str(row.get("budget") or NOTHING)
     kind, value, _ = budget_key(text)
     return Cell(text, -value if kind < 2 else None)
 
 
 _COLUMNS: dict[str, Column] = {
-    "task": _word("task", "speed"),
-    "length": _number("length", ",.0f"),
+    "task": _make_text("task", "speed"),
+    "length": _make_number("length", ",.0f"),
     "method": lambda row: Cell(MethodKey.of(row).label),
-    "budget": _budget,
-    "score": _number("score", ".3f"),
-    "95 % interval": _interval,
-    "n": _number("n", ".0f"),
-    "kept": lambda row: _percent(read_number(row, "kept_fraction")),
-    "bytes": lambda row: _percent(find_bytes_fraction(row)),
-    "MB": _number("kv_bytes", ",.2f", 1e-6),
-    "peak MB": _number("peak_kv_bytes", ",.2f", 1e-6),
-    "memory MB": _number("memory_bytes", ",.2f", 1e-6),
-    "decode ms": _number("decode_ms", ".1f"),
-    "floor ms": _number("floor_ms", ".1f"),
-    "decode / floor": _number("decode_over_floor", ".2f"),
-    "speedup": _number("decode_speedup", ".2f"),
-    "prefill s": _number("prefill_s", ".2f"),
-    "prefill / full": _number("prefill_overhead", ".2f"),
-    "evict s": _number("evict_s", ".2f"),
-    "batch": _number("batch", ".0f"),
-    "model": _word("model"),
-    "split": _word("split"),
-    "note": lambda row: Cell("random weights") if row.get("random_weights") else _word("note")(row),
-    "reason": _word("error", "nothing was measured"),
+    "budget": _format_budget,
+    "score": _make_number("score", ".3f"),
+    "95 % interval": _format_interval,
+    "n": _make_number("n", ".0f"),
+    "kept": lambda row: _format_percent(read_number(row, "kept_fraction")),
+    "bytes": lambda row: _format_percent(find_bytes_fraction(row)),
+    "MB": _make_number("kv_bytes", ",.2f", 1e-6),
+    "peak MB": _make_number("peak_kv_bytes", ",.2f", 1e-6),
+    "memory MB": _make_number("memory_bytes", ",.2f", 1e-6),
+    "decode ms": _make_number("decode_ms", ".1f"),
+    "floor ms": _make_number("floor_ms", ".1f"),
+    "decode / floor": _make_number("decode_over_floor", ".2f"),
+    "speedup": _make_number("decode_speedup", ".2f"),
+    "prefill s": _make_number("prefill_s", ".2f"),
+    "prefill / full": _make_number("prefill_overhead", ".2f"),
+    "evict s": _make_number("evict_s", ".2f"),
+    "batch": _make_number("batch", ".0f"),
+    "model": _make_text("model"),
+    "split": _make_text("split"),
+    "note": lambda row: Cell("random weights") if row.get("random_weights") else _make_text("note")(row),
+    "reason": _make_text("error", "nothing was measured"),
 }
 _TASK = ("method", "budget", "score", "95 % interval", "n", "kept", "bytes", "MB", "decode ms")
 _ALL = (
@@ -107,22 +107,22 @@ _SPEED = (
 
 def make_table(rows: Sequence[Row]) -> Table:
     """Return every row with a score; a column that is the same everywhere is left to the provenance."""
-    return _make(_ALL, rows, optional=("model", "split", "batch", "memory MB", "note"))
+    return _fill_table(_ALL, rows, optional=("model", "split", "batch", "memory MB", "note"))
 
 
 def make_failure_table(rows: Sequence[Row]) -> Table:
     """Return the rows without a score, with their reasons."""
-    return _make(("task", "length", "method", "budget", "reason"), rows)
+    return _fill_table(("task", "length", "method", "budget", "reason"), rows)
 
 
 def make_speed_table(rows: Sequence[Row]) -> Table:
     """Return the rows of ``bench speed``."""
-    return _make(_SPEED, rows, optional=("model", "note"))
+    return _fill_table(_SPEED, rows, optional=("model", "note"))
 
 
 def make_task_table(rows: Sequence[Row]) -> Table:
     """Return the rows of one task and length."""
-    return _make(_TASK, rows)
+    return _fill_table(_TASK, rows)
 
 
 def make_headline(mean: Mean) -> Table:
@@ -130,7 +130,7 @@ def make_headline(mean: Mean) -> Table:
     budgets = sorted({str(row["budget"]) for row in mean.rows}, key=budget_key)
     methods: dict[MethodKey, dict[str, Cell]] = {}
     for row in mean.rows:  # which are in the order of methods
-        methods.setdefault(MethodKey.of(row), {})[str(row["budget"])] = _headline_cell(row)
+        methods.setdefault(MethodKey.of(row), {})[str(row["budget"])] = _format_headline(row)
     rows = [
         {"method": Cell(method.label)} | {f"budget {budget}": cells.get(budget, Cell(NOTHING)) for budget in budgets}
         for method, cells in methods.items()
@@ -138,7 +138,7 @@ def make_headline(mean: Mean) -> Table:
     return Table(columns=("method", *(f"budget {budget}" for budget in budgets)), rows=tuple(rows))
 
 
-def _headline_cell(row: Row) -> Cell:
+def _format_headline(row: Row) -> Cell:
     score, ends, fraction = read_number(row, "score"), read_interval(row), find_bytes_fraction(row)
     if score is None:
         return Cell(NOTHING)
@@ -174,7 +174,7 @@ def row_key(row: Row) -> tuple[object, ...]:
     return *place, MethodKey.of(row).order, budget_key(str(row.get("budget")))
 
 
-def _make(names: Sequence[str], rows: Sequence[Row], optional: Collection[str] = ()) -> Table:
+def _fill_table(names: Sequence[str], rows: Sequence[Row], optional: Collection[str] = ()) -> Table:
     """Return a table without those optional columns that have the same text in all rows."""
     cells = [{name: _COLUMNS[name](row) for name in names} for row in sorted(rows, key=row_key)]
     columns = tuple(name for name in names if name not in optional or len({row[name].text for row in cells}) > 1)
