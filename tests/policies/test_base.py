@@ -115,7 +115,7 @@ def test_a_need_that_the_cache_does_not_know_is_refused():
     class Wishful(Policy):
         needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
-        def score(self, seen: Observation) -> Tensor:
+        def score(self, obs: Observation) -> Tensor:
             raise NotImplementedError
 
     with pytest.raises(PolicyError, match="hidden.*queries"):

@@ -111,6 +111,6 @@ def _close_books(cache: KVCache, closing: PositionMap) -> None:
     places = torch.where(cache.real, cache.real.cumsum(1) - 1, -1)
     cache.fed.select(~within(places, closing.spans))
     cache.seen = tuple(map(closing.at, cache.seen))
-    cache.absorbed.moved(closing, len(cache.seen))
+    cache.absorbed.move(closing, len(cache.seen))
     cache.lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
     cache.pins, cache.erased = closing.over(cache.pins), closing.over(cache.erased)

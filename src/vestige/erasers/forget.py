@@ -89,7 +89,7 @@ def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
     fed, end = not bool((cache.ids[cache.real] < 0).any()), spans[-1].end
     changed = any(one.start < end for one in cache.erased)
     replayable = all(end <= most for most in cache.absorbed.replayable.values())
-    again = any(map(cache.absorbed.again, spans))
+    again = any(map(cache.absorbed.was_released, spans))
     return (
         cache.bound_memory is not None
         and cache.bound_memory.releases
