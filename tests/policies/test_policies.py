@@ -56,16 +56,9 @@ def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -
     kv_heads, generator = len(rows) // len(seen), torch.Generator().manual_seed(0)
     group = len(fields["queries"][0]) // kv_heads if "queries" in fields else 1
     side = {name: make(generator, len(keys), group) for name, make in ANNOTATIONS.items()}
-    limits = (ROOMY.amount,) * len(seen)
-    defaults = {
-        "layer_idx": 0,
-        "phase": Phase.PREFILL,
-        "kv_heads": kv_heads,
-        "annotations": side,
-        "pair_limits": limits,
-    }
+    defaults = {"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": kv_heads, "annotations": side}
     defaults["query_moments"] = random_moments(generator, len(seen), group * kv_heads, flat.shape[1])
-    defaults |= {"rope": STILL, "model": MODEL}
+    defaults |= {"pair_limits": (ROOMY.amount,) * len(seen), "rope": STILL, "model": MODEL}
     return Observation(
         **defaults | fields,
         seen=tuple(seen),

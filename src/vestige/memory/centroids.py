@@ -11,7 +11,7 @@ from vestige.errors import require_whole
 from vestige.kernels.merge import PartialAttention
 from vestige.kernels.weighted import attend_weighted
 from vestige.memory.base import EvictedPairs, Memory, MemoryQuery, State, log_count
-from vestige.memory.storage import Dtype, check_dtype, decode, encode
+from vestige.memory.storage import Dtype, check_dtype, decode, encode, update_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,12 @@ class Centroids(Memory):
         present = fresh | (count > 0)
         for _ in range(self.rounds):
             members = self._assign_members(centres, present, evicted)
-            moved = _merge_means(count, keys, members, evicted.keys)
-            filled = count + members.sum(1) > 0
-            centres = torch.where(filled[..., None], moved, centres)
-        values = _merge_means(count, values, members, evicted.values)
-        return self._make_state(count + members.sum(1), moved, values)
+            added = members.sum(1)
+            total = (count + added).clamp_min(1)
+            moved = update_means(keys, members.mT @ evicted.keys, added, total)
+            centres = torch.where((count + added > 0)[..., None], moved, centres)
+        values = update_means(values, members.mT @ evicted.values, added, total)
+        return self._make_state(count + added, moved, values)
 
     def recall(self, state: State, query: MemoryQuery) -> PartialAttention:
         """Return attention over the centroids."""
@@ -91,15 +92,3 @@ class Centroids(Memory):
         distance = centres.square().sum(-1)[:, None] - 2 * new.keys @ centres.mT  # without |key|^2, a constant per pair
         nearest = distance.masked_fill(~present[:, None], torch.inf).argmin(-1)
         return one_hot(nearest, self.centroids).float() * new.valid[..., None]
-
-
-def _merge_means(
-    count: Float[Tensor, "rows centroids"],
-    means: Float[Tensor, "rows centroids dim"],
-    members: Float[Tensor, "rows longest centroids"],
-    new: Float[Tensor, "rows longest dim"],
-) -> Float[Tensor, "rows centroids dim"]:
-    """Return the means of groups over old and new members; groups without new members stay bit for bit."""
-    added = members.sum(1)
-    total = (count + added).clamp_min(1)[..., None]
-    return means + (members.mT @ new - added[..., None] * means) / total

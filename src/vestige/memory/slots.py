@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from vestige.kernels.merge import PartialAttention
 from vestige.kernels.weighted import attend_weighted
 from vestige.memory.base import EvictedPairs, MemoryQuery, State, log_count
 from vestige.memory.learned import LearnedMemory
-from vestige.memory.storage import decode, encode
+from vestige.memory.storage import decode, encode, update_means
 from vestige.nn.latent_memory import Kind
 
 _GONE = 1e-4  # share of a slot below which a release leaves only rounding errors
@@ -57,7 +56,7 @@ class Slots(LearnedMemory):
         total = mass + added
         gone = (total <= _GONE * mass) | (clock["count"] == 0)[:, None]
         keys, values = (
-            _update_means(decode(state, name), sign * shares.mT @ new, added, total).masked_fill(gone[..., None], 0.0)
+            update_means(decode(state, name), sign * shares.mT @ new, added, total).masked_fill(gone[..., None], 0.0)
             for name, new in (("keys", evicted.keys * factor), ("values", evicted.values))
         )
         return {**self._make_state(log_count(total.masked_fill(gone, 0.0)) + offset, keys, values), **clock}
@@ -65,14 +64,3 @@ class Slots(LearnedMemory):
     def _make_state(self, log_mass: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Return slots in the layout that `recall` needs, trained factor and offset included."""
         return {"log_mass": log_mass, **encode("keys", keys, self.dtype), **encode("values", values, self.dtype)}
-
-
-def _update_means(
-    means: Float[Tensor, "rows width dim"],
-    sums: Float[Tensor, "rows width dim"],
-    added: Float[Tensor, "rows width"],
-    total: Float[Tensor, "rows width"],
-) -> Float[Tensor, "rows width dim"]:
-    """Return means after an addition or a removal; means of unchanged slots stay bit for bit."""
-    tiny = torch.finfo(total.dtype).tiny
-    return means + (sums - added[..., None] * means) / total.clamp_min(tiny)[..., None]

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vestige.errors import PolicyError, unknown_name_message
@@ -11,6 +12,24 @@ from vestige.memory.base import State
 Dtype = Literal["float16", "float32"]
 DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 """Storage dtypes of averages; arithmetic is in float32 either way."""
+
+
+def update_means(
+    means: Float[Tensor, "rows groups dim"],
+    sums: Float[Tensor, "rows groups dim"],
+    added: Float[Tensor, "rows groups"],
+    total: Float[Tensor, "rows groups"],
+) -> Float[Tensor, "rows groups dim"]:
+    """Return means after an addition or a removal; means of unchanged groups stay bit for bit.
+
+    Args:
+        means: Mean of each group before.
+        sums: Weighted sum of the added members, negative for removed ones.
+        added: Their weight, negative for removed ones.
+        total: Weight of each group afterwards.
+    """
+    tiny = torch.finfo(total.dtype).tiny
+    return means + (sums - added[..., None] * means) / total.clamp_min(tiny)[..., None]
 
 
 def check_dtype(name: str) -> None:

@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vestige.cache.query_records import OUTLIERS
 from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale
 from vestige.policies.base import NewPairs, Policy
-from vestige.policies.observation import Observation, RowView
+from vestige.policies.observation import OUTLIERS, Observation, RowView
 from vestige.policies.scoring import compute_attention, pool_scores
 from vestige.policies.selection import Scale
 
@@ -69,18 +68,16 @@ class Compactor(Policy):
 
     def watch(self, view: RowView) -> None:
         """Store the attention to new pairs, summed over the new tokens of their chunk, averaged over the group."""
-        if len(view.query_positions) == 1:
+        at = view.query_positions
+        if len(at) == 1:
             return
-        start = max(int(view.query_positions[0]), OUTLIERS)
-        queries = view.queries[:, view.query_positions >= start]
+        start = max(int(at[0]), OUTLIERS)
+        queries = view.queries[:, at >= start]
         new = (view.positions >= start).nonzero()[:, 0]
         for first, end in self._split_chunks(start, start + len(new)):
             part = slice(first - start, end - start)
-            pairs, everyone = (
-                new[part],
-                view.query_positions.new_full((end - first,), end),
-            )  # all tokens of a chunk see each other
-            weights = compute_attention(queries[:, part], everyone, view.keys[pairs], view.positions[pairs], _UNSCALED)
+            pairs, last = new[part], at.new_full((end - first,), end)  # all tokens of a chunk see each other
+            weights = compute_attention(queries[:, part], last, view.keys[pairs], view.positions[pairs], _UNSCALED)
             view.annotations["chunk_attention"][pairs] = weights.sum(1).mean(0).half()
 
     def _split_chunks(self, start: int, end: int) -> list[tuple[int, int]]:

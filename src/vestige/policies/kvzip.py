@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,14 +11,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vestige.errors import PolicyError
-from vestige.policies.base import NewPairs, Policy
+from vestige.models.forward import pad_left, replay
+from vestige.policies.base import NewPairs, Policy, ReplayCache
 from vestige.policies.observation import Observation, RowView
 from vestige.policies.scoring import compute_attention
 from vestige.policies.selection import Share
 from vestige.text.chat_template import Frame
-
-if TYPE_CHECKING:
-    from vestige.cache.kv_cache import KVCache
 
 REQUEST = "Repeat the previous context word for word."
 """Request to repeat the text, which the tokenizer's chat template wraps as a question."""
@@ -69,15 +67,13 @@ class KVzip(Policy):
         """Return the mark of pairs without a replay, ``batch kv_heads new``."""
         return {"asked": torch.full(new.keys.shape[:3], _UNSCORED, device=new.keys.device)}
 
-    def prepare(self, model: Any, cache: "KVCache", ids: Int[Tensor, "batch new"]) -> None:
+    def prepare(self, model: Any, cache: ReplayCache, ids: Int[Tensor, "batch new"]) -> None:
         """Replay the tokens since the last replay, chunk by chunk, and record the attention to their pairs.
 
         Raises:
             PolicyError: The model's folder has no tokenizer, the model was fed embeddings, or it has too few positions
                 left for a replay.
         """
-        from vestige.cache.prefill import pad_left, replay  # it imports the cache, which stands above policies
-
         request = _find_request(model) if self.request is None else self.request
         starts = _find_unscored(cache)
         texts = [row[real][start:] for row, real, start in zip(cache.ids, cache.real, starts, strict=True)]
@@ -96,9 +92,9 @@ class KVzip(Policy):
         """Return the highest attention of a replay to each pair, 0 before any replay."""
         return obs.annotations["asked"].float().clamp_min(0.0)
 
-    def _find_chunk_size(self, cache: "KVCache", longest: int, request: int) -> int:
+    def _find_chunk_size(self, cache: ReplayCache, longest: int, request: int) -> int:
         """Return the number of tokens that can be replayed in one forward pass."""
-        limit, size = cache.anatomy.max_positions, min(self.replay_chunk, max(longest, 1))
+        limit, size = cache.layout.max_positions, min(self.replay_chunk, max(longest, 1))
         if limit is None:
             return size
         free = limit - max(cache.seen) - request - self.quoted
@@ -117,22 +113,21 @@ class KVzip(Policy):
             spans: Positions that each batch row replays now.
             view: The row.
         """
-        span, at, own = spans[view.batch], view.positions, view.positions >= view.query_positions[0]
-        chunk = (at >= span.start) & (at < span.stop) & ~own
-        first = (at >= 0) & (at < self.sink)
+        span, positions, at = spans[view.batch], view.positions, view.query_positions
+        own = positions >= at[0]
+        chunk = (positions >= span.start) & (positions < span.stop) & ~own
+        first = (positions >= 0) & (positions < self.sink)
         slots = (chunk | first | own).nonzero()[:, 0]
-        keys, positions = view.keys[slots], at[slots]
+        keys, held = view.keys[slots], positions[slots]
         most = torch.zeros(len(slots), device=keys.device)
-        for begin in range(0, len(view.query_positions), _BLOCK):
+        for begin in range(0, len(at), _BLOCK):
             block = slice(begin, begin + _BLOCK)
-            weights = compute_attention(
-                view.queries[:, block], view.query_positions[block], keys, positions, view.attention
-            )
+            weights = compute_attention(view.queries[:, block], at[block], keys, held, view.attention)
             most = torch.maximum(most, weights.amax((0, 1)))
         view.annotations["asked"][chunk] = most[chunk[slots]]
 
 
-def _find_unscored(cache: "KVCache") -> list[int]:
+def _find_unscored(cache: ReplayCache) -> list[int]:
     """Return the position of each batch row's first pair without a replay, or else its number of seen tokens."""
     firsts = list(cache.seen)
     for layer in cache.evictable:

@@ -1,14 +1,12 @@
 """XKV: layer budgets from the distribution of importance within each layer."""
 
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.budget import Budget
 from vestige.errors import PolicyError
 from vestige.policies.base import Policy
 from vestige.policies.observation import Observation
@@ -30,14 +28,14 @@ class XKV(Policy):
     Source: the abstract of XKV, arXiv 2412.05896: layers differ in their distribution of importance, so cache sizes
     are set layer by layer, as a combinatorial problem with a greedy solution, after a small inference that samples the
     differences. Inferred by us: the definition of importance, and the use of its share of the layer. Differs: layers
-    are sized again for each text unless a ``profile`` is given, and :func:`profile` samples with the model itself,
-    where the authors use a light variant of it. Rows of a layer may differ by one pair because of rounding; they never
-    compete, so ``share`` and ``floor`` have no effect.
+    are sized again for each text unless a ``profile`` is given, and ``pipelines.calibrate.profile_layers`` samples with
+    the model itself, where the authors use a light variant of it. Rows of a layer may differ by one pair because of
+    rounding; they never compete, so ``share`` and ``floor`` have no effect.
     """
 
     scale: Scale = "mass"
     profile: tuple[float, ...] | None = None
-    """Relative budget of each evictable layer, as :func:`profile` returns; None uses the text itself."""
+    """Relative budget of each evictable layer, from ``profile_layers``; None measures each text."""
     observed: int = 32
     """Latest queries whose attention is averaged."""
     kernel: int = 5
@@ -83,21 +81,3 @@ class XKV(Policy):
             heads = torch.bincount(order[rows], minlength=len(layers))
             wanted[rows] += (per_layer / heads.clamp_min(1))[order[rows]]
         return wanted
-
-
-def profile(model: Any, ids: Int[Tensor, "batch new"], budget: Budget, **options: Any) -> tuple[float, ...]:
-    """Return the budget of each evictable layer on a sample text, for ``XKV(profile=...)``.
-
-    Args:
-        model: An attached model.
-        ids: A short text, similar to later ones.
-        budget: Average pairs per row, well below the length of the text; otherwise all layers keep everything.
-        options: Other fields of `XKV`.
-    """
-    from vestige.cache.kv_cache import KVCache  # both stand above policies
-    from vestige.cache.prefill import prefill
-
-    cache = KVCache(model, XKV(budget=budget, **options))
-    with torch.no_grad():
-        prefill(model, ids, cache)
-    return tuple(fmean(layer.live_lengths()) for layer in cache.evictable)
