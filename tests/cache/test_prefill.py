@@ -318,9 +318,9 @@ def test_a_replay_is_shown_and_taken_back_to_the_last_bit(name, evicted):
         token = random_ids(model, 2, 9, seed=3)
         assert torch.equal(forward(model, token, cache), forward(model, token, untouched))
     rows = len(cache.evictable) * 2 * cache.evictable[0].kv_heads
-    assert [len(g.at) for g in shown[:rows]] == [7] * rows
-    assert {len(g.at) for g in shown[rows:] if g.batch == 1} == {4}
-    assert {(g.batch, int(g.at[0])) for g in shown} == {(0, 27), (1, 20)}
+    assert [len(g.query_positions) for g in shown[:rows]] == [7] * rows
+    assert {len(g.query_positions) for g in shown[rows:] if g.batch == 1} == {4}
+    assert {(g.batch, int(g.query_positions[0])) for g in shown} == {(0, 27), (1, 20)}
 
 
 def test_a_replay_sees_what_the_same_ids_would_see():

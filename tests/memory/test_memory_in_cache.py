@@ -259,8 +259,8 @@ def test_moments_do_not_depend_on_the_chunks():
 def test_nothing_changes_if_selection_or_a_memory_breaks():
     @dataclass(frozen=True, kw_only=True)
     class Broken(policies.KNorm):
-        def score(self, seen):
-            return super().score(seen) * (torch.nan if seen.seen[0] > 30 else 1)
+        def score(self, obs):
+            return super().score(obs) * (torch.nan if obs.seen[0] > 30 else 1)
 
     ids = random_ids(LLAMA, 1, 60)
     cases = ((Broken(budget=Budget.tokens(12), **SMALL), Moments(), "NaN"), (policy(), Forgetful(), "out of memory"))

@@ -49,4 +49,4 @@ def test_a_replay_is_watched_and_taken_back():
         prefill(model, random_ids(model, 1, 10), cache)
         replay(model, random_ids(model, 1, 4, seed=1), cache, views.append)
     assert cache.seen == (10,) and cache.held == 10 * 6
-    assert len(views) == 6 and all(view.at.tolist() == [10, 11, 12, 13] for view in views)
+    assert len(views) == 6 and all(view.query_positions.tolist() == [10, 11, 12, 13] for view in views)

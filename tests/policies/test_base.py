@@ -25,6 +25,7 @@ def test_every_file_of_the_folder_is_in_the_dict_once():
         "kvpress",  # an adapter
         "base",
         "observation",
+        "scoring",
         "selection",
     }
     assert len(set(POLICIES.values())) == len(POLICIES)
@@ -118,7 +119,7 @@ def test_a_need_that_the_cache_does_not_know_is_refused():
     class Wishful(Policy):
         needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
-        def score(self, seen: Observation) -> Tensor:
+        def score(self, obs: Observation) -> Tensor:
             raise NotImplementedError
 
     with pytest.raises(PolicyError, match="hidden.*queries"):

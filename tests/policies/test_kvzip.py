@@ -12,7 +12,7 @@ from vestige.models.compat import cache_argument
 from vestige.models.forward import forward
 from vestige.policies import kvzip
 from vestige.policies.kvzip import REQUEST, KVzip
-from vestige.policies.observation import attention_weights
+from vestige.policies.scoring import compute_attention
 from vestige.testing import attention, full_layers, left_padded, random_ids, tiny
 from vestige.text.chat_template import Frame
 
@@ -92,10 +92,10 @@ def test_blocks_of_queries_give_what_all_at_once_give(monkeypatch):
 
     def spy(queries, at, keys, positions, scale):
         held.append((queries.shape[1], len(keys)))
-        return attention_weights(queries, at, keys, positions, scale)
+        return compute_attention(queries, at, keys, positions, scale)
 
     monkeypatch.setattr(kvzip, "_BLOCK", 5)
-    monkeypatch.setattr(kvzip, "attention_weights", spy)
+    monkeypatch.setattr(kvzip, "compute_attention", spy)
     blocks = asked(read(model, zipped(), ids))
     for layer, rows in whole.items():
         torch.testing.assert_close(blocks[layer], rows)
@@ -245,7 +245,7 @@ def test_a_saved_cache_keeps_the_request_and_what_is_written_down(tmp_path):
 def test_the_default_request_is_put_into_the_chat_text_of_the_models_own_tokenizer(chatter):
     model, tokenizer = chatter
     expected = tuple(Frame(tokenizer).question(REQUEST)[0].tolist())
-    assert kvzip._default_request(model) == expected and len(expected) > 5
+    assert kvzip._find_request(model) == expected and len(expected) > 5
     ids = random_ids(model, 1, 30)
     default, given = (asked(read(model, zipped(request=request), ids)) for request in (None, expected))
     assert all(torch.equal(torch.stack(default[i]), torch.stack(given[i])) for i in default)
@@ -253,7 +253,7 @@ def test_the_default_request_is_put_into_the_chat_text_of_the_models_own_tokeniz
 
 def test_a_model_that_was_never_saved_is_asked_nothing():
     model = tiny("llama")
-    assert kvzip._default_request(model) == ()
+    assert kvzip._find_request(model) == ()
     ids = random_ids(model, 1, 20)
     default, given = (asked(read(model, zipped(request=request), ids)) for request in (None, ()))
     assert all(torch.equal(torch.stack(default[i]), torch.stack(given[i])) for i in default)

@@ -17,7 +17,7 @@ from vestige.kernels import packed
 from vestige.memory.base import AbsorbedRanges
 from vestige.policies.base import AllocatesRows, Policy, ResetsStatistics
 from vestige.policies.observation import Observation, Phase
-from vestige.policies.selection import RowIndex, apportion, protected_per_row, select
+from vestige.policies.selection import RowIndex, apportion, count_protected, select
 from vestige.spans import Span, within
 
 
@@ -124,7 +124,7 @@ def _allotted(
     if not isinstance(policy, AllocatesRows):
         return None
     wanted = policy.allot(scores, grid, pair_limits)
-    return apportion(wanted, protected_per_row(stays, grid), grid.lengths, grid.batch, pair_limits * rows)
+    return apportion(wanted, count_protected(stays, grid), grid.lengths, grid.batch, pair_limits * rows)
 
 
 def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> RowIndex:

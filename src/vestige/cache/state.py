@@ -303,7 +303,7 @@ class CacheState:
         places = torch.where(self.history.real, self.history.real.cumsum(1) - 1, -1)
         self.history.select(~within(places, remap.spans))
         self.seen = tuple(map(remap.at, self.seen))
-        self.absorbed.moved(remap, len(self.seen))
+        self.absorbed.move(remap, len(self.seen))
         self.lengths = self.lengths and tuple(n - remap.removed for n in self.lengths)
         self.move_spans(remap, self)
 

@@ -86,7 +86,7 @@ def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
     fed, end = not bool((cache.ids[cache.real] < 0).any()), spans[-1].end
     changed = any(one.start < end for one in cache.state.erased)
     replayable = all(end <= most for most in cache.state.absorbed.replayable.values())
-    again = any(map(cache.state.absorbed.again, spans))
+    again = any(map(cache.state.absorbed.was_released, spans))
     return (
         cache.state.bound_memory is not None
         and cache.state.bound_memory.releases
