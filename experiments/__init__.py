@@ -1,1 +1,1 @@
-"""Published runs: each a function that returns its settings, and a command that remakes its numbers."""
+"""Published experiments: each has functions that return its settings, and a command that remakes its results."""

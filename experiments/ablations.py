@@ -1,6 +1,6 @@
-"""What the parts of the gates' training are worth: gates trained in other ways, each for some minutes, side by side.
+"""Ablations of the training of retention gates: gates trained in eight ways, each for some minutes, side by side.
 
-``make results-gates DATA=DIR ESSAYS=DIR`` trains and compares them, and goes on with what is there after an interrupt.
+``python -m experiments gates --data DIR --essays DIR`` trains and compares them, or resumes that after an interrupt.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments import runner
 from experiments.retention import ANSWER_ROOM, MODEL
-from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
+from vestige.bench.report.tables import format_markdown
 from vestige.bench.results.aggregate import Record, resampled
 from vestige.training.model_card import CARD
 
@@ -29,20 +31,20 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradually": {"forgets": "gradually"},
     "without-capacity": {"forgets": "gradually", "capacity_weight": 0.0},
 }
-"""What is different in each way from the first, which trains as the shipped gates were trained."""
-SAID = (
+"""Options of each way that differ from the first, which trains as the shipped gates were trained."""
+NOTE = (
     f"{FIRST} is trained as the shipped gates were, for a quarter of the steps; the others differ from the one beside "
     "them in what they are named for, and are compared with it on the same samples."
 )
 BASELINES = {"start-by-lives": "start-alone", "start-by-replay": "start-alone", "without-capacity": "gradually"}
-"""What a way differs from in nothing but what it is named for, where that is not the first."""
+"""The way that differs from a way only in what that is named for, where it is not the first."""
 TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1", "dialogue/retrieval")
 BUDGETS, SAMPLES = ("0.25", "0.1", "0.05"), 20
-COMMAND = "make results-gates DATA=DIR ESSAYS=DIR"
+COMMAND = 'make results NAME=gates ARGS="--data DIR --essays DIR"'
 
 
-def training(way: str, data: tuple[str, ...], field: str) -> Any:
-    """Return one of the ways as a training."""
+def make_training(way: str, data: tuple[str, ...], field: str) -> Any:
+    """Return the training of one way."""
     from vestige.training.config import LoopConfig
     from vestige.training.retention.task import RetentionOptions
     from vestige.training.retention.training import RetentionTraining
@@ -55,11 +57,11 @@ def training(way: str, data: tuple[str, ...], field: str) -> Any:
     return RetentionTraining(data=data, field=field, loop=loop, options=options, tied=tied)
 
 
-def trained(way: str, data: tuple[str, ...], field: str, folder: Path) -> None:
-    """Train gates in one way, or go on with it, unless they are done.
+def train_gates(way: str, data: tuple[str, ...], field: str, folder: Path) -> None:
+    """Start or resume the training of gates in one way, unless they are done.
 
     Raises:
-        typer.Exit: It was interrupted; its last checkpoint is kept.
+        typer.Exit: The training was interrupted; its last checkpoint is kept.
     """
     from rich.console import Console
 
@@ -72,23 +74,23 @@ def trained(way: str, data: tuple[str, ...], field: str, folder: Path) -> None:
     network, tokenizer = load(MODEL)
     with render.training_bar(Console(stderr=True)) as tell:
         job = Job(out=folder, name=MODEL, command=COMMAND, resume=folder.exists(), tell=tell)
-        done = training(way, data, field).run(network, tokenizer, job)
+        done = make_training(way, data, field).run(network, tokenizer, job)
     if not done.finished:
         raise typer.Exit(130)
 
 
 def is_done(folder: Path) -> bool:
-    """Return whether gates were trained to the end: their card is written last."""
+    """Return whether the training of gates is complete: their card is written last."""
     return (folder / "gates" / CARD).exists()
 
 
-def policy_of(way: str, gates: Path) -> str:
-    """Return the policy that works with one way's gates, where they are trained."""
+def make_policy_name(way: str, gates: Path) -> str:
+    """Return the name of the policy with the gates of one way."""
     return f"retention(gates={gates / way / 'gates'}, share={WAYS[way].get('share', 'model')})"
 
 
-def compared(policies: Iterable[str], essays: Path | None, split: str) -> BenchConfig:
-    """Return the run of all gates that are done, beside the full cache."""
+def make_comparison(policies: Iterable[str], essays: Path | None, split: str) -> BenchConfig:
+    """Return the run of all complete gates, beside the full cache."""
     return BenchConfig(
         tasks=TASKS,
         arms=(*cross(("full",), ()), *cross(tuple(policies), BUDGETS)),
@@ -100,56 +102,53 @@ def compared(policies: Iterable[str], essays: Path | None, split: str) -> BenchC
     )
 
 
-def table(records: Iterable[Record], ways: Mapping[str, str]) -> str:
-    """Return Markdown: a row for each way, for each budget the mean over tasks of as many samples, and how far it is
-    above what it differs from on the same samples, with the 95 % interval by resampling them.
+def format_table(records: Iterable[Record], ways: Mapping[str, str]) -> str:
+    """Return Markdown: a row for each way, a column for each budget with the mean score over tasks.
+
+    Beside a score is its lead over the baseline on the same samples, with a 95 % interval from resampling them.
 
     Args:
         records: Of the run.
-        ways: What each policy is called.
+        ways: The name of each policy's way.
     """
     scores: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
     for record in records:
         way = ways.get(record["arm"]["policy"], record["arm"]["policy"])
         for budget in BUDGETS if way == "full" else (record["arm"]["budget"],):
             scores.setdefault((way, budget), {})[record["task"], record["index"]] = float(record["score"])
-    lines = [f"| trained | beside | {' | '.join(BUDGETS)} |", f"| --- | --- |{' ---: |' * len(BUDGETS)}"]
+    rows = []
     for way in dict.fromkeys(way for way, _ in scores):
         other = BASELINES.get(way, FIRST) if way in WAYS and way != FIRST else ""
-        cells = [_cell(scores.get((way, at), {}), scores.get((other, at), {})) for at in BUDGETS]
-        lines.append(f"| {way} | {other} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        pairs = [(scores.get((way, budget), {}), scores.get((other, budget), {})) for budget in BUDGETS]
+        rows.append([way, other, *(_format_cell(*pair) for pair in pairs)])
+    return format_markdown(("trained", "beside", *BUDGETS), rows, words=("trained", "beside"))
 
 
-def _cell(scores: Mapping[Any, float], baseline: Mapping[Any, float]) -> str:
+def _format_cell(scores: Mapping[Any, float], baseline: Mapping[Any, float]) -> str:
     if not scores:
         return ""
     above = [score - baseline[key] for key, score in scores.items() if key in baseline]
     if not above:
         return f"{mean(scores.values()):.2f}"
-    low, high = resampled(above) or (0.0, 0.0)
-    return f"{mean(scores.values()):.2f}, {mean(above):+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{mean(scores.values()):.2f}, {runner.format_interval(mean(above), resampled(above) or (0.0, 0.0))}"
 
 
 def main(
     data: Annotated[list[str], typer.Option(help="As `vestige train retention` takes it; may be repeated.")],
-    gates: Annotated[Path, typer.Option(help="Folder for what is trained.")],
-    out: Out,
+    gates: Annotated[Path, typer.Option(help="Folder for the trained gates.")] = Path("out/gates"),
+    out: Out = None,
     essays: Essays = None,
     field: Annotated[str, typer.Option(help="The text field of JSONL lines.")] = "text",
     part: Parts = None,
     dev: Dev = False,
 ) -> None:
-    """Train gates in each way, or go on with it, and compare all that are done."""
-    from vestige.utils.files import write_atomically
-
-    for way in chosen(WAYS, part):
-        trained(way, tuple(data), field, gates / way)
-    ways = {policy_of(way, gates): way for way in WAYS if is_done(gates / way)}
-    benched(compared(ways, essays, split_of(dev)), out, model=MODEL, command=COMMAND, label="gates")
-    said = f"# Gates trained in other ways\n\nRemade by `{COMMAND}`. {SAID}\n\n{table(records_of(out), ways)}"
-    write_atomically(out / "ablations.md", said)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    """Train gates in each way, or resume that, and compare all that are complete."""
+    folder = runner.choose_folder(out, "gates", results="retention/gates", dev=dev)
+    for way in runner.select_parts(WAYS, part):
+        train_gates(way, tuple(data), field, gates / way)
+    ways = {make_policy_name(way, gates): way for way in WAYS if is_done(gates / way)}
+    runner.run_bench(
+        make_comparison(ways, essays, runner.choose_split(dev)), folder, model=MODEL, command=COMMAND, label="gates"
+    )
+    table = format_table(runner.read_records(folder), ways)
+    runner.write_summary(folder / "ablations.md", "Gates trained in other ways", COMMAND, table, note=NOTE)

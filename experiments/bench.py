@@ -1,14 +1,12 @@
-"""The comparison in the README: our methods, kvpress's and transformers' caches on RULER tasks, on the test split.
+"""The main comparison: our methods, kvpress's and transformers' caches on RULER tasks, on the test split.
 
-``make results-bench ESSAYS=DIR`` runs it, and goes on with what is there after an interrupt. The tasks are the three
-that the full cache answers best on the dev split (``make results-bench-dev``).
+``python -m experiments bench --essays DIR`` starts or resumes it. The tasks are the three that the full cache answers
+best on the dev split (``--dev``).
 """
 
 from pathlib import Path
 
-import typer
-
-from experiments.runner import Dev, Essays, Out, benched
+from experiments.runner import Dev, Essays, Out, choose_folder, run_bench, write_report
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
 
@@ -23,21 +21,21 @@ CANDIDATES = (
     "vt",
     "fwe",
 )
-"""Tasks that a small model may answer at all."""
+"""Tasks that a small model may be able to answer."""
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_multikey_1")
 METHODS = ("random", "streaming_llm", "knorm", "keydiff", "tova", "snapkv")
 MODEL_WIDE = ("keydiff", "snapkv")
 PRESSES = ("Random", "StreamingLLM", "Knorm", "KeyDiff", "TOVA", "SnapKV")
 BUDGETS = {2048: ("0.5", "0.25", "0.1", "0.05"), 1024: ("0.25",)}
-COMMAND = "make results-bench ESSAYS=DIR"
+COMMAND = 'make results NAME=bench ARGS="--essays DIR"'
 SAMPLES, SLOW_SAMPLES, ANSWER_ROOM = 20, 10, 16
 
 
-def comparison(length: int, essays: Path | None = None) -> BenchConfig:
+def make_comparison(length: int, essays: Path | None = None) -> BenchConfig:
     """Return the published run at one length."""
     return BenchConfig(
         tasks=TASKS,
-        arms=arms(BUDGETS[length]),
+        arms=make_methods(BUDGETS[length]),
         lengths=(length,),
         samples=SAMPLES,
         split="test",
@@ -46,8 +44,8 @@ def comparison(length: int, essays: Path | None = None) -> BenchConfig:
     )
 
 
-def choosing(length: int, essays: Path | None = None) -> BenchConfig:
-    """Return the run by which tasks are chosen: the full cache alone, on the dev split."""
+def make_task_choice(length: int, essays: Path | None = None) -> BenchConfig:
+    """Return the run that the tasks are chosen by: the full cache alone, on the dev split."""
     return BenchConfig(
         tasks=tuple(f"ruler/{name}" for name in CANDIDATES),
         arms=cross(("full",), ()),
@@ -58,8 +56,8 @@ def choosing(length: int, essays: Path | None = None) -> BenchConfig:
     )
 
 
-def arms(budgets: tuple[str, ...]) -> tuple[Arm, ...]:
-    """Return all methods at these budgets; KVzip, which reads the text three times, on half of the samples."""
+def make_methods(budgets: tuple[str, ...]) -> tuple[Arm, ...]:
+    """Return all methods at these budgets; KVzip, which reads the text three times, has half of the samples."""
     own = cross(("full", *METHODS), budgets, shares=("head",))
     wide = cross(MODEL_WIDE, budgets, shares=("model",))
     peers = ("transformers:dynamic", "transformers:quantized", *(f"kvpress:{name}Press" for name in PRESSES))
@@ -71,12 +69,11 @@ def arms(budgets: tuple[str, ...]) -> tuple[Arm, ...]:
     return own + wide + cross((), budgets, peers=peers) + slow
 
 
-def main(out: Out, essays: Essays = None, dev: Dev = False) -> None:
-    """Run the comparison, or go on with it; on the dev split what the tasks are chosen by."""
+def main(out: Out = None, essays: Essays = None, dev: Dev = False) -> None:
+    """Run the comparison, or resume it, and write its report; on the dev split run the choice of tasks."""
+    folder = choose_folder(out, "bench", dev=dev)
     for length in BUDGETS:
-        config = choosing(length, essays) if dev else comparison(length, essays)
-        benched(config, out / str(length), model=MODEL, command=COMMAND, label="bench")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        config = make_task_choice(length, essays) if dev else make_comparison(length, essays)
+        run_bench(config, folder / str(length), model=MODEL, command=COMMAND, label="bench")
+    if not dev:
+        write_report(folder, folder.parent / "speed")

@@ -1,4 +1,4 @@
-"""Budgets at which methods weigh the same: side arrays, records of queries and memories count as what they are."""
+"""Budgets at which all methods take equal bytes: side arrays, query records and memories count in full."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,41 +26,41 @@ _LEAST = 1e-4  # budgets have four digits
 
 @dataclass(frozen=True)
 class Weight:
-    """What a row of a cache weighs, in bytes, the mean over all rows.
+    """Bytes of a row of a cache, the mean over all rows.
 
     Args:
-        pair: A pair with everything that lies beside it.
-        fixed: What no eviction frees: records of queries, a memory's state.
+        pair: Bytes of a pair with its side arrays.
+        fixed: Bytes that no eviction frees: query records, the state of a memory.
     """
 
     pair: float
     fixed: float
 
 
-def weight(model: PreTrainedModel, policy: str, memory: str = "none") -> Weight:
-    """Return what a method weighs, measured on a short text.
+def weigh(model: PreTrainedModel, policy: str, memory: str = "none") -> Weight:
+    """Return the weight of a method, measured on a short text.
 
     Args:
-        model: Whose cache it is.
+        model: Of the cache.
         policy: By name.
         memory: By name.
 
     Raises:
         VestigeError: There is no such method, or it has no weights for the model.
     """
-    cache = _read(model, policy, memory)
-    whole = cache.footprint()
-    fixed = whole.fixed_bytes - cache.growth_slots * whole.pair_bytes
+    cache = _fill_cache(model, policy, memory)
+    whole = cache.state.footprint()
+    fixed = whole.fixed_bytes - cache.state.growth_slots * whole.pair_bytes
     return Weight(pair=whole.pair_bytes / whole.rows, fixed=fixed / whole.rows)
 
 
-def plain_pair(model: PreTrainedModel) -> float:
+def measure_plain_pair(model: PreTrainedModel) -> float:
     """Return the bytes of a pair in transformers' own cache: keys and values, the mean over all rows."""
-    cache = _read(model, "full", "none")
-    return cache.report().full_kv_bytes / (cache.footprint().rows * _LENGTH)
+    cache = _fill_cache(model, "full", "none")
+    return cache.report().full_kv_bytes / (cache.state.footprint().rows * _LENGTH)
 
 
-def _read(model: PreTrainedModel, policy: str, memory: str) -> KVCache:
+def _fill_cache(model: PreTrainedModel, policy: str, memory: str) -> KVCache:
     made = policies.make(policy, None if policy == "full" else Budget.fraction(1.0))
     cache = KVCache(model, made, memory=memories.make(memory))
     with attach(model), torch.no_grad():
@@ -68,36 +68,36 @@ def _read(model: PreTrainedModel, policy: str, memory: str) -> KVCache:
     return cache
 
 
-def kept_fraction(of: Weight, plain: float, length: int, fraction: float) -> float:
-    """Return the fraction of the pairs that weighs as much as ``fraction`` of them with nothing beside them.
+def find_kept_fraction(weight: Weight, plain: float, length: int, fraction: float) -> float:
+    """Return the fraction of pairs at which a method takes the bytes of ``fraction`` of plain pairs.
 
-    It is negative if what no eviction frees weighs more than that.
+    It is negative if the method's fixed bytes exceed these.
 
     Args:
-        of: The method.
-        plain: Bytes of a pair with nothing beside it.
+        weight: Of the method.
+        plain: Bytes of a pair without side arrays.
         length: Tokens of the text.
         fraction: Of its pairs.
     """
-    return (fraction * plain - of.fixed / length) / of.pair
+    return (fraction * plain - weight.fixed / length) / weight.pair
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One run, and the fraction of all pairs that each of its arms weighs as much as."""
+    """One run, and the fraction of plain pairs whose bytes each of its arms takes."""
 
     config: BenchConfig
     fractions: Mapping[Key, str]
     impossible: tuple[str, ...] = ()
-    """Arms that are left out: what no eviction frees of them weighs more than they may."""
+    """Arms that are left out, as their fixed bytes alone exceed the budget."""
 
     def budget_of(self, record: Record) -> str:
-        """Return the fraction that a record is compared under; "1.0" for what evicts nothing."""
+        """Return the fraction under which a record is compared; "1.0" for caches that evict nothing."""
         arm = record["arm"]
         return self.fractions.get((arm["policy"], arm["memory"], arm["budget"]), arm["budget"])
 
 
-def part(
+def make_part(
     model: PreTrainedModel,
     names: Sequence[str],
     fractions: Sequence[str],
@@ -106,21 +106,23 @@ def part(
     memories: Sequence[str] = ("none",),
     **config: Any,
 ) -> Part:
-    """Return a run of the full cache, and of methods at budgets at which all weigh the same.
+    """Return a run of the full cache, and of methods at budgets of equal bytes.
 
     Args:
-        model: Whose caches are weighed.
+        model: For measuring the bytes of caches.
         names: Policies.
         fractions: Of all pairs, in transformers' own cache.
         length: Tokens of the texts.
-        memories: Each beside each policy.
-        config: What else :class:`BenchConfig` takes.
+        memories: To combine with each policy.
+        config: Further options of :class:`BenchConfig`.
     """
-    plain, found, impossible = plain_pair(model), dict[Key, tuple[Arm, str]](), []
+    plain = measure_plain_pair(model)
+    found: dict[Key, tuple[Arm, str]] = {}
+    impossible = []
     for name, memory in product(names, memories):
-        own = weight(model, name, memory)
+        own = weigh(model, name, memory)
         for fraction in fractions:
-            kept = kept_fraction(own, plain, length, float(fraction))
+            kept = find_kept_fraction(own, plain, length, float(fraction))
             if kept < _LEAST:
                 impossible.append(f"{name}, memory {memory}, at {fraction}")
                 continue
@@ -134,6 +136,6 @@ def part(
     )
 
 
-def left_out(parts: Mapping[str, Part]) -> list[str]:
-    """Return a paragraph for each arm that cannot be as small as it should."""
-    return [f"Cannot be that small: {one}." for part in parts.values() for one in part.impossible]
+def list_impossible(parts: Mapping[str, Part]) -> list[str]:
+    """Return a paragraph for each arm that no budget makes small enough."""
+    return [f"Cannot be that small: {arm}." for part in parts.values() for arm in part.impossible]

@@ -1,8 +1,7 @@
 """Erasers side by side: conflicting needles by length, every other task at 2K, and erasing after eviction.
 
-``make results-erase ESSAYS=DIR QA=FILE`` runs it, and goes on with what is there after an interrupt;
-``make results-erase-speed`` times edits by length, which needs an idle machine. What was chosen by looking at scores
-was chosen on the dev split (``make results-erase-dev``).
+``python -m experiments erase --essays DIR --qa FILE`` starts or resumes it; ``python -m experiments erase-speed`` times
+edits by length, which needs an idle machine. Options chosen by scores were chosen on the dev split (``--dev``).
 """
 
 import json
@@ -12,26 +11,28 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.runner import Dev, Essays, Out, Parts, chosen, records_of, split_of
+from experiments import runner
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.erasing.config import BOUNDS, EraseBenchConfig
 from vestige.bench.erasing.tasks import TASKS
+from vestige.bench.report.tables import format_markdown
 from vestige.bench.results.aggregate import Record, Row
 
 MODEL = "smollm2-135m"
 APPROXIMATE = ("learned", "shift", "drop", "repair", "repair(where=end)", "blend", "erratum")
 LONG = ("learned", "shift")
-"""What is run where a sample takes a minute: beside the bounds, the best known that costs nothing."""
+"""Methods where a sample takes a minute: besides the bounds, the best known method without cost."""
 NEEDLES, QUESTIONS = ("needles_early", "needles_late"), "distractor_qa"
 SHORT_LENGTHS, LONG_LENGTHS, LENGTH = (1024, 2048), (4096, 8192), 2048
 SAMPLES, TRIED, TRIED_EVICTED = 50, 400, 200
-"""Of each cell (25 of each kind of needles), and of questions, of which those that pass the filter count; fewer behind
-an eviction, whose replay makes reading three times as long."""
+"""Samples of each cell (25 of each kind of needles), and of questions, before the filter; fewer after an eviction,
+whose replay makes reading three times as long."""
 EVICTION, BUDGET = "kvzip", "0.25"
-COMMAND = "make results-erase ESSAYS=DIR QA=FILE"
+COMMAND = 'make results NAME=erase ARGS="--essays DIR --qa FILE"'
 
 
-def parts(essays: Path | None = None, qa: Path | None = None, split: str = "test") -> dict[str, EraseBenchConfig]:
-    """Return the runs by name; those of questions only if there is a file of them."""
+def make_parts(essays: Path | None = None, qa: Path | None = None, split: str = "test") -> dict[str, EraseBenchConfig]:
+    """Return the runs by name; runs of questions need a file of them."""
     cell = SAMPLES // len(NEEDLES)
     others = tuple(name for name in TASKS if name not in (*NEEDLES, QUESTIONS))
     common: dict[str, Any] = {"split": split, "essays": essays, "qa": qa}
@@ -44,15 +45,17 @@ def parts(essays: Path | None = None, qa: Path | None = None, split: str = "test
         "needles-evicted": EraseBenchConfig(tasks=NEEDLES, samples=cell, **evicted, **at_length),
     }
     if qa is not None:
-        asked: dict[str, Any] = at_length | {"tasks": (QUESTIONS,), "kept_only": True}
-        made["questions"] = EraseBenchConfig(samples=TRIED, **asked)
-        made["questions-evicted"] = EraseBenchConfig(samples=TRIED_EVICTED, **evicted, **asked)
+        questions: dict[str, Any] = at_length | {"tasks": (QUESTIONS,), "kept_only": True}
+        made["questions"] = EraseBenchConfig(samples=TRIED, **questions)
+        made["questions-evicted"] = EraseBenchConfig(samples=TRIED_EVICTED, **evicted, **questions)
     return made
 
 
 def verdict(records: Iterable[Record]) -> list[Row]:
-    """Return how each method does over all needles of all lengths, each sample beside its recompute; methods that were
-    not run at all lengths are left out, as they had the easier samples."""
+    """Return a row for each method over all needles of all lengths, each sample beside its recompute.
+
+    Methods that did not run at all lengths are left out, as they had the easier samples.
+    """
     from vestige.bench.erasing.aggregate import aggregate
 
     needles = [record for record in records if record["task"] in NEEDLES]
@@ -64,34 +67,32 @@ def verdict(records: Iterable[Record]) -> list[Row]:
     return [row | {"task": "needles"} for row in aggregate(needles, {}, by=())]
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return Markdown: a row for each method, a column for each task and length, one table for each figure.
+def format_tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return Markdown: one table for each figure, with a row for each method, a column for each task and length.
 
-    Where methods were run only on what passes the filter, all figures are of that.
+    Where methods ran only on samples that pass the filter, all figures are of these samples.
     """
-    columns = list(dict.fromkeys((row["task"], row["length"]) for row in rows))
+    tables = (_format_figure(rows, *figure) for figure in FIGURES)
+    return "\n".join(table for table in tables if table)
+
+
+def _format_figure(rows: Sequence[Mapping[str, Any]], title: str, figure: str, count: str) -> str:
+    """Return the table of one figure, or nothing if no row has it."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     cells = {(row["method"], row["task"], row["length"]): row for row in rows}
-    made = []
-    for title, figure, count in FIGURES:
-        listed = {one: [cells.get((method, *one), {}) for method in methods] for one in columns}
-        shown = {one: found for one, found in listed.items() if any(row.get(figure) is not None for row in found)}
-        if not shown:
+    columns, texts = ["method"], [[method] for method in (*methods, "samples")]
+    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
+        found = [cells.get((method, task, length), {}) for method in methods]
+        if all(row.get(figure) is None for row in found):
             continue
-        ends = {}
-        for one, found in shown.items():
-            filtered = not count.endswith("_kept") and any(row.get("kept_only") for row in found)
-            ends[one] = "_kept" if filtered else ""
-        head = [
-            f"{task}{f' {length}' if length else ''}{', filtered' if ends[task, length] else ''}"
-            for task, length in shown
-        ]
-        lines = [f"### {title}", "", f"| method | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
-        for i, method in enumerate(methods):
-            lines.append(f"| {method} | {' | '.join(_cell(shown[one][i], figure + ends[one]) for one in shown)} |")
-        counts = [str(max(row.get(count + ends[one], 0) for row in shown[one])) for one in shown]
-        made.append("\n".join([*lines, f"| samples | {' | '.join(counts)} |"]))
-    return "\n\n".join(made) + "\n"
+        filtered = not count.endswith("_kept") and any(row.get("kept_only") for row in found)
+        end = "_kept" if filtered else ""
+        columns.append(f"{task}{f' {length}' if length else ''}{', filtered' if filtered else ''}")
+        samples = str(max(row.get(count + end, 0) for row in found))
+        column = [*(_format_cell(row, figure + end) for row in found), samples]
+        for text, cell in zip(texts, column, strict=True):
+            text.append(cell)
+    return f"### {title}\n\n{format_markdown(columns, texts, words=('method',))}" if len(columns) > 1 else ""
 
 
 FIGURES = (
@@ -104,17 +105,17 @@ FIGURES = (
 )  # fmt: skip
 
 
-def _cell(row: Mapping[str, Any], figure: str) -> str:
+def _format_cell(row: Mapping[str, Any], figure: str) -> str:
     value = row.get(figure)
     if value is None:
         return "-"
     ends = row.get(f"{figure}_ci95")
-    return f"{value:.2f}" if ends is None else f"{value:.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
+    return f"{value:.2f}" if ends is None else runner.format_interval(value, ends, ".2f")
 
 
-def map_of(rows: Sequence[Mapping[str, Any]], figure: str, title: str) -> str:
-    """Return an SVG: a cell for each method and task, coloured by a figure."""
-    from vestige.bench.report.plots import heat_map
+def draw_map(rows: Sequence[Mapping[str, Any]], figure: str, title: str) -> str:
+    """Return the SVG of a figure as colours, a cell for each method and task."""
+    from vestige.bench.report.plots import draw_heat_map
 
     tasks = list(dict.fromkeys((row["task"], row["length"]) for row in rows if row.get(figure) is not None))
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -122,83 +123,81 @@ def map_of(rows: Sequence[Mapping[str, Any]], figure: str, title: str) -> str:
     values = [[found.get((method, *task)) for method in methods] for task in tasks]
     names = [f"{task} {length:,}" for task, length in tasks]
     short = [method.replace("where=end", "end") for method in methods]
-    return heat_map(title, values, names, short, ("task", "method"))
+    return draw_heat_map(title, values, names, short, ("task", "method"))
 
 
-def times_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return an SVG: what an edit takes by length, both logarithmic.
+def draw_times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the SVG of the time of an edit by length, on logarithmic axes.
 
     Args:
         rows: Of :func:`vestige.bench.erasing.latency.latency`.
     """
-    from vestige.bench.report.methods import Method
-    from vestige.bench.report.plots import Axis, Point, line_chart, lines_of
+    from vestige.bench.report.lines import make_lines
+    from vestige.bench.report.methods import MethodKey
+    from vestige.bench.report.plots import Axis, Point, draw_line_chart
 
-    drawn: dict[Method, list[Point]] = {}
+    drawn: dict[MethodKey, list[Point]] = {}
     for row in rows:
         if row["method"] != BOUNDS[0]:
             point = Point(x=row["length"], y=1e3 * row["edit_s"])
-            drawn.setdefault(Method(policy=row["method"]), []).append(point)
+            drawn.setdefault(MethodKey(policy=row["method"]), []).append(point)
     before, span = rows[0]["before"], rows[0]["span"]
-    return line_chart(
+    return draw_line_chart(
         f"Erasing {span} tokens behind the first {before}",
-        lines_of(drawn),
+        make_lines(drawn),
         Axis(label="tokens read before", log=True, whole=True),
         Axis(label="edit, milliseconds", log=True),
         legend=True,
     )
 
 
-def summary(out: Path) -> None:
+def summarize(out: Path) -> None:
     """Write ``report.md`` and the pictures of all parts that have results, and the verdict on the needles."""
     from vestige.bench.results.store import ROWS, SPEED
     from vestige.utils.files import write_atomically
 
-    made, records = [], list[Record]()
+    blocks, records = [], list[Record]()
     for name in sorted(folder.parent.name for folder in out.glob(f"*/{ROWS}")):
         rows = json.loads((out / name / ROWS).read_text())["rows"]
-        picture = map_of(rows, "exact_kept", f"{rows[0]['model']}, {name}: exact match")
+        picture = draw_map(rows, "exact_kept", f"{rows[0]['model']}, {name}: exact match")
         write_atomically(out / name / "exact.svg", picture)
-        made.append(f"## {name}\n\n![exact match by task and method]({name}/exact.svg)\n\n{tables(rows)}")
+        blocks.append(f"## {name}\n\n![exact match by task and method]({name}/exact.svg)\n\n{format_tables(rows)}")
         if name in ("needles", "needles-long"):
-            records += records_of(out / name)
-    if records:
-        pooled = verdict(records)
-        write_atomically(out / "needles.json", json.dumps(pooled, indent=1) + "\n")
-        made.insert(0, f"## needles, all lengths together\n\n{tables(pooled)}")
+            records += runner.read_records(out / name)
+    if pooled := runner.update_rows(out / "needles.json", verdict(records)):
+        blocks.insert(0, f"## needles, all lengths together\n\n{format_tables(pooled)}")
     if (out / SPEED).exists():
         timed = json.loads((out / SPEED).read_text())["rows"]
-        write_atomically(out / "edit.svg", times_of(timed))
-        made.append("## What an edit takes\n\n![milliseconds by length](edit.svg)\n")
-    write_atomically(out / "report.md", f"# Erasing\n\nRemade by `{COMMAND}`.\n\n" + "\n".join(made))
+        write_atomically(out / "edit.svg", draw_times(timed))
+        blocks.append("## What an edit takes\n\n![milliseconds by length](edit.svg)\n")
+    runner.write_summary(out / "report.md", "Erasing", COMMAND, "\n".join(blocks))
 
 
 def main(
-    out: Out,
+    out: Out = None,
     essays: Essays = None,
     qa: Annotated[
         Path | None, typer.Option(help="Questions in SQuAD's format; default: parts without questions.")
     ] = None,
     part: Parts = None,
     dev: Dev = False,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing; write the report of what is there.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing; write the report of the results that exist.")
+    ] = False,
 ) -> None:
-    """Run the comparison, or go on with it, part by part, and write the report."""
+    """Run the comparison, or resume it, part by part, and write its report."""
     from rich.console import Console
 
     from vestige.bench.erasing.runner import bench_erase
     from vestige.cli import render
     from vestige.models.loading import load
 
-    wanted = {} if report else chosen(parts(essays, qa, split_of(dev)), part)
+    folder = runner.choose_folder(out, "erase", dev=dev)
+    wanted = {} if report else runner.select_parts(make_parts(essays, qa, runner.choose_split(dev)), part)
     for name, config in wanted.items():
         model, tokenizer = load(MODEL)
-        to: dict[str, Any] = {"out": out / name, "resume": True, "command": COMMAND}
+        target: dict[str, Any] = {"out": folder / name, "resume": True, "command": COMMAND}
         with render.reading_bar(Console(stderr=True), name) as advance:
-            rows = bench_erase(config, model, tokenizer, name=MODEL, progress=advance, **to)
+            rows = bench_erase(config, model, tokenizer, name=MODEL, progress=advance, **target)
         Console().print(render.erase_bench_table(rows))
-    summary(out)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    summarize(folder)

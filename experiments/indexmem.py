@@ -1,20 +1,19 @@
-"""IndexMem beside the field at equal bytes, and what each memory adds to each evictor.
+"""IndexMem beside the field at equal bytes, and the gain of each memory for each evictor.
 
-``make results-indexmem ESSAYS=DIR`` runs it, and goes on with what is there after an interrupt. Budgets are so many
-pairs that every method weighs the same: index keys, records of queries and memories are paid for in pairs.
+``python -m experiments indexmem --essays DIR`` starts or resumes it. Budgets give every method the same bytes: index
+keys, query records and memories are paid for in pairs.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
 from transformers import PreTrainedModel
 
-from experiments import equal_bytes
-from experiments.comparison import picture, table, verdict
-from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
+from experiments import equal_bytes, runner
+from experiments.comparison import draw_scores, format_table, verdict
+from experiments.runner import Dev, Essays, Out, Parts
+from vestige.bench.report.tables import format_markdown
 from vestige.bench.results.aggregate import Record, Row, gain
 from vestige.cli.options import Dtype
 
@@ -25,43 +24,43 @@ FIELD = (
     OURS, "retention", "laprox(kernel=41, causal=True)", "snapkv(kernel=41, causal=True)", "keydiff(share=model)",
     "compactor(share=model)", "lagkv", "kvzip(share=model)", "random", "streaming_llm",
 )  # fmt: skip
-"""Those that need no training are the best three of the choice in ``recipes/retention.py``, and the papers' rivals."""
+"""Untrained ones are the best three of the choice in ``experiments/retention.py``, and the papers' rivals."""
 ALL = "all"
 REMEMBERING = (OURS, "retention", "laprox(kernel=41, causal=True)", "snapkv(kernel=41, causal=True)")
 MEMORIES = ("none", "linear", "slots", "moments", "centroids")
 FRACTIONS = ("0.25", "0.1", "0.05")
 LENGTH, LONG = 2048, 4096
 MAPPED, MAP_LENGTHS = "0.1", (1024, 4096)
-"""The budget of the map of needles, depth by length, and its lengths beside the one that has all budgets."""
+"""Budget of the map of needles, depth by length, and its lengths besides the one that has all budgets."""
 MAPS = ("agnostic", *(f"map-{length}" for length in MAP_LENGTHS))
 SAMPLES, LONG_SAMPLES, ANSWER_ROOM = 20, 10, 16
-COMMAND = "make results-indexmem ESSAYS=DIR"
+COMMAND = 'make results NAME=indexmem ARGS="--essays DIR"'
 
 
-def parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, equal_bytes.Part]:
+def make_parts(model: PreTrainedModel, essays: Path | None = None, split: str = "test") -> dict[str, equal_bytes.Part]:
     """Return the runs by name.
 
     Args:
-        model: Whose caches are weighed.
-        essays: Haystacks.
+        model: For measuring the bytes of caches.
+        essays: Folder of the haystacks.
         split: Of the samples.
     """
     made = {}
     for name, aware in (("agnostic", False), ("aware", True)):
         common: dict[str, Any] = {"question_aware": aware, "essays": essays, "split": split, "answer_room": ANSWER_ROOM}
-        made[name] = equal_bytes.part(model, FIELD, FRACTIONS, LENGTH, tasks=TASKS, samples=SAMPLES, **common)
+        made[name] = equal_bytes.make_part(model, FIELD, FRACTIONS, LENGTH, tasks=TASKS, samples=SAMPLES, **common)
         remembering: dict[str, Any] = {"memories": MEMORIES, "tasks": TASKS[1:3], "samples": LONG_SAMPLES}
-        made[f"memories-{name}"] = equal_bytes.part(model, REMEMBERING, FRACTIONS, LONG, **remembering, **common)
+        made[f"memories-{name}"] = equal_bytes.make_part(model, REMEMBERING, FRACTIONS, LONG, **remembering, **common)
     for length in MAP_LENGTHS:
         on: dict[str, Any] = {"tasks": ("niah",), "samples": SAMPLES, "essays": essays, "split": split}
-        made[f"map-{length}"] = equal_bytes.part(model, FIELD, (MAPPED,), length, answer_room=ANSWER_ROOM, **on)
+        made[f"map-{length}"] = equal_bytes.make_part(model, FIELD, (MAPPED,), length, answer_room=ANSWER_ROOM, **on)
     return made
 
 
-def gains(records: Iterable[Record], budget_of: Callable[[Record], str]) -> list[Row]:
-    """Return what each memory adds to each policy at equal bytes, and to all of them, by fraction.
+def measure_gains(records: Iterable[Record], budget_of: Callable[[Record], str]) -> list[Row]:
+    """Return the gain of each memory for each policy at equal bytes, and for all policies, by fraction.
 
-    Samples are compared with themselves; intervals, 95 %, are by resampling them.
+    Differences are between runs of the same sample; 95 % intervals come from resampling the samples.
     """
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
     for record in records:
@@ -79,83 +78,71 @@ def gains(records: Iterable[Record], budget_of: Callable[[Record], str]) -> list
     return sorted(rows, key=lambda row: (order.index(row["policy"]), -float(row["fraction"]), row["memory"]))
 
 
-def gains_table(rows: Iterable[Row]) -> str:
-    """Return Markdown of :func:`gains`."""
-    lines = ["| policy | budget | memory | samples | without | with | gain |", "| --- | ---: | --- |" + " ---: |" * 4]
-    for row in rows:
-        low, high = row["gain_ci95"]
-        lines.append(
-            f"| {row['policy']} | {row['fraction']} | {row['memory']} | {row['n']} | {row['without']:.2f} "
-            f"| {row['score']:.2f} | {row['gain']:+.2f} ({low:+.2f} to {high:+.2f}) |"
-        )
-    return "\n".join(lines) + "\n"
+def format_gains(rows: Iterable[Row]) -> str:
+    """Return Markdown of :func:`measure_gains`."""
+    lines = [
+        [
+            *(row["policy"], row["fraction"], row["memory"], str(row["n"])),
+            *(f"{row['without']:.2f}", f"{row['score']:.2f}", runner.format_interval(row["gain"], row["gain_ci95"])),
+        ]
+        for row in rows
+    ]
+    columns = ("policy", "budget", "memory", "samples", "without", "with", "gain")
+    return format_markdown(columns, lines, words=("policy", "memory"))
 
 
-def needles(rows: Iterable[tuple[Row, str]]) -> str:
-    """Return an SVG: how often each method finds a needle, by length and depth.
+def draw_needles(rows: Iterable[tuple[Row, str]]) -> str:
+    """Return the SVG of the share of needles that each method finds, by length and depth.
 
     Args:
-        rows: Of the benchmark, each with the fraction that it is compared under.
+        rows: Of the benchmark, each with the fraction under which it is compared.
     """
-    from vestige.bench.report.methods import Method
-    from vestige.bench.report.plots import heat_map
+    from vestige.bench.report.methods import MethodKey
+    from vestige.bench.report.plots import draw_heat_map
 
     found: dict[tuple[str, int, float], float] = {}
     for row, fraction in rows:
         if row["task"] == "niah" and fraction in (MAPPED, "1.0") and row["n"]:
             for place in row["parts"] or [row]:
-                found[Method.of(row).label, row["length"], place["tags"]["depth"]] = place["score"]
+                found[MethodKey.of(row).label, row["length"], place["tags"]["depth"]] = place["score"]
     methods = list(dict.fromkeys(method for method, _, _ in found))
     places = sorted({(length, depth) for _, length, depth in found})
     grid = [[found.get((method, *place)) for place in places] for method in methods]
     names = [f"{depth:.0%}\n{length:,}" for length, depth in places]
     title = f"{MODEL}, needles at a budget of {MAPPED}"
-    return heat_map(title, grid, methods, names, ("method", "depth of the needle, and length"))
+    return draw_heat_map(title, grid, methods, names, ("method", "depth of the needle, and length"))
 
 
-def summed_up(out: Path, name: str, part: equal_bytes.Part) -> list[Row]:
-    """Return a part's gains or verdict: of its samples, or where these are not kept, as it was last written."""
-    from vestige.utils.files import write_atomically
-
-    file = out / f"{name}.json"
-    if records := records_of(out / name):
-        remembers = name.startswith("memories")
-        rows = gains(records, part.budget_of) if remembers else verdict(records, OURS, part.budget_of)
-        write_atomically(file, json.dumps(rows, indent=1) + "\n")
-    return json.loads(file.read_text()) if file.exists() else []
-
-
-def summary(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
+def summarize(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
     """Write the verdicts, gains and pictures of all parts that have results."""
     from vestige.bench.report.rows import read_rows
     from vestige.utils.files import write_atomically
 
-    said, mapped = [f"# IndexMem\n\nRemade by `{COMMAND}`.", *equal_bytes.left_out(made)], list[tuple[Row, str]]()
-    for name, one in made.items():
-        if not (rows := summed_up(out, name, one)):
+    blocks, needles = equal_bytes.list_impossible(made), list[tuple[Row, str]]()
+    for name, part in made.items():
+        records, remembers = runner.read_records(out / name), name.startswith("memories")
+        found = measure_gains(records, part.budget_of) if remembers else verdict(records, OURS, part.budget_of)
+        if not (rows := runner.update_rows(out / f"{name}.json", found)):
             continue
         if name in MAPS:
-            mapped += [(row, one.budget_of({"arm": row})) for row in read_rows(out / name)]
-        if name.startswith("memories"):
-            said.append(f"## {name}\n\n{gains_table(rows)}")
+            needles += [(row, part.budget_of({"arm": row})) for row in read_rows(out / name)]
+        if remembers:
+            blocks.append(f"## {name}\n\n{format_gains(rows)}")
         else:
-            said.append(f"## {name}\n\n![scores by bytes](scores-{name}.svg)\n\n{table(rows, OURS)}")
-            write_atomically(out / f"scores-{name}.svg", picture(rows, rows[0]["length"], f"{MODEL}, {name}"))
-    if mapped:
-        write_atomically(out / "needles.svg", needles(mapped))
-        said.append("## Needles by depth and length\n\n![needles found](needles.svg)\n")
-    write_atomically(out / "verdict.md", "\n\n".join(said))
+            blocks.append(f"## {name}\n\n![scores by bytes](scores-{name}.svg)\n\n{format_table(rows, OURS)}")
+            write_atomically(out / f"scores-{name}.svg", draw_scores(rows, rows[0]["length"], f"{MODEL}, {name}"))
+    if needles:
+        write_atomically(out / "needles.svg", draw_needles(needles))
+        blocks.append("## Needles by depth and length\n\n![needles found](needles.svg)\n")
+    runner.write_summary(out / "verdict.md", "IndexMem", COMMAND, *blocks)
 
 
-def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False, dtype: Dtype = None) -> None:
-    """Run the comparison, or go on with it, part by part."""
+def main(out: Out = None, essays: Essays = None, part: Parts = None, dev: Dev = False, dtype: Dtype = None) -> None:
+    """Run the comparison, or resume it, part by part."""
     from vestige.models.loading import load
 
-    made = parts(load(MODEL, dtype=dtype)[0], essays, split_of(dev))
-    for name, one in chosen(made, part).items():
-        benched(one.config, out / name, model=MODEL, command=COMMAND, label=name, dtype=dtype)
-    summary(out, made)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    folder = runner.choose_folder(out, "indexmem", dev=dev)
+    made = make_parts(load(MODEL, dtype=dtype)[0], essays, runner.choose_split(dev))
+    for name, run in runner.select_parts(made, part).items():
+        runner.run_bench(run.config, folder / name, model=MODEL, command=COMMAND, label=name, dtype=dtype)
+    summarize(folder, made)

@@ -1,9 +1,9 @@
 """LaProx against the methods that its paper compares with, at equal budgets, question-aware and question-agnostic.
 
-``make results-laprox ESSAYS=DIR LONGBENCH=DIR`` runs it, and goes on with what is there after an interrupt. What was
-chosen by looking at scores was chosen on the dev split (``make results-laprox-dev``). All methods that look at the
-latest queries look at 32 and pool alike. The papers pool over 7 tokens around each, too few for this model, which
-writes a number digit by digit; with the question read first, SnapKV and LaProx also run with that, and with 21.
+``python -m experiments laprox --essays DIR --longbench DIR`` starts or resumes it. Options chosen by scores were chosen
+on the dev split (``--dev``). All methods that observe the latest queries observe 32 and pool alike. The papers pool
+over 7 tokens around each, too few for this model, which writes a number digit by digit; question-aware, SnapKV and
+LaProx also run with 7, and with 21.
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
+from experiments import runner
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Arm, cross
 
@@ -39,23 +40,23 @@ ABLATIONS = (
     "window=8",
     "observed=8",
 )
-"""What is changed in laprox, one at a time: who competes, raw scores, pinned sinks, a tenth for boundary tokens, ..."""
+"""Changes of laprox, one at a time: who competes, raw scores, pinned sinks, a tenth for boundary tokens, ..."""
 ABLATED_TASKS = ("ruler/niah_single_2", "ruler/niah_multikey_1")
 SAMPLES, KVZIP_SAMPLES, ANSWER_ROOM, LENGTH = 20, 10, 16, 2048
-COMMAND = "make results-laprox ESSAYS=DIR LONGBENCH=DIR"
+COMMAND = 'make results NAME=laprox ARGS="--essays DIR --longbench DIR"'
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the runs: a model and what is measured on it."""
+    """One of the runs: a model and its benchmark."""
 
     config: BenchConfig
     model: str = "smollm2-135m"
 
 
-def parts(essays: Path | None = None, longbench: Path | None = None, split: str = "test") -> dict[str, Part]:
-    """Return the runs by name, the judged ones first."""
+def make_parts(essays: Path | None = None, longbench: Path | None = None, split: str = "test") -> dict[str, Part]:
+    """Return the runs by name, those that are judged first."""
     pooling = tuple(f"{name}({POOLING})" for name in METHODS)
     ablated = tuple(f"laprox({POOLING}, {change})" for change in ABLATIONS)
     arms = cross((*CONTROLS, *pooling), BUDGETS)
@@ -87,10 +88,10 @@ def parts(essays: Path | None = None, longbench: Path | None = None, split: str 
     }
 
 
-def losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what each method scores, and loses against the full cache on the same samples, by budget, over all tasks.
+def measure_losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return each method's score over all tasks by budget, and its loss against the full cache on the same samples.
 
-    ``of_snapkv`` is the loss as a share of SnapKV's. Intervals, 95 %, are by resampling samples.
+    ``of_snapkv`` is the loss as a share of SnapKV's. 95 % intervals come from resampling the samples.
 
     Args:
         records: Of one part.
@@ -114,55 +115,55 @@ def losses(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "policy": policy,
                 "budget": budget,
                 "n": len(shared),
-                "score": _mean([cell[key] for key in shared]),
-                "score_ci95": _interval([cell[key] for key in shared], [1.0] * len(shared)),
-                "loss": _mean(own),
-                "of_snapkv": _ratio(own, snapkv),
-                "of_snapkv_ci95": _interval(own, snapkv),
+                "score": _average([cell[key] for key in shared]),
+                "score_ci95": _resample([cell[key] for key in shared], [1.0] * len(shared)),
+                "loss": _average(own),
+                "of_snapkv": _find_ratio(own, snapkv),
+                "of_snapkv_ci95": _resample(own, snapkv),
             }
         )
     return rows
 
 
-def pictures(rows: Iterable[Mapping[str, Any]], title: str) -> dict[str, str]:
-    """Return an SVG for each budget: what each method scores, the full cache as a line. Common pooling goes unsaid.
+def draw_scores(rows: Iterable[Mapping[str, Any]], title: str) -> dict[str, str]:
+    """Return the SVG of all scores for each budget, the full cache as a line; labels leave the common pooling out.
 
     Args:
-        rows: Of :func:`losses`.
-        title: Stands above; the budget follows it.
+        rows: Of :func:`measure_losses`.
+        title: Heading of the pictures, which the budget follows.
     """
-    from vestige.bench.report.methods import Method, looks
-    from vestige.bench.report.plots import Line, Point, dot_chart
+    from vestige.bench.report.methods import MethodKey, assign_styles
+    from vestige.bench.report.plots import Line, Point, draw_dot_chart
 
-    drawn: dict[str, dict[Method, Mapping[str, Any]]] = {}
+    drawn: dict[str, dict[MethodKey, Mapping[str, Any]]] = {}
     for row in rows:
-        drawn.setdefault(row["budget"], {})[Method.of(row)] = row
+        drawn.setdefault(row["budget"], {})[MethodKey.of(row)] = row
     made = {}
     for budget, found in drawn.items():
         best = sorted(found, key=lambda method: -found[method]["score"])
-        look = looks(best)
+        styles = assign_styles(best)
         points = {m: Point(x=0, y=found[m]["score"], interval=tuple(found[m]["score_ci95"])) for m in best}
-        lines = [Line(label=m.label.replace(f"({POOLING})", ""), look=look[m], points=(points[m],)) for m in best]
+        lines = [Line(label=m.label.replace(f"({POOLING})", ""), style=styles[m], points=(points[m],)) for m in best]
         notes = [f"loses {found[m]['loss']:+.2f}" for m in best]
         full = Point(x=0, y=found[best[0]]["score"] + found[best[0]]["loss"])
-        made[budget] = dot_chart(f"{title}, budget {budget}", lines, notes, level=full)
+        made[budget] = draw_dot_chart(f"{title}, budget {budget}", lines, notes, level=full)
     return made
 
 
-def _mean(values: Sequence[float | int]) -> float:
+def _average(values: Sequence[float | int]) -> float:
     return sum(values) / len(values)
 
 
-def _ratio(own: Sequence[float | int], other: Sequence[float | int]) -> float | None:
+def _find_ratio(own: Sequence[float | int], other: Sequence[float | int]) -> float | None:
     return sum(own) / sum(other) if sum(other) > 0 else None
 
 
-def _interval(own: Sequence[float | int], other: Sequence[float | int]) -> tuple[float, float] | None:
+def _resample(own: Sequence[float | int], other: Sequence[float | int]) -> tuple[float, float] | None:
     draw = random.Random(0)
     found = []
     for _ in range(RESAMPLES):
         picked = draw.choices(range(len(own)), k=len(own))
-        ratio = _ratio([own[i] for i in picked], [other[i] for i in picked])
+        ratio = _find_ratio([own[i] for i in picked], [other[i] for i in picked])
         if ratio is not None:
             found.append(ratio)
     found.sort()
@@ -170,21 +171,20 @@ def _interval(own: Sequence[float | int], other: Sequence[float | int]) -> tuple
 
 
 def main(
-    out: Out,
+    out: Out = None,
     essays: Essays = None,
     longbench: Annotated[Path | None, typer.Option(help="A folder with multi_news.jsonl; default: online.")] = None,
     part: Parts = None,
     dev: Dev = False,
 ) -> None:
-    """Run the comparison, or go on with it, part by part."""
-    for name, run in chosen(parts(essays, longbench, split_of(dev)), part).items():
+    """Run the comparison, or resume it, part by part, and write its report."""
+    out = runner.choose_folder(out, "laprox", dev=dev)
+    for name, run in runner.select_parts(make_parts(essays, longbench, runner.choose_split(dev)), part).items():
         folder = out / name
-        benched(run.config, folder, model=run.model, command=COMMAND, label=name)
-        found = losses(records_of(folder))
+        runner.run_bench(run.config, folder, model=run.model, command=COMMAND, label=name)
+        found = measure_losses(runner.read_records(folder))
         (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
-        for budget, picture in pictures(found, f"{run.model}, {name}").items():
+        for budget, picture in draw_scores(found, f"{run.model}, {name}").items():
             (folder / f"scores-{budget}.svg").write_text(picture)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    if not dev:
+        runner.write_report(out)

@@ -1,31 +1,31 @@
-"""What an eviction takes from attention, and how much of it each memory gives back: why a memory helps, or does not.
+"""The attention that an eviction loses, and the part of it that each memory restores: why a memory helps, or does not.
 
-``make results-restored ESSAYS=DIR`` measures it, layer by layer: the queries of a question read all pairs, those that
-are left, and those that are left with a memory of the others. Nothing is added up over layers as it is in an answer.
+``python -m experiments restored --essays DIR`` measures it layer by layer: the queries of a question read all pairs,
+the kept pairs, and the kept pairs with a memory of the others. Unlike in an answer, errors do not add up over layers.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments import runner
 from experiments.indexmem import FRACTIONS, LONG, MEMORIES, MODEL, REMEMBERING, TASKS
-from experiments.runner import Dev, Essays, Out, split_of
+from experiments.runner import Dev, Essays, Out
 from vestige import memory
 from vestige.bench import items
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods import vestige_runner
 from vestige.bench.methods.method import cross
+from vestige.bench.report.tables import format_markdown
 from vestige.bench.results.aggregate import Record, Row, resampled
 from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import announce, finish
+from vestige.cache.prefill import finish
 from vestige.cli.options import Dtype
 from vestige.kernels.merge import PartialAttention
 from vestige.models.anatomy import check
@@ -35,7 +35,7 @@ from vestige.training.indexmem.teacher_trace import Layer, seen
 
 METHODS = (*REMEMBERING, "random")
 SAMPLES = 5
-COMMAND = "make results-restored ESSAYS=DIR"
+COMMAND = 'make results NAME=restored ARGS="--essays DIR"'
 _SMALL = 1e-12
 
 
@@ -45,14 +45,14 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     known: Callable[[str, int, int, dict[str, Any], str, str], Any] = lambda *_: None,
 ) -> Iterator[Record]:
-    """Yield for each sample and arm the attention that went with the evicted, and the error of what is left.
+    """Yield a record of each sample and arm: the attention to evicted pairs, and the error of the output without them.
 
     Args:
-        config: Which samples and arms.
-        model: Is asked.
+        config: The samples and arms.
+        model: Answers the questions.
         tokenizer: The model's.
-        known: By task, length, number of the sample, arm, digest of the sample, and of the arm's trained weights:
-            whether that was measured.
+        known: Tells by task, length, sample, arm, digest of the sample, and of the arm's trained weights what was
+            measured.
     """
     renderer = Renderer(tokenizer, model)
     trained = {arm: arm.weights(model) for arm in config.arms}
@@ -64,13 +64,13 @@ def measure(
         turn = item.job.turns[0]
         text = len(turn.context)
         layers = seen(model, torch.tensor([[*turn.context, *turn.question]], device=model.device))
-        whole = [attended(layer, text, _all(layer, text)) for layer in layers]
+        whole = [attended(layer, text, _select_all(layer, text)) for layer in layers]
         made = {arm: arm.make_policy(seed=config.seed) for arm in left}
         with torch.no_grad(), attach(model):
             reading = vestige_runner.read(model, [item.job], list(dict.fromkeys(made.values())))
             for arm, policy in made.items():
                 cache = reading.ready_for(model, policy)[0].fork(policy, memory=memory.make(arm.memory))
-                announce(cache, text + len(turn.question), 1)
+                cache.state.announce(text + len(turn.question), 1)
                 finish(model, cache, reading.ids)
                 yield {
                     "task": task,
@@ -79,69 +79,65 @@ def measure(
                     "arm": arm.key,
                     "digest": item.digest,
                     "trained": trained[arm],
-                    **_compared(cache, layers, whole, text),
+                    **_measure_error(cache, layers, whole, text),
                 }
 
 
-def _all(layer: Layer, text: int) -> Tensor:
+def _select_all(layer: Layer, text: int) -> Tensor:
     return torch.ones(len(layer.keys), text, dtype=torch.bool, device=layer.keys.device)
 
 
-def _compared(cache: KVCache, layers: list[Layer], whole: list[PartialAttention], text: int) -> dict[str, float]:
-    """Return the share of attention that went with the evicted, and the error of attention's output as a share of its
-    size, the mean over layers."""
+def _measure_error(cache: KVCache, layers: list[Layer], whole: list[PartialAttention], text: int) -> dict[str, float]:
+    """Return means over layers: the share of attention to evicted pairs, and the output's relative squared error."""
     lost, errors = [], []
-    for own, held, layer, exact in zip(cache.evictable, held_of(cache, torch.arange(text)), layers, whole, strict=True):
+    kept = held_of(cache, torch.arange(text))
+    for cached, held, layer, exact in zip(cache.evictable, kept, layers, whole, strict=True):
         left = attended(layer, text, held.to(layer.keys.device))
-        output = left.output if own.remains is None else rejoined(left, own.remains, layer, text)
+        output = left.output if cached.remains is None else rejoined(left, cached.remains, layer, text)
         lost.append(1 - (left.lse - exact.lse).exp().mean())
         errors.append((output - exact.output).square().mean() / exact.output.square().mean().clamp_min(_SMALL))
     return {"lost": float(torch.stack(lost).mean()), "error": float(torch.stack(errors).mean())}
 
 
-def rows_of(records: Iterable[Record]) -> list[Row]:
-    """Return by policy and budget what is lost, the error with no memory, and what each memory leaves of that."""
+def aggregate_records(records: Iterable[Record]) -> list[Row]:
+    """Return rows of policy, budget and memory: attention lost, error, and the error as a share of that without."""
     cells: dict[tuple[str, str], dict[str, dict[tuple[str, int], Record]]] = {}
-    for one in records:
-        arm = one["arm"]
+    for record in records:
+        arm = record["arm"]
         cell = cells.setdefault((arm["policy"], arm["budget"]), {})
-        cell.setdefault(arm["memory"], {})[one["task"], one["index"]] = one
+        cell.setdefault(arm["memory"], {})[record["task"], record["index"]] = record
     rows = []
     for (policy, budget), found in cells.items():
         plain = found.get("none", {})
         for kind, with_memory in found.items():
-            if both := [(one, plain[key]) for key, one in with_memory.items() if key in plain]:
-                left = [one["error"] / max(other["error"], _SMALL) for one, other in both]
-                means = {name: sum(one[name] for one, _ in both) / len(both) for name in ("lost", "error")}
+            if both := [(record, plain[key]) for key, record in with_memory.items() if key in plain]:
+                left = [record["error"] / max(without["error"], _SMALL) for record, without in both]
+                means = {name: sum(record[name] for record, _ in both) / len(both) for name in ("lost", "error")}
                 row = {"policy": policy, "budget": budget, "memory": kind, "n": len(both), **means}
                 rows.append(row | {"left": sum(left) / len(left), "left_ci95": resampled(left)})
     return rows
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Return Markdown of :func:`rows_of`: a line for each policy and budget, a column for each memory."""
-    lines: dict[tuple[str, str], dict[str, Row]] = {}
+def format_table(rows: Iterable[Row]) -> str:
+    """Return Markdown of :func:`aggregate_records`: a line for each policy and budget, a column for each memory."""
+    arms: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
-        lines.setdefault((row["policy"], row["budget"]), {})[row["memory"]] = row
-    kinds = [kind for kind in MEMORIES if kind != "none"]
-    said = [
-        f"| policy | budget | attention lost | error | left of it with {' | '.join(kinds)} |",
-        f"| --- | ---: | ---: | ---: |{' ---: |' * len(kinds)}",
-    ]
-    for (policy, budget), found in lines.items():
+        arms.setdefault((row["policy"], row["budget"]), {})[row["memory"]] = row
+    first, *kinds = (kind for kind in MEMORIES if kind != "none")
+    lines = []
+    for (policy, budget), found in arms.items():
+        left = [
+            runner.format_interval(found[kind]["left"], found[kind]["left_ci95"], ".0%") if kind in found else ""
+            for kind in (first, *kinds)
+        ]
         plain = found["none"]
-        cells = [_share(found[kind]) if kind in found else "" for kind in kinds]
-        said.append(f"| {policy} | {budget} | {plain['lost']:.1%} | {plain['error']:.3f} | {' | '.join(cells)} |")
-    return "\n".join(said) + "\n"
+        lines.append([policy, budget, f"{plain['lost']:.1%}", f"{plain['error']:.3f}", *left])
+    columns = ("policy", "budget", "attention lost", "error", f"left of it with {first}", *kinds)
+    return format_markdown(columns, lines, words=("policy",))
 
 
-def _share(row: Row) -> str:
-    low, high = row["left_ci95"]
-    return f"{row['left']:.0%} ({low:.0%} to {high:.0%})"
-
-
-def compared(essays: Path | None = None, split: str = "test") -> BenchConfig:
-    """Return the samples and arms: all hold as many pairs, memories come on top."""
+def make_comparison(essays: Path | None = None, split: str = "test") -> BenchConfig:
+    """Return the run: all arms of a budget hold the same number of pairs, memories come on top."""
     return BenchConfig(
         tasks=TASKS[1:3],
         arms=cross(METHODS, FRACTIONS, memories=MEMORIES),
@@ -152,26 +148,22 @@ def compared(essays: Path | None = None, split: str = "test") -> BenchConfig:
     )
 
 
-def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None) -> None:
-    """Measure, or go on with it, print the table, and write it."""
+def main(out: Out = None, essays: Essays = None, dev: Dev = False, dtype: Dtype = None) -> None:
+    """Measure, or resume that, print the table, and write it."""
     from rich.progress import track
 
     from vestige.bench.results.store import Store
     from vestige.models.loading import load
-    from vestige.utils.files import write_atomically
 
-    config, (model, tokenizer) = compared(essays, split_of(dev)), load(MODEL, dtype=dtype)
+    folder = runner.choose_folder(out, "restored", results="indexmem", dev=dev)
+    config = make_comparison(essays, runner.choose_split(dev))
+    model, tokenizer = load(MODEL, dtype=dtype)
     books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}
     books |= {"weights": check(model).fingerprint()}
-    store = Store(out / "restored", books, resume=True)
+    store = Store(folder / "restored", books, resume=True)
     left = len(config.tasks) * SAMPLES * len(config.arms) - len(store.records)
     for record in track(measure(config, model, tokenizer, known=store.known), "restored", left):
         store.append(record)
-    rows = rows_of(store.records.values())
-    write_atomically(out / "restored.json", json.dumps(rows, indent=1) + "\n")
-    write_atomically(out / "restored.md", f"# What memories give back\n\nRemade by `{COMMAND}`.\n\n{table(rows)}")
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    rows = runner.update_rows(folder / "restored.json", aggregate_records(store.records.values()))
+    runner.write_summary(folder / "restored.md", "What memories give back", COMMAND, format_table(rows))
+    print(format_table(rows))

@@ -1,21 +1,19 @@
 """Retention gates against the field, question-agnostic, at equal bytes.
 
-``make results-retention ESSAYS=DIR`` runs it, and goes on with what is there after an interrupt. The rivals are KVzip
-and the three that did best on the dev split (``make results-retention-dev``) of our other policies, and of kvpress's.
+``python -m experiments retention --essays DIR`` starts or resumes it. The rivals are KVzip and the three of our other
+policies, and of kvpress's, that did best on the dev split (``--dev``).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import typer
 from transformers import PreTrainedModel
 
-from experiments import equal_bytes
-from experiments.comparison import picture, table, verdict
-from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of
+from experiments import equal_bytes, runner
+from experiments.comparison import draw_scores, format_table, verdict
+from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.results.aggregate import Row
@@ -34,13 +32,13 @@ BUDGETS: dict[int, tuple[str, ...]] = {2048: ("0.25", "0.1", "0.05"), 1024: ("0.
 RETENTION, CONTROLS = "retention", ("random", "streaming_llm")
 RIVALS = ("kvzip(share=model)", "compactor(share=model)", "keydiff(share=model)", "lagkv")
 PRESSES: dict[str, int | None] = {"KVzip": 5, "LeverageScore": None, "Compactor": None}
-"""Of kvpress, and of how many samples of each task, if not of all: KVzip takes half a minute for one."""
+"""Methods of kvpress, and their samples of each task, if not all: KVzip takes half a minute for one."""
 PRESSED = TASKS[:-1]
-"""What presses are judged by: they compress the first text of a conversation only, and hold all later ones whole."""
+"""Tasks for presses, which compress the first text of a conversation only and hold all later ones whole."""
 SAMPLES: dict[int, int] = {2048: 20, 1024: 20, 4096: 10}
 """Of each task, by length."""
 ANSWER_ROOM = 16
-COMMAND = "make results-retention ESSAYS=DIR"
+COMMAND = 'make results NAME=retention ARGS="--essays DIR"'
 NOTES = (
     "Presses hold a share of the pairs, and KVzip's, which masks, frees none of them. They are judged by all tasks but "
     "dialogue/recall, whose later texts they never compress. Where another method has fewer samples than ours, "
@@ -52,7 +50,7 @@ CANDIDATES = (
     "adakv", "compactor", "criticalkv", "expected_attention", "h2o", "keydiff", "knorm", "lagkv", "laprox", "pyramidkv",
     "r_kv", "snapkv", "tova", "xkv",
 )  # fmt: skip
-"""Of our policies, those that the rivals are chosen from, with either share."""
+"""Candidates for the rivals among our policies, with either share."""
 CANDIDATE_PRESSES = (
     "CUR", "Compactor", "CriticalKV(ExpectedAttentionPress)", "ExpectedAttention", "KVzip", "KeyDiff", "Knorm", "LagKV",
     "LeverageScore", "NonCausalAttn", "SnapKV", "TOVA",
@@ -60,70 +58,66 @@ CANDIDATE_PRESSES = (
 CHOOSING_BUDGETS, CHOOSING_SAMPLES = ("0.25", "0.1"), 3
 
 
-def parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal_bytes.Part]:
-    """Return the judged runs, on the test split: for each length ours, and the presses.
+def make_parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal_bytes.Part]:
+    """Return the runs that are judged, on the test split: for each length ours, and those of presses.
 
     Args:
-        model: Whose caches are weighed.
-        essays: Haystacks.
+        model: For measuring the bytes of caches.
+        essays: Folder of the haystacks.
     """
     names, made = (RETENTION, *RIVALS, *CONTROLS), {}
     for length, budgets in BUDGETS.items():
-        common = _common(essays, "test") | {"samples": SAMPLES[length]}
-        made[str(length)] = equal_bytes.part(model, names, budgets, length, **common)
-        arms = [
-            replace(arm, samples=n) for name, n in PRESSES.items() for arm in cross((), budgets, peers=(_press(name),))
-        ]
+        common = _make_options(essays, "test") | {"samples": SAMPLES[length]}
+        made[str(length)] = equal_bytes.make_part(model, names, budgets, length, **common)
+        presses = {name: cross((), budgets, peers=(_name_press(name),)) for name in PRESSES}
+        arms = [replace(arm, samples=PRESSES[name]) for name, found in presses.items() for arm in found]
         pressed = BenchConfig(arms=tuple(arms), lengths=(length,), **common | {"tasks": PRESSED})
         made[f"{length}-presses"] = equal_bytes.Part(config=pressed, fractions={})
     return made
 
 
-def choosing(essays: Path | None = None) -> dict[str, BenchConfig]:
+def make_rival_choice(essays: Path | None = None) -> dict[str, BenchConfig]:
     """Return the runs on the dev split that the rivals are chosen by."""
     policies = cross(("full", *CANDIDATES), CHOOSING_BUDGETS, shares=("head", "model"))
-    presses = cross(("full",), CHOOSING_BUDGETS, peers=tuple(map(_press, CANDIDATE_PRESSES)))
+    presses = cross(("full",), CHOOSING_BUDGETS, peers=tuple(map(_name_press, CANDIDATE_PRESSES)))
     return {
-        name: BenchConfig(arms=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_common(essays, "dev"))
+        name: BenchConfig(arms=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_make_options(essays, "dev"))
         for name, arms in (("policies", policies), ("presses", presses))
     }
 
 
-def _common(essays: Path | None, split: str) -> dict[str, Any]:
+def _make_options(essays: Path | None, split: str) -> dict[str, Any]:
     return {"tasks": TASKS, "split": split, "answer_room": ANSWER_ROOM, "essays": essays}
 
 
-def _press(name: str) -> str:
+def _name_press(name: str) -> str:
     head, bracket, rest = name.partition("(")
     return f"kvpress:{head}Press{bracket}{rest}"
 
 
-def summary(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
+def summarize(out: Path, made: Mapping[str, equal_bytes.Part]) -> None:
     """Write the verdict and the pictures of all lengths that have results."""
     from vestige.utils.files import write_atomically
 
-    rows: list[Row] = []
+    found: list[Row] = []
     for length in map(str, BUDGETS):
-        records = records_of(out / length) + records_of(out / f"{length}-presses")
-        rows += verdict(records, RETENTION, made[length].budget_of)
-    write_atomically(out / "verdict.json", json.dumps(rows, indent=1) + "\n")
-    said = ["# Retention gates", f"Remade by `{COMMAND}`. {NOTES}", *equal_bytes.left_out(made), table(rows, RETENTION)]
-    write_atomically(out / "verdict.md", "\n\n".join(said))
-    for at in {row["length"] for row in rows}:
-        write_atomically(out / f"scores-{at}.svg", picture(rows, at, MODEL))
+        records = runner.read_records(out / length) + runner.read_records(out / f"{length}-presses")
+        found += verdict(records, RETENTION, made[length].budget_of)
+    rows = runner.update_rows(out / "verdict.json", found)
+    blocks = (*equal_bytes.list_impossible(made), format_table(rows, RETENTION))
+    runner.write_summary(out / "verdict.md", "Retention gates", COMMAND, *blocks, note=NOTES)
+    for length in {row["length"] for row in rows}:
+        write_atomically(out / f"scores-{length}.svg", draw_scores(rows, length, MODEL))
 
 
-def main(out: Out, essays: Essays = None, part: Parts = None, dev: Dev = False) -> None:
-    """Run the comparison, or go on with it, part by part; on the dev split what the rivals are chosen by."""
+def main(out: Out = None, essays: Essays = None, part: Parts = None, dev: Dev = False) -> None:
+    """Run the comparison, or resume it, part by part; on the dev split run the choice of the rivals."""
     from vestige.models.loading import load
 
-    made = {} if dev else parts(load(MODEL)[0], essays)
-    configs = choosing(essays) if dev else {name: one.config for name, one in made.items()}
-    for name, config in chosen(configs, part).items():
-        benched(config, out / name, model=MODEL, command=COMMAND, label=name)
+    out = runner.choose_folder(out, "retention", dev=dev)
+    made = {} if dev else make_parts(load(MODEL)[0], essays)
+    configs = make_rival_choice(essays) if dev else {name: run.config for name, run in made.items()}
+    for name, config in runner.select_parts(configs, part).items():
+        runner.run_bench(config, out / name, model=MODEL, command=COMMAND, label=name)
     if not dev:
-        summary(out, made)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        summarize(out, made)

@@ -48,7 +48,7 @@ class Graph:
 def read_floors(pyproject: str) -> dict[str, int]:
     """Return the floor of each part, from the text of ``pyproject.toml``: its contract lists layers from the top."""
     contracts = tomllib.loads(pyproject)["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    layers = next(contract["layers"] for contract in contracts if PACKAGE in contract.get("containers", ()))
     floors = {}
     for floor, layer in enumerate(reversed(layers)):
         for name in layer.replace(":", "|").split("|"):
@@ -64,13 +64,14 @@ def find_part(module: str) -> str:
 def make_graph(modules: Iterable[str], imports: Iterable[Arrow], floors: Mapping[str, int]) -> Graph:
     """Return the graph of modules and imports, all named ``root.part...``.
 
-    The root itself, and parts that have no floor, are left out.
+    The root itself, parts without a floor, and floors without a part are left out.
     """
     known = [module for module in modules if "." in module and find_part(module) in floors]
     inside = [arrow for arrow in imports if all("." in module and find_part(module) in floors for module in arrow)]
     between = Counter((find_part(source), find_part(target)) for source, target in inside)
     arrows = {arrow: count for arrow, count in sorted(between.items()) if arrow[0] != arrow[1]}
-    return Graph(Counter(map(find_part, known)), dict(floors), arrows, find_cycles(inside))
+    rooms = Counter(map(find_part, known))
+    return Graph(rooms, {part: floors[part] for part in floors if part in rooms}, arrows, find_cycles(inside))
 
 
 def find_cycles(imports: Iterable[Arrow]) -> list[list[str]]:

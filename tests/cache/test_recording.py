@@ -13,7 +13,8 @@ from vestige import Budget, KVCache, Observation, PolicyError, attach, check, po
 from vestige.cache.recording import RecordingSpec
 from vestige.models.compat import cache_argument
 from vestige.policies.base import NewPairs, Policy
-from vestige.policies.observation import LayerView, RowView, attention_weights
+from vestige.policies.observation import LayerView, RowView
+from vestige.policies.scoring import compute_attention
 from vestige.testing import TINY, attention, full_layers, left_padded, random_ids, tiny
 
 SMALL = {"sink": 2, "window": 3, "every": 4}
@@ -44,7 +45,9 @@ class Sums(Policy):
         return {"mass": torch.zeros(written.keys.shape[:3])}
 
     def watch(self, glance: RowView) -> None:
-        weights = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, glance.attention)
+        weights = compute_attention(
+            glance.queries, glance.query_positions, glance.keys, glance.positions, glance.attention
+        )
         glance.annotations["mass"].add_(weights.sum((0, 1)))
 
     def score(self, seen: Observation) -> Tensor:
@@ -194,7 +197,7 @@ def test_each_query_is_shown_once_to_each_row_with_its_own_pair(name):
     assert rows == once * 2
     for number, glance in enumerate(seen):
         begin, end = (0, 5) if number < len(once) else (5, 9)
-        assert glance.at.tolist() == list(range(begin, end))
+        assert glance.query_positions.tolist() == list(range(begin, end))
         assert glance.positions.tolist() == list(range(end))
         assert glance.queries.shape[:2] == (2, end - begin)
 
@@ -215,12 +218,12 @@ def test_pads_are_not_shown_as_queries_and_rows_of_pads_not_at_all(evicted):
     cache = KVCache(model, Watcher(budget=Budget.tokens(10) if evicted else ROOMY, **SMALL))
     with torch.no_grad(), attach(model):
         prefill(model, ids, cache, attention_mask=mask)
-        first = [g.at.tolist() for g in seen if g.batch == 1]
+        first = [g.query_positions.tolist() for g in seen if g.batch == 1]
         assert first == [list(range(21))] * 6
         seen.clear()
         more, more_mask = left_padded(model, [4, 2], seed=1)
         prefill(model, more, cache, settle=False, attention_mask=more_mask)
-        assert {b: [g.at.tolist() for g in seen if g.batch == b] for b in (0, 1)} == {
+        assert {b: [g.query_positions.tolist() for g in seen if g.batch == b] for b in (0, 1)} == {
             0: [[30, 31, 32, 33]] * 6,
             1: [[21, 22]] * 6,
         }
@@ -302,7 +305,7 @@ def test_a_layer_is_shown_with_all_its_rows_and_what_made_the_queries(name, evic
     for one, rows, slots in shown:
         b = rows[0].batch
         new = 4 if b == 0 else 2
-        assert one.at.tolist() == ([30, 31, 32, 33] if b == 0 else [21, 22])
+        assert one.query_positions.tolist() == ([30, 31, 32, 33] if b == 0 else [21, 22])
         assert one.model is model and torch.equal(one.hidden, entered[one.layer_idx][b, -new:])
         assert torch.equal(one.queries, torch.cat([row.queries for row in rows])) and one.queries.shape[1] == new
         layer = next(x for x in cache.evictable if x.layer_idx == one.layer_idx)

@@ -490,7 +490,7 @@ with vestige.attach(model):
 
 HELP = """
 import sys
-from vestige import cli
+from vestige.cli import main as cli
 for words in ([], ["run"], ["demo"], ["models"], ["policies"], ["memories"], ["bench"], ["bench", "speed"]):
     sys.argv = ["vestige", *words, "--help"]
     try:

@@ -16,14 +16,14 @@ from vestige.testing import random_ids, tiny
 
 MODEL = tiny("llama", vocab_size=128, max_position_embeddings=8192)
 WHOLE = ("full", "none", "1.0")
-PLAIN = equal_bytes.plain_pair(MODEL)
+PLAIN = equal_bytes.measure_plain_pair(MODEL)
 
 
 @pytest.mark.parametrize("name", [*indexmem.MEMORIES])
 @pytest.mark.parametrize("policy", indexmem.FIELD)
 def test_methods_weigh_what_was_measured(policy, name):
-    own = equal_bytes.weight(MODEL, policy, name)
-    made = policies.make(policy, Budget.fraction(equal_bytes.kept_fraction(own, PLAIN, 400, 0.5)))
+    own = equal_bytes.weigh(MODEL, policy, name)
+    made = policies.make(policy, Budget.fraction(equal_bytes.find_kept_fraction(own, PLAIN, 400, 0.5)))
     cache = KVCache(MODEL, made, memory=memory.make(name))
     with attach(MODEL), torch.no_grad():
         prefill(MODEL, random_ids(MODEL, 1, 400), cache, chunk=400)
@@ -34,14 +34,14 @@ def test_methods_weigh_what_was_measured(policy, name):
 
 def test_a_cache_that_keeps_everything_weighs_its_pairs():
     assert PLAIN == 2 * 16 * 4
-    assert equal_bytes.weight(MODEL, "full") == equal_bytes.Weight(pair=PLAIN + 4, fixed=0.0)
-    indexed = equal_bytes.weight(MODEL, "indexmem")
+    assert equal_bytes.weigh(MODEL, "full") == equal_bytes.Weight(pair=PLAIN + 4, fixed=0.0)
+    indexed = equal_bytes.weigh(MODEL, "indexmem")
     assert indexed.pair == PLAIN + 4 + 4 * 4 + 4 and indexed.fixed == 0
-    assert equal_bytes.weight(MODEL, "snapkv").fixed == 32 * 2 * 16 * 4  # the latest queries of two heads each
+    assert equal_bytes.weigh(MODEL, "snapkv").fixed == 32 * 2 * 16 * 4  # the latest queries of two heads each
 
 
 def test_what_weighs_more_than_the_budget_beside_its_pairs_is_left_out_and_named():
-    part = equal_bytes.part(MODEL, ("expected_attention", "keydiff"), ("0.5", "0.05"), 200, tasks=("niah",))
+    part = equal_bytes.make_part(MODEL, ("expected_attention", "keydiff"), ("0.5", "0.05"), 200, tasks=("niah",))
     assert {(policy, fraction) for (policy, _, _), fraction in part.fractions.items()} == {
         ("expected_attention", "0.5"), ("keydiff", "0.5"), ("keydiff", "0.05"),
     }  # fmt: skip
@@ -49,7 +49,7 @@ def test_what_weighs_more_than_the_budget_beside_its_pairs_is_left_out_and_named
 
 
 def test_the_runs_are_what_was_asked_for():
-    made = indexmem.parts(MODEL)
+    made = indexmem.make_parts(MODEL)
     assert set(made) == {"agnostic", "aware", "memories-agnostic", "memories-aware", "map-1024", "map-4096"}
     for name, part in made.items():
         config, memories, mapped = part.config, name.startswith("memories"), name.startswith("map")
@@ -65,11 +65,11 @@ def test_the_runs_are_what_was_asked_for():
 
 
 def test_a_map_has_the_needles_of_each_length_and_depth():
-    part = indexmem.parts(MODEL)["agnostic"]
+    part = indexmem.make_parts(MODEL)["agnostic"]
     given = records(part, indexmem.OURS, "none", "0.1", 1, 0) + records(part, "full", "none", "1.0", 1)
     given += records(part, indexmem.OURS, "none", "0.05", 1)
     failed = {"task": "niah", "length": 4096, "n": 0, "error": "no room", **given[0]["arm"]}
-    shown = indexmem.needles([(row, part.budget_of({"arm": row})) for row in [*rows_of(given), failed]])
+    shown = indexmem.draw_needles([(row, part.budget_of({"arm": row})) for row in [*rows_of(given), failed]])
     assert all(said in shown for said in ("25%", "4,096", ">indexmem", ">full", "1.00", "0.00"))
 
 
@@ -104,19 +104,19 @@ def rows_of(given: list[dict]) -> list[dict]:
 
 
 def test_a_memory_is_beside_the_same_policy_without_one_at_equal_bytes():
-    part = indexmem.parts(MODEL)["memories-aware"]
+    part = indexmem.make_parts(MODEL)["memories-aware"]
     policy = indexmem.REMEMBERING[1]
     given = records(part, policy, "none", "0.1", 1, 0, 0) + records(part, policy, "moments", "0.1", 1, 1)
     given += records(part, policy, "moments", "0.05", 1) + records(part, "full", "none", "1.0", 1, 1, 1)
     given += records(part, indexmem.OURS, "none", "0.1", 1) + records(part, indexmem.OURS, "moments", "0.1", 0)
-    _, row, every = indexmem.gains(given, part.budget_of)
+    _, row, every = indexmem.measure_gains(given, part.budget_of)
     assert every["policy"] == "all" and every["n"] == 3 and every["gain"] == 0.0
     assert row["memory"] == "moments" and row["fraction"] == "0.1" and row["n"] == 2 and row["gain"] == 0.5
-    assert "| retention | 0.1 | moments | 2 | 0.50 | 1.00 | +0.50" in indexmem.gains_table([row])
+    assert "| retention | 0.1 | moments | 2 | 0.50 | 1.00 | +0.50" in indexmem.format_gains([row])
 
 
 def test_the_verdict_compares_what_weighs_the_same():
-    part = indexmem.parts(MODEL)["memories-aware"]
+    part = indexmem.make_parts(MODEL)["memories-aware"]
     given = records(part, indexmem.OURS, "none", "0.1", 1, 1) + records(part, "retention", "none", "0.1", 0, 1)
     given += records(part, "full", "none", "1.0", 1, 1)
     rows = {row["policy"]: row for row in comparison.verdict(given, indexmem.OURS, part.budget_of)}
@@ -125,7 +125,7 @@ def test_the_verdict_compares_what_weighs_the_same():
 
 
 def test_the_summary_is_of_what_is_there(tmp_path):
-    made = indexmem.parts(MODEL)
+    made = indexmem.make_parts(MODEL)
     for name in ("agnostic", "map-1024", "memories-aware"):
         part, rest = made[name], ("indexmem(share=model)", "retention")
         given = records(part, "full", "none", "1.0", 1, 1) + records(part, rest[1], "none", "0.1", 0, 1)
@@ -134,10 +134,10 @@ def test_the_summary_is_of_what_is_there(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "samples.jsonl").write_text("\n".join(map(json.dumps, given)))
         (tmp_path / name / "rows.json").write_text(json.dumps({"rows": rows_of(given)}))
-    indexmem.summary(tmp_path, made)
+    indexmem.summarize(tmp_path, made)
     said = (tmp_path / "verdict.md").read_text()
     (tmp_path / "agnostic" / "samples.jsonl").unlink()  # samples are not committed; what they came to is
-    indexmem.summary(tmp_path, made)
+    indexmem.summarize(tmp_path, made)
     assert (tmp_path / "verdict.md").read_text() == said
     for shown in ("## agnostic", "## map-1024", "| moments | 2 | 1.00 | 0.50 | -0.50", "+0.50", "needles.svg"):
         assert shown in said
@@ -165,9 +165,12 @@ def test_a_memory_that_keeps_each_pair_gives_back_what_an_eviction_took(chatter)
     assert not list(
         memory_restoration.measure(config, model, tokenizer, known=lambda task, length, index, arm, *of: arm in known)
     )
-    rows = {(row["policy"], row["budget"], row["memory"]): row for row in memory_restoration.rows_of(found.values())}
+    rows = {
+        (row["policy"], row["budget"], row["memory"]): row
+        for row in memory_restoration.aggregate_records(found.values())
+    }
     assert rows["random", "0.4", "none"]["left"] == 1.0 and rows["random", "0.4", EXACT]["left"] < 1e-2
-    said = memory_restoration.table(rows.values()).splitlines()
+    said = memory_restoration.format_table(rows.values()).splitlines()
     moments = rows["random", "0.4", "moments"]["left"]
     assert len(said) == 6 and f"| {moments:.0%} ({moments:.0%} to {moments:.0%}) |" in said[2]
 
@@ -180,7 +183,7 @@ def arm_of(record: dict) -> tuple[str, str, str]:
 
 
 def test_the_better_and_the_worse_evictors_are_measured_beside_chance():
-    config = memory_restoration.compared()
+    config = memory_restoration.make_comparison()
     assert config.split == "test" and config.lengths == (4096,) and config.tasks == indexmem.TASKS[1:3]
     assert {arm.policy for arm in config.arms} == {*indexmem.REMEMBERING, "random"}
     assert {arm.memory for arm in config.arms} == set(indexmem.MEMORIES)

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import made
 from tests.policies.test_policies import EXTRAS, naive_attention, naive_snapkv, random_observation, rows_of
 from vestige import Budget, InputError, KVCache, PolicyError, attach, policies, prefill
-from vestige.policies import duo_attention, xkv
+from vestige.policies import duo_attention
 from vestige.policies.selection import RowIndex
 from vestige.testing import left_padded, random_ids, tiny
 
@@ -40,12 +40,12 @@ def duo(tokens: int = 64, **options):
     return policies.DuoAttention(budget=Budget.tokens(tokens), **(SMALL | {"first": 4, "recent": 6} | options))
 
 
-def naive_duo(seen, first: int, recent: int, retrieval: list[float]) -> list[float]:
+def naive_duo(obs, first: int, recent: int, retrieval: list[float]) -> list[float]:
     """Return scores from how much of a retrieval head each row's head is."""
     scores = []
-    for row, positions in enumerate(rows_of(seen)):
+    for row, positions in enumerate(rows_of(obs)):
         for position in positions:
-            age = seen.seen[row // seen.kv_heads] - 1 - position
+            age = obs.seen[row // obs.kv_heads] - 1 - position
             off = min(age / recent, position / first) if position < first else age / recent
             scores.append((1 + retrieval[row]) / (1 + off))
     return scores
@@ -54,12 +54,10 @@ def naive_duo(seen, first: int, recent: int, retrieval: list[float]) -> list[flo
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize(("first", "recent", "observed"), [(2, 3, 4), (0, 1, 2), (3, 5, 32), (128, 256, 4)])
 def test_what_heads_are_is_measured_as_the_attention_beyond_first_and_recent_tokens(first, recent, observed, extra):
-    seen = random_observation(1, **EXTRAS[extra])
+    obs = random_observation(1, **EXTRAS[extra])
     measured = []
     for row in range(4):
-        queries = [
-            (seen.seen[row // 2] - n, head) for head in naive_attention(seen, row, observed) for n in [len(head)]
-        ]
+        queries = [(obs.seen[row // 2] - n, head) for head in naive_attention(obs, row, observed) for n in [len(head)]]
         beyond = [
             sum(w for position, w in weights.items() if first <= position <= begin + i - recent)
             for begin, head in queries
@@ -67,15 +65,15 @@ def test_what_heads_are_is_measured_as_the_attention_beyond_first_and_recent_tok
         ]
         measured.append(sum(beyond) / len(beyond))
     assert (max(measured) > 0) == (recent < 128)
-    scores = made("duo_attention", first=first, recent=recent, observed=observed).score(seen)
-    torch.testing.assert_close(scores, torch.tensor(naive_duo(seen, first, recent, measured)))
+    scores = made("duo_attention", first=first, recent=recent, observed=observed).score(obs)
+    torch.testing.assert_close(scores, torch.tensor(naive_duo(obs, first, recent, measured)))
 
 
 def test_given_heads_are_found_by_layer_and_kv_head():
-    seen = random_observation(2)  # layer 3, two KV heads
+    obs = random_observation(2)  # layer 3, two KV heads
     given = ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.25, 1.0))
-    scores = duo(retrieval=given).score(seen)
-    torch.testing.assert_close(scores, torch.tensor(naive_duo(seen, 4, 6, [0.25, 1.0, 0.25, 1.0])))
+    scores = duo(retrieval=given).score(obs)
+    torch.testing.assert_close(scores, torch.tensor(naive_duo(obs, 4, 6, [0.25, 1.0, 0.25, 1.0])))
 
 
 @pytest.mark.parametrize(
@@ -201,22 +199,22 @@ def by_layer(tokens: int = 64, **options):
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize(("observed", "kernel"), [(1, 1), (3, 5), (32, 3)])
 def test_a_token_is_worth_snapkvs_score_averaged_over_the_heads_that_hold_it(observed, kernel, extra):
-    seen = random_observation(3, kv_heads=3, **EXTRAS[extra])
-    per_row = naive_snapkv(seen, observed, kernel)
+    obs = random_observation(3, kv_heads=3, **EXTRAS[extra])
+    per_row = naive_snapkv(obs, observed, kernel)
     expected = []
-    for row, positions in enumerate(rows_of(seen)):
+    for row, positions in enumerate(rows_of(obs)):
         b = row // 3
         for position in positions:
             found = [
                 score
                 for other in range(b * 3, b * 3 + 3)
                 for at, score in zip(
-                    rows_of(seen)[other], per_row[slice(*seen.cu_seqlens[other : other + 2])], strict=True
+                    rows_of(obs)[other], per_row[slice(*obs.cu_seqlens[other : other + 2])], strict=True
                 )
                 if at == position
             ]
             expected.append(sum(found) / len(found))
-    scores = made("xkv", observed=observed, kernel=kernel).score(seen)
+    scores = made("xkv", observed=observed, kernel=kernel).score(obs)
     torch.testing.assert_close(scores, torch.tensor(expected))
 
 
@@ -277,19 +275,6 @@ def test_a_profile_fixes_the_proportions():
     assert held(cache) == [[6, 6], [12, 12], [18, 18]]
 
 
-def test_a_profile_made_on_a_sample_is_what_that_sample_holds():
-    model = tiny("llama")
-    ids = random_ids(model, 2, 50)
-    options = {**SMALL, "observed": 5}
-    with attach(model):
-        made_before = xkv.profile(model, ids, Budget.tokens(12), **options)
-    own = read(model, policies.XKV(budget=Budget.tokens(12), **options), ids)
-    assert made_before == tuple(sum(rows) / 4 for rows in held(own))
-    assert sum(made_before) == 36 and len(set(made_before)) == 3
-    again = read(model, policies.XKV(budget=Budget.tokens(12), profile=made_before, **options), ids)
-    assert [sum(rows) for rows in held(again)] == [sum(rows) for rows in held(own)]
-
-
 def test_a_profile_of_another_model_is_refused():
     model = tiny("llama")
     with pytest.raises(PolicyError, match="profile is for 2 layers, but the model has 3"):
@@ -316,5 +301,5 @@ def test_a_profile_survives_saving(tmp_path):
 
 
 def test_rows_are_in_the_order_that_allotments_take_them_in():
-    seen = random_observation(0)
-    assert [end - start for start, end in pairwise(seen.cu_seqlens)] == [len(row) for row in rows_of(seen)]
+    obs = random_observation(0)
+    assert [end - start for start, end in pairwise(obs.cu_seqlens)] == [len(row) for row in rows_of(obs)]

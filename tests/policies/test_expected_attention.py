@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.conftest import made
 from tests.policies.test_policies import EXTRAS, random_observation
 from vestige import Budget, InputError, KVCache, PolicyError, attach, check, policies, prefill
-from vestige.cache.prefill import forward, replay
 from vestige.cache.query_records import Moments, QueryMoments
 from vestige.kernels import AttentionScale
+from vestige.models.forward import forward, replay
 from vestige.policies.base import NewPairs
 from vestige.policies.observation import RowView
 from vestige.testing import left_padded, random_ids, tiny
@@ -98,7 +98,7 @@ def test_long_texts_in_one_piece_are_counted_in_blocks(monkeypatch):
     model = tiny("llama")
     ids, found = random_ids(model, 1, 50), []
     for block in (1024, 8):
-        monkeypatch.setattr("vestige.cache.layer._BLOCK", block)
+        monkeypatch.setattr("vestige.cache.observers._BLOCK", block)
         cache = KVCache(model, expected_attention())
         with torch.no_grad(), attach(model):
             prefill(model, ids, cache, chunk=50)
@@ -197,7 +197,7 @@ def test_a_crop_takes_no_queries_back_and_what_is_read_aside_is_not_counted():
     with torch.no_grad(), attach(model):
         prefill(model, ids, cache)
         before = moments_of(cache)
-        replay(model, ids, cache, lambda glance: None)
+        replay(model, ids, cache, lambda view: None)
         cache.crop(-6)
     assert_same_moments(moments_of(cache), before, 0)
 
@@ -215,26 +215,26 @@ def turned(vector: list[float], position: int, theta: float = 10_000.0) -> list[
     return result
 
 
-def naive_expected_attention(seen: Any, sink: int, future: int, epsilon: float) -> list[float]:
+def naive_expected_attention(obs: Any, sink: int, future: int, epsilon: float) -> list[float]:
     """Return scores by loops over pairs and heads, in Python floats."""
     scores = []
-    for row in range(len(seen.cu_seqlens) - 1):
-        b, kv_head = divmod(row, seen.kv_heads)
-        pairs = range(*seen.cu_seqlens[row : row + 2])
-        mean, covariance = (x.double().tolist() for x in seen.query_moments[b])
-        group, size = len(mean) // seen.kv_heads, len(mean[0])
+    for row in range(len(obs.cu_seqlens) - 1):
+        b, kv_head = divmod(row, obs.kv_heads)
+        pairs = range(*obs.cu_seqlens[row : row + 2])
+        mean, covariance = (x.double().tolist() for x in obs.query_moments[b])
+        group, size = len(mean) // obs.kv_heads, len(mean[0])
         unit = [[float(i == j) for j in range(size)] for i in range(size)]
-        spans = [[turned(e, p) for e in unit] for p in range(seen.seen[b], seen.seen[b] + future)]
+        spans = [[turned(e, p) for e in unit] for p in range(obs.seen[b], obs.seen[b] + future)]
         average = [[sum(span[i][j] for span in spans) / future for i in range(size)] for j in range(size)]  # R e_i
         found = {pair: 0.0 for pair in pairs}
         for head in range(kv_head * group, (kv_head + 1) * group):
             logits = {}
             for pair in pairs:
-                if seen.positions[pair] < sink:
+                if obs.positions[pair] < sink:
                     continue
-                key = seen.keys[pair].double().tolist()
+                key = obs.keys[pair].double().tolist()
                 back = [sum(key[j] * average[j][i] for j in range(size)) for i in range(size)]  # R^T k
-                s = seen.attention.scaling
+                s = obs.attention.scaling
                 x = s * sum(m * k for m, k in zip(mean[head], back, strict=True))
                 x += (
                     s
@@ -242,15 +242,15 @@ def naive_expected_attention(seen: Any, sink: int, future: int, epsilon: float) 
                     / 2
                     * sum(back[i] * covariance[head][i][j] * back[j] for i in range(size) for j in range(size))
                 )
-                cap = seen.attention.softcap
+                cap = obs.attention.softcap
                 logits[pair] = x if cap is None else cap * math.tanh(x / cap)
             total = sum(map(math.exp, logits.values()))
-            total += 0 if seen.attention.sinks is None else math.exp(seen.attention.sinks[head])
+            total += 0 if obs.attention.sinks is None else math.exp(obs.attention.sinks[head])
             for pair, x in logits.items():
                 found[pair] += math.exp(x) / total / group
         for pair in pairs:
-            norm = math.hypot(*seen.values[pair].double().tolist())
-            scores.append(0.0 if seen.positions[pair] < sink else (found[pair] + epsilon) * norm)
+            norm = math.hypot(*obs.values[pair].double().tolist())
+            scores.append(0.0 if obs.positions[pair] < sink else (found[pair] + epsilon) * norm)
     return scores
 
 
@@ -258,23 +258,23 @@ def naive_expected_attention(seen: Any, sink: int, future: int, epsilon: float) 
 @pytest.mark.parametrize(("sink", "future", "epsilon"), [(0, 1, 0.0), (2, 5, 0.25), (4, 9, 0.0)])
 def test_expected_attention_equals_the_naive_one(extra, sink, future, epsilon):
     rope = check(tiny("llama", head_dim=8)).rope()
-    seen = dataclasses.replace(random_observation(1, **EXTRAS[extra]), rope=rope, layer_idx=1)
-    scores = made("expected_attention", sink=sink, future=future, epsilon=epsilon).score(seen)
-    expected = naive_expected_attention(seen, sink, future, epsilon)
+    obs = dataclasses.replace(random_observation(1, **EXTRAS[extra]), rope=rope, layer_idx=1)
+    scores = made("expected_attention", sink=sink, future=future, epsilon=epsilon).score(obs)
+    expected = naive_expected_attention(obs, sink, future, epsilon)
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_the_expectation_is_that_of_sampled_queries():
     """With one position ahead, expected weights are the mean of exp(q.k) over queries drawn from the moments."""
     rope = check(tiny("llama", head_dim=8)).rope()
-    seen = random_observation(2, seen=(9,), kv_heads=1, queries_per_kv=1)
-    seen = dataclasses.replace(seen, rope=rope, layer_idx=0, attention=AttentionScale(0.3))
-    mean, covariance = (x[0] for x in seen.query_moments[0])
+    obs = random_observation(2, seen=(9,), kv_heads=1, queries_per_kv=1)
+    obs = dataclasses.replace(obs, rope=rope, layer_idx=0, attention=AttentionScale(0.3))
+    mean, covariance = (x[0] for x in obs.query_moments[0])
     drawn = torch.randn(400_000, 8, generator=torch.Generator().manual_seed(0)) @ torch.linalg.cholesky(covariance).T
     queries = rope.rotate(drawn + mean, torch.full((400_000,), 9), 0)
-    weights = (queries @ seen.keys.T * 0.3).exp().mean(0)
-    expected = weights / weights.sum() * seen.values.norm(dim=-1)
-    scores = made("expected_attention", sink=0, future=1).score(seen)
+    weights = (queries @ obs.keys.T * 0.3).exp().mean(0)
+    expected = weights / weights.sum() * obs.values.norm(dim=-1)
+    scores = made("expected_attention", sink=0, future=1).score(obs)
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=2e-2)
 
 
@@ -321,7 +321,7 @@ def glance_at(at: list[int], before: int = 0, seed: int = 0) -> RowView:
         layer_idx=0,
         kv_head=0,
         queries=torch.randn(3, len(at), 8, generator=generator),
-        at=torch.tensor(at),
+        query_positions=torch.tensor(at),
         attention=AttentionScale(0.5, 1.0, torch.ones(3)),  # neither scale nor softcap nor sinks matter
         positions=torch.tensor(positions, dtype=torch.int32),
         keys=torch.randn(len(positions), 8, generator=generator),
@@ -333,31 +333,31 @@ def glance_at(at: list[int], before: int = 0, seed: int = 0) -> RowView:
 @pytest.mark.parametrize("chunk", [1, 5, 8, 256])
 @pytest.mark.parametrize(("before", "new"), [(0, 3), (0, 12), (0, 24), (13, 1), (13, 2), (13, 20), (16, 16)])
 def test_chunk_attention_equals_the_naive_one(chunk, before, new):
-    glance = glance_at(list(range(before, before + new)), before)
-    compactor(chunk=chunk).watch(glance)
-    got = glance.annotations["chunk_attention"]
-    expected = naive_chunk_attention(glance.queries, glance.keys[-new:], glance.at.tolist(), chunk)
+    view = glance_at(list(range(before, before + new)), before)
+    compactor(chunk=chunk).watch(view)
+    got = view.annotations["chunk_attention"]
+    expected = naive_chunk_attention(view.queries, view.keys[-new:], view.query_positions.tolist(), chunk)
     torch.testing.assert_close(got[-new:].float(), torch.tensor(expected), atol=2e-3, rtol=2e-3)
     assert (got[:-new] == 1).all(), "pairs of earlier forwards keep what they have"
 
 
 def test_pads_in_the_row_take_no_part_in_chunk_attention():
-    glance = glance_at(list(range(4, 12)))
-    positions = torch.cat([torch.tensor([-1, -1, -1], dtype=torch.int32), glance.positions])
-    grown = {name: torch.cat([torch.full((3, 8), 9.0), getattr(glance, name)]) for name in ("keys", "values")}
+    view = glance_at(list(range(4, 12)))
+    positions = torch.cat([torch.tensor([-1, -1, -1], dtype=torch.int32), view.positions])
+    grown = {name: torch.cat([torch.full((3, 8), 9.0), getattr(view, name)]) for name in ("keys", "values")}
     side = {"chunk_attention": torch.ones(len(positions)).half()}
-    padded = dataclasses.replace(glance, positions=positions, annotations=side, **grown)
-    for one in (glance, padded):
+    padded = dataclasses.replace(view, positions=positions, annotations=side, **grown)
+    for one in (view, padded):
         compactor().watch(one)
-    assert torch.equal(side["chunk_attention"][3:], glance.annotations["chunk_attention"])
+    assert torch.equal(side["chunk_attention"][3:], view.annotations["chunk_attention"])
     assert (side["chunk_attention"][:3] == 1).all()
 
 
 def test_the_mean_of_a_chunk_is_1_what_a_token_alone_gets():
-    glance = glance_at(list(range(16, 32)), 16)
-    compactor(chunk=8).watch(glance)
+    view = glance_at(list(range(16, 32)), 16)
+    compactor(chunk=8).watch(view)
     for part in (slice(-16, -8), slice(-8, None)):
-        assert glance.annotations["chunk_attention"][part].float().mean() == pytest.approx(1, abs=1e-3)
+        assert view.annotations["chunk_attention"][part].float().mean() == pytest.approx(1, abs=1e-3)
     keys = torch.ones(2, 3, 1, 4)
     written = compactor().annotate(NewPairs(layer_idx=0, hidden=None, keys=keys, values=keys))
     assert torch.equal(written["chunk_attention"], torch.ones(2, 3, 1).half())
@@ -391,30 +391,30 @@ def z(values: list[float]) -> list[float]:
     return [(x - mean) / deviation for x in values]
 
 
-def naive_compactor(seen: Any, sketch: Any, weight: list[float]) -> list[float]:
+def naive_compactor(obs: Any, sketch: Any, weight: list[float]) -> list[float]:
     """Return scores by loops; ``sketch(kv_head)`` is the random matrix; keys are those before RoPE."""
     leverage, attended = {}, {}
-    for row in range(len(seen.cu_seqlens) - 1):
-        pairs = range(*seen.cu_seqlens[row : row + 2])
-        counted = [i for i in pairs if seen.positions[i] >= 4]
+    for row in range(len(obs.cu_seqlens) - 1):
+        pairs = range(*obs.cu_seqlens[row : row + 2])
+        counted = [i for i in pairs if obs.positions[i] >= 4]
         if not counted:
             continue
         back = torch.tensor(
-            [turned(seen.keys[i].double().tolist(), -int(seen.positions[i])) for i in counted], dtype=torch.float64
+            [turned(obs.keys[i].double().tolist(), -int(obs.positions[i])) for i in counted], dtype=torch.float64
         )
-        x = (back - back.mean(0)) @ sketch(row % seen.kv_heads)
+        x = (back - back.mean(0)) @ sketch(row % obs.kv_heads)
         hat = x @ torch.linalg.pinv(x, rtol=1e-9)
         leverage |= {(row, i): float(hat[n, n]) for n, i in enumerate(counted)}
         worth = [
-            float(seen.annotations["chunk_attention"][i]) * math.hypot(*seen.values[i].tolist()) if i in counted else 0
+            float(obs.annotations["chunk_attention"][i]) * math.hypot(*obs.values[i].tolist()) if i in counted else 0
             for i in pairs
         ]
         for i in counted:
             n = i - pairs.start
             attended[row, i] = sum(worth[max(n - 1, 0) : n + 2]) / 3
-    scores = [0.0] * len(seen.positions)
-    for b in range(len(seen.seen)):
-        mine = [key for key in leverage if key[0] // seen.kv_heads == b]
+    scores = [0.0] * len(obs.positions)
+    for b in range(len(obs.seen)):
+        mine = [key for key in leverage if key[0] // obs.kv_heads == b]
         parts = z([leverage[key] for key in mine]), z([attended[key] for key in mine])
         for (_, i), outlying, wanted in zip(mine, *parts, strict=True):
             scores[i] = weight[b] * outlying + wanted
@@ -425,50 +425,50 @@ def naive_compactor(seen: Any, sketch: Any, weight: list[float]) -> list[float]:
 @pytest.mark.parametrize("size", [3, 8, 48])
 def test_compactor_equals_the_naive_one(blending, size):
     rope = check(tiny("llama", head_dim=8)).rope()
-    seen = random_observation(3, seen=(60, 40))
-    seen = dataclasses.replace(seen, rope=rope, layer_idx=1, pair_limits=(20, 50))
+    obs = random_observation(3, seen=(60, 40))
+    obs = dataclasses.replace(obs, rope=rope, layer_idx=1, pair_limits=(20, 50))
     policy = made("compactor", blending=blending, sketch=size, seed=5)
 
     def sketch(kv_head: int) -> Tensor:
-        drawn = policy._sketch(seen.keys, 1, kv_head)
+        drawn = policy._draw_sketch(obs.keys, 1, kv_head)
         assert (drawn is None) == (size >= 8), "keys that have no more dimensions than the sketch are taken as they are"
         return torch.eye(8, dtype=torch.float64) if drawn is None else drawn.double()
 
     weight = [1 - 20 / 60, 0] if blending is None else [blending] * 2  # of 40 tokens 50 may stay
-    expected = naive_compactor(seen, sketch, weight)
-    torch.testing.assert_close(policy.score(seen), torch.tensor(expected), atol=0.02, rtol=0.02)  # for the ridge
+    expected = naive_compactor(obs, sketch, weight)
+    torch.testing.assert_close(policy.score(obs), torch.tensor(expected), atol=0.02, rtol=0.02)  # for the ridge
 
 
 def test_a_key_unlike_the_others_has_the_highest_leverage():
-    seen = random_observation(4, seen=(80,), kv_heads=1, queries_per_kv=1)
-    keys = seen.keys.clone()
+    obs = random_observation(4, seen=(80,), kv_heads=1, queries_per_kv=1)
+    keys = obs.keys.clone()
     keys[:, 5] *= 0.1
     keys[30, 5] = 4.0
-    seen = dataclasses.replace(seen, keys=keys, annotations={"chunk_attention": torch.ones(len(keys)).half()})
-    assert made("compactor", blending=100.0).score(seen).argmax() == 30
+    obs = dataclasses.replace(obs, keys=keys, annotations={"chunk_attention": torch.ones(len(keys)).half()})
+    assert made("compactor", blending=100.0).score(obs).argmax() == 30
 
 
 def test_sketches_differ_by_seed_layer_and_head_and_by_nothing_else():
     keys = torch.zeros(1, 64)
     drawn = [
-        made("compactor", seed=seed)._sketch(keys, layer, head)
+        made("compactor", seed=seed)._draw_sketch(keys, layer, head)
         for seed in (0, 1, 2**64)
         for layer in (0, 1)
         for head in (0, 1)
     ]
     assert drawn[0].shape == (64, 48)
     assert all(not torch.equal(a, b) for n, a in enumerate(drawn) for b in drawn[:n])
-    assert torch.equal(drawn[3], made("compactor", seed=0, blending=0.1)._sketch(keys, 1, 1))
+    assert torch.equal(drawn[3], made("compactor", seed=0, blending=0.1)._draw_sketch(keys, 1, 1))
     assert (drawn[0] @ drawn[0].T).diagonal().mean() == pytest.approx(1, abs=0.2), "lengths are kept on average"
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
 def test_leverage_does_not_depend_on_the_size_of_keys_and_equal_keys_break_nothing(scale):
-    seen = random_observation(5, seen=(40, 3))
-    scores = made("compactor", blending=1.0).score(dataclasses.replace(seen, keys=seen.keys * scale))
+    obs = random_observation(5, seen=(40, 3))
+    scores = made("compactor", blending=1.0).score(dataclasses.replace(obs, keys=obs.keys * scale))
     assert scores.isfinite().all()
     if scale == 1e4:
-        torch.testing.assert_close(scores, made("compactor", blending=1.0).score(seen), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(scores, made("compactor", blending=1.0).score(obs), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

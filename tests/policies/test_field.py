@@ -77,20 +77,20 @@ def test_h2o_receives_the_column_sums_of_a_dense_softmax(name, chunk, monkeypatc
         assert not received[1, :, :11].any(), "nobody sees a pad"
 
 
-def naive_received(glance: RowView, scale: AttentionScale) -> list[float]:
+def naive_received(view: RowView, scale: AttentionScale) -> list[float]:
     """Return what every pair of a row received, by loops over query heads, queries and pairs."""
-    received = [0.0] * len(glance.positions)
-    for head, queries in enumerate(glance.queries.double()):
-        for query, at in zip(queries, glance.at.tolist(), strict=True):
+    received = [0.0] * len(view.positions)
+    for head, queries in enumerate(view.queries.double()):
+        for query, at in zip(queries, view.query_positions.tolist(), strict=True):
             logits = {}
-            for pair, position in enumerate(glance.positions.tolist()):
+            for pair, position in enumerate(view.positions.tolist()):
                 if 0 <= position <= at:
-                    x = float(query @ glance.keys[pair].double()) * scale.scaling
+                    x = float(query @ view.keys[pair].double()) * scale.scaling
                     logits[pair] = x if scale.softcap is None else scale.softcap * math.tanh(x / scale.softcap)
             total = sum(map(math.exp, logits.values()))
             total += 0 if scale.sinks is None else math.exp(scale.sinks[head])
             for pair, x in logits.items():
-                received[pair] += math.exp(x) / total / len(glance.queries)
+                received[pair] += math.exp(x) / total / len(view.queries)
     return received
 
 
@@ -104,20 +104,20 @@ def test_h2o_adds_up_what_a_row_with_gaps_and_pads_is_paid(block, extra, monkeyp
     sinks = torch.randn(2, generator=generator) if "sinks" in options else None
     scale = AttentionScale(0.5, options.get("softcap"), sinks)
     before = torch.rand(10, generator=generator)
-    glance = RowView(
+    view = RowView(
         layer_idx=0,
         kv_head=0,
         queries=torch.randn(2, 5, 4, generator=generator),
-        at=torch.arange(9, 14),
+        query_positions=torch.arange(9, 14),
         attention=scale,
         positions=positions,
         keys=torch.randn(10, 4, generator=generator),
         values=torch.randn(10, 4, generator=generator),
         annotations={"received": before.clone()},
     )
-    made("h2o").watch(glance)
-    gained = glance.annotations["received"] - before
-    torch.testing.assert_close(gained, torch.tensor(naive_received(glance, scale)))
+    made("h2o").watch(view)
+    gained = view.annotations["received"] - before
+    torch.testing.assert_close(gained, torch.tensor(naive_received(view, scale)))
 
 
 def test_h2o_counts_attention_also_while_gradients_are_on():
@@ -235,9 +235,9 @@ def test_a_pyramid_adds_up_exactly_and_rows_of_a_layer_are_equal(budget):
 
 
 def test_a_pyramid_scores_as_snapkv():
-    seen = random_observation(1)
+    obs = random_observation(1)
     options = {"observed": 3, "kernel": 3}
-    assert torch.equal(made("pyramidkv", **options).score(seen), made("snapkv", **options).score(seen))
+    assert torch.equal(made("pyramidkv", **options).score(obs), made("snapkv", **options).score(obs))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, -3.0, math.nan])
@@ -282,28 +282,28 @@ def test_adakv_with_one_kv_head_is_snapkv():
 # CriticalKV.
 
 
-def naive_criticalkv(seen: Observation, policy) -> list[float]:
+def naive_criticalkv(obs: Observation, policy) -> list[float]:
     """Return the two stages by loops: places for the first are filled one by one, from the largest, latest pair."""
-    attention = naive_snapkv(seen, policy.observed, policy.kernel, policy.causal)
-    norms = seen.annotations["absolute_output_norms"].tolist()
+    attention = naive_snapkv(obs, policy.observed, policy.kernel, policy.causal)
+    norms = obs.annotations["absolute_output_norms"].tolist()
     product = [(a + policy.epsilon) * n for a, n in zip(attention, norms, strict=True)]
-    rows = rows_of(seen)
+    rows = rows_of(obs)
     pairs = [(row, p) for row, positions in enumerate(rows) for p in positions]
-    free = [policy.sink <= p < seen.seen[row // seen.kv_heads] - policy.window for row, p in pairs]
+    free = [policy.sink <= p < obs.seen[row // obs.kv_heads] - policy.window for row, p in pairs]
     first: set[int] = set()
     members = {"head": [[row] for row in range(len(rows))]}
-    members["layer"] = [list(range(b * seen.kv_heads, (b + 1) * seen.kv_heads)) for b in range(len(seen.seen))]
+    members["layer"] = [list(range(b * obs.kv_heads, (b + 1) * obs.kv_heads)) for b in range(len(obs.seen))]
     members["model"] = members["layer"]
     for group in members[policy.share]:
         for _ in range(
-            sum(int((seen.pair_limits[r // seen.kv_heads] - policy.protected) * policy.first_stage) for r in group)
+            sum(int((obs.pair_limits[r // obs.kv_heads] - policy.protected) * policy.first_stage) for r in group)
         ):
             left = [i for i, (row, _) in enumerate(pairs) if row in group and free[i] and i not in first]
             first |= {max(left, key=lambda i: (attention[i], pairs[i][1]))} if left else set()
     scores = []
     for i, (row, _) in enumerate(pairs):
         values = attention if i in first else product
-        layer = [j for j, (r, _) in enumerate(pairs) if r // seen.kv_heads == row // seen.kv_heads and free[j]]
+        layer = [j for j, (r, _) in enumerate(pairs) if r // obs.kv_heads == row // obs.kv_heads and free[j]]
         total = sum(values[j] for j in layer)
         share = min(values[i] / total, 1) if total else float(values[i] > 0)
         scores.append(share + 2 * (i in first))
@@ -314,12 +314,12 @@ def naive_criticalkv(seen: Observation, policy) -> list[float]:
 @pytest.mark.parametrize("share", ["head", "layer", "model"])
 @pytest.mark.parametrize(("first_stage", "causal"), [(0.0, False), (0.6, False), (0.6, True)])
 def test_criticalkv_equals_the_naive_one(first_stage, causal, share, extra):
-    seen = random_observation(8, kv_heads=3, **EXTRAS[extra])
-    seen = Observation(**vars(seen) | {"room": (7, 9)})
+    obs = random_observation(8, kv_heads=3, **EXTRAS[extra])
+    obs = Observation(**vars(obs) | {"pair_limits": (7, 9)})
     policy = made(
         "criticalkv", observed=3, kernel=3, first_stage=first_stage, causal=causal, share=share, sink=1, window=1
     )
-    torch.testing.assert_close(policy.score(seen), torch.tensor(naive_criticalkv(seen, policy)))
+    torch.testing.assert_close(policy.score(obs), torch.tensor(naive_criticalkv(obs, policy)))
 
 
 @pytest.mark.parametrize("share", ["head", "layer"])
@@ -331,8 +331,8 @@ def test_criticalkv_keeps_half_by_attention_and_half_by_output(share):
     full = read(model, whole, ids, chunk=40)
     cache = read(model, policies.CriticalKV(budget=Budget.tokens(12), share=share, **options), ids, chunk=40)
     for layer in full.evictable:
-        seen = layer.observe(Phase.PREFILL, full.seen, [12, 12], *layer.live_slots())
-        attention = torch.tensor(naive_snapkv(seen, 3, 3)).view(2, 2, 40)
+        obs = layer.observe(Phase.PREFILL, full.seen, [12, 12], *layer.live_slots())
+        attention = torch.tensor(naive_snapkv(obs, 3, 3)).view(2, 2, 40)
         norms = layer.view("absolute_output_norms")
         for b in range(2):
             rows = [[kv_head] for kv_head in range(2)] if share == "head" else [[0, 1]]
@@ -376,7 +376,7 @@ def test_the_first_stage_stands_above_the_second_in_every_layer():
     large.annotations["absolute_output_norms"].mul_(1e6)
     for share in ("head", "layer", "model"):
         policy = made("criticalkv", observed=3, share=share, sink=0, window=0)
-        scores = torch.cat([policy.score(seen) for seen in (small, large)])
+        scores = torch.cat([policy.score(obs) for obs in (small, large)])
         assert ((scores >= 0) & (scores <= 1) | (scores >= 2) & (scores <= 3)).all()
         # Half of 4 places in each row; one row of either layer holds nothing, and gives its places up or to its layer.
         assert (scores >= 2).sum() == 2 * (3 * 2 if share == "head" else 4 * 2)

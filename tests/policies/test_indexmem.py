@@ -116,8 +116,8 @@ def log_shares(asked_for: torch.Tensor) -> torch.Tensor:
 
 def scored(cache, layer) -> torch.Tensor:
     """Return the scores of a layer whose rows are equally long."""
-    seen = layer.observe(Phase.PREFILL, cache.seen, [64], *layer.live_slots())
-    return cache.policy.score(seen).view(layer.kv_heads, -1)
+    obs = layer.observe(Phase.PREFILL, cache.seen, [64], *layer.live_slots())
+    return cache.policy.score(obs).view(layer.kv_heads, -1)
 
 
 @EITHER

@@ -112,8 +112,8 @@ def test_scores_of_the_window_press_are_those_of_snapkv():
     with torch.no_grad(), attach(model):
         prefill(model, random_ids(model, 2, 30), cache)
         layer = cache.evictable[1]
-        seen = layer.observe(Phase.PREFILL, cache.seen, [64, 64], *layer.live_slots())
-        scores = [one.score(seen) for one in (ours, theirs)]
+        obs = layer.observe(Phase.PREFILL, cache.seen, [64, 64], *layer.live_slots())
+        scores = [one.score(obs) for one in (ours, theirs)]
     torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
     assert scores[0].max() > 0.01
 
@@ -203,7 +203,7 @@ def test_a_negative_number_of_hidden_states_is_refused():
 
 
 def unchanged_after(cache: KVCache, told: str, *, ids: Tensor, mask: Tensor | None = None) -> None:
-    model = cache.anatomy.model
+    model = cache.layout.model
     with torch.no_grad(), attach(model):
         before = [layer.lengths for layer in cache.evictable]
         prefill(model, ids, cache, attention_mask=mask, settle=False)
@@ -237,9 +237,9 @@ def test_batch_rows_that_saw_unequally_many_tokens_are_refused_where_hidden_stat
         prefill(model, ids, cache, attention_mask=mask, settle=False)
         slots, lengths = layer.live_slots()
         last = torch.cat([part[-12:] for part in slots.split(lengths)])
-        seen = layer.observe(Phase.PREFILL, cache.seen, [12, 12], last, [12] * 4)
+        obs = layer.observe(Phase.PREFILL, cache.seen, [12, 12], last, [12] * 4)
         with pytest.raises(PolicyError, match=r"they must have seen equally many tokens, but they saw 30 to 40"):
-            cache.policy.score(seen)
+            cache.policy.score(obs)
 
 
 class Wrong:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from vestige import Budget, KVCache, PolicyError, attach, policies, prefill
-from vestige.cache.prefill import finish, forward
+from vestige.cache.prefill import finish
 from vestige.models.compat import cache_argument
+from vestige.models.forward import forward
 from vestige.policies import kvzip
 from vestige.policies.kvzip import REQUEST, KVzip
-from vestige.policies.observation import attention_weights
+from vestige.policies.scoring import compute_attention
 from vestige.testing import attention, full_layers, left_padded, random_ids, tiny
 from vestige.text.chat_template import Frame
 
@@ -77,7 +78,7 @@ def test_half_precision_sinks_and_shared_pairs_give_finite_scores_and_room_is_ke
     model = tiny(name, dtype=torch.bfloat16)
     ids, mask = left_padded(model, [40, 27])
     cache = read(model, zipped(10, replay_chunk=16), ids, attention_mask=mask)
-    assert cache.held == 10 * cache.footprint().rows * 2
+    assert cache.held == 10 * cache.state.footprint().rows * 2
     for rows in asked(cache).values():
         for row in rows:
             assert row.dtype == torch.float32 and (row > 0).all() and (row <= 1).all()
@@ -91,10 +92,10 @@ def test_blocks_of_queries_give_what_all_at_once_give(monkeypatch):
 
     def spy(queries, at, keys, positions, scale):
         held.append((queries.shape[1], len(keys)))
-        return attention_weights(queries, at, keys, positions, scale)
+        return compute_attention(queries, at, keys, positions, scale)
 
     monkeypatch.setattr(kvzip, "_BLOCK", 5)
-    monkeypatch.setattr(kvzip, "attention_weights", spy)
+    monkeypatch.setattr(kvzip, "compute_attention", spy)
     blocks = asked(read(model, zipped(), ids))
     for layer, rows in whole.items():
         torch.testing.assert_close(blocks[layer], rows)
@@ -119,10 +120,10 @@ def test_a_left_padded_batch_is_asked_as_each_row_alone():
 
 def books(cache: KVCache) -> list:
     """Return everything that a replay could leave changed, but for what it is there to write."""
-    found = [cache.ids, cache.real, cache.seen, dataclasses.replace(cache.schedule), cache.step]
+    found = [cache.ids, cache.real, cache.seen, dataclasses.replace(cache.state.schedule), cache.state.step]
     for layer in cache.layers:
         state = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor | int)}
-        found += [(name, state[name]) for name in sorted(state) if name not in ("_room", "_capacity")]
+        found += [(name, state[name]) for name in sorted(state) if name not in ("_free_slots", "_capacity")]
         for row in range(getattr(layer, "rows", 0)):
             pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
             found += [x[pairs].clone() for name, x in sorted(layer.columns.items()) if name != "asked"]
@@ -207,7 +208,7 @@ def test_a_conversation_goes_on_within_its_budget():
     with torch.no_grad(), attach(model):
         for seed in range(3):
             prefill(model, random_ids(model, 1, 20, seed=seed), cache, chunk=8)
-            assert cache.held == 12 * cache.footprint().rows
+            assert cache.held == 12 * cache.state.footprint().rows
             ids = torch.cat([cache.ids, random_ids(model, 1, 1, seed=9)], 1)
             out = model.generate(ids, **cache_argument(cache), max_new_tokens=6, do_sample=False)
             assert out.shape[1] == ids.shape[1] + 6
@@ -244,7 +245,7 @@ def test_a_saved_cache_keeps_the_request_and_what_is_written_down(tmp_path):
 def test_the_default_request_is_put_into_the_chat_text_of_the_models_own_tokenizer(chatter):
     model, tokenizer = chatter
     expected = tuple(Frame(tokenizer).question(REQUEST)[0].tolist())
-    assert kvzip._default_request(model) == expected and len(expected) > 5
+    assert kvzip._find_request(model) == expected and len(expected) > 5
     ids = random_ids(model, 1, 30)
     default, given = (asked(read(model, zipped(request=request), ids)) for request in (None, expected))
     assert all(torch.equal(torch.stack(default[i]), torch.stack(given[i])) for i in default)
@@ -252,7 +253,7 @@ def test_the_default_request_is_put_into_the_chat_text_of_the_models_own_tokeniz
 
 def test_a_model_that_was_never_saved_is_asked_nothing():
     model = tiny("llama")
-    assert kvzip._default_request(model) == ()
+    assert kvzip._find_request(model) == ()
     ids = random_ids(model, 1, 20)
     default, given = (asked(read(model, zipped(request=request), ids)) for request in (None, ()))
     assert all(torch.equal(torch.stack(default[i]), torch.stack(given[i])) for i in default)

@@ -11,7 +11,7 @@ from vestige import Budget, KVCache, ModelError, PolicyError, attach, policies, 
 from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
 from vestige.models.output_projection import OutputProjection
-from vestige.policies import observation
+from vestige.policies import scoring
 from vestige.policies.base import NewPairs
 from vestige.testing import left_padded, random_ids, tiny
 
@@ -22,33 +22,33 @@ def laprox(budget: Budget = TOKENS, **options):
     return policies.LaProx(**{"budget": budget, "window": 4, "observed": 4, "kernel": 3} | options)
 
 
-def annotated(seen, output: OutputProjection):
+def annotated(obs, output: OutputProjection):
     """Return an observation with the norms that LaProx would have written for its values."""
     from dataclasses import replace
 
-    group = output.weight.shape[0] // seen.kv_heads
-    norms = torch.zeros(len(seen.positions), group)
-    for row in seen.rows():
+    group = output.weight.shape[0] // obs.kv_heads
+    norms = torch.zeros(len(obs.positions), group)
+    for row in obs.rows():
         heads = slice(row.kv_head * group, (row.kv_head + 1) * group)
         own = OutputProjection(output.weight[heads])
-        norms[row.pairs] = own.norms(seen.values[row.pairs][None, None])[0, 0]
-    return replace(seen, annotations={"output_norms": norms})
+        norms[row.pairs] = own.norms(obs.values[row.pairs][None, None])[0, 0]
+    return replace(obs, annotations={"output_norms": norms})
 
 
-def column_row_importance(seen, weight: torch.Tensor, observed: int) -> list[float]:
+def column_row_importance(obs, weight: torch.Tensor, observed: int) -> list[float]:
     """Return, pair by pair, the mean over the query group of ||A[:, i]|| * ||v_i W_O||, by loops and by definition."""
-    group = weight.shape[0] // seen.kv_heads
+    group = weight.shape[0] // obs.kv_heads
     scores = []
-    for row, held in enumerate(rows_of(seen)):
-        start, b = seen.cu_seqlens[row], row // seen.kv_heads
-        first = seen.seen[b] - min(observed, seen.queries[b].shape[1])
-        attention = naive_attention(seen, row, observed)
+    for row, held in enumerate(rows_of(obs)):
+        start, b = obs.cu_seqlens[row], row // obs.kv_heads
+        first = obs.seen[b] - min(observed, obs.queries[b].shape[1])
+        attention = naive_attention(obs, row, observed)
         for number, position in enumerate(held):
             worth = 0.0
             for g in range(group):
                 column = math.hypot(*(query.get(position, 0.0) for query in attention[g]))
-                head = row % seen.kv_heads * group + g
-                projected = seen.values[start + number].double() @ weight[head].double()
+                head = row % obs.kv_heads * group + g
+                projected = obs.values[start + number].double() @ weight[head].double()
                 worth += column * float(projected.norm()) / group
             scores.append(worth if position < first else 0.0)
     return scores
@@ -56,32 +56,32 @@ def column_row_importance(seen, weight: torch.Tensor, observed: int) -> list[flo
 
 @pytest.mark.parametrize("extra", [{}, {"softcap": 1.5}, {"sinks": True}], ids=["plain", "softcap", "sinks"])
 def test_the_score_is_the_column_row_sampling_importance(extra):
-    seen = random_observation(3, queries_per_kv=3, **extra)
+    obs = random_observation(3, queries_per_kv=3, **extra)
     weight = torch.randn(6, 8, 20, generator=torch.Generator().manual_seed(0))
-    scores = laprox(kernel=1).score(annotated(seen, OutputProjection(weight)))
-    torch.testing.assert_close(scores, torch.tensor(column_row_importance(seen, weight, 4)), atol=1e-5, rtol=1e-4)
+    scores = laprox(kernel=1).score(annotated(obs, OutputProjection(weight)))
+    torch.testing.assert_close(scores, torch.tensor(column_row_importance(obs, weight, 4)), atol=1e-5, rtol=1e-4)
 
 
 def test_causal_pooling_gives_a_pair_what_those_before_it_are_worth():
-    seen = random_observation(3)
+    obs = random_observation(3)
     weight = torch.randn(4, 8, 20, generator=torch.Generator().manual_seed(0))
-    worth, expected = column_row_importance(seen, weight, 4), []
-    for start, end in pairwise(seen.cu_seqlens):
+    worth, expected = column_row_importance(obs, weight, 4), []
+    for start, end in pairwise(obs.cu_seqlens):
         expected += [sum(worth[max(start, i - 2) : i + 1]) / 3 for i in range(start, end)]
-    scores = laprox(kernel=3, causal=True).score(annotated(seen, OutputProjection(weight)))
+    scores = laprox(kernel=3, causal=True).score(annotated(obs, OutputProjection(weight)))
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_the_importance_is_the_norm_of_the_rank_one_term_that_a_pair_adds_to_the_output():
     # ||a b^T||_F = ||a|| ||b||: what the output of the observed rows loses if one (head, pair) term is left out.
-    seen = random_observation(5, seen=(20,), kv_heads=1, queries_per_kv=1, observed=4)
+    obs = random_observation(5, seen=(20,), kv_heads=1, queries_per_kv=1, observed=4)
     weight = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(1))
-    row = next(seen.rows())
-    attention, first = observation.observed_attention(seen, row, 4)
-    outputs = seen.values @ weight[0]
+    row = next(obs.rows())
+    attention, first = scoring.compute_observed_attention(obs, row, 4)
+    outputs = obs.values @ weight[0]
     lost = torch.stack([torch.outer(attention[0, :, i], outputs[i]).norm() for i in range(len(outputs))])
-    scores = laprox(kernel=1).score(annotated(seen, OutputProjection(weight)))
-    torch.testing.assert_close(scores, lost * (seen.positions < first))
+    scores = laprox(kernel=1).score(annotated(obs, OutputProjection(weight)))
+    torch.testing.assert_close(scores, lost * (obs.positions < first))
 
 
 def test_norms_are_stored_in_half_precision_for_each_query_head_when_pairs_are_written():
@@ -147,13 +147,13 @@ def test_room_is_made_while_decoding_from_the_latest_queries():
 
 
 def test_no_attention_matrix_is_larger_than_the_observed_queries_of_one_row(monkeypatch):
-    shapes, weigh = [], observation.attention_weights
+    shapes, weigh = [], scoring.compute_attention
 
     def spy(queries, at, keys, positions, scale):
         shapes.append((queries.shape[1], len(keys)))
         return weigh(queries, at, keys, positions, scale)
 
-    monkeypatch.setattr(observation, "attention_weights", spy)
+    monkeypatch.setattr(scoring, "compute_attention", spy)
     model = tiny("llama")
     kept_by_layer(model, laprox(), random_ids(model, 1, 100))
     assert shapes == [(4, 100)] * 6

@@ -56,10 +56,9 @@ def packed(rows: list[dict[int, list[float]]], seen: list[int], **fields: Any) -
     kv_heads, generator = len(rows) // len(seen), torch.Generator().manual_seed(0)
     group = len(fields["queries"][0]) // kv_heads if "queries" in fields else 1
     side = {name: make(generator, len(keys), group) for name, make in ANNOTATIONS.items()}
-    room = (ROOMY.amount,) * len(seen)
-    defaults = {"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": kv_heads, "annotations": side, "room": room}
+    defaults = {"layer_idx": 0, "phase": Phase.PREFILL, "kv_heads": kv_heads, "annotations": side}
     defaults["query_moments"] = random_moments(generator, len(seen), group * kv_heads, flat.shape[1])
-    defaults |= {"rope": STILL, "model": MODEL}
+    defaults |= {"pair_limits": (ROOMY.amount,) * len(seen), "rope": STILL, "model": MODEL}
     return Observation(
         **defaults | fields,
         seen=tuple(seen),
@@ -112,22 +111,22 @@ def random_observation(
     )
 
 
-def batch_row(seen: Observation, b: int) -> Observation:
+def batch_row(obs: Observation, b: int) -> Observation:
     """Return one batch row of an observation, alone."""
-    rows = slice(b * seen.kv_heads, (b + 1) * seen.kv_heads + 1)
-    ends = seen.cu_seqlens[rows]
+    rows = slice(b * obs.kv_heads, (b + 1) * obs.kv_heads + 1)
+    ends = obs.cu_seqlens[rows]
     pairs = slice(ends[0], ends[-1])
     return dataclasses.replace(
-        seen,
-        seen=seen.seen[b : b + 1],
+        obs,
+        seen=obs.seen[b : b + 1],
         cu_seqlens=tuple(end - ends[0] for end in ends),
-        positions=seen.positions[pairs],
-        keys=seen.keys[pairs],
-        values=seen.values[pairs],
-        queries=seen.queries[b : b + 1],
-        query_moments=seen.query_moments[b : b + 1],
-        pair_limits=seen.pair_limits[b : b + 1],
-        annotations={name: x[pairs] for name, x in seen.annotations.items()},
+        positions=obs.positions[pairs],
+        keys=obs.keys[pairs],
+        values=obs.values[pairs],
+        queries=obs.queries[b : b + 1],
+        query_moments=obs.query_moments[b : b + 1],
+        pair_limits=obs.pair_limits[b : b + 1],
+        annotations={name: x[pairs] for name, x in obs.annotations.items()},
     )
 
 
@@ -311,41 +310,41 @@ def test_scores_are_the_golden_ones(name):
 # Naive oracles: loops over pairs, heads and queries, in Python floats.
 
 
-def naive_attention(seen: Observation, row: int, observed: int) -> list[list[dict[int, float]]]:
+def naive_attention(obs: Observation, row: int, observed: int) -> list[list[dict[int, float]]]:
     """Return per query head of a row and per observed query the weight of each position held."""
-    b, kv_head = divmod(row, seen.kv_heads)
-    start, end = seen.cu_seqlens[row : row + 2]
-    heads = seen.queries[b].shape[0] // seen.kv_heads
+    b, kv_head = divmod(row, obs.kv_heads)
+    start, end = obs.cu_seqlens[row : row + 2]
+    heads = obs.queries[b].shape[0] // obs.kv_heads
     found = []
     for head in range(kv_head * heads, (kv_head + 1) * heads):
         per_query = []
-        latest = seen.queries[b][head].double()[-observed:]
+        latest = obs.queries[b][head].double()[-observed:]
         for number, query in enumerate(latest):
-            at = seen.seen[b] - len(latest) + number
+            at = obs.seen[b] - len(latest) + number
             logits = {}
             for pair in range(start, end):
-                if seen.positions[pair] <= at:
-                    x = float(query @ seen.keys[pair].double()) * seen.attention.scaling
-                    cap = seen.attention.softcap
-                    logits[int(seen.positions[pair])] = x if cap is None else cap * math.tanh(x / cap)
+                if obs.positions[pair] <= at:
+                    x = float(query @ obs.keys[pair].double()) * obs.attention.scaling
+                    cap = obs.attention.softcap
+                    logits[int(obs.positions[pair])] = x if cap is None else cap * math.tanh(x / cap)
             total = sum(map(math.exp, logits.values()))
-            total += 0 if seen.attention.sinks is None else math.exp(seen.attention.sinks[head])
+            total += 0 if obs.attention.sinks is None else math.exp(obs.attention.sinks[head])
             per_query.append({position: math.exp(x) / total for position, x in logits.items()})
         found.append(per_query)
     return found
 
 
-def rows_of(seen: Observation) -> list[list[int]]:
+def rows_of(obs: Observation) -> list[list[int]]:
     """Return the positions that each row holds."""
-    return [seen.positions[start:end].tolist() for start, end in pairwise(seen.cu_seqlens)]
+    return [obs.positions[start:end].tolist() for start, end in pairwise(obs.cu_seqlens)]
 
 
-def naive_snapkv(seen: Observation, observed: int, kernel: int, causal: bool = False) -> list[float]:
+def naive_snapkv(obs: Observation, observed: int, kernel: int, causal: bool = False) -> list[float]:
     scores = []
-    for row, held in enumerate(rows_of(seen)):
-        b = row // seen.kv_heads
-        first = seen.seen[b] - min(observed, seen.queries[b].shape[1])
-        weights = [query for head in naive_attention(seen, row, observed) for query in head]
+    for row, held in enumerate(rows_of(obs)):
+        b = row // obs.kv_heads
+        first = obs.seen[b] - min(observed, obs.queries[b].shape[1])
+        weights = [query for head in naive_attention(obs, row, observed) for query in head]
         mass = [sum(w.get(p, 0.0) for w in weights) / len(weights) if p < first else 0.0 for p in held]
         for slot in range(len(held)):
             begin = slot - (kernel - 1 if causal else kernel // 2)
@@ -354,25 +353,25 @@ def naive_snapkv(seen: Observation, observed: int, kernel: int, causal: bool = F
     return scores
 
 
-def naive_tova(seen: Observation) -> list[float]:
+def naive_tova(obs: Observation) -> list[float]:
     per_row = []
-    for row in range(len(seen.cu_seqlens) - 1):
-        heads = naive_attention(seen, row, 1)
-        per_row.append({p: sum(head[0][p] for head in heads) / len(heads) for p in rows_of(seen)[row]})
+    for row in range(len(obs.cu_seqlens) - 1):
+        heads = naive_attention(obs, row, 1)
+        per_row.append({p: sum(head[0][p] for head in heads) / len(heads) for p in rows_of(obs)[row]})
     scores = []
-    for row, held in enumerate(rows_of(seen)):
-        b = row // seen.kv_heads
-        batch = per_row[b * seen.kv_heads : (b + 1) * seen.kv_heads]
+    for row, held in enumerate(rows_of(obs)):
+        b = row // obs.kv_heads
+        batch = per_row[b * obs.kv_heads : (b + 1) * obs.kv_heads]
         for position in held:
             found = [weights[position] for weights in batch if position in weights]
             scores.append(sum(found) / len(found))
     return scores
 
 
-def naive_keydiff(seen: Observation) -> list[float]:
+def naive_keydiff(obs: Observation) -> list[float]:
     scores = []
-    for start, end in pairwise(seen.cu_seqlens):
-        units = [unit(key) for key in seen.keys[start:end].double().tolist()]
+    for start, end in pairwise(obs.cu_seqlens):
+        units = [unit(key) for key in obs.keys[start:end].double().tolist()]
         anchor = unit([sum(column) for column in zip(*units, strict=True)])
         scores += [-sum(x * y for x, y in zip(key, anchor, strict=True)) for key in units]
     return scores
@@ -382,10 +381,10 @@ def unit(vector: list[float]) -> list[float]:
     return [x / math.hypot(*vector) for x in vector]
 
 
-def naive_random(seen: Observation, seed: int) -> list[float]:
+def naive_random(obs: Observation, seed: int) -> list[float]:
     scores = []
-    for row, held in enumerate(rows_of(seen)):
-        stream = (seed << 30) + (seen.layer_idx << 10) + row % seen.kv_heads
+    for row, held in enumerate(rows_of(obs)):
+        stream = (seed << 30) + (obs.layer_idx << 10) + row % obs.kv_heads
         scores += [(mix(mix(stream) + position) >> 40) / 2**24 for position in held]
     return scores
 
@@ -406,35 +405,35 @@ EXTRAS = {"plain": {}, "softcap": {"softcap": 1.5}, "sinks": {"sinks": True}, "b
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("observed", "kernel"), [(1, 1), (3, 1), (3, 5), (4, 3), (32, 7)])
 def test_snapkv_equals_the_naive_one(observed, kernel, causal, extra):
-    seen = random_observation(1, **EXTRAS[extra])
-    scores = made("snapkv", observed=observed, kernel=kernel, causal=causal).score(seen)
-    torch.testing.assert_close(scores, torch.tensor(naive_snapkv(seen, observed, kernel, causal)))
+    obs = random_observation(1, **EXTRAS[extra])
+    scores = made("snapkv", observed=observed, kernel=kernel, causal=causal).score(obs)
+    torch.testing.assert_close(scores, torch.tensor(naive_snapkv(obs, observed, kernel, causal)))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("seed", range(3))
 def test_tova_equals_the_naive_one(seed, extra):
-    seen = random_observation(seed, kv_heads=3, **EXTRAS[extra])
-    torch.testing.assert_close(made("tova").score(seen), torch.tensor(naive_tova(seen)))
+    obs = random_observation(seed, kv_heads=3, **EXTRAS[extra])
+    torch.testing.assert_close(made("tova").score(obs), torch.tensor(naive_tova(obs)))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_keydiff_equals_the_naive_one(seed):
-    seen = random_observation(seed)
-    torch.testing.assert_close(made("keydiff").score(seen), torch.tensor(naive_keydiff(seen)))
+    obs = random_observation(seed)
+    torch.testing.assert_close(made("keydiff").score(obs), torch.tensor(naive_keydiff(obs)))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_knorm_equals_the_naive_one(seed):
-    seen = random_observation(seed)
-    expected = [-math.hypot(*key) for key in seen.keys.double().tolist()]
-    torch.testing.assert_close(made("knorm").score(seen), torch.tensor(expected))
+    obs = random_observation(seed)
+    expected = [-math.hypot(*key) for key in obs.keys.double().tolist()]
+    torch.testing.assert_close(made("knorm").score(obs), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, -1])
 def test_random_equals_splitmix64_in_python_integers(seed):
-    seen = random_observation(2)
-    assert made("random", seed=seed).score(seen).tolist() == naive_random(seen, seed)
+    obs = random_observation(2)
+    assert made("random", seed=seed).score(obs).tolist() == naive_random(obs, seed)
 
 
 # What every policy promises.
@@ -443,49 +442,49 @@ def test_random_equals_splitmix64_in_python_integers(seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_are_finite_float32_numbers_one_for_each_pair(name, dtype):
-    seen = random_observation(dtype=dtype)
-    scores = made(name).score(seen)
+    obs = random_observation(dtype=dtype)
+    scores = made(name).score(obs)
     assert scores.dtype == torch.float32
-    assert scores.shape == seen.positions.shape
+    assert scores.shape == obs.positions.shape
     assert scores.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scoring_changes_nothing_it_was_given(name):
-    seen, before = random_observation(sinks=True), random_observation(sinks=True)
-    made(name).score(seen)
+    obs, before = random_observation(sinks=True), random_observation(sinks=True)
+    made(name).score(obs)
     for field in ("positions", "keys", "values"):
-        assert torch.equal(getattr(seen, field), getattr(before, field)), field
-    assert all(torch.equal(now, then) for now, then in zip(seen.queries, before.queries, strict=True))
-    assert torch.equal(seen.attention.sinks, before.attention.sinks)
+        assert torch.equal(getattr(obs, field), getattr(before, field)), field
+    assert all(torch.equal(now, then) for now, then in zip(obs.queries, before.queries, strict=True))
+    assert torch.equal(obs.attention.sinks, before.attention.sinks)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scoring_twice_gives_the_same(name):
-    seen, policy = random_observation(), made(name)
-    assert torch.equal(policy.score(seen), policy.score(seen))
+    obs, policy = random_observation(), made(name)
+    assert torch.equal(policy.score(obs), policy.score(obs))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_rows_do_not_touch_each_other(name):
-    seen, policy = random_observation(6, seen=(14, 9, 11)), made(name)
-    alone = [policy.score(batch_row(seen, b)) for b in range(3)]
-    torch.testing.assert_close(policy.score(seen), torch.cat(alone))
+    obs, policy = random_observation(6, seen=(14, 9, 11)), made(name)
+    alone = [policy.score(batch_row(obs, b)) for b in range(3)]
+    torch.testing.assert_close(policy.score(obs), torch.cat(alone))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layer_that_holds_nothing_has_no_scores(name):
     queries = (torch.ones(2, 3, 2),)
-    seen = packed([{}, {}], seen=[8], queries=queries, attention=AttentionScale(1.0))
-    assert made(name).score(seen).shape == (0,)
+    obs = packed([{}, {}], seen=[8], queries=queries, attention=AttentionScale(1.0))
+    assert made(name).score(obs).shape == (0,)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_of_other_rows_do_not_depend_on_a_row_that_holds_nothing(name):
     full_rows = [{0: [1.0, 2.0], 3: [2.0, 0.5]}, {}, {}, {0: [0.0, 1.0], 1: [3.0, 1.0], 4: [1.0, 1.0]}]
     queries = tuple(torch.ones(2, 1, 2) for _ in range(2))
-    seen = packed(full_rows, seen=[5, 5], queries=queries, attention=AttentionScale(1.0))
-    scores = made(name, **({"observed": 1} if name == "snapkv" else {})).score(seen)
+    obs = packed(full_rows, seen=[5, 5], queries=queries, attention=AttentionScale(1.0))
+    scores = made(name, **({"observed": 1} if name == "snapkv" else {})).score(obs)
     assert len(scores) == 5
     assert scores.isfinite().all()
 

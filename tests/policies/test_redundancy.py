@@ -17,15 +17,15 @@ from vestige.testing import random_ids, tiny
 # LagKV.
 
 
-def naive_lagkv(seen: Observation, sink: int, lag: int) -> list[float]:
+def naive_lagkv(obs: Observation, sink: int, lag: int) -> list[float]:
     scores = []
-    for start, end in pairwise(seen.cu_seqlens):
+    for start, end in pairwise(obs.cu_seqlens):
         row = [1.0] * (end - start)
-        begin = sum(p < sink for p in seen.positions[start:end].tolist())
+        begin = sum(p < sink for p in obs.positions[start:end].tolist())
         for k in range((end - start - begin) // lag - 1):
             slots = range(begin + k * lag, begin + (k + 1) * lag)
             worth = [0.0] * lag
-            for states in (seen.keys[start:end].double().tolist(), seen.values[start:end].double().tolist()):
+            for states in (obs.keys[start:end].double().tolist(), obs.values[start:end].double().tolist()):
                 deviations = []
                 for slot in slots:
                     scaled = []
@@ -46,9 +46,9 @@ def naive_lagkv(seen: Observation, sink: int, lag: int) -> list[float]:
 @pytest.mark.parametrize("lag", [2, 3, 5, 100])
 @pytest.mark.parametrize("sink", [0, 1, 4])
 def test_lagkv_equals_the_naive_one(sink, lag):
-    seen = random_observation(13, seen=(24, 17))
-    scores = made("lagkv", sink=sink, lag=lag).score(seen)
-    torch.testing.assert_close(scores, torch.tensor(naive_lagkv(seen, sink, lag)))
+    obs = random_observation(13, seen=(24, 17))
+    scores = made("lagkv", sink=sink, lag=lag).score(obs)
+    torch.testing.assert_close(scores, torch.tensor(naive_lagkv(obs, sink, lag)))
     assert (scores < 1).any() == (lag < 100)
 
 
@@ -78,15 +78,15 @@ def test_lagkv_refuses_partitions_without_an_order(lag):
 # R-KV.
 
 
-def naive_rkv(seen: Observation, policy) -> list[float]:
+def naive_rkv(obs: Observation, policy) -> list[float]:
     scores = []
-    for row, held_ in enumerate(rows_of(seen)):
-        b, kv_head = divmod(row, seen.kv_heads)
-        latest = min(policy.observed, seen.queries[b].shape[1])
-        older = [slot for slot, p in enumerate(held_) if p < seen.seen[b] - latest]
+    for row, held_ in enumerate(rows_of(obs)):
+        b, kv_head = divmod(row, obs.kv_heads)
+        latest = min(policy.observed, obs.queries[b].shape[1])
+        older = [slot for slot, p in enumerate(held_) if p < obs.seen[b] - latest]
         worth = dict.fromkeys(range(len(held_)), 0.0)
-        keys = seen.keys[seen.cu_seqlens[row] : seen.cu_seqlens[row + 1]].double()
-        importance = naive_importance(seen, b, kv_head, [keys[slot] for slot in older], policy)
+        keys = obs.keys[obs.cu_seqlens[row] : obs.cu_seqlens[row + 1]].double()
+        importance = naive_importance(obs, b, kv_head, [keys[slot] for slot in older], policy)
         redundancy = naive_redundancy([keys[slot].tolist() for slot in older], policy.similar)
         for n, slot in enumerate(older):
             worth[slot] = policy.weight * importance[n] - (1 - policy.weight) * redundancy[n]
@@ -94,15 +94,15 @@ def naive_rkv(seen: Observation, policy) -> list[float]:
     return scores
 
 
-def naive_importance(seen: Observation, b: int, kv_head: int, keys: list[Tensor], policy) -> list[float]:
-    group = seen.queries[b].shape[0] // seen.kv_heads
-    queries = seen.queries[b][kv_head * group : (kv_head + 1) * group, -policy.observed :].double()
+def naive_importance(obs: Observation, b: int, kv_head: int, keys: list[Tensor], policy) -> list[float]:
+    group = obs.queries[b].shape[0] // obs.kv_heads
+    queries = obs.queries[b][kv_head * group : (kv_head + 1) * group, -policy.observed :].double()
     importance = [0.0] * len(keys)
     for number in range(queries.shape[1]):
         logits = []
         for key in keys:
-            products = [float(head[number] @ key) * seen.attention.scaling for head in queries]
-            cap = seen.attention.softcap
+            products = [float(head[number] @ key) * obs.attention.scaling for head in queries]
+            cap = obs.attention.softcap
             logits.append(max(x if cap is None else cap * math.tanh(x / cap) for x in products))
         weights = [math.exp(x) / sum(map(math.exp, logits)) for x in logits]
         for i in range(len(keys)):
@@ -137,22 +137,22 @@ def naive_redundancy(keys: list[list[float]], similar: float) -> list[float]:
 )
 def test_r_kv_equals_the_naive_one(options, extra, monkeypatch):
     monkeypatch.setattr(r_kv, "KEY_BLOCK", 4)
-    seen = random_observation(16, seen=(30, 14), queries_per_kv=3, observed=8, head_dim=4, **EXTRAS[extra])
+    obs = random_observation(16, seen=(30, 14), queries_per_kv=3, observed=8, head_dim=4, **EXTRAS[extra])
     policy = made("r_kv", **options)
-    torch.testing.assert_close(policy.score(seen), torch.tensor(naive_rkv(seen, policy)), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(policy.score(obs), torch.tensor(naive_rkv(obs, policy)), atol=1e-6, rtol=1e-4)
 
 
 def test_redundancy_is_the_same_in_blocks_of_any_size(monkeypatch):
     keys = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    whole = r_kv._redundancy(keys, 0.5)
+    whole = r_kv._compute_redundancy(keys, 0.5)
     for block in (1, 7, 49, 50):
         monkeypatch.setattr(r_kv, "KEY_BLOCK", block)
-        torch.testing.assert_close(r_kv._redundancy(keys, 0.5), whole)
+        torch.testing.assert_close(r_kv._compute_redundancy(keys, 0.5), whole)
 
 
 def test_of_keys_that_repeat_each_other_the_latest_is_least_redundant():
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    redundancy = r_kv._redundancy(keys, 0.5)
+    redundancy = r_kv._compute_redundancy(keys, 0.5)
     assert redundancy[0] == redundancy[2] > redundancy[3] > redundancy[4]
     assert redundancy[4] == redundancy[1], "as if it stood alone"
 

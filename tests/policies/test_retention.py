@@ -21,7 +21,7 @@ from vestige import (
 )
 from vestige.models.compat import cache_argument
 from vestige.pipelines.explain import held_by_kind
-from vestige.policies.retention import worth
+from vestige.policies.retention import compute_log_worth
 from vestige.testing import left_padded, random_ids, tiny, tiny_vl
 
 MODEL = tiny("llama")
@@ -45,21 +45,23 @@ def test_the_closed_form_is_the_sum(horizon):
     log_beta = -torch.tensor([8.0, 1.0, 0.1, 1e-3, 1e-6])
     age = torch.tensor([1.0, 3.0, 40.0, 1.0, 2000.0])
     terms = (age.double()[:, None] + torch.arange(horizon)) * log_beta.double()[:, None]
-    torch.testing.assert_close(worth(log_beta, age, horizon).double(), terms.logsumexp(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        compute_log_worth(log_beta, age, horizon).double(), terms.logsumexp(1), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_pair_that_is_kept_for_good_is_worth_the_horizon():
-    found = worth(torch.tensor([-0.0, -1e-30]), torch.tensor([5.0, 5.0]), 8)
+    found = compute_log_worth(torch.tensor([-0.0, -1e-30]), torch.tensor([5.0, 5.0]), 8)
     torch.testing.assert_close(found, torch.tensor([8.0, 8.0]).log())
 
 
 def test_the_score_is_age_times_log_beta():
-    seen = random_observation(5)
-    scores = retention().score(seen)
-    for row in seen.rows():
+    obs = random_observation(5)
+    scores = retention().score(obs)
+    for row in obs.rows():
         for i in range(row.pairs.start, row.pairs.stop):
-            age = seen.seen[row.batch] - int(seen.positions[i])
-            assert float(scores[i]) == pytest.approx(age * float(seen.annotations["log_beta"][i]))
+            age = obs.seen[row.batch] - int(obs.positions[i])
+            assert float(scores[i]) == pytest.approx(age * float(obs.annotations["log_beta"][i]))
 
 
 def test_log_beta_is_what_the_gates_say_of_what_enters_attention():
@@ -97,7 +99,7 @@ def test_a_cache_keeps_exactly_the_best(share, group):
 
 
 def test_a_pair_weighs_four_bytes_more_for_its_retention():
-    weights = [read(policy, random_ids(MODEL, 1, 20)).footprint() for policy in (retention(), policies.Full())]
+    weights = [read(policy, random_ids(MODEL, 1, 20)).state.footprint() for policy in (retention(), policies.Full())]
     rows = weights[0].rows
     assert weights[0].pair_bytes - weights[1].pair_bytes == 4 * rows
 

@@ -16,8 +16,8 @@ from vestige.policies.selection import (
     SHARES,
     RowIndex,
     Scale,
+    count_protected,
     keep_topk,
-    protected_per_row,
     refuse_nan,
     rescale,
     select,
@@ -462,7 +462,7 @@ def test_protected_pairs_do_not_enter_a_layers_sums(seed, extreme, scale):
 
 def test_protected_pairs_are_counted_by_row():
     scene = random_scene(1, layers=2, batch=1)
-    assert protected_per_row(scene.tensors[2], scene.grid).tolist() == [2] * 4
+    assert count_protected(scene.tensors[2], scene.grid).tolist() == [2] * 4
 
 
 @pytest.mark.parametrize("share", SHARES)

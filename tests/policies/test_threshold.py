@@ -21,8 +21,8 @@ ROWS = 6  # of tiny("llama"): 3 layers x 2 KV heads
 class Late(policies.StreamingLLM):
     """Scores every pair by its position: a threshold is one of time."""
 
-    def score(self, seen):
-        return seen.positions.float()
+    def score(self, obs):
+        return obs.positions.float()
 
 
 def read(model, policy, ids, **options) -> KVCache:
@@ -134,8 +134,8 @@ def early(**options) -> Late:
 
     @dataclass(frozen=True, kw_only=True)
     class Middle(Late):
-        def score(self, seen):
-            return -(seen.positions.float() - 20.25).abs()
+        def score(self, obs):
+            return -(obs.positions.float() - 20.25).abs()
 
     return Middle(budget=Budget.tokens(10), **(SMALL | options))
 

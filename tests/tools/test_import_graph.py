@@ -8,18 +8,21 @@ pytest.importorskip("matplotlib")
 
 PYPROJECT = """
 [tool.importlinter]
-root_package = "house"
+root_packages = ["vestige", "experiments"]
 [[tool.importlinter.contracts]]
 type = "layers"
-containers = ["house"]
-layers = ["roof", "attic | loft", "cellar"]
+layers = ["experiments", "vestige"]
+[[tool.importlinter.contracts]]
+type = "layers"
+containers = ["vestige"]
+layers = ["(shed)", "roof", "attic | loft", "cellar"]
 """
 MODULES = ["house", "house.roof", "house.roof.tiles", "house.attic", "house.loft", "house.cellar", "house.garden"]
 DOWN = [("house.roof.tiles", "house.attic"), ("house.roof", "house.attic"), ("house.loft", "house.cellar")]
 
 
 def test_floors_are_the_layers_of_the_contract_from_the_lowest():
-    assert read_floors(PYPROJECT) == {"cellar": 0, "attic": 1, "loft": 1, "roof": 2}
+    assert read_floors(PYPROJECT) == {"cellar": 0, "attic": 1, "loft": 1, "roof": 2, "shed": 3}
 
 
 def test_imports_between_parts_are_counted_and_others_left_out():
@@ -27,6 +30,7 @@ def test_imports_between_parts_are_counted_and_others_left_out():
     graph = make_graph(MODULES, [*DOWN, *outside], read_floors(PYPROJECT))
     assert graph.arrows == {("roof", "attic"): 2, ("loft", "cellar"): 1}
     assert graph.rooms == {"roof": 2, "attic": 1, "loft": 1, "cellar": 1}
+    assert graph.floors == {"cellar": 0, "attic": 1, "loft": 1, "roof": 2}
     assert graph.cycles == [] and graph.upward == []
 
 

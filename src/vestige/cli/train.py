@@ -190,7 +190,7 @@ def train_retention(
     as_json: Json = False,
 ) -> None:
     """Train retention gates on texts; `run --policy "retention(gates=OUT/gates)"` uses them."""
-    from vestige.policies.selection import share_of
+    from vestige.policies.selection import parse_share
     from vestige.training.retention.task import RetentionOptions
     from vestige.training.retention.training import RetentionTraining
 
@@ -198,8 +198,8 @@ def train_retention(
     first = steps // 8 if warm is None else warm
     options = RetentionOptions(
         length=length, least=least, capacity=capacity, capacity_weight=capacity_weight, text_weight=text_weight,
-        warm=first * batch, warm_by=warm_by, warm_loss=warm_loss, asked=asked, forgets=forgets, share=share_of(share),
-        budget=budget, seed=seed,
+        warm=first * batch, warm_by=warm_by, warm_loss=warm_loss, asked=asked, forgets=forgets,
+        share=parse_share(share), budget=budget, seed=seed,
     )  # fmt: skip
     training = RetentionTraining(
         data=tuple(data), field=field, loop=loop, options=options, width=width, depth=depth, tied=tied, bias=bias,

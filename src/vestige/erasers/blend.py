@@ -1,4 +1,4 @@
-"""Shift, then run those later tokens through the model again whose keys changed most."""
+"""Blend: shift, then recompute the later tokens whose keys changed most."""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vestige.cache import edits
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.overlay import rerun, slots_of, write
-from vestige.erasers import edits
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.errors import InputError
 
@@ -18,8 +18,8 @@ from vestige.errors import InputError
 class Blend(Eraser):
     """Close the cache over the span and compute the pairs of the most changed later tokens anew.
 
-    How much a token changed is the squared distance of its key in the second evictable layer, computed anew for all
-    that follows, from the one held; a pair that was evicted did not change.
+    The change of a token is the squared distance between its held and its recomputed key in the second evictable layer,
+    which is computed for all later tokens; an evicted pair has no change.
 
     Source: CacheBlend, arXiv 2405.16444. Differs: one selection serves all layers, where the paper may narrow it layer
     by layer.
@@ -28,27 +28,27 @@ class Blend(Eraser):
     fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
     renumbers: ClassVar[bool] = True
     share: float = 0.15
-    """Of the tokens behind the first span, in (0, 1]."""
+    """Share of the tokens after the first span that is recomputed, in (0, 1]."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InputError(f"share must lie in (0, 1], got {self.share!r}")
 
-    def edit(self, scene: EraseRequest) -> EditResult:
-        """Edit a fork, which takes the place of the cache once it is whole."""
-        twin = scene.cache.fork()
-        closing = edits.close(twin, scene.spans)
-        suffix = torch.arange(closing.at(scene.spans[0].start), min(twin.seen))
+    def edit(self, request: EraseRequest) -> EditResult:
+        """Edit a fork, which replaces the cache at the end."""
+        copy = request.cache.fork()
+        position_map = edits.close(copy, request.spans)
+        suffix = torch.arange(position_map.at(request.spans[0].start), min(copy.seen))
         count = math.ceil(self.share * len(suffix))
         if count:
-            at = suffix[_changes(scene, twin, suffix).topk(count).indices.cpu().sort().values]
-            write(twin, at, rerun(twin, at))
-        scene.cache.replace_with(twin)
+            at = suffix[_measure_changes(request, copy, suffix).topk(count).indices.cpu().sort().values]
+            write(copy, at, rerun(copy, at))
+        request.cache.replace_with(copy)
         return EditResult(recomputed=len(suffix), suffix_recomputed=count)
 
 
-def _changes(scene: EraseRequest, cache: KVCache, at: Tensor) -> Tensor:
-    """Return how far each token's keys in the probed layer are from those held, summed over rows."""
+def _measure_changes(request: EraseRequest, cache: KVCache, at: Tensor) -> Tensor:
+    """Return the squared distance of each token's held and recomputed keys in the probed layer, summed over rows."""
     layer = cache.evictable[min(1, len(cache.evictable) - 1)]
     fresh = rerun(cache, at, until=layer.layer_idx)[layer.layer_idx].keys
     slots, source = slots_of(layer, at.to(layer.device))

@@ -1,9 +1,9 @@
-"""Free the pairs of the span; everything else stays where it is."""
+"""Drop: free the pairs of the span and change nothing else."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vestige.erasers import edits
+from vestige.cache import edits
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.erasers.forget import MemoryRelease
 
@@ -12,17 +12,17 @@ from vestige.erasers.forget import MemoryRelease
 class Drop(Eraser):
     """Free the span's pairs and leave a gap in the positions: what masking the span would do, with memory freed.
 
-    What follows the span keeps what it read of it.
+    Later pairs keep what they read of the span.
     """
 
     fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
 
     forget: bool = False
-    """Also take the spans' evicted pairs out of a memory that is a sum, by reading up to their end once more."""
+    """Also release the spans' evicted pairs from a memory that is a sum; reads the text up to their end again."""
 
-    def edit(self, scene: EraseRequest) -> EditResult:
+    def edit(self, request: EraseRequest) -> EditResult:
         """Drop the pairs of the spans."""
-        release = MemoryRelease.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
-        edits.drop(scene.cache, scene.spans)
+        release = MemoryRelease.of(request.cache, request.spans, request.model, wanted=self.forget)
+        edits.drop(request.cache, request.spans)
         release.carry_out()
         return EditResult(recomputed=release.read, memory=release.outcome)

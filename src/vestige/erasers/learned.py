@@ -1,4 +1,4 @@
-"""Replace the span's pairs by those that a trained adapter writes, which steer later queries past it."""
+"""Learned: replace the span's pairs with those that a trained adapter writes."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,31 +17,31 @@ from vestige.nn.pretrained import WeightsCache
 class Learned(Eraser):
     """Run the span's tokens through the model with an adapter on, behind what stands before them; keep what they write.
 
-    Positions, and every other pair, stay bit for bit; what follows still carries what it read of the span, and the new
-    pairs steer later queries past it. It costs as much as reading the span. Several spans are run in one forward, each
-    reading what the ones before it wrote.
+    Positions and all other pairs stay bit for bit. Later pairs still carry what they read of the span; the new pairs
+    steer later queries away from it. The cost is that of reading the span. Several spans run in one forward pass, each
+    reading the new pairs of those before it.
 
-    This steers the model. It is no deletion: traces of the span stay in what follows (``recompute`` leaves none).
+    This steers the model. It is no deletion: traces of the span stay in later pairs (``recompute`` leaves none).
 
-    Source: KVEraser, arXiv 2606.17034, its LoRA version. Completed by us: after an eviction the pairs that are still
-    held are replaced, or with ``whole`` all are written; memories are not read while the span is run.
+    Source: KVEraser, arXiv 2606.17034, its LoRA version. Completed by us: after an eviction only the pairs still held
+    are replaced, or with ``whole`` all are written; memories are not read during the run.
     """
 
     fate: ClassVar[SlotOutcome] = SlotOutcome.REPLACED
     adapter: str | Adapter | None = None
-    """A folder or hub id with an adapter in peft's format, or one at hand; None takes what is shipped for the model."""
+    """A folder or hub id with an adapter in peft's format, or an `Adapter`; None takes the one for the model."""
     whole: bool = False
-    """Write all pairs of the span, also those that were evicted; the next settle makes room for them."""
+    """Write all pairs of the span, including evicted ones; the next eviction makes room for them."""
     forget: bool = False
-    """Also take the spans' evicted pairs out of a memory that is a sum, by reading up to their end once more."""
+    """Also release the spans' evicted pairs from a memory that is a sum; reads the text up to their end again."""
 
-    def edit(self, scene: EraseRequest) -> EditResult:
-        """Run the spans, then write: nothing is changed before all pairs are there."""
-        at = torch.cat([torch.arange(span.start, span.end) for span in scene.spans])
-        with self.weights_for(scene.model).applied(scene.model):
-            new = rerun(scene.cache, at)
-        release = MemoryRelease.of(scene.cache, scene.spans, scene.model, wanted=self.forget)
-        (write_whole if self.whole else write)(scene.cache, at, new)
+    def edit(self, request: EraseRequest) -> EditResult:
+        """Run the spans, then write their pairs: nothing changes before all are computed."""
+        at = torch.cat([torch.arange(span.start, span.end) for span in request.spans])
+        with self.weights_for(request.model).applied(request.model):
+            new = rerun(request.cache, at)
+        release = MemoryRelease.of(request.cache, request.spans, request.model, wanted=self.forget)
+        (write_whole if self.whole else write)(request.cache, at, new)
         release.carry_out()
         return EditResult(recomputed=len(at) + release.read, memory=release.outcome)
 
@@ -49,9 +49,9 @@ class Learned(Eraser):
         """Return the adapter for a model.
 
         Raises:
-            ModelError: There is none, or it does not fit.
+            ModelError: The adapter is missing or does not fit.
         """
-        return _SHELF.refresh(self.adapter, model)
+        return _WEIGHTS.refresh(self.adapter, model)
 
 
-_SHELF = WeightsCache("eraser", Adapter.load)
+_WEIGHTS = WeightsCache("eraser", Adapter.load)

@@ -1,4 +1,4 @@
-"""Change nothing: the lower bound that erasers are compared with."""
+"""Noop: change nothing, the lower bound for erasers."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +12,6 @@ class Noop(Eraser):
 
     fate: ClassVar[SlotOutcome] = SlotOutcome.LEFT
 
-    def edit(self, scene: EraseRequest) -> EditResult:
-        """Do nothing, and say how little the memory is free of the spans."""
-        return EditResult(memory=scene.memory)
+    def edit(self, request: EraseRequest) -> EditResult:
+        """Change nothing and report the memory's state."""
+        return EditResult(memory=request.memory)

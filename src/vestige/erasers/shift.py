@@ -1,9 +1,9 @@
-"""Free the pairs of the span and move what follows up, turning its keys to where they then are."""
+"""Shift: free the pairs of the span and move later pairs up, with their keys rotated to the new positions."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vestige.erasers import edits
+from vestige.cache import edits
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 
 
@@ -11,14 +11,14 @@ from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 class Shift(Eraser):
     """Take the span out of the sequence without running the model: exact in the first layer, not in those above.
 
-    Keys of what follows are turned by RoPE to their new positions, in float32; values are untouched, and carry what
-    they read of the span. What llama.cpp's cache reuse does.
+    RoPE rotates later keys to their new positions, in float32; values are untouched and carry what they read of the
+    span. llama.cpp's cache reuse does the same.
     """
 
     fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
     renumbers: ClassVar[bool] = True
 
-    def edit(self, scene: EraseRequest) -> EditResult:
+    def edit(self, request: EraseRequest) -> EditResult:
         """Close the cache over the spans."""
-        edits.close(scene.cache, scene.spans)
+        edits.close(request.cache, request.spans)
         return EditResult()

@@ -1,7 +1,7 @@
-"""What remains of the evicted: the interface that every memory implements, a layer's state of it, what it took in.
+"""Memories of evicted pairs: the interface `Memory`, its inputs, a layer's state, and the absorbed positions.
 
-A memory sees pairs once, when they are evicted, and answers every later query with an estimate of what attention over
-them would have read and weighed. Its state has one size per row, whatever the length.
+A memory sees pairs once, when they are evicted, and estimates for every later query the output and the weight of
+attention over them. The size of a row's state does not depend on the length of the text.
 """
 
 from abc import ABC, abstractmethod
@@ -20,32 +20,32 @@ from vestige.kernels.merge import AdditiveOutput, PartialAttention
 from vestige.spans import PositionMap, Span
 
 State = Mapping[str, Tensor]
-"""A memory's tensors by name, ``rows ...`` each; replaced, never changed in place."""
+"""A memory's tensors by name, ``rows ...`` each; replaced, never modified in place."""
 
 
 class ForgetResult(Enum):
-    """How far a memory is free of a span."""
+    """How completely a memory forgot a span."""
 
     EXACT = "exact"
-    """No pair of the span was ever absorbed, so the memory is what it would be without them."""
+    """No pair of the span was ever absorbed, so the memory never depended on it."""
     SUBTRACTED = "subtracted"
-    """Pairs of the span were absorbed, and were taken out again: :func:`vestige.erasers.forget.forget`."""
+    """Absorbed pairs of the span were released: :func:`vestige.erasers.forget.forget`."""
     REBUILT = "rebuilt"
-    """The memory was made anew by replaying the ids without the span: what erasers do."""
+    """The memory was rebuilt: an eraser read the ids again without the span."""
     IMPOSSIBLE = "impossible"
-    """Pairs of the span were absorbed and stay: the memory is no sum, or nothing gives those very pairs again."""
+    """Absorbed pairs of the span stay: the memory is no sum, or the pairs cannot be reproduced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvictedPairs:
-    """Pairs of one layer that are about to go, padded to the longest row, in float32. Pads are not among them.
+    """Pairs of one layer that are about to be evicted, padded to the longest row, in float32. Pads are left out.
 
     Args:
         layer_idx: Index of the layer in the model.
         counts: Pairs of each row; they come first, in time order.
-        keys: Keys as stored: after RoPE. Zeros behind a row's pairs.
-        values: Values as stored. Zeros behind a row's pairs.
-        positions: Position of each pair; -1 behind a row's pairs.
+        keys: Keys as stored: after RoPE. Zeros after a row's pairs.
+        values: Values as stored. Zeros after a row's pairs.
+        positions: Position of each pair; -1 after a row's pairs.
     """
 
     layer_idx: int
@@ -74,7 +74,7 @@ class EvictedPairs:
 
     @property
     def valid(self) -> Bool[Tensor, "rows longest"]:
-        """False behind a row's pairs."""
+        """Mask of the pairs; False after a row's last pair."""
         return self.positions >= 0
 
     @property
@@ -85,12 +85,12 @@ class EvictedPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryQuery:
-    """Queries of one layer, by the row they read. All of them come after what was evicted, so no mask is needed.
+    """Queries of one layer, by the row they read. All are later than the evicted pairs, so no mask is needed.
 
     Args:
         layer_idx: Index of the layer in the model.
-        queries: After RoPE, in float32; those of all heads that read the row.
-        scale: Factor and softcap of the layer; its sinks are counted with the kept pairs.
+        queries: Queries of all heads that read the row, after RoPE, in float32.
+        scale: Factor and softcap of the layer; its sinks count with the kept pairs.
     """
 
     layer_idx: int
@@ -100,7 +100,7 @@ class MemoryQuery:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(ABC):
-    """Options of a memory. Frozen: its state lives in the cache, one per layer, and no method changes it in place."""
+    """Options of a memory. Frozen: its state lives in the cache, one per layer, and no method modifies it in place."""
 
     @abstractmethod
     def empty(self, rows: int, head_dim: int, value_dim: int, device: torch.device | str) -> State:
@@ -111,31 +111,31 @@ class Memory(ABC):
         """Return the state of rows that absorbed these pairs too."""
 
     @abstractmethod
-    def recall(self, state: State, asked: MemoryQuery) -> PartialAttention | AdditiveOutput:
-        """Return an estimate of attention over what each row absorbed, ``rows queries ...``, in float32; or what is to
-        be added to attention over what is kept.
+    def recall(self, state: State, query: MemoryQuery) -> PartialAttention | AdditiveOutput:
+        """Return an estimate of attention over the absorbed pairs of each row, ``rows queries ...``, in float32.
 
-        Differentiable in the queries. A row that absorbed nothing weighs nothing, or adds 0: see :func:`log_count`.
+        An `AdditiveOutput` is instead added to the attention over the kept pairs. The result is differentiable in the
+        queries. A row that absorbed nothing has no weight, or adds 0: see :func:`log_count`.
         """
 
     def bind(self, model: PreTrainedModel) -> "Memory":
-        """Return this memory with everything at hand that it needs for a model.
+        """Return this memory with the weights that it needs for a model.
 
         Raises:
-            ModelError: What it needs was made for another model, or cannot be had.
+            ModelError: The weights are missing or made for another model.
         """
         return self
 
     @property
     def releases(self) -> bool:
-        """Whether pairs that were absorbed can be taken out again: see :meth:`release`."""
+        """Whether absorbed pairs can be removed: see :meth:`release`."""
         return False
 
     def release(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows without these pairs, which they absorbed.
 
         Raises:
-            PolicyError: A sum like this one cannot be taken apart.
+            PolicyError: The memory cannot remove pairs.
         """
         raise PolicyError(f"what {type(self).__name__} remembers cannot be taken apart again")
 
@@ -145,16 +145,16 @@ class Memory(ABC):
 
 
 def log_count(count: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-    """Return the log of a count, and of 0 a number so low that ``exp`` gives 0: -inf would make gradients NaN."""
+    """Return the log of a count, clamped to -1e30: -inf, the log of 0, would make gradients NaN."""
     return count.log().clamp_min(-1e30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMemory:
-    """What one layer remembers of its evicted pairs: row ``batch_idx * kv_heads + head`` as in the layer.
+    """State of one layer's memory: row ``batch_idx * kv_heads + head`` as in the layer.
 
     Args:
-        memory: Whose state it is.
+        memory: The memory that the state belongs to.
         layer_idx: Index of the layer in the model.
         state: The memory's tensors.
     """
@@ -169,12 +169,12 @@ class LayerMemory:
         return sum(x.nbytes for x in self.state.values())
 
     def absorb(self, evicted: EvictedPairs) -> "LayerMemory":
-        """Return what remains once these pairs are gone too."""
+        """Return the memory after it absorbed these pairs too."""
         with torch.no_grad():
             return replace(self, state=self.memory.absorb(self.state, evicted))
 
     def release(self, evicted: EvictedPairs) -> "LayerMemory":
-        """Return what would remain had these pairs never been absorbed."""
+        """Return the memory without these pairs, which it absorbed."""
         with torch.no_grad():
             return replace(self, state=self.memory.release(self.state, evicted))
 
@@ -185,8 +185,8 @@ class LayerMemory:
 
         Args:
             query: Queries after RoPE, of the batch rows that ``rows`` belong to.
-            rows: Rows that these read.
-            scale: Of the layer.
+            rows: Rows that they read.
+            scale: Factor and softcap of the layer.
         """
         every = rows.stop - rows.start == len(next(iter(self.state.values())))
         state = self.state if every else {name: x[rows] for name, x in self.state.items()}
@@ -210,20 +210,20 @@ class LayerMemory:
 
 @dataclass
 class AbsorbedRanges:
-    """The ranges of positions of which some layer's memory took in a pair, by batch row.
+    """Ranges of positions, by batch row, with a pair that the memory of some layer absorbed.
 
-    One list for all layers and heads: whether a span can be forgotten asks for no more.
+    One list serves all layers and heads: it suffices to decide whether a span can be forgotten.
     """
 
     ranges: dict[int, tuple[Span, ...]] = field(default_factory=dict)
     replayable: dict[int, int] = field(default_factory=dict)
-    """Tokens of a batch row that were read before anything was evicted, and never taken back or moved: reading them
-    once more gives their pairs again."""
+    """Tokens of a batch row that were read before the first eviction and never cropped or moved: reading them again
+    reproduces their pairs."""
     released: tuple[Span, ...] = ()
-    """Of which every pair that had been absorbed was taken out again, in all batch rows."""
+    """Spans whose absorbed pairs were all released, in all batch rows."""
 
     def add(self, batch_idx: int, positions: Int[Tensor, " gone"], seen: int) -> None:
-        """Note positions of a batch row that has seen so many tokens; in any order and repeated as they come."""
+        """Add absorbed positions, in any order and with repeats, of a batch row that has seen ``seen`` tokens."""
         if not len(positions):
             return
         self.replayable.setdefault(batch_idx, seen)
@@ -237,34 +237,36 @@ class AbsorbedRanges:
         self.ranges[batch_idx] = tuple(map(Span, edges[::2], edges[1::2]))
 
     def crop(self, seen: Sequence[int]) -> None:
-        """Note that tokens were taken back, to so many of each batch row."""
+        """Record a crop of each batch row to ``seen`` tokens."""
         self.replayable = {b: min(most, seen[b]) for b, most in self.replayable.items()}
 
-    def moved(self, closing: PositionMap, batch: int) -> None:
-        """Note that spans, behind all that was absorbed, left each batch row: what follows was read with them in view,
-        and no replay without them gives its pairs."""
-        start = closing.spans[0].start
+    def move(self, position_map: PositionMap, batch: int) -> None:
+        """Record that spans, later than all absorbed pairs, were removed from each batch row.
+
+        The tokens after them saw the spans, so no replay without the spans reproduces their pairs.
+        """
+        start = position_map.spans[0].start
         self.replayable = {b: min(self.replayable.get(b, start), start) for b in range(batch)}
-        self.released = closing.over(self.released)
+        self.released = position_map.over(self.released)
 
     def remove(self, span: Span) -> None:
-        """Note that nothing of a span is there any more, in any batch row."""
+        """Remove a span, which was released in all batch rows."""
         self.released = (*self.released, span)
         for batch_idx, ranges in self.ranges.items():
-            cut = [Span(one.start, min(one.end, span.start)) for one in ranges if one.start < span.start]
-            cut += [Span(max(one.start, span.end), one.end) for one in ranges if one.end > span.end]
+            cut = [Span(held.start, min(held.end, span.start)) for held in ranges if held.start < span.start]
+            cut += [Span(max(held.start, span.end), held.end) for held in ranges if held.end > span.end]
             self.ranges[batch_idx] = tuple(sorted(cut))
 
     def overlaps(self, span: Span) -> bool:
-        """Return whether any position of a span is among them, in any batch row."""
-        return any(one.common(span) for row in self.ranges.values() for one in row)
+        """Return True if any position of a span was absorbed, in any batch row."""
+        return any(held.common(span) for row in self.ranges.values() for held in row)
 
-    def again(self, span: Span) -> bool:
-        """Return whether pairs of a span were absorbed that come beside others of it, which were taken out before."""
-        return any(self.overlaps(part) for one in self.released if (part := one.common(span)))
+    def was_released(self, span: Span) -> bool:
+        """Return True if a part of a span was released before and then absorbed again."""
+        return any(self.overlaps(part) for released in self.released if (part := released.common(span)))
 
     def copy(self) -> "AbsorbedRanges":
-        """Return the same, for a fork."""
+        """Return an independent copy, for a fork."""
         return AbsorbedRanges(dict(self.ranges), dict(self.replayable), self.released)
 
     def select(self, batch_rows: Sequence[int]) -> "AbsorbedRanges":

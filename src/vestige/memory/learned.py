@@ -1,4 +1,4 @@
-"""What memories with trained weights share: how these are had, and how pairs fade."""
+"""Base class of memories with trained weights: loading them, and the decay of pairs."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ from vestige.nn.latent_memory import KINDS, Kind, Latent, LayerLatent, kind_of
 from vestige.nn.pretrained import WeightsCache
 
 INTERVAL = 128
-"""Tokens in which a pair fades by its layer's decay once."""
+"""Tokens per application of a layer's decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedMemory(Memory):
-    """A memory that is a sum over pairs, made with trained weights."""
+    """A memory that is a sum over pairs, with trained weights."""
 
     kind: ClassVar[Kind]
     latent: str | Latent | None = None
-    """A folder, a hub id, or weights at hand; None takes those that are shipped for the model."""
+    """A folder, a hub id, or a `Latent`; None takes the weights shipped for the model."""
     dtype: Dtype = "float16"
-    """Of what is stored for keys and values; all else is float32."""
+    """Dtype of what is stored for keys and values; all else is float32."""
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -36,12 +36,12 @@ class LearnedMemory(Memory):
             raise PolicyError(f"memory {self.kind!r} was given the weights of a {self.latent.config.kind} memory")
 
     def bind(self, model: PreTrainedModel) -> "LearnedMemory":
-        """Return this memory with its weights at hand.
+        """Return this memory with its weights loaded.
 
         Raises:
-            ModelError: There are none, they are damaged, or another model's.
+            ModelError: The weights are missing, damaged, or made for another model.
         """
-        return replace(self, latent=_SHELVES[self.kind].refresh(self.latent, model))
+        return replace(self, latent=_WEIGHTS[self.kind].refresh(self.latent, model))
 
     def weights_for(self, model: PreTrainedModel) -> Latent:
         """Return the weights for a model.
@@ -53,42 +53,42 @@ class LearnedMemory(Memory):
 
     @property
     def releases(self) -> bool:
-        """Whether pairs can be taken out again: nothing fades."""
+        """Whether pairs can be removed: only without decay."""
         return not self.weights.config.decays
 
     @property
     def weights(self) -> Latent:
-        """The weights at hand."""
+        """The loaded weights."""
         assert isinstance(self.latent, Latent), "the cache asks for the memory that is made for its model"
         return self.latent
 
     def absorb(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows that absorbed these pairs too."""
-        return self._changed(state, evicted, 1.0)
+        return self._update(state, evicted, 1.0)
 
     def release(self, state: State, evicted: EvictedPairs) -> State:
         """Return the state of rows without these pairs, which they absorbed.
 
         Raises:
-            PolicyError: Pairs fade, so what is left of them is not known.
+            PolicyError: The memory decays, so the remaining weight of its pairs is unknown.
         """
         if not self.releases:
             raise PolicyError("this memory's pairs fade, so they cannot be taken out again; use one without decay")
-        return self._changed(state, evicted, -1.0)
+        return self._update(state, evicted, -1.0)
 
     @abstractmethod
-    def _changed(self, state: State, evicted: EvictedPairs, sign: float) -> State:
-        """Return the state with pairs added, or taken away where ``sign`` is -1."""
+    def _update(self, state: State, evicted: EvictedPairs, sign: float) -> State:
+        """Return the state with pairs added, or removed if ``sign`` is -1."""
 
-    def _clock(self, rows: int, device: torch.device | str) -> State:
-        """Return what an empty state needs to count pairs and let them fade."""
+    def _empty_clock(self, rows: int, device: torch.device | str) -> State:
+        """Return the entries of an empty state that count pairs and track decay."""
         names = ("count", "latest") if self.weights.config.decays else ("count",)
         return {name: torch.zeros(rows, device=device) for name in names}
 
-    def _advanced(
+    def _advance(
         self, layer: LayerLatent, state: State, evicted: EvictedPairs, sign: float
     ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows longest 1"], dict[str, Tensor]]:
-        """Return what is left of the state and of each new pair (0 behind a row's pairs), and the clock."""
+        """Return the factors of the old state and of each new pair (0 after a row's last), and the new clock."""
         clock = {"count": (state["count"] + sign * evicted.counts).clamp_min(0.0)}
         there = evicted.valid.float()
         log_kept = layer.log_kept()
@@ -101,4 +101,4 @@ class LearnedMemory(Memory):
         return before, (there * lives)[..., None], clock | {"latest": latest}
 
 
-_SHELVES = {kind: WeightsCache("indexmem", partial(Latent.load, kind=kind_of(kind))) for kind in KINDS}
+_WEIGHTS = {kind: WeightsCache("indexmem", partial(Latent.load, kind=kind_of(kind))) for kind in KINDS}

@@ -274,5 +274,5 @@ def _check_positions(cache: KVCache, context: int, questions: list[Tensor]) -> i
     """Return the length of context and longest question, or raise if a reply would have no position."""
     length = context + max((q.shape[1] for q in questions), default=0)
     if questions:  # without a question prefill itself refuses what is too long
-        check_room(cache.anatomy.max_positions, length)
+        check_room(cache.layout.max_positions, length)
     return length

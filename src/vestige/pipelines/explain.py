@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import replay
 from vestige.errors import InputError
-from vestige.policies.observation import RowView, attention_weights
+from vestige.models.forward import replay
+from vestige.policies.observation import RowView
+from vestige.policies.scoring import compute_attention
 from vestige.spans import Span, within
 
 Paid = Float[Tensor, "kv_heads evidence"]
@@ -90,7 +91,11 @@ def attention_to(
 
     def watch(glance: RowView) -> None:
         scale = glance.attention
-        weights = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, scale).mean((0, 1)).cpu()
+        weights = (
+            compute_attention(glance.queries, glance.query_positions, glance.keys, glance.positions, scale)
+            .mean((0, 1))
+            .cpu()
+        )
         positions = glance.positions.cpu()
         there = torch.isin(positions, evidence)
         at = torch.searchsorted(evidence, positions[there].to(evidence.dtype))

@@ -104,7 +104,7 @@ class Session:
         said, offsets = self.turns.message(text)
         before = [*self._pending, *(self._between() if self.messages else self.turns.opening())]
         after, seen = self.turns.asking(), max(self.cache.seen, default=0)
-        limit, length = self.cache.anatomy.max_positions, seen + len(before) + len(said) + len(after)
+        limit, length = self.cache.layout.max_positions, seen + len(before) + len(said) + len(after)
         check_room(limit, length)
         room = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
         with torch.no_grad(), attach(self.model), self._taken_back_on_error():
@@ -172,7 +172,7 @@ class Session:
         }
         with new_folder(Path(path), "the conversation") as work:
             (work / _CACHE).mkdir()
-            serialization.write(self.cache, work / _CACHE)
+            serialization.write(self.cache.state, self.cache.layers, work / _CACHE)
             (work / _BOOKS).write_text(json.dumps(books, indent=1) + "\n")
 
     @classmethod
@@ -208,13 +208,13 @@ class Session:
 
     @contextmanager
     def _taken_back_on_error(self) -> Iterator[None]:
-        seen, schedule = max(self.cache.seen, default=0), replace(self.cache.schedule)
+        seen, schedule = max(self.cache.seen, default=0), replace(self.cache.state.schedule)
         try:
             yield
         except BaseException:
             with suppress(CacheError):  # layers of other kinds cannot take back a forward that died midway
                 self.cache.crop(seen - max(self.cache.seen, default=0))
-                self.cache.schedule = schedule  # this was no speculation, which every later turn would pay for
+                self.cache.state.schedule.restore(schedule)  # this was no speculation, which later turns would pay for
             raise
 
     def _between(self) -> list[int]:
@@ -225,8 +225,7 @@ class Session:
 
     def _settle_earlier_turns(self) -> None:
         """Make room if so much was said since the last settle as may be generated between two."""
-        schedule = self.cache.schedule
-        if schedule.prompt + schedule.generated >= self.cache.policy.every:
+        if self.cache.state.schedule.unsettled >= self.cache.policy.every:
             self.cache.settle()
 
     def _read(self, ids: list[int], settle: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from vestige.budget import Budget
 from vestige.errors import PolicyError
 from vestige.policies.base import Policy
-from vestige.policies.selection import share_of
+from vestige.policies.selection import parse_share
 from vestige.utils import options as called
 from vestige.utils import registry
 
@@ -71,7 +71,7 @@ def make(name: str, budget: Budget | None = None, *, share: str | None = None, s
     if budget is None and name != "full" and options.get("threshold") is None:
         raise PolicyError(f"policy {name!r} needs a budget: tokens (512), a fraction (0.1) or bytes (64MB)")
     fields = {field.name for field in dataclasses.fields(cls)}
-    given: dict[str, Any] = {} if share is None else {"share": share_of(share)}
+    given: dict[str, Any] = {} if share is None else {"share": parse_share(share)}
     given |= {"seed": seed} if "seed" in fields else {}
     policy: Policy = cls(budget=budget, **(given | options))
     return policy

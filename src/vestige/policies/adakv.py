@@ -1,4 +1,4 @@
-"""Keep what the latest queries attend to, with the heads of a layer competing for its room."""
+"""AdaKV: SnapKV's scores, with the heads of a layer competing for its budget."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class AdaKV(SnapKV):
     """Keep SnapKV's tokens in one top-k over the heads of a layer: heads that spread their attention keep more.
 
     Source: AdaKV, arXiv 2407.11550, on SnapKV's score; ``floor`` is its safeguard alpha. With one KV head it is SnapKV.
-    Differs: the score is :class:`SnapKV`'s, with its differences; the floor is a share of the whole average budget,
-    protected pairs included, as in kvpress, so that a small budget's floor lies below sink and window and guards
-    nothing more; the authors' code takes it of what is left beyond the window.
+    Differs: the score is :class:`SnapKV`'s, with its differences. The floor is a share of the whole average budget,
+    protected pairs included, as in kvpress, so with a small budget it lies below sink and window and has no effect; the
+    authors' code takes a share of the budget beyond the window.
     """
 
     share: Share = "layer"

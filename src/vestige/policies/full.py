@@ -1,4 +1,4 @@
-"""Keep everything: the control that every method is measured against."""
+"""Full: no eviction, the control for all other policies."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Full(Policy):
     Source: the model itself; the upper bound of memory and the reference of accuracy.
 
     Raises:
-        PolicyError: A budget was given: nothing would ever be evicted to meet it.
+        PolicyError: A budget was given, which this policy would never meet.
     """
 
     budget: Budget | None = None
@@ -28,6 +28,6 @@ class Full(Policy):
             raise PolicyError("policy 'full' takes no budget: it keeps every pair")
         super().__post_init__()
 
-    def score(self, seen: Observation) -> Float[Tensor, " held"]:
-        """Return equal scores: no pair is worth less than another."""
-        return seen.keys.new_zeros(len(seen.positions)).float()
+    def score(self, obs: Observation) -> Float[Tensor, " held"]:
+        """Return equal scores for all pairs."""
+        return obs.keys.new_zeros(len(obs.positions)).float()

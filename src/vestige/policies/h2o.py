@@ -1,4 +1,4 @@
-"""Keep the heavy hitters, which all queries so far attended to most, and the most recent half."""
+"""H2O: the heavy hitters, by attention accumulated over all queries, and the most recent tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.policies.base import NewPairs, Policy
-from vestige.policies.observation import Observation, RowView, attention_weights
+from vestige.policies.observation import Observation, RowView
+from vestige.policies.scoring import compute_attention
 from vestige.policies.selection import Scale
 
 QUERY_BLOCK = 256
-"""Queries whose weights exist at a time: never an attention matrix of a whole text."""
+"""Queries attended at a time, so that no attention matrix of a whole text is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,10 @@ class H2O(Policy):
     """Keep the pairs that gathered the most attention since they were written; half of the room is for recent tokens.
 
     Source: H2O, arXiv 2306.14048. Differs: attention is averaged over the query group (the paper predates grouped
-    queries); room is made every ``every`` tokens rather than at each; ``window`` tokens stay also where half of the
-    room is less. It is a sum, as in the paper, so that older pairs had more time to gather; kvpress'
-    ObservedAttentionPress divides by the number of queries that saw the pair. What tokens attended to that were later
-    taken back (speculative decoding) stays counted.
+    queries); the cache evicts every ``every`` tokens rather than at each; ``window`` tokens stay even if they exceed
+    half of the budget. The score is a sum, as in the paper, which favours older pairs; kvpress'
+    ObservedAttentionPress divides by the number of queries that saw the pair. The attention of tokens that were rolled
+    back later (speculative decoding) stays counted.
     """
 
     sink: int = 0
@@ -33,25 +34,25 @@ class H2O(Policy):
     annotations: ClassVar[frozenset[str]] = frozenset({"received"})
     query_annotations: ClassVar[frozenset[str]] = annotations
 
-    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
-        """Return zeros, ``batch kv_heads new``: new pairs were attended to by nobody yet."""
-        return {"received": written.keys.new_zeros(written.keys.shape[:3], dtype=torch.float32)}
+    def annotate(self, new: NewPairs) -> Mapping[str, Tensor]:
+        """Return zeros, ``batch kv_heads new``: new pairs received no attention yet."""
+        return {"received": new.keys.new_zeros(new.keys.shape[:3], dtype=torch.float32)}
 
-    def watch(self, glance: RowView) -> None:
-        """Add to each pair of a row what new queries pay to it, averaged over the query group."""
-        received = glance.annotations["received"]
-        blocks = zip(glance.queries.split(QUERY_BLOCK, 1), glance.at.split(QUERY_BLOCK), strict=True)
+    def watch(self, view: RowView) -> None:
+        """Add the attention of new queries to each pair of a row, averaged over the query group."""
+        received = view.annotations["received"]
+        blocks = zip(view.queries.split(QUERY_BLOCK, 1), view.query_positions.split(QUERY_BLOCK), strict=True)
         for queries, at in blocks:
-            end = _seen_by(at, glance) if len(glance.at) > QUERY_BLOCK else len(received)
-            keys, positions = glance.keys[:end], glance.positions[:end]
-            weights = attention_weights(queries, at, keys, positions, glance.attention)
+            end = _find_visible_end(at, view) if len(view.query_positions) > QUERY_BLOCK else len(received)
+            keys, positions = view.keys[:end], view.positions[:end]
+            weights = compute_attention(queries, at, keys, positions, view.attention)
             received[:end] += weights.sum(1).mean(0).detach()  # learned sinks carry gradients
 
-    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+    def score(self, obs: Observation) -> Float[Tensor, " held"]:
         """Return the attention that each pair received."""
-        return seen.annotations["received"].float()
+        return obs.annotations["received"].float()
 
 
-def _seen_by(at: Tensor, glance: RowView) -> int:
-    """Return where the pairs end that any of these queries sees: half of a long text's work is beyond."""
-    return int((glance.positions <= at.max()).nonzero()[-1]) + 1
+def _find_visible_end(at: Tensor, view: RowView) -> int:
+    """Return the end of the pairs that any of these queries sees, which halves the work on a long text."""
+    return int((view.positions <= at.max()).nonzero()[-1]) + 1

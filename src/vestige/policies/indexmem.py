@@ -1,4 +1,4 @@
-"""Keep what a trained indexer says later queries will ask for."""
+"""IndexMem: importance from a small trained indexer that compares index queries with index keys."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,32 +16,31 @@ from vestige.policies.base import NewPairs, Policy
 from vestige.policies.observation import LayerView, Observation
 
 REDUCTIONS = ("max", "mean")
-_MOST = 6e4  # float16 holds it
+_MAX_SCORE = 6e4  # float16 holds it
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexMem(Policy):
     """Keep the pairs that queries asked for most, as a small trained indexer sees it.
 
-    The indexer compares few small index queries with one index key per token and layer. A pair's importance is the
-    most that any query since the last eviction asked for it; while a text is read, any query of the text. It is
-    gathered in blocks while queries pass. The index key lies beside the pairs, each KV head's row holding a part of it.
-    What comes out is the log of a pair's share in all that a row's pairs are asked for, plus the log of how large the
-    head's output is, so that with ``share="model"`` all layers and heads compete; within a row neither changes the
-    order.
+    The indexer compares few small index queries with one index key per token and layer. A pair's importance is its
+    highest index score over all queries since the last eviction, or over all queries of a text while it is read; it is
+    accumulated in blocks as queries arrive. The index key is stored beside the pairs, each KV head's row holding a part
+    of it. The score is the log of a pair's share of its row's importance, plus the log scale of the head's output, so
+    that with ``share="model"`` all layers and heads compete; within a row neither changes the order.
 
     Source: IndexMem, arXiv 2605.25475: one score per layer, equal counts (``share="head"``), 4 sinks, ``every=128``.
-    Differs: the window is protected; the index heads and their sizes are the weights'. Ours, if the weights are made
-    so: scores of each KV head apart. Weights: ``vestige train indexmem``. What tokens asked for that were later taken
-    back (speculative decoding) stays counted.
+    Differs: the window is protected; the weights determine the index heads and their sizes. Ours, with weights of that
+    kind: separate scores for each KV head. Weights: ``vestige train indexmem``. The index scores of tokens that were
+    rolled back later (speculative decoding) stay counted.
     """
 
     indexer: str | Indexer | None = None
-    """A folder, a hub id, or an indexer at hand; None takes the one that is shipped for the model."""
+    """A folder, a hub id, or an `Indexer`; None takes the one shipped for the model."""
     reduction: Literal["max", "mean"] = "max"
-    """Over queries. The mean is over all that saw a pair, however long ago."""
+    """Reduction over queries. The mean is over all queries that saw a pair, not only the latest."""
     reuse: int = 1
-    """Neighbouring layers that keep what the first of them does, which alone has an index."""
+    """Number of neighbouring layers that keep the same pairs as the first of them, which alone has an index."""
     every: int = 128
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     annotations: ClassVar[frozenset[str]] = frozenset({"index_key", "asked_for"})
@@ -57,11 +56,11 @@ class IndexMem(Policy):
             raise PolicyError("layers that keep the same tokens keep equally many: reuse needs share='head'")
 
     def bind(self, model: PreTrainedModel) -> None:
-        """Read the indexer, or look at the one at hand.
+        """Load the indexer, or check the one given.
 
         Raises:
-            ModelError: There is none, it is damaged, or another model's.
-            PolicyError: All heads of a layer have one score, and are to compete with each other.
+            ModelError: The indexer is missing, damaged, or made for another model.
+            PolicyError: The heads of a layer share one score, but ``share`` lets them compete.
         """
         if not self.weights_for(model).config.apart and self.share != "head":
             raise PolicyError(
@@ -75,113 +74,113 @@ class IndexMem(Policy):
         Raises:
             ModelError: As :meth:`bind`.
         """
-        return _SHELF.refresh(self.indexer, model)
+        return _WEIGHTS.refresh(self.indexer, model)
 
-    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
-        """Return each row's part of the index keys, and that nobody asked yet; nothing where another layer leads."""
-        assert written.hidden is not None and written.model is not None, "the cache shows both"
-        indexer, shape = _SHELF.get(self.indexer, written.model), written.keys.shape[:3]
-        if indexer.leader(written.layer_idx, self.reuse) != written.layer_idx:
-            return {name: written.keys.new_empty(*shape, 0) for name in self.annotations}
-        keys = indexer.at(written.layer_idx).index_keys(written.hidden)  # (batch, groups, new, size)
+    def annotate(self, new: NewPairs) -> Mapping[str, Tensor]:
+        """Return each row's part of the index keys and empty statistics, of width 0 where another layer leads."""
+        assert new.hidden is not None and new.model is not None, "the cache shows both"
+        indexer, shape = _WEIGHTS.get(self.indexer, new.model), new.keys.shape[:3]
+        if indexer.leader(new.layer_idx, self.reuse) != new.layer_idx:
+            return {name: new.keys.new_empty(*shape, 0) for name in self.annotations}
+        keys = indexer.at(new.layer_idx).index_keys(new.hidden)  # (batch, groups, new, size)
         parts = keys.transpose(1, 2).flatten(2).unflatten(2, (shape[1], -1)).transpose(1, 2)
-        device = written.keys.device
+        device = new.keys.device
         if self.reduction == "mean":
             nobody = torch.zeros(*shape, 1, device=device)
         else:
             nobody = torch.full((*shape, 2), -torch.inf, dtype=torch.float16, device=device)
-        return {"index_key": parts.to(written.keys.dtype), "asked_for": nobody}
+        return {"index_key": parts.to(new.keys.dtype), "asked_for": nobody}
 
-    def watch_layer(self, glance: LayerView) -> None:
-        """Write down what new queries ask for."""
-        indexer = _SHELF.get(self.indexer, glance.model)
-        if indexer.leader(glance.layer_idx, self.reuse) != glance.layer_idx:
+    def watch_layer(self, view: LayerView) -> None:
+        """Accumulate the index scores of new queries."""
+        indexer = _WEIGHTS.get(self.indexer, view.model)
+        if indexer.leader(view.layer_idx, self.reuse) != view.layer_idx:
             return
-        assert glance.hidden is not None, "the cache shows it"
-        asking = indexer.at(glance.layer_idx).index_queries(glance.hidden)
-        if len(glance.at) == 1:  # it sees every pair
-            self._note(glance.slots["asked_for"], _asked_at_once(asking, glance, indexer.config.apart))
+        assert view.hidden is not None, "the cache shows it"
+        asking = indexer.at(view.layer_idx).index_queries(view.hidden)
+        if len(view.query_positions) == 1:  # it sees every pair
+            self._record(view.slots["asked_for"], _score_one_query(asking, view, indexer.config.apart))
             return
-        rows = [(row.annotations["index_key"], row.annotations["asked_for"], row.positions) for row in glance.rows]
+        rows = [(row.annotations["index_key"], row.annotations["asked_for"], row.positions) for row in view.rows]
         if indexer.config.apart:
             for group, (keys, notes, positions) in enumerate(rows):
                 own = IndexQueries(asking.queries[group : group + 1], asking.gates[group : group + 1])
-                found = self._found(own, keys[None], glance.at, positions)
-                self._note(notes, found[0])
+                found = self._score_keys(own, keys[None], view.query_positions, positions)
+                self._record(notes, found[0])
             return
-        _require_alike([positions for _, _, positions in rows])
+        _require_equal_rows([positions for _, _, positions in rows])
         keys = torch.cat([part for part, _, _ in rows], -1)
-        found = self._found(asking, keys[None], glance.at, rows[0][2])
+        found = self._score_keys(asking, keys[None], view.query_positions, rows[0][2])
         for _, notes, _ in rows:
-            self._note(notes, found[0])
+            self._record(notes, found[0])
 
     def renew(self, annotations: Mapping[str, Tensor]) -> None:
-        """Put what was asked for since the last eviction in second place; queries to come take the first."""
+        """Move the maxima since the last eviction to the second column, and clear the first for new queries."""
         if self.reduction == "max" and (notes := annotations["asked_for"]).shape[1]:
             latest = notes[:, 0]
             notes[:, 1] = torch.where(latest == -torch.inf, notes[:, 1], latest)
             notes[:, 0] = -torch.inf
 
-    def score(self, seen: Observation) -> Float[Tensor, " held"]:
-        """Return log shares of what is asked for, plus the log of the head's scale; the leader's, if there is one."""
-        assert seen.model is not None, "the cache shows it"
-        indexer = _SHELF.get(self.indexer, seen.model)
-        leader = indexer.leader(seen.layer_idx, self.reuse)
-        if leader != seen.layer_idx:
-            if seen.earlier[leader].shape != seen.positions.shape:
+    def score(self, obs: Observation) -> Float[Tensor, " held"]:
+        """Return log shares of importance plus the head's log scale; the leader's scores where another layer leads."""
+        assert obs.model is not None, "the cache shows it"
+        indexer = _WEIGHTS.get(self.indexer, obs.model)
+        leader = indexer.leader(obs.layer_idx, self.reuse)
+        if leader != obs.layer_idx:
+            if obs.earlier[leader].shape != obs.positions.shape:
                 raise PolicyError(
                     "with reuse neighbouring layers must hold the same tokens, but another policy evicted"
                 )
-            return seen.earlier[leader]
+            return obs.earlier[leader]
         if not indexer.config.apart:
-            for b in range(len(seen.seen)):
-                _require_alike([seen.positions[row.pairs] for row in seen.rows() if row.batch == b])
-        scores, scales = torch.empty(len(seen.positions), device=seen.keys.device), indexer.log_scale(seen.layer_idx)
-        for row in seen.rows():
-            worth = self._worth(seen, row.pairs, seen.seen[row.batch])
-            counted = worth[seen.positions[row.pairs] >= self.sink]  # sinks took no part in training
+            for b in range(len(obs.seen)):
+                _require_equal_rows([obs.positions[row.pairs] for row in obs.rows() if row.batch == b])
+        scores, scales = torch.empty(len(obs.positions), device=obs.keys.device), indexer.log_scale(obs.layer_idx)
+        for row in obs.rows():
+            worth = self._compute_worth(obs, row.pairs, obs.seen[row.batch])
+            counted = worth[obs.positions[row.pairs] >= self.sink]  # sinks took no part in training
             whole = (counted if len(counted) else worth).logsumexp(0)
             scores[row.pairs] = worth - whole + scales[row.kv_head]
         return scores
 
-    def _found(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
+    def _score_keys(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
         compared = Comparison(asking, keys.float(), at, positions)
         return compared.total() if self.reduction == "mean" else compared.most()
 
-    def _note(self, notes: Float[Tensor, "held _kinds"], found: Float[Tensor, " held"]) -> None:
+    def _record(self, notes: Float[Tensor, "held _kinds"], found: Float[Tensor, " held"]) -> None:
         if self.reduction == "mean":
             notes[:, 0] += found
         else:
-            notes[:, 0] = torch.maximum(notes[:, 0], found.clamp(max=_MOST).to(notes.dtype))
+            notes[:, 0] = torch.maximum(notes[:, 0], found.clamp(max=_MAX_SCORE).to(notes.dtype))
 
-    def _worth(self, seen: Observation, pairs: slice, end: int) -> Float[Tensor, " row_held"]:
-        notes = seen.annotations["asked_for"][pairs].float()
+    def _compute_worth(self, obs: Observation, pairs: slice, end: int) -> Float[Tensor, " row_held"]:
+        notes = obs.annotations["asked_for"][pairs].float()
         if self.reduction == "mean":
-            return notes[:, 0] / (end - seen.positions[pairs]).clamp_min(1)
-        return torch.where(notes[:, 0] == -torch.inf, notes[:, 1], notes[:, 0]).clamp_min(-_MOST)
+            return notes[:, 0] / (end - obs.positions[pairs]).clamp_min(1)
+        return torch.where(notes[:, 0] == -torch.inf, notes[:, 1], notes[:, 0]).clamp_min(-_MAX_SCORE)
 
 
-def _asked_at_once(asking: IndexQueries, glance: LayerView, apart: bool) -> Float[Tensor, " slots"]:
-    """Return how much one token asks for each slot, of all rows in a few operations."""
-    keys = glance.slots["index_key"].float()
+def _score_one_query(asking: IndexQueries, view: LayerView, apart: bool) -> Float[Tensor, " slots"]:
+    """Return the index scores of one token for the slots of all rows, in a few operations."""
+    keys = view.slots["index_key"].float()
     if apart:
-        queries, gates = (x[:, :, 0][glance.heads] for x in (asking.queries, asking.gates))
+        queries, gates = (x[:, :, 0][view.heads] for x in (asking.queries, asking.gates))
         return ((queries * keys[:, None]).sum(-1).relu_() * gates).sum(1)
-    rows = int(glance.heads[-1]) + 1
+    rows = int(view.heads[-1]) + 1
     if len(keys) % rows:
-        raise PolicyError(_UNLIKE)
+        raise PolicyError(_UNEQUAL_ROWS)
     whole = keys.view(rows, -1, keys.shape[1]).transpose(0, 1).flatten(1)  # the rows of a layer hold the same tokens
     return asked(asking, whole[None])[0, 0].repeat(rows)
 
 
-def _require_alike(rows: Sequence[Int[Tensor, " _held"]]) -> None:
-    """Raise a PolicyError unless all heads of a layer, in one batch row, hold the same tokens."""
+def _require_equal_rows(rows: Sequence[Int[Tensor, " _held"]]) -> None:
+    """Raise a PolicyError unless the given rows hold the same tokens."""
     if not all(torch.equal(row, rows[0]) for row in rows):
-        raise PolicyError(_UNLIKE)
+        raise PolicyError(_UNEQUAL_ROWS)
 
 
-_UNLIKE = (
+_UNEQUAL_ROWS = (
     "this indexer has one score for all heads of a layer, which must hold the same tokens, but another policy has "
     "evicted pairs of each head; use an indexer trained with scores apart"
 )
-_SHELF = WeightsCache("indexmem", Indexer.load)
+_WEIGHTS = WeightsCache("indexmem", Indexer.load)

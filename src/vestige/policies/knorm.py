@@ -1,4 +1,4 @@
-"""Keep the keys of small norm."""
+"""KNorm: keys of small norm."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class KNorm(Policy):
 
     scale: Scale = "signed"
 
-    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+    def score(self, obs: Observation) -> Float[Tensor, " held"]:
         """Return the negative norm of each key."""
-        norms: Tensor = torch.linalg.vector_norm(seen.keys.float(), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(obs.keys.float(), dim=-1)
         return -norms

@@ -1,4 +1,4 @@
-"""Keep what the latest queries attend to unless the row holds the like of it: for long reasoning."""
+"""R-KV: attention of the latest queries minus redundancy among keys, for long reasoning."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,29 +9,30 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
 from vestige.errors import PolicyError
-from vestige.policies.base import Policy, check_pooling
+from vestige.policies.base import Policy
 from vestige.policies.observation import Observation
+from vestige.policies.scoring import check_pooling
 from vestige.policies.selection import Scale
 
 KEY_BLOCK = 256
-"""Keys that are compared with all others at a time: never a matrix of all with all."""
+"""Keys compared with all others at a time, so that no matrix of all with all is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RKV(Policy):
     """Keep ``weight`` parts of importance minus ``1 - weight`` parts of redundancy, in buffers of ``every`` tokens.
 
-    Importance is the attention of the last ``observed`` queries to the pairs before them: the largest product of a
-    query group, softmax, the largest of ``kernel`` neighbours, mean over queries. Redundancy is the softmax of a key's
-    mean cosine similarity to the other keys of the row; the link from a key to the latest one that is more ``similar``
-    to it does not count, so that of tokens that repeat each other the latest stays. Meant for decoding, but a text
-    that was read is judged as well.
+    Importance is the attention of the last ``observed`` queries to the pairs before them: maximum of the logits over a
+    query group, softmax, maximum over ``kernel`` neighbours, mean over queries. Redundancy is the softmax of a key's
+    mean cosine similarity to the other keys of the row. The link from a key to its latest duplicate, the latest key
+    more ``similar`` to it, does not count, so the latest of several duplicates stays. Meant for decoding, but it scores
+    a text that was read as well.
 
-    Source: R-KV, arXiv 2505.24133, equations 1 to 7. Differs: the paper drops links of a key to its beta most recent
-    likenesses from the key's own mean, which spares no recent token more than others; here, as in the authors' code,
-    with beta 1, the link is dropped from the mean of the likeness. Without a likeness none is dropped (that code drops
-    the one to the row's first key). The paper's neighbourhood has an even width, ours is centred. Softcaps apply;
-    learned attention sinks, which are no keys, do not.
+    Source: R-KV, arXiv 2505.24133, equations 1 to 7. Differs: the paper drops the links of a key to its beta latest
+    duplicates from the key's own mean, which favours no recent token; here, as in the authors' code with beta 1, the
+    link is dropped from the mean of the duplicate. Without a duplicate no link is dropped (that code drops the link to
+    the row's first key). The paper's neighbourhood has an even width, ours is centred. Softcaps apply; learned
+    attention sinks do not, since they are not keys.
     """
 
     sink: int = 0
@@ -39,13 +40,13 @@ class RKV(Policy):
     every: int = 128
     scale: Scale = "signed"
     observed: int = 8
-    """Latest queries whose attention is looked at; their own pairs score 0."""
+    """Latest queries whose attention is used; their own pairs score 0."""
     kernel: int = 7
-    """Neighbours of which the largest attention counts; odd, 1 switches pooling off."""
+    """Neighbours pooled by their maximum; odd, 1 switches pooling off."""
     weight: float = 0.1
-    """The paper's lambda, in [0, 1]: 1 looks at importance alone, 0 at redundancy alone."""
+    """The paper's lambda, in [0, 1]: 1 uses importance alone, 0 redundancy alone."""
     similar: float = 0.5
-    """Cosine above which two keys are likenesses, in [0, 1]."""
+    """Cosine above which two keys are duplicates, in [0, 1]."""
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
     def __post_init__(self) -> None:
@@ -56,41 +57,41 @@ class RKV(Policy):
                 f"weight and similar must lie in [0, 1], got weight={self.weight!r}, similar={self.similar!r}"
             )
 
-    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+    def score(self, obs: Observation) -> Float[Tensor, " held"]:
         """Return weighted importance minus weighted redundancy; 0 for the observed tokens."""
-        scores = torch.zeros(len(seen.positions), device=seen.keys.device)
-        for row in seen.rows():
-            queries = seen.queries[row.batch][:, -self.observed :].chunk(seen.kv_heads)[row.kv_head]
-            older = seen.positions[row.pairs] < seen.seen[row.batch] - queries.shape[1]
-            keys = seen.keys[row.pairs][older].float()
+        scores = torch.zeros(len(obs.positions), device=obs.keys.device)
+        for row in obs.rows():
+            queries = obs.queries[row.batch][:, -self.observed :].chunk(obs.kv_heads)[row.kv_head]
+            older = obs.positions[row.pairs] < obs.seen[row.batch] - queries.shape[1]
+            keys = obs.keys[row.pairs][older].float()
             if len(keys):
-                importance = self._importance(seen, queries.float(), keys)
-                redundancy = _redundancy(keys, self.similar)
+                importance = self._compute_importance(obs, queries.float(), keys)
+                redundancy = _compute_redundancy(keys, self.similar)
                 scores[row.pairs][older] = self.weight * importance - (1 - self.weight) * redundancy
         return scores
 
-    def _importance(
+    def _compute_importance(
         self,
-        seen: Observation,
+        obs: Observation,
         queries: Float[Tensor, "queries_per_kv latest head_dim"],
         keys: Float[Tensor, "older head_dim"],
     ) -> Float[Tensor, " older"]:
-        """Return pooled attention; every key is older than every query, so that no mask is needed."""
-        scale = seen.attention
+        """Return pooled attention; every key is older than every query, so no mask is needed."""
+        scale = obs.attention
         assert scale is not None, "the cache records queries for every policy that needs them"
         logits = scale.capped(queries @ keys.T * scale.scaling)
         weights = logits.amax(0).softmax(-1)  # (latest, older)
         return max_pool1d(weights, self.kernel, stride=1, padding=self.kernel // 2).mean(0)
 
 
-def _redundancy(keys: Float[Tensor, "older head_dim"], similar: float) -> Float[Tensor, " older"]:
-    """Return the softmax of each key's mean similarity to the others, links to latest likenesses left out."""
+def _compute_redundancy(keys: Float[Tensor, "older head_dim"], similar: float) -> Float[Tensor, " older"]:
+    """Return the softmax of each key's mean similarity to the others, without links to the latest duplicates."""
     units, number = normalize(keys, dim=-1), torch.arange(len(keys), device=keys.device)
     total = torch.zeros(len(keys), device=keys.device)
     for block in number.split(KEY_BLOCK):
         links = units[block] @ units.T  # (block, older)
         here = number[: len(block)]
-        links[here, block] = 0.0  # a key is no likeness of itself
+        links[here, block] = 0.0  # a key is no duplicate of itself
         latest = torch.where(links > similar, number, -1).amax(1)
         has = latest >= 0
         links[here[has], latest[has]] = 0.0

@@ -1,4 +1,4 @@
-"""Keep what trained gates gave a long life: no question, no attention needed, one top-k over the whole model."""
+"""Retention: lifetimes from trained gates, independent of question and attention; one top-k over the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from vestige.policies.selection import Share
 class Retention(Policy):
     """Keep the pairs whose retention, a trained number that decays with age, is largest: one top-k model-wide.
 
-    A gate gives every pair, when it is written, a retention ``beta`` in (0, 1). At position t a pair of position i is
-    worth ``beta^(t+1-i)``, what is left of it when the next query comes. Nothing else is looked at, so it works alike
-    while a text is read, in later turns and while decoding.
+    A gate gives every new pair a retention ``beta`` in (0, 1). At position t the worth of a pair at position i is
+    ``beta^(t+1-i)``, its retention at the next query. Nothing else is used, so it works the same way while a text is
+    read, in later turns and while decoding.
 
     Source: DBTrimKV, arXiv 2605.09649, and its code (nothing is protected, the next query counts); TRIM-KV, arXiv
     2512.03324. With ``horizon=n`` the worth is the sum over the next n queries, as in the paper's theory:
@@ -31,9 +31,9 @@ class Retention(Policy):
     """
 
     gates: str | Gates | None = None
-    """A folder, a hub id, or gates at hand; None takes those that are shipped for the model."""
+    """A folder, a hub id, or `Gates`; None takes those shipped for the model."""
     horizon: int = 1
-    """Coming queries that count."""
+    """Number of coming queries that count."""
     share: Share = "model"
     sink: int = 0
     window: int = 0
@@ -47,41 +47,43 @@ class Retention(Policy):
             raise PolicyError(f"horizon must be at least 1, got {self.horizon!r}")
 
     def bind(self, model: PreTrainedModel) -> None:
-        """Read the gates, or look at those at hand.
+        """Load the gates, or check those given.
 
         Raises:
-            ModelError: There are none, they are damaged, or they are another model's.
+            ModelError: The gates are missing, damaged, or made for another model.
         """
         self.weights_for(model)
 
     def weights_for(self, model: PreTrainedModel) -> Gates:
-        """Return the gates for a model: those at hand as they are, others to compute in its dtype.
+        """Return the gates for a model: given ones as they are, loaded ones in the model's dtype.
 
         Raises:
             ModelError: As :meth:`bind`.
         """
-        return _SHELF.refresh(self.gates, model)
+        return _WEIGHTS.refresh(self.gates, model)
 
-    def annotate(self, written: NewPairs) -> Mapping[str, Tensor]:
-        """Return log beta of new pairs, ``batch kv_heads new``, float32."""
-        assert written.hidden is not None and written.model is not None, "the cache shows both"
-        return {"log_beta": _SHELF.get(self.gates, written.model)(written.layer_idx, written.hidden)}
+    def annotate(self, new: NewPairs) -> Mapping[str, Tensor]:
+        """Return the log beta of new pairs, ``batch kv_heads new``, float32."""
+        assert new.hidden is not None and new.model is not None, "the cache shows both"
+        return {"log_beta": _WEIGHTS.get(self.gates, new.model)(new.layer_idx, new.hidden)}
 
-    def score(self, seen: Observation) -> Float[Tensor, " held"]:
-        """Return the log of what each pair is worth to the next ``horizon`` queries."""
-        ends = torch.empty_like(seen.positions)
-        for row in seen.rows():
-            ends[row.pairs] = seen.seen[row.batch]
-        return worth(seen.annotations["log_beta"], (ends - seen.positions).float(), self.horizon)
+    def score(self, obs: Observation) -> Float[Tensor, " held"]:
+        """Return the log of each pair's worth to the next ``horizon`` queries."""
+        ends = torch.empty_like(obs.positions)
+        for row in obs.rows():
+            ends[row.pairs] = obs.seen[row.batch]
+        return compute_log_worth(obs.annotations["log_beta"], (ends - obs.positions).float(), self.horizon)
 
 
-def worth(log_beta: Float[Tensor, " pairs"], age: Float[Tensor, " pairs"], horizon: int = 1) -> Float[Tensor, " pairs"]:
+def compute_log_worth(
+    log_beta: Float[Tensor, " pairs"], age: Float[Tensor, " pairs"], horizon: int = 1
+) -> Float[Tensor, " pairs"]:
     """Return the log of the sum of ``beta^age, beta^(age+1), ...``, ``horizon`` terms, in closed form.
 
     Args:
-        log_beta: Not positive.
+        log_beta: Log retention, not positive.
         age: Tokens from the pair to the next query.
-        horizon: Terms; with 1 this is ``age * log_beta``.
+        horizon: Number of terms; with 1 the result is ``age * log_beta``.
     """
     first = age * log_beta
     if horizon == 1:
@@ -90,4 +92,4 @@ def worth(log_beta: Float[Tensor, " pairs"], age: Float[Tensor, " pairs"], horiz
     return first + torch.log(torch.expm1(horizon * rate) / torch.expm1(rate))
 
 
-_SHELF = WeightsCache("retention", lambda folder, model: Gates.load(folder, model).for_inference(model.dtype))
+_WEIGHTS = WeightsCache("retention", lambda folder, model: Gates.load(folder, model).for_inference(model.dtype))

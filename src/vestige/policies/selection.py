@@ -1,8 +1,8 @@
-"""Who stays: scores, protection and room in, kept pairs out.
+"""Select the pairs to keep from scores, protection and limits.
 
-One question, *who competes with whom for room*, has three answers: ``share="head"`` (each row keeps as many as every
-other), ``"layer"`` (the rows of a layer compete) and ``"model"`` (all rows of a batch row compete, over all layers,
-after their scores were made comparable by the policy's scale). Batch rows never compete.
+Rows compete in one of three ways: not at all (``share="head"``: each row keeps the same number), within a layer
+(``"layer"``), or across all layers of a batch row (``"model"``, after the policy's scale made the scores of layers
+comparable). Batch rows never compete.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ SHARES: tuple[str, ...] = get_args(Share)
 SCALES: tuple[str, ...] = get_args(Scale)
 
 
-def share_of(name: str) -> Share:
-    """Return the share of that name.
+def parse_share(name: str) -> Share:
+    """Return a name as a `Share`.
 
     Raises:
-        PolicyError: There is none.
+        PolicyError: No share has this name.
     """
     if name not in SHARES:
         raise PolicyError(unknown_name_message("share", str(name), SHARES))
@@ -35,7 +35,7 @@ def share_of(name: str) -> Share:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """The packed rows of all evictable layers, layer by layer, each layer's rows in (batch, kv_head) order.
+    """Lengths, layers and batch rows of all packed rows, layer by layer, in (batch, kv_head) order within a layer.
 
     Args:
         lengths: Pairs of each row.
@@ -65,8 +65,8 @@ def select(
     scores: Float[Tensor, " held"],
     positions: Int[Tensor, " held"],
     protected: Bool[Tensor, " held"],
-    grid: RowIndex,
-    room: Int[Tensor, " batch"],
+    index: RowIndex,
+    pair_limits: Int[Tensor, " batch"],
     *,
     share: Share,
     scale: Scale,
@@ -74,49 +74,56 @@ def select(
     counts: Int[Tensor, " rows"] | None = None,
     threshold: float | None = None,
 ) -> Bool[Tensor, " held"]:
-    """Return which pairs stay: every protected one, then the highest scores of each group.
+    """Return a mask of the pairs to keep: every protected one, then the highest scores of each group.
 
-    Nothing is modified. A group keeps exactly its room, or all it has if that is less, but for a threshold. Ties go to
-    the later token.
+    Inputs are not modified. Without a threshold a group keeps exactly its limit, or all pairs if it has fewer. Ties go
+    to the later token.
 
     Args:
         scores: Importance, larger means keep.
         positions: Position of each pair, for ties.
         protected: True where a pair must stay.
-        grid: Which row, layer and batch row a pair belongs to.
-        room: Average pairs per row that each batch row may keep, protected ones included.
-        share: Who competes with whom.
-        scale: How layers are made comparable for ``share="model"``; see :func:`rescale`.
+        index: Row, layer and batch row of each pair.
+        pair_limits: Average pairs per row that each batch row may keep, protected ones included.
+        share: Which rows compete.
+        scale: How layers are made comparable for ``share="model"`` and ``threshold``; see :func:`rescale`.
         floor: Share of the average that each row keeps before rows compete (AdaKV's safeguard), in [0, 1].
-        counts: Pairs that each row keeps, if they are fixed beforehand; then ``share`` and ``floor`` do not matter.
-        threshold: Unprotected pairs whose comparable score is below it go even where there is room.
+        counts: Pairs that each row keeps, if the policy allocates rows; ``share`` and ``floor`` are then ignored.
+        threshold: Unprotected pairs with a lower comparable score are evicted even within the limit.
 
     Raises:
         PolicyError: A score is NaN.
         BudgetError: A group protects more pairs than it may keep; the message gives both.
     """
-    refuse_nan(scores, grid)
+    refuse_nan(scores, index)
     worthy = torch.ones_like(protected)
     if share == "model" or threshold is not None:
-        comparable = rescale(scores, protected, grid.groups("layer")[grid.row], scale)
+        comparable = rescale(scores, protected, index.groups("layer")[index.row], scale)
         worthy = worthy if threshold is None else (comparable >= threshold) | protected
         scores = comparable if share == "model" else scores
-    first, groups, totals = None, grid.row, counts
+    first, groups, totals = None, index.row, counts
     if totals is None:
-        first = _floored(scores, positions, protected, grid, room, floor) if floor and share != "head" else None
-        of_row = grid.groups(share)
-        groups = of_row[grid.row]
+        first = (
+            _keep_floor(scores, positions, protected, index, pair_limits, floor) if floor and share != "head" else None
+        )
+        of_row = index.groups(share)
+        groups = of_row[index.row]
         totals = torch.zeros(int(of_row.max()) + 1, dtype=torch.long, device=scores.device)
-        totals.index_add_(0, of_row, room[grid.batch])
+        totals.index_add_(0, of_row, pair_limits[index.batch])
     return keep_topk(scores, positions, protected, groups, totals, first) & worthy
 
 
-def _floored(
-    scores: Tensor, positions: Tensor, protected: Tensor, grid: RowIndex, room: Int[Tensor, " batch"], floor: float
+def _keep_floor(
+    scores: Tensor,
+    positions: Tensor,
+    protected: Tensor,
+    index: RowIndex,
+    pair_limits: Int[Tensor, " batch"],
+    floor: float,
 ) -> Bool[Tensor, " held"]:
-    """Return the pairs that rows keep before they compete."""
-    floors = torch.tensor([Budget.share_of(int(n), floor) for n in room], device=scores.device)[grid.batch]
-    return keep_topk(scores, positions, protected, grid.row, torch.maximum(floors, protected_per_row(protected, grid)))
+    """Return a mask of the pairs that rows keep before they compete."""
+    floors = torch.tensor([Budget.share_of(int(n), floor) for n in pair_limits], device=scores.device)[index.batch]
+    return keep_topk(scores, positions, protected, index.row, torch.maximum(floors, count_protected(protected, index)))
 
 
 def keep_topk(
@@ -127,20 +134,20 @@ def keep_topk(
     counts: Int[Tensor, " groups"],
     first: Bool[Tensor, " held"] | None = None,
 ) -> Bool[Tensor, " held"]:
-    """Return the protected pairs and the best others, ``counts[g]`` in each group g (all, if it has fewer).
+    """Return a mask of ``counts[g]`` pairs in each group g (all, if it has fewer): the protected ones, then the best.
 
-    Pairs of ``first`` come next after the protected ones, as far as there is room.
+    Pairs of ``first`` come directly after the protected ones.
 
     Raises:
         BudgetError: A group protects more pairs than its count; the message gives both.
     """
-    guarded = _protected_per(groups, protected, len(counts))
-    if bool((guarded > counts).any()):
-        worst = int((guarded - counts).argmax())
-        raise BudgetError(f"{int(guarded[worst])} pairs are protected, the budget has room for {int(counts[worst])}")
+    fixed = _count_protected(groups, protected, len(counts))
+    if bool((fixed > counts).any()):
+        worst = int((fixed - counts).argmax())
+        raise BudgetError(f"{int(fixed[worst])} pairs are protected, the budget has room for {int(counts[worst])}")
     # Protected pairs come first in their group, whatever their score; then the order is by score, then by position.
     tier = 2 - (protected if first is None else protected | first).long() - protected.long()
-    order = torch.argsort(_by_score_and_position(scores, positions), descending=True, stable=True)
+    order = torch.argsort(_make_sort_keys(scores, positions), descending=True, stable=True)
     order = order[torch.argsort(groups[order] * 3 + tier[order], stable=True)]
     sizes = torch.zeros_like(counts).index_add_(0, groups, torch.ones_like(groups))
     begins = sizes.cumsum(0) - sizes
@@ -151,10 +158,10 @@ def keep_topk(
     return kept
 
 
-def _by_score_and_position(scores: Float[Tensor, " held"], positions: Int[Tensor, " held"]) -> Int[Tensor, " held"]:
-    """Return integers in the order of the float32 scores, ties in that of the positions: one sort instead of two."""
-    bits = (scores.float() + 0.0).view(torch.int32).long()  # adding 0 makes -0.0 equal 0.0, as numbers are
-    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats run backwards
+def _make_sort_keys(scores: Float[Tensor, " held"], positions: Int[Tensor, " held"]) -> Int[Tensor, " held"]:
+    """Return integers that sort by float32 score, then by position: one sort instead of two."""
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # adding 0 turns -0.0 into 0.0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats have descending bits
     return (ascending << 32) + positions
 
 
@@ -165,17 +172,17 @@ def apportion(
     batch: Int[Tensor, " rows"],
     totals: Int[Tensor, " batch"],
 ) -> Int[Tensor, " rows"]:
-    """Return whole numbers in proportion to what was wanted that add up, for each batch row, to its total.
+    """Return integers proportional to ``wanted``, clamped to [least, most], that sum to the total of each batch row.
 
-    No row gets less than its least or more than its most: what one cannot take goes to the others in proportion. If
-    that leaves the total out of reach, all rows have their least, or their most. The largest remainders are rounded up.
+    The excess of a clamped row goes to the other rows in proportion. If the total is out of reach, all rows get their
+    least, or their most. The largest remainders are rounded up.
 
     Args:
-        wanted: Pairs wanted, non-negative; only their proportions matter.
+        wanted: Pairs wanted for each row, non-negative; only the proportions matter.
         least: Pairs that each row must keep.
-        most: Pairs that each row has.
+        most: Pairs that each row holds.
         batch: Batch row of each row.
-        totals: Pairs of each batch row, over its rows.
+        totals: Pairs of each batch row, summed over its rows.
     """
     counts = torch.zeros_like(least)
     for b, total in enumerate(totals.tolist()):
@@ -183,7 +190,7 @@ def apportion(
         low, high = least[rows].double(), torch.maximum(most[rows], least[rows]).double()
         target = min(max(total, int(low.sum())), int(high.sum()))
         share = wanted[rows].double().clamp_min(1e-9)
-        exact = (share * _level(share, low, high, target)).clamp(low, high)
+        exact = (share * _find_factor(share, low, high, target)).clamp(low, high)
         whole = exact.floor()
         by_remainder = torch.argsort(exact - whole, descending=True, stable=True)
         whole[by_remainder[: target - int(whole.sum())]] += 1
@@ -191,8 +198,8 @@ def apportion(
     return counts
 
 
-def _level(share: Tensor, low: Tensor, high: Tensor, target: int) -> float:
-    """Return the factor at which clamped shares add up to the target: their sum grows with it, so halving finds it."""
+def _find_factor(share: Tensor, low: Tensor, high: Tensor, target: int) -> float:
+    """Return the factor at which the clamped shares sum to the target, found by bisection."""
     below, above = 0.0, float((high / share).max())
     for _ in range(200):
         middle = (below + above) / 2
@@ -203,9 +210,9 @@ def _level(share: Tensor, low: Tensor, high: Tensor, target: int) -> float:
     return above
 
 
-def protected_per_row(protected: Bool[Tensor, " held"], grid: RowIndex) -> Int[Tensor, " rows"]:
-    """Return how many pairs of each row are protected."""
-    return _protected_per(grid.row, protected, len(grid.lengths))
+def count_protected(protected: Bool[Tensor, " held"], index: RowIndex) -> Int[Tensor, " rows"]:
+    """Return the number of protected pairs in each row."""
+    return _count_protected(index.row, protected, len(index.lengths))
 
 
 def rescale(
@@ -216,19 +223,19 @@ def rescale(
 ) -> Float[Tensor, " held"]:
     """Return scores that can be compared between layers; the order within a layer stays.
 
-    ``calibrated`` leaves them. ``mass`` divides by the layer's sum over unprotected pairs: a score becomes a share of
-    what its layer has to give away. ``signed`` takes the z-score over the layer's unprotected pairs.
+    ``calibrated`` leaves them. ``mass`` divides by the layer's sum over unprotected pairs. ``signed`` takes the z-score
+    over the layer's unprotected pairs.
 
     Args:
         scores: Importance, larger means keep.
-        protected: True where a pair stays anyway: sinks would otherwise deflate their whole layer.
-        layers: The layer (of a batch row) that each pair belongs to.
+        protected: True where a pair must stay: the large scores of sinks would deflate their layer.
+        layers: Layer (of a batch row) of each pair.
         scale: One of the three.
     """
     if scale == "calibrated":
         return scores
     num_layers = int(layers.max()) + 1 if len(layers) else 0
-    left_out = protected | ~scores.isfinite()  # an infinite score keeps its place and does not make its layer NaN
+    left_out = protected | ~scores.isfinite()  # an infinite score must not make its layer NaN
 
     def total(values: Float[Tensor, " held"]) -> Float[Tensor, " layers"]:
         return values.new_zeros(num_layers).index_add_(0, layers, values.masked_fill(left_out, 0.0))
@@ -242,15 +249,15 @@ def rescale(
     return centred / deviation[layers]
 
 
-def refuse_nan(scores: Float[Tensor, " held"], grid: RowIndex) -> None:
-    """Raise a PolicyError that names the first layer with a score that is not a number."""
+def refuse_nan(scores: Float[Tensor, " held"], index: RowIndex) -> None:
+    """Raise a PolicyError that names the first layer with a NaN score."""
     bad = torch.isnan(scores)
     if bool(bad.any()):
-        layer = int(grid.layer[grid.row[bad.nonzero()[0, 0]]])
+        layer = int(index.layer[index.row[bad.nonzero()[0, 0]]])
         raise PolicyError(f"{int(bad.sum())} scores are NaN, the first in layer {layer}; nothing was evicted")
 
 
-def _protected_per(
+def _count_protected(
     groups: Int[Tensor, " held"], protected: Bool[Tensor, " held"], num_groups: int
 ) -> Int[Tensor, " groups"]:
     return torch.zeros(num_groups, dtype=torch.long, device=groups.device).index_add_(0, groups, protected.long())

@@ -1,4 +1,4 @@
-"""Keep the first and the most recent tokens."""
+"""StreamingLLM: the first and the most recent tokens."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ from vestige.policies.observation import Observation
 class StreamingLLM(Policy):
     """Keep attention sinks and the most recent tokens.
 
-    Source: StreamingLLM, arXiv 2309.17453. Differs: keys keep their true positions; the paper re-numbers positions
+    Source: StreamingLLM, arXiv 2309.17453. Differs: keys keep their true positions; the paper renumbers positions
     within the cache at each step, so that a model can stream past its trained length.
     """
 
-    def score(self, seen: Observation) -> Float[Tensor, " held"]:
+    def score(self, obs: Observation) -> Float[Tensor, " held"]:
         """Return the position: newer is better; the sinks are protected, not scored."""
-        return seen.positions.float()
+        return obs.positions.float()

@@ -6,8 +6,8 @@ import pytest
 
 from tests.bench.report.rows_for_tests import RULER, dialogue_rows, many_rows, niah_rows, row, speed_rows, uneven
 from vestige.bench.report import load_rows, make_report, plots, report
-from vestige.bench.report.methods import KNOWN, Method, looks
-from vestige.bench.report.rows import budget_key, means
+from vestige.bench.report.methods import KNOWN, MethodKey, assign_styles
+from vestige.bench.report.rows import average_tasks, budget_key
 from vestige.errors import InputError
 
 VOID = {"meta", "input", "br", "link", "img", "hr", "path", "use", "rect", "circle", "stop"}
@@ -133,7 +133,7 @@ def test_bytes_not_budgets_are_reported():
 def test_a_mean_is_only_over_methods_that_did_all_tasks():
     rows = [row("ruler/a", 512, "snapkv", "0.25", score=0.2), row("ruler/b", 512, "snapkv", "0.25", score=0.6),
             row("ruler/a", 512, "tova", "0.25", score=0.9)]  # fmt: skip
-    (mean,) = means(rows)
+    (mean,) = average_tasks(rows)
     assert [(r["policy"], r["score"]) for r in mean.rows] == [("snapkv", pytest.approx(0.4))]
     assert [method.label for method in mean.partial] == ["tova"]
 
@@ -141,7 +141,7 @@ def test_a_mean_is_only_over_methods_that_did_all_tasks():
 def test_the_interval_of_a_mean_adds_half_widths_in_squares():
     rows = [row("ruler/a", 512, "snapkv", "0.25", score=0.4, score_ci95=[0.1, 0.8]),
             row("ruler/b", 512, "snapkv", "0.25", score=0.6, score_ci95=[0.2, 0.9])]  # fmt: skip
-    (mean,) = means(rows)
+    (mean,) = average_tasks(rows)
     # below sqrt(.3^2 + .4^2) / 2 = .25, above sqrt(.4^2 + .3^2) / 2 = .25
     assert mean.rows[0]["score_ci95"] == pytest.approx([0.25, 0.75])
 
@@ -190,11 +190,11 @@ def test_a_speed_row_that_failed_is_listed():
 
 
 def test_a_picture_that_stands_alone_names_its_lines():
-    method = Method(policy="kvzip(share=model)", share="model")
-    line = plots.Line(label=method.label, look=looks([method])[method], points=(plots.Point(x=1, y=0.5),))
-    bare, named = (plots.line_chart("t", [line], plots.Axis(label="x"), legend=legend) for legend in (False, True))
+    method = MethodKey(policy="kvzip(share=model)", share="model")
+    line = plots.Line(label=method.label, style=assign_styles([method])[method], points=(plots.Point(x=1, y=0.5),))
+    bare, named = (plots.draw_line_chart("t", [line], plots.Axis(label="x"), legend=legend) for legend in (False, True))
     assert ">kvzip(share=model)<" in named and ">kvzip(share=model)<" not in bare
-    assert method.family == "kvzip" and line.look.color == KNOWN["kvzip"][0]
+    assert method.family == "kvzip" and line.style.color == KNOWN["kvzip"][0]
 
 
 def test_runs_that_differ_in_protocol_share_no_picture():
@@ -206,7 +206,7 @@ def test_runs_that_differ_in_protocol_share_no_picture():
 
 def test_method_names_say_share_memory_and_package():
     def label(**fields):
-        return Method.of(fields).label
+        return MethodKey.of(fields).label
 
     assert label(policy="snapkv", share="head") == "snapkv"
     assert label(policy="snapkv", share="model", memory="moments") == "snapkv, share model + moments"
@@ -214,9 +214,9 @@ def test_method_names_say_share_memory_and_package():
 
 
 def test_twins_share_a_colour_and_differ_in_dash_and_controls_are_grey():
-    ours, theirs = Method(policy="streaming_llm"), Method(policy="x", peer="kvpress:StreamingLLMPress")
-    snapkv, twin = Method(policy="snapkv", share="model"), Method(policy="y", peer="kvpress:SnapKVPress")
-    drawn = looks([ours, theirs, snapkv, twin])
+    ours, theirs = MethodKey(policy="streaming_llm"), MethodKey(policy="x", peer="kvpress:StreamingLLMPress")
+    snapkv, twin = MethodKey(policy="snapkv", share="model"), MethodKey(policy="y", peer="kvpress:SnapKVPress")
+    drawn = assign_styles([ours, theirs, snapkv, twin])
     assert drawn[snapkv].color == drawn[twin].color == "#0072B2"
     assert (drawn[snapkv].dashed, drawn[twin].dashed) == (False, True)
     assert drawn[snapkv].fillstyle == "full" and drawn[twin].fillstyle == "none"
@@ -225,8 +225,8 @@ def test_twins_share_a_colour_and_differ_in_dash_and_controls_are_grey():
 
 
 def test_methods_without_a_place_of_their_own_still_look_different():
-    drawn = looks(Method(policy=f"new{i}") for i in range(20))
-    assert len({(look.color, look.marker) for look in drawn.values()}) == 20
+    drawn = assign_styles(MethodKey(policy=f"new{i}") for i in range(20))
+    assert len({(style.color, style.marker) for style in drawn.values()}) == 20
 
 
 def test_budgets_are_sorted_fractions_tokens_bytes_downwards():
@@ -289,12 +289,13 @@ def test_files_go_to_the_first_folder_or_to_out_and_are_replaced_whole(tmp_path)
         report([second], out=second / "rows.json")
 
 
-def test_without_matplotlib_the_pip_line_is_given_and_nothing_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_the_pip_line_is_given_and_nothing_is_written(tmp_path, monkeypatch, package):
     place = folder(tmp_path / "a", [row("ruler/vt", 512, "snapkv", "0.25")])
     from vestige.bench.report import plots
 
-    plots.swatch.cache_clear()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plots.draw_swatch.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r'pip install "vestige\[bench\]"'):
         report([place])
     assert [p.name for p in place.iterdir()] == ["rows.json"]

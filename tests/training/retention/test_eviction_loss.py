@@ -12,7 +12,7 @@ from vestige.cache.attach import attach
 from vestige.models.compat import cache_argument
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
-from vestige.policies.selection import share_of
+from vestige.policies.selection import parse_share
 from vestige.testing import random_ids, tiny
 from vestige.training import LoopConfig, train
 from vestige.training.retention import soft_topk
@@ -53,9 +53,9 @@ def test_to_be_kept_follows_age_times_log_beta():
 
 
 def test_a_share_has_one_of_three_names():
-    assert share_of("layer") == "layer"
+    assert parse_share("layer") == "layer"
     with pytest.raises(PolicyError, match="head, layer, model"):
-        share_of("row")
+        parse_share("row")
 
 
 # Answers behind a text.

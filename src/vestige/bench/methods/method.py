@@ -14,7 +14,7 @@ from vestige.errors import InputError, PolicyError
 from vestige.memory.base import Memory
 from vestige.nn.pretrained import digest
 from vestige.policies.base import Policy
-from vestige.policies.selection import share_of
+from vestige.policies.selection import parse_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def cross(
     if not names and not peers:
         raise InputError("name at least one --policy or --peer")
     for share in shares:  # also where full and peers have no use for them
-        share_of(share)
+        parse_share(share)
     for memory in memories:
         memories_of.make(memory)
     for budget in budgets:

@@ -1,4 +1,4 @@
-"""Which method a row is of, what it is called, and how it looks: the same in every picture of a report.
+"""The method of a row, its label, and its style, which is the same in every picture of a report.
 
 A family (SnapKV, whoever wrote it) has one colour and one marker. Ours are solid lines, those of peers dashed with a
 thinner marker; an open marker means that heads do not compete for room, a filled one that the whole model does.
@@ -28,7 +28,7 @@ KNOWN: dict[str, tuple[str, str]] = {
     "random": ("#8A8A8A", "X"),
     "streamingllm": ("#5A5A5A", "p"),
 }
-"""Colour and marker of the families that have a place of their own."""
+"""Colour and marker of the families that have fixed ones."""
 _SPARE = [
     (colour, marker)
     for marker in ("h", "<", ">", "d")
@@ -37,8 +37,8 @@ _SPARE = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """What draws one line: everything of an arm but its budget."""
+class MethodKey:
+    """Identity of one line of a chart: everything of a method but its budget."""
 
     policy: str
     share: str | None = None
@@ -47,27 +47,27 @@ class Method:
     chunk: int | None = None
 
     @staticmethod
-    def of(row: Mapping[str, Any]) -> "Method":
-        """Return the method of a row; fields that are missing do not matter."""
+    def of(row: Mapping[str, Any]) -> "MethodKey":
+        """Return the method of a row; any field may be missing."""
         chunk = row.get("chunk") if "task" in row else None  # bench speed always reads in chunks
-        return Method(
-            policy=plain(row.get("policy")),
-            share=None if row.get("share") is None else plain(row["share"]),
-            memory=None if row.get("memory") in (None, "none") else plain(row["memory"]),
-            peer=None if row.get("peer") is None else plain(row["peer"]),
+        return MethodKey(
+            policy=shorten(row.get("policy")),
+            share=None if row.get("share") is None else shorten(row["share"]),
+            memory=None if row.get("memory") in (None, "none") else shorten(row["memory"]),
+            peer=None if row.get("peer") is None else shorten(row["peer"]),
             chunk=chunk if isinstance(chunk, int) else None,
         )
 
     @property
     def family(self) -> str:
-        """``snapkv`` for ours, with whatever share, and for ``kvpress:SnapKVPress``."""
+        """The common name: ``snapkv`` for ours, with any share, and for ``kvpress:SnapKVPress``."""
         name = _SHARED.sub("", (self.peer or self.policy).rpartition(":")[2])
         short = re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("press") or name
         return _ALIASES.get(short, short)
 
     @property
     def kind(self) -> Kind:
-        """Ours, a peer's, a control, or the cache that keeps everything."""
+        """Ours, a peer's, a control, or the full cache."""
         if self.family in _CONTROLS:
             return "control"
         if self.peer is not None:
@@ -76,20 +76,20 @@ class Method:
 
     @property
     def label(self) -> str:
-        """What it is called: ``snapkv``, ``snapkv, share model``, ``SnapKV (kvpress)``."""
+        """The name in tables and legends: ``snapkv``, ``snapkv, share model``, ``SnapKV (kvpress)``."""
         if self.peer is not None:
             package, _, name = self.peer.rpartition(":")
             short = name.removesuffix("Press") or name
             return f"{short} ({package})" if package else short
-        said = self.share in (None, "head") or self.kind == "full" or "share=" in self.policy
-        share = "" if said else f", share {self.share}"
+        implied = self.share in (None, "head") or self.kind == "full" or "share=" in self.policy
+        share = "" if implied else f", share {self.share}"
         memory = f" + {self.memory}" if self.memory else ""
         chunk = f", chunk {self.chunk}" if self.chunk is not None and self.kind != "full" else ""
         return f"{self.policy}{share}{memory}{chunk}"
 
     @property
     def order(self) -> tuple[int, int, str, bool, int, str]:
-        """What methods are sorted by: the full cache, families with ours before peers, controls."""
+        """The sort key: the full cache, then families with ours before peers, then controls."""
         known = list(KNOWN)
         place = known.index(self.family) if self.family in KNOWN else len(known)
         share = _SHARES.index(self.share) if self.share in _SHARES else len(_SHARES)
@@ -97,39 +97,40 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """How a method is drawn; words are matplotlib's."""
+class Style:
+    """The look of a method in charts; colours, markers and fill styles are matplotlib's."""
 
     color: str
     marker: str
     fillstyle: Literal["full", "bottom", "none"]
     dashed: bool
     strong: bool
-    """Drawn in front, with its interval."""
+    """In front, with intervals."""
 
 
-def looks(methods: Iterable[Method]) -> dict[Method, Look]:
-    """Return the look of every method, in the order of a legend."""
+def assign_styles(methods: Iterable[MethodKey]) -> dict[MethodKey, Style]:
+    """Return the style of every method, in the order of a legend."""
     ordered = sorted(set(methods), key=lambda method: method.order)
     families = dict(KNOWN)
-    strangers = sorted({method.family for method in ordered} - set(KNOWN))
-    taken = {families[method.family][0] for method in ordered if method.family in KNOWN}
+    taken = {KNOWN[method.family][0] for method in ordered if method.family in KNOWN}
     spare = sorted(_SPARE, key=lambda pair: pair[0] in taken)  # stable: unused colours first
-    for i, family in enumerate(strangers):
+    for i, family in enumerate(sorted({method.family for method in ordered} - set(KNOWN))):
         families[family] = spare[i % len(spare)]
-    return {method: _look(method, *families[method.family]) for method in ordered}
+    return {method: _make_style(method, *families[method.family]) for method in ordered}
 
 
-def _look(method: Method, color: str, marker: str) -> Look:
+def _make_style(method: MethodKey, color: str, marker: str) -> Style:
     fill: Literal["full", "bottom", "none"] = "none"
     if method.share == "model" or method.family == "full":
         fill = "full"
     elif method.share == "layer":
         fill = "bottom"
-    return Look(color=color, marker=marker, fillstyle=fill, dashed=method.peer is not None, strong=method.kind == "own")
+    return Style(
+        color=color, marker=marker, fillstyle=fill, dashed=method.peer is not None, strong=method.kind == "own"
+    )
 
 
-def plain(value: object, most: int = 48) -> str:
-    """Return text for labels: one line, printable, not too long."""
+def shorten(value: object, limit: int = 48) -> str:
+    """Return text for labels: one printable line of at most ``limit`` characters."""
     text = "".join(c if c.isprintable() else " " for c in str(value)).strip()
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -24,7 +24,7 @@ from vestige.errors import InputError, unknown_name_message
 from vestige.models.anatomy import check
 from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
-from vestige.policies.selection import Share, share_of
+from vestige.policies.selection import Share, parse_share
 from vestige.training.data.synthetic_qa.sequences import Alone, Packed
 from vestige.training.data.synthetic_qa.shares import drawn_share
 from vestige.training.data.synthetic_qa.task import Parts, TaleTask, over_documents
@@ -95,7 +95,7 @@ class RetentionOptions:
             raise InputError(unknown_name_message("forgets", self.forgets, FORGETS))
         if self.asked < 1:
             raise InputError(f"asked must be at least 1, got {self.asked}")
-        share_of(self.share)
+        parse_share(self.share)
 
 
 class RetentionTask(TaleTask):

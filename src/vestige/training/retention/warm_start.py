@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import prefill, replay
+from vestige.cache.prefill import prefill
+from vestige.models.forward import replay
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
-from vestige.policies.observation import RowView, attention_weights
+from vestige.policies.observation import RowView
+from vestige.policies.scoring import compute_attention
 from vestige.training.retention.hidden_states import entering
 from vestige.training.retention.soft_topk import log_kept, log_lives, said
 
@@ -98,7 +100,9 @@ def asked(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"], text: int) -> Lo
     worth: dict[int, list[Tensor]] = {}
 
     def watch(glance: RowView) -> None:
-        paid = attention_weights(glance.queries, glance.at, glance.keys, glance.positions, glance.attention)
+        paid = compute_attention(
+            glance.queries, glance.query_positions, glance.keys, glance.positions, glance.attention
+        )
         worth.setdefault(glance.layer_idx, []).append(paid.amax((0, 1))[:text])
 
     with attach(model), entering(model) as entered:
