@@ -28,7 +28,7 @@ from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import announce, finish
 from vestige.cli.options import Dtype
 from vestige.kernels.merge import PartialAttention
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.pipelines.explain import held_of
 from vestige.training.indexmem.memory_loss import attended, rejoined
 from vestige.training.indexmem.teacher_trace import Layer, seen

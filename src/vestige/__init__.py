@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vestige.errors import ModelError as ModelError
     from vestige.errors import PolicyError as PolicyError
     from vestige.errors import VestigeError as VestigeError
-    from vestige.models.anatomy import check as check
+    from vestige.models.layout import check as check
     from vestige.models.loading import load as load
     from vestige.pipelines.session import Session as Session
     from vestige.policies.base import Policy as Policy
@@ -63,7 +63,7 @@ _HOME = {
     "Span": "vestige.spans",
     "VestigeError": "vestige.errors",
     "attach": "vestige.cache.attach",
-    "check": "vestige.models.anatomy",
+    "check": "vestige.models.layout",
     "detach": "vestige.cache.attach",
     "erase": "vestige.erasers.erase",
     "erasers": "vestige.erasers",

@@ -25,7 +25,7 @@ from vestige.cache.schedule import Schedule
 from vestige.cache.token_history import TokenHistory, check_positions
 from vestige.errors import CacheError, InputError, PolicyError
 from vestige.memory.base import AbsorbedRanges, ForgetResult, Memory
-from vestige.models.anatomy import ModelLayout, check
+from vestige.models.layout import ModelLayout, check
 from vestige.models.rope import Rope
 from vestige.policies.base import NeedsReplay, NewPairs, Policy
 from vestige.policies.observation import Phase, RowView

@@ -44,7 +44,7 @@ class Linear(LearnedMemory):
         projected = layer.project(asked.queries)
         weighed = torch.bmm(projected.square(), state["mass"][..., None])
         found = torch.bmm(projected, restored(state, "matrix"))
-        return AdditiveOutput(found * (layer.open(asked.queries) / (weighed + _LEAST)))
+        return AdditiveOutput(found * (layer.gate_value(asked.queries) / (weighed + _LEAST)))
 
     def _changed(self, state: State, evicted: EvictedPairs, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)

@@ -1,6 +1,6 @@
 """Rotary positions: turning keys and queries by positions, back again, and by the average of a span of positions.
 
-Only arithmetic is here. :meth:`~vestige.models.anatomy.ModelLayout.rope` finds how a layer's own code makes angles and
+Only arithmetic is here. :meth:`~vestige.models.layout.ModelLayout.rope` finds how a layer's own code makes angles and
 applies them; both are used as they are, so partial, interleaved and scaled rotations need no code of ours.
 A rotation is linear in what it turns and in its (cosine, sine), which gives two more operations:
 with cosine and sine divided by the square of their length, and the sine negated, it undoes itself; with averaged

@@ -13,7 +13,7 @@ from vestige.bench.erasing.config import EraseBenchConfig
 from vestige.bench.erasing.sample import EraseSample
 from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.spans import Span, within
 from vestige.text.chat_template import Frame
 from vestige.text.locate import tokens_at

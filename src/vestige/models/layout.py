@@ -206,37 +206,37 @@ _TRIED = (0, 7)  # positions at which a layer is tried out
 _AGREES = 0.05  # relative error: bf16 rounds to less, another rotation is off by far more
 
 
-def _check_rope_kind(anatomy: ModelLayout) -> None:
+def _check_rope_kind(layout: ModelLayout) -> None:
     """Refuse by config what trying out would not show: it happens with images, or in long texts only."""
-    settings = getattr(anatomy.config, "rope_parameters", None) or {}
+    settings = getattr(layout.config, "rope_parameters", None) or {}
     for one in [settings, *(x for x in settings.values() if isinstance(x, dict))]:  # some have one per layer type
         if "mrope_section" in one:
-            raise _no_rope(anatomy, "their positions have several axes (mRoPE)")
+            raise _no_rope(layout, "their positions have several axes (mRoPE)")
         if (kind := one.get("rope_type")) in _LENGTH_DEPENDENT:
-            raise _no_rope(anatomy, f"their angles depend on the length of the text (rope_type {kind!r})")
+            raise _no_rope(layout, f"their angles depend on the length of the text (rope_type {kind!r})")
 
 
-def _no_rope(anatomy: ModelLayout, reason: str) -> ModelError:
-    name = f"{type(anatomy.model).__name__} ({anatomy.config.model_type})"
+def _no_rope(layout: ModelLayout, reason: str) -> ModelError:
+    name = f"{type(layout.model).__name__} ({layout.config.model_type})"
     return ModelError(f"keys of {name} cannot be turned back to what they were before RoPE: {reason}")
 
 
-def _rotation(anatomy: ModelLayout, layer_idx: int) -> Rotation:
+def _rotation(layout: ModelLayout, layer_idx: int) -> Rotation:
     """Return the rotation that explains what a layer does to its keys."""
-    module, rotary = anatomy.attentions[layer_idx], getattr(anatomy.decoder, "rotary_emb", None)
+    module, rotary = layout.attentions[layer_idx], getattr(layout.decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
-        raise _no_rope(anatomy, "its decoder has no rotary_emb, or its code no apply_rotary_pos_emb")
-    layer_types = getattr(anatomy.config, "layer_types", None)
+        raise _no_rope(layout, "its decoder has no rotary_emb, or its code no apply_rotary_pos_emb")
+    layer_types = getattr(layout.config, "layer_types", None)
     candidates = _candidates(rotary, apply, layer_types[layer_idx] if layer_types else None)
     try:
-        positions = torch.tensor(_TRIED, device=anatomy.device)[:, None]
-        keys = _keys_at(anatomy, layer_idx, candidates[0].angles, positions)
+        positions = torch.tensor(_TRIED, device=layout.device)[:, None]
+        keys = _keys_at(layout, layer_idx, candidates[0].angles, positions)
         found = next((one for one in candidates if _explains(one, keys, positions)), None)
     except Exception as error:  # foreign code, called in a way it may not know: whatever it raises says so
-        raise _no_rope(anatomy, f"layer {layer_idx} could not be tried out: {error}") from error
+        raise _no_rope(layout, f"layer {layer_idx} could not be tried out: {error}") from error
     if found is None:
-        raise _no_rope(anatomy, f"no rotation explains what layer {layer_idx} does")
+        raise _no_rope(layout, f"no rotation explains what layer {layer_idx} does")
     return found
 
 
@@ -264,10 +264,10 @@ def _candidates(rotary: Any, apply: Any, layer_type: str | None) -> list[Rotatio
     return [Rotation(turns, turn) for turns in (angles, still) for turn in (whole, first_part)]
 
 
-def _keys_at(anatomy: ModelLayout, layer_idx: int, angles: Any, positions: Tensor) -> Tensor:
+def _keys_at(layout: ModelLayout, layer_idx: int, angles: Any, positions: Tensor) -> Tensor:
     """Return the keys ``tried kv_heads 1 head_dim`` that a layer stores for one made-up token at each position."""
-    module, cache = anatomy.attentions[layer_idx], DynamicCache()
-    like = torch.linspace(-1, 1, anatomy.config.hidden_size, device=anatomy.device, dtype=anatomy.model.dtype)
+    module, cache = layout.attentions[layer_idx], DynamicCache()
+    like = torch.linspace(-1, 1, layout.config.hidden_size, device=layout.device, dtype=layout.model.dtype)
     token = like.expand(len(positions), 1, -1)
     given = {
         "hidden_states": token,
