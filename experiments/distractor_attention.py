@@ -27,7 +27,7 @@ from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.prefill import announce, finish
-from vestige.pipelines.explain import attention_to, share_of
+from vestige.pipelines.explain import attention_to, mean_attention
 from vestige.policies import Full
 from vestige.policies.base import Policy
 
@@ -67,7 +67,7 @@ def measure(
             reading = vestige_runner.read(model, [item.job], list(made.values()))
             score_full, reply = _answered(renderer, item, Full(), reading)
             asked = torch.tensor([[*turn.question, *reply]])
-            dilution_full = 1 - share_of(attention_to(model, reading.cache, asked, needle))
+            dilution_full = 1 - mean_attention(attention_to(model, reading.cache, asked, needle))
             for (name, budget), policy in made.items():
                 cache = reading.ready_for(model, policy)[0].fork(policy)
                 announce(cache, len(turn.context) + len(turn.question), 1)
@@ -79,7 +79,7 @@ def measure(
                     "arm": _arm(name, budget),
                     "score": _answered(renderer, item, policy, reading)[0],
                     "score_full": score_full,
-                    "dilution": 1 - share_of(attention_to(model, cache, asked, needle)),
+                    "dilution": 1 - mean_attention(attention_to(model, cache, asked, needle)),
                     "dilution_full": dilution_full,
                 }
 

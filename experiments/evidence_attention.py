@@ -21,7 +21,7 @@ from vestige.bench.methods import vestige_runner
 from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
-from vestige.pipelines.explain import attention_to, held_of, left_of
+from vestige.pipelines.explain import attention_to, find_held, kept_attention
 
 TASKS = ("ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
 METHODS = tuple(
@@ -60,7 +60,7 @@ def measure(
             for (name, budget), policy in made.items():
                 cache = reading.cache.fork(policy)
                 cache.settle()
-                yield item.sample.task, name, budget, left_of(paid, held_of(cache, needle))
+                yield item.sample.task, name, budget, kept_attention(paid, find_held(cache, needle))
 
 
 def main(

@@ -29,7 +29,7 @@ from vestige.cache.prefill import announce, finish
 from vestige.cli.options import Dtype
 from vestige.kernels.merge import PartialAttention
 from vestige.models.layout import check
-from vestige.pipelines.explain import held_of
+from vestige.pipelines.explain import find_held
 from vestige.training.indexmem.memory_loss import attended, rejoined
 from vestige.training.indexmem.teacher_trace import Layer, seen
 
@@ -91,7 +91,9 @@ def _compared(cache: KVCache, layers: list[Layer], whole: list[PartialAttention]
     """Return the share of attention that went with the evicted, and the error of attention's output as a share of its
     size, the mean over layers."""
     lost, errors = [], []
-    for own, held, layer, exact in zip(cache.evictable, held_of(cache, torch.arange(text)), layers, whole, strict=True):
+    for own, held, layer, exact in zip(
+        cache.evictable, find_held(cache, torch.arange(text)), layers, whole, strict=True
+    ):
         left = attended(layer, text, held.to(layer.keys.device))
         output = left.output if own.remains is None else rejoined(left, own.remains, layer, text)
         lost.append(1 - (left.lse - exact.lse).exp().mean())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vestige import InputError
-from vestige.text.chat_template import Frame, read_text, require_text
+from vestige.text.chat_template import ChatTemplate
+from vestige.text.files import read_text, require_text
 
 CONTEXT, QUESTION = "The lamp is lit.\n\n  Ω 日本 🙂 {{ x }} {% y %}", "Who lit it?"
 
@@ -27,20 +28,20 @@ def whole_text(tokenizer, content: str) -> str:
 
 
 def test_context_and_question_join_to_the_chat_text_of_one_message(tokenizer):
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     ids = torch.cat([frame.context(CONTEXT), frame.question(QUESTION)], 1)
     assert ids.dtype == torch.long and ids.shape[0] == 1
     assert tokenizer.decode(ids[0]) == whole_text(tokenizer, f"{CONTEXT}\n{QUESTION}")
 
 
 def test_the_context_part_ends_with_the_context(tokenizer):
-    text = tokenizer.decode(Frame(tokenizer).context(CONTEXT)[0])
+    text = tokenizer.decode(ChatTemplate(tokenizer).context(CONTEXT)[0])
     assert text.endswith(CONTEXT) and QUESTION not in text
     assert text.startswith(tokenizer.bos_token) and text.count(tokenizer.bos_token) == 1
 
 
 def test_each_part_is_tokenised_on_its_own(tokenizer):
-    frame, encode = Frame(tokenizer), lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    frame, encode = ChatTemplate(tokenizer), lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     before, after = whole_text(tokenizer, f"{CONTEXT}\n{QUESTION}").split(f"{CONTEXT}\n{QUESTION}")
     assert frame.context(CONTEXT)[0].tolist() == encode(before + CONTEXT)
     assert frame.question(QUESTION)[0].tolist() == encode("\n" + QUESTION + after)
@@ -49,7 +50,7 @@ def test_each_part_is_tokenised_on_its_own(tokenizer):
 
 
 def test_an_answer_prefix_opens_the_reply(tokenizer):
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     text = tokenizer.decode(frame.question(QUESTION, "The keeper is")[0])
     assert text == tokenizer.decode(frame.question(QUESTION)[0]) + "The keeper is"
 
@@ -59,13 +60,13 @@ def test_special_tokens_of_the_template_are_single_ids(folders):
 
     tokenizer = AutoTokenizer.from_pretrained(folders.chat)
     user, assistant, bos, eos = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<s>", "</s>"])
-    assert Frame(tokenizer).context("a")[0].tolist()[:2] == [bos, user]
-    assert Frame(tokenizer).question("a")[0].tolist()[-2:] == [eos, assistant]
+    assert ChatTemplate(tokenizer).context("a")[0].tolist()[:2] == [bos, user]
+    assert ChatTemplate(tokenizer).question("a")[0].tolist()[-2:] == [eos, assistant]
 
 
 def test_a_text_longer_than_the_tokenizer_expects_is_read_without_a_warning(tokenizer):
     tokenizer.model_max_length = 5
-    assert Frame(tokenizer).context(CONTEXT).shape[1] > 5
+    assert ChatTemplate(tokenizer).context(CONTEXT).shape[1] > 5
 
 
 def test_a_text_file_is_read_as_it_is(tmp_path):
@@ -131,7 +132,7 @@ def conversation(tokenizer, contents: list[str]) -> str:
 def test_the_parts_of_a_dialogue_join_to_the_chat_text_of_all_its_messages(tokenizer, template):
     if template == "chatml":
         tokenizer.chat_template = CHATML
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     replies = [torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]]) for text in ("It was Ada.", "Bo")]
     parts = [
         frame.context(CONTEXT), frame.question(QUESTION), replies[0], frame.next_context("Bo put it\n out."),
@@ -145,7 +146,7 @@ def test_what_follows_a_reply_begins_with_the_token_that_ended_it(folders):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders.chat)
-    ids = Frame(tokenizer).next_context("Bo put it out.")[0].tolist()
+    ids = ChatTemplate(tokenizer).next_context("Bo put it out.")[0].tolist()
     assert ids[:2] == tokenizer.convert_tokens_to_ids(["</s>", "<|user|>"])
     assert tokenizer.decode(ids[2:]) == "Bo put it out." and "<s>" not in tokenizer.decode(ids)
 
@@ -154,11 +155,11 @@ def test_without_a_template_a_line_break_follows_a_reply(folders):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders.plain)
-    assert tokenizer.decode(Frame(tokenizer).next_context("Bo put it out.")[0]) == "\nBo put it out."
+    assert tokenizer.decode(ChatTemplate(tokenizer).next_context("Bo put it out.")[0]) == "\nBo put it out."
 
 
 def test_a_next_context_may_be_empty_and_is_not_read_as_a_template(tokenizer):
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     empty = frame.next_context("")
     assert empty.dtype == torch.long and empty.shape[0] == 1 and empty.shape[1] > 0
     assert tokenizer.decode(frame.next_context(CONTEXT)[0]) == tokenizer.decode(empty[0]) + CONTEXT

@@ -14,7 +14,7 @@ from vestige.errors import PolicyError
 from vestige.policies.base import NewPairs, Policy
 from vestige.policies.observation import Observation, RowView, attention_weights
 from vestige.policies.selection import Share
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from vestige.cache.kv_cache import KVCache
@@ -161,4 +161,4 @@ def _tokenised(home: str) -> tuple[int, ...]:
             f"KVzip asks the model to repeat the text, but no tokenizer lies beside {home!r} "
             f"({type(error).__name__}); give the request as token ids: KVzip(request=(...), ...)"
         ) from None
-    return tuple(Frame(tokenizer).question(REQUEST)[0].tolist())
+    return tuple(ChatTemplate(tokenizer).question(REQUEST)[0].tolist())

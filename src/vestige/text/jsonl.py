@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import InputError
-from vestige.text.chat_template import read_text
+from vestige.text.files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
