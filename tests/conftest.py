@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from vestige import Budget, ModelError, Policy, policies
 from vestige.cli import main as cli
+from vestige.models.gguf_wheels import is_cached
 from vestige.models.layout import check
-from vestige.models.loading import is_cached
 from vestige.nn import pretrained
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Kind, Latent
@@ -100,15 +100,15 @@ def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
 
     get = pretrained.WeightsCache.get
 
-    def get_or_draw(shelf: pretrained.WeightsCache, name: str | None, model: PreTrainedModel) -> Any:
-        own = f"{shelf.kind}-{check(model).fingerprint()}"
-        if name is not None or shelf.kind not in MADE or (pretrained.SHIPPED / own).exists():
-            return get(shelf, name, model)
+    def get_or_draw(cache: pretrained.WeightsCache, name: str | None, model: PreTrainedModel) -> Any:
+        own = f"{cache.kind}-{check(model).fingerprint()}"
+        if name is not None or cache.kind not in MADE or (pretrained.SHIPPED / own).exists():
+            return get(cache, name, model)
         folder = root / own
         if not folder.exists():
-            for draw in MADE[shelf.kind]:
+            for draw in MADE[cache.kind]:
                 draw(model).save(folder)
-        return get(shelf, str(folder), model)
+        return get(cache, str(folder), model)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained.WeightsCache, "get", get_or_draw)

@@ -4,12 +4,14 @@
 >>> with vestige.attach(model):
 ...     out = model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
-Names are loaded when they are first used, so that ``import vestige`` and ``vestige --help`` are quick. No submodule may
-have the name of a function listed here: importing it would take the function's place.
+Names are loaded on first use, so that ``import vestige`` and ``vestige --help`` are quick. No submodule may have the
+name of a function listed here: its import would replace the function.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from vestige.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vestige import erasers as erasers
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from vestige.policies.observation import Phase as Phase
     from vestige.spans import Span as Span
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Attachment": "vestige.cache.attach",

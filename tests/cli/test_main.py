@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Outcome, tree
 from vestige.memory import MEMORIES
-from vestige.models.loading import NAMED
+from vestige.models.catalog import NAMED
 from vestige.policies import POLICIES
 
 QUESTION = "Who keeps lamp 16?"
@@ -490,7 +490,7 @@ with vestige.attach(model):
 
 HELP = """
 import sys
-from vestige import cli
+from vestige.cli import main as cli
 for words in ([], ["run"], ["demo"], ["models"], ["policies"], ["memories"], ["bench"], ["bench", "speed"]):
     sys.argv = ["vestige", *words, "--help"]
     try:

@@ -9,7 +9,8 @@ from statistics import mean
 import pytest
 import torch
 
-from vestige.models.loading import fetch, load
+from vestige.models.gguf_wheels import fetch
+from vestige.models.loading import load
 from vestige.nn.lora import Adapter
 from vestige.training import LoopConfig, train
 from vestige.training.data.sentences import sentences

@@ -59,7 +59,7 @@ class EraseConfig:
         """Return the span of the passage among the ids of the context."""
         offsets, tokens = template.offsets(text), self.tokens()
         if tokens is not None:
-            return locate.counted(*tokens, offsets)
+            return locate.find_numbered(*tokens, offsets)
         assert self.span_text is not None, "checked when the config was made"
         return locate.find(text, self.span_text, offsets)
 

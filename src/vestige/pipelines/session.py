@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vestige.errors import CacheError, CacheFileError, InputError
 from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
 from vestige.pipelines.answer import require_room_for_reply
+from vestige.pipelines.message import Message
 from vestige.policies.base import Policy
 from vestige.policies.full import Full
 from vestige.spans import PositionMap, Span
@@ -31,25 +32,6 @@ from vestige.text.chat_template import ChatTemplate
 from vestige.utils.files import new_folder
 
 _METADATA, _CACHE, FORMAT = "session.json", "cache", 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """A message, and its tokens in the cache.
-
-    Args:
-        role: "user" or "assistant".
-        text: Original text, which erasing does not change.
-        span: Its tokens in the cache; None once these left the sequence.
-        offsets: Characters of the text that each of its tokens stands for, without tokens that left the sequence.
-        erased: Erased parts of the text, as characters.
-    """
-
-    role: str
-    text: str
-    span: Span | None
-    offsets: tuple[tuple[int, int], ...]
-    erased: tuple[tuple[int, int], ...] = ()
 
 
 class Session:
@@ -143,7 +125,7 @@ class Session:
         done = erase(self.cache, in_cache, self.eraser, model=self.model, input_ids=ids)
         self._pending = [] if is_pending else self._pending
         moved = PositionMap((span,)) if self.eraser.renumbers else None
-        self.messages = tuple(_without(message, span, moved) for message in self.messages)
+        self.messages = tuple(message.without(span, moved) for message in self.messages)
         return done.report
 
     def report(self) -> Report:
@@ -197,7 +179,7 @@ class Session:
             session = cls(
                 model, tokenizer, cache.policy, cache.memory, eraser, system=metadata["system"], chunk=metadata["chunk"]
             )
-            session.messages = tuple(map(_parse_message, metadata["messages"]))
+            session.messages = tuple(map(Message.parse, metadata["messages"]))
             session._pending = [int(token) for token in metadata["pending"]]
         except CacheFileError:
             raise
@@ -323,31 +305,3 @@ class _Streamer(BaseStreamer):
         text = self.template.decode(self.ids)
         if len(text) > len(self.printed):
             self.on_text(text[len(self.printed) :])
-
-
-def _without(message: Message, span: Span, moved: PositionMap | None) -> Message:
-    """Return a message after a span was erased, with its new span and its erased characters.
-
-    Args:
-        message: The message before.
-        span: Erased positions.
-        moved: New positions of the others; None if they did not change.
-    """
-    own = message.span
-    if own is None:
-        return message
-    start, end = max(span.start, own.start), min(span.end, own.end)
-    tokens = range(start - own.start, end - own.start) if start < end else range(0)
-    erased = message.erased
-    if len(tokens) and len(message.offsets) >= tokens.stop:
-        erased = tuple(sorted((*erased, (message.offsets[tokens.start][0], message.offsets[tokens.stop - 1][1]))))
-    if moved is None:
-        return replace(message, erased=erased)
-    offsets = tuple(pair for i, pair in enumerate(message.offsets) if i not in tokens)
-    return replace(message, span=moved(own), offsets=offsets, erased=erased)
-
-
-def _parse_message(saved: dict[str, Any]) -> Message:
-    offsets, erased = (tuple((int(a), int(b)) for a, b in saved[name]) for name in ("offsets", "erased"))
-    span = Span(**saved["span"]) if saved["span"] else None
-    return Message(role=saved["role"], text=saved["text"], span=span, offsets=offsets, erased=erased)
