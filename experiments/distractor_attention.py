@@ -26,7 +26,7 @@ from vestige.bench.results.aggregate import Record, Row, resampled
 from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
-from vestige.cache.prefill import announce, finish
+from vestige.cache.prefill import finish
 from vestige.pipelines.explain import attention_to, mean_attention
 from vestige.policies import Full
 from vestige.policies.base import Policy
@@ -70,7 +70,7 @@ def measure(
             dilution_full = 1 - mean_attention(attention_to(model, reading.cache, asked, needle))
             for (name, budget), policy in made.items():
                 cache = reading.ready_for(model, policy)[0].fork(policy)
-                announce(cache, len(turn.context) + len(turn.question), 1)
+                cache.state.announce(len(turn.context) + len(turn.question), 1)
                 finish(model, cache, reading.ids)
                 yield {
                     "task": task,

@@ -49,15 +49,15 @@ def weight(model: PreTrainedModel, policy: str, memory: str = "none") -> Weight:
         VestigeError: There is no such method, or it has no weights for the model.
     """
     cache = _read(model, policy, memory)
-    whole = cache.footprint()
-    fixed = whole.fixed_bytes - cache.growth_slots * whole.pair_bytes
+    whole = cache.state.footprint()
+    fixed = whole.fixed_bytes - cache.state.growth_slots * whole.pair_bytes
     return Weight(pair=whole.pair_bytes / whole.rows, fixed=fixed / whole.rows)
 
 
 def plain_pair(model: PreTrainedModel) -> float:
     """Return the bytes of a pair in transformers' own cache: keys and values, the mean over all rows."""
     cache = _read(model, "full", "none")
-    return cache.report().full_kv_bytes / (cache.footprint().rows * _LENGTH)
+    return cache.report().full_kv_bytes / (cache.state.footprint().rows * _LENGTH)
 
 
 def _read(model: PreTrainedModel, policy: str, memory: str) -> KVCache:

@@ -25,7 +25,7 @@ from vestige.bench.results.aggregate import Record, Row, resampled
 from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import announce, finish
+from vestige.cache.prefill import finish
 from vestige.cli.options import Dtype
 from vestige.kernels.merge import PartialAttention
 from vestige.models.layout import check
@@ -70,7 +70,7 @@ def measure(
             reading = vestige_runner.read(model, [item.job], list(dict.fromkeys(made.values())))
             for arm, policy in made.items():
                 cache = reading.ready_for(model, policy)[0].fork(policy, memory=memory.make(arm.memory))
-                announce(cache, text + len(turn.question), 1)
+                cache.state.announce(text + len(turn.question), 1)
                 finish(model, cache, reading.ids)
                 yield {
                     "task": task,

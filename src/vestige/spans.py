@@ -76,3 +76,14 @@ class PositionMap:
     def over(self, spans: Sequence[Span]) -> tuple[Span, ...]:
         """Return the new spans of several spans, without those that leave entirely."""
         return tuple(moved for span in spans if (moved := self(span)) is not None)
+
+
+def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return spans in order; those that touch or overlap become one."""
+    merged: list[Span] = []
+    for span in sorted(spans):
+        if merged and span.start <= merged[-1].end:
+            merged[-1] = Span(merged[-1].start, max(merged[-1].end, span.end))
+        else:
+            merged.append(span)
+    return tuple(merged)

@@ -6,8 +6,8 @@ import torch
 from vestige import CacheError, KVCache, Span, attach, erasers, policies, prefill
 from vestige.budget import Budget
 from vestige.cache.batching import join, joinable
-from vestige.cache.prefill import forward
 from vestige.erasers.erase import erase
+from vestige.models.forward import forward
 from vestige.testing import random_ids, tiny
 
 
@@ -58,11 +58,11 @@ def test_a_joined_cache_holds_what_the_others_hold_and_these_stay_as_they_are():
     model = tiny("llama")
     with attach(model):
         caches = different(model)
-        before = [(cache.held, cache.seen, cache.nbytes) for cache in caches]
+        before = [(cache.held, cache.seen, cache.state.nbytes) for cache in caches]
         joined = join(caches)
         twice = join([joined, caches[0]])
         forward(model, torch.full((len(caches), 1), 5), joined)
-    assert [(cache.held, cache.seen, cache.nbytes) for cache in caches] == before
+    assert [(cache.held, cache.seen, cache.state.nbytes) for cache in caches] == before
     assert joined.seen == (25, 25, 20, 25, 32) and twice.seen == (24, 24, 19, 24, 31, 24)
     assert joined.held == sum(held for held, _, _ in before) + len(caches) * sum(x.kv_heads for x in joined.evictable)
     assert joined.padded and joined.ids.shape == (5, 32)

@@ -169,6 +169,6 @@ def test_chunks_after_an_eviction_attend_causally_within_themselves():
         for cache in (whole, single):
             prefill(model, ids[:, :30], cache)
         together = model(ids[:, 30:], **cache_argument(whole)).logits
-        single.schedule.reading = True  # no settle between the tokens
+        single.state.schedule.reading = True  # no settle between the tokens
         apart = torch.cat([model(ids[:, i : i + 1], **cache_argument(single)).logits for i in range(30, 40)], 1)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)

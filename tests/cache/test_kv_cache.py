@@ -401,7 +401,7 @@ def test_a_settle_with_all_queries_taken_back_waits_for_the_next_ones():
         cache.settle()
         assert cache.held == held, "there is nothing to judge by"
         prefill(model, ids[:, 40:42], cache)
-        assert cache.held == 14 * cache.footprint().rows
+        assert cache.held == 14 * cache.state.footprint().rows
 
 
 @pytest.mark.parametrize("tokens", [None, 14])

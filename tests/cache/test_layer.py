@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vestige import Budget, CacheError, KVCache, attach, policies, prefill
-from vestige.cache.handle import KVHandle
+from vestige.cache.attention import KVHandle
 from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
 
@@ -53,7 +53,7 @@ def test_a_handle_tells_shape_dtype_and_device(handle):
 def test_a_layer_whose_cache_is_gone_says_so():
     layer = KVCache(tiny("llama"), policies.Full()).evictable[0]
     with pytest.raises(CacheError, match="is gone"):
-        _ = layer.cache
+        _ = layer.state
 
 
 def test_the_dense_view_is_no_copy_and_a_step_within_the_slack_moves_nothing(layer):
@@ -61,14 +61,14 @@ def test_the_dense_view_is_no_copy_and_a_step_within_the_slack_moves_nothing(lay
     keys = layer.columns["keys"]
     assert layer.view("keys").shape == (2, 2, 10, 16)
     assert layer.view("keys").untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
-    model = cache.anatomy.model
+    model = cache.layout.model
     with torch.no_grad(), attach(model):
-        for _ in range(cache.growth_slots - 1):
+        for _ in range(cache.state.growth_slots - 1):
             model(random_ids(model, 2, 1), **cache_argument(cache))
         assert layer.columns["keys"] is keys
         model(random_ids(model, 2, 1), **cache_argument(cache))
         assert layer.columns["keys"] is not keys
-    assert layer.get_seq_length() == 10 + cache.growth_slots
+    assert layer.get_seq_length() == 10 + cache.state.growth_slots
 
 
 def test_mask_sizes_are_the_whole_while_dense_and_the_new_tokens_once_ragged():
@@ -92,21 +92,21 @@ def test_the_ring_holds_the_latest_queries_in_order():
         cache = KVCache(model, policies.SnapKV(budget=Budget.tokens(100), observed=5))
         from vestige.cache.layer import RaggedLayer
 
-        record = RaggedLayer.show
+        record = RaggedLayer._observe_queries
 
-        def spy(self, query, step, scale):
+        def spy(self, query, state, step, scale):
             if self.layer_idx == attention.layer_idx:
                 seen.append(query)
-            return record(self, query, step, scale)
+            return record(self, query, state, step, scale)
 
-        RaggedLayer.show = spy
+        RaggedLayer._observe_queries = spy
         try:
             prefill(model, ids[:, :3], cache)
             prefill(model, ids[:, 3:16], cache, chunk=4)
             for i in range(16, 23):
                 model(ids[:, i : i + 1], **cache_argument(cache))
         finally:
-            RaggedLayer.show = record
+            RaggedLayer._observe_queries = record
     (latest,) = cache.evictable[1].rings["queries"].latest(cache.seen)
     assert torch.equal(latest, torch.cat(seen, 2)[0, :, -5:])
 

@@ -6,9 +6,10 @@ import transformers
 from packaging.version import Version
 
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, attach, policies, prefill
-from vestige.cache.prefill import announce, finish, forward, replay
+from vestige.cache.prefill import finish
 from vestige.cache.query_records import RingBuffer
 from vestige.models.compat import cache_argument
+from vestige.models.forward import forward, replay
 from vestige.testing import left_padded, random_ids, tiny
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
@@ -99,7 +100,7 @@ def test_an_interrupted_reading_leaves_a_cache_that_says_so(monkeypatch):
     with torch.no_grad(), attach(model):
         with pytest.raises(KeyboardInterrupt):
             prefill(model, ids, cache, chunk=8, progress=stop)
-        assert cache.seen == (16,) and not cache.schedule.reading
+        assert cache.seen == (16,) and not cache.state.schedule.reading
         prefill(model, ids[:, 16:], cache, chunk=8)  # whole chunks were read: it can go on
     assert cache.held == 10 * 6
 
@@ -109,7 +110,7 @@ def test_generates_own_chunked_prefill_evicts_between_chunks():
     ids = random_ids(model, 1, 64)
     with torch.no_grad(), attach(model):
         cache = KVCache(model, policy())
-        cache.schedule.chunk = 16
+        cache.state.schedule.chunk = 16
         most = []
         model.lm_head.register_forward_hook(lambda *_: most.append(cache.held))
         model.generate(ids, **cache_argument(cache), max_new_tokens=3, do_sample=False, prefill_chunk_size=16)
@@ -161,31 +162,31 @@ def held_by_row(cache) -> list[int]:
 @pytest.mark.parametrize("chunk", [1024, 8])
 def test_a_fraction_is_one_of_each_rows_own_length(announced, chunk):
     cache = announced[1](chunk=chunk)
-    assert cache.lengths == LENGTHS
-    assert cache.pair_limits() == [10, 15, 12] and held_by_row(cache) == [40, 60, 48]
+    assert cache.state.lengths == LENGTHS
+    assert cache.state.pair_limits() == [10, 15, 12] and held_by_row(cache) == [40, 60, 48]
     assert cache.report().budget_total == (10 + 15 + 12) * 4
 
 
 def test_one_length_is_that_of_all_rows_and_none_leaves_what_was_announced(announced):
     model, read = announced
     cache = read(length=40)
-    assert cache.lengths == (40, 40, 40) and held_by_row(cache) == [40] * 3
+    assert cache.state.lengths == (40, 40, 40) and held_by_row(cache) == [40] * 3
     with torch.no_grad(), attach(model):
         prefill(model, random_ids(model, 3, 4, seed=1), cache)
-        assert cache.lengths == (40, 40, 40) and held_by_row(cache) == [40] * 3
+        assert cache.state.lengths == (40, 40, 40) and held_by_row(cache) == [40] * 3
         prefill(model, random_ids(model, 3, 9, seed=2), cache, length=[80, 48, 60])
-    assert cache.lengths == (80, 48, 60) and cache.pair_limits() == [20, 12, 15]
+    assert cache.state.lengths == (80, 48, 60) and cache.state.pair_limits() == [20, 12, 15]
     assert held_by_row(cache) == [19 * 4, 48, 60]  # 10 and 9 more are within 20
 
 
 def test_rows_take_their_lengths_along(announced):
     cache = announced[1]()
     cache.reorder_cache(torch.tensor([2, 0, 1]))
-    assert cache.lengths == (50, 40, 60) and cache.pair_limits() == [12, 10, 15]
+    assert cache.state.lengths == (50, 40, 60) and cache.state.pair_limits() == [12, 10, 15]
     cache.batch_repeat_interleave(2)
-    assert cache.lengths == (50, 50, 40, 40, 60, 60)
+    assert cache.state.lengths == (50, 50, 40, 40, 60, 60)
     cache.batch_select_indices(torch.tensor([5, 0]))
-    assert cache.lengths == (60, 50) and cache.pair_limits() == [15, 12]
+    assert cache.state.lengths == (60, 50) and cache.state.pair_limits() == [15, 12]
 
 
 def test_forks_and_saved_caches_keep_lengths(announced, tmp_path):
@@ -194,13 +195,13 @@ def test_forks_and_saved_caches_keep_lengths(announced, tmp_path):
     twin = cache.fork()
     cache.save(tmp_path / "kept")
     loaded = KVCache.load(tmp_path / "kept", model)
-    assert twin.lengths == loaded.lengths == LENGTHS
-    assert twin.pair_limits() == loaded.pair_limits() == [10, 15, 12]
+    assert twin.state.lengths == loaded.state.lengths == LENGTHS
+    assert twin.state.pair_limits() == loaded.state.pair_limits() == [10, 15, 12]
     cache.reorder_cache(torch.tensor([1, 0, 2]))
-    assert twin.lengths == LENGTHS  # and a fork goes its own way
+    assert twin.state.lengths == LENGTHS  # and a fork goes its own way
     unread = KVCache(model, policies.Full())
     unread.save(tmp_path / "unread")
-    assert KVCache.load(tmp_path / "unread", model).lengths is None
+    assert KVCache.load(tmp_path / "unread", model).state.lengths is None
 
 
 @pytest.mark.parametrize("length", [(40, 60), (40, 60, 50, 50), [40]])
@@ -209,16 +210,16 @@ def test_another_number_of_lengths_is_refused_and_nothing_is_read(announced, len
     cache = KVCache(model, policies.Full())
     with torch.no_grad(), attach(model), pytest.raises(InputError, match=f"{len(length)} lengths .* for 3 batch rows"):
         prefill(model, random_ids(model, 3, 30), cache, length=length)
-    assert cache.seen == () and cache.lengths is None
+    assert cache.seen == () and cache.state.lengths is None
 
 
 def test_the_shortest_row_must_have_room_for_what_is_protected(announced):
     model, read = announced
-    assert read(length=(20, 60, 50)).pair_limits()[0] == 5
+    assert read(length=(20, 60, 50)).state.pair_limits()[0] == 5
     cache = KVCache(model, policies.Random(budget=Budget.fraction(0.25), sink=2, window=3))
     with torch.no_grad(), attach(model), pytest.raises(BudgetError, match="gives 4 pairs a row, but .* protect 5"):
         prefill(model, random_ids(model, 3, 18), cache, length=(60, 19, 50))
-    assert cache.seen == () and cache.lengths is None
+    assert cache.seen == () and cache.state.lengths is None
 
 
 def test_finishing_a_fork_is_the_end_of_a_prefill(announced):
@@ -228,13 +229,13 @@ def test_finishing_a_fork_is_the_end_of_a_prefill(announced):
         whole = KVCache(model, policies.Full(), observers=[chosen])
         prefill(model, ids, whole)
         fork = whole.fork(chosen)
-        announce(fork, LENGTHS, 3)
+        fork.state.announce(LENGTHS, 3)
         finish(model, fork, ids)
         direct, question = read(), random_ids(model, 3, 1, seed=9)
-        assert held_by_row(fork) == held_by_row(direct) and fork.schedule.prefilled
+        assert held_by_row(fork) == held_by_row(direct) and fork.state.schedule.prefilled
         got, expected = (forward(model, question, cache) for cache in (fork, direct))
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert held_by_row(whole) == [30 * 4] * 3 and whole.lengths is None
+    assert held_by_row(whole) == [30 * 4] * 3 and whole.state.lengths is None
 
 
 def test_a_forward_of_padded_rows_gives_the_logits_of_each_alone():
@@ -275,8 +276,8 @@ def test_a_padded_turn_behind_an_eviction_gives_the_logits_it_gives_when_all_are
 
 def traces(cache) -> list:
     """Return everything that a forward leaves in a cache, pairs and rings included, but for the slack of its rows."""
-    found = [cache.ids.tolist(), cache.real.tolist(), cache.seen, vars(cache.schedule).copy()]
-    found += [cache.step, cache.recording, cache.padded]
+    found = [cache.ids.tolist(), cache.real.tolist(), cache.seen, vars(cache.state.schedule).copy()]
+    found += [cache.state.step, cache.state.recording, cache.padded]
     for layer in cache.layers:
         found += [
             (name, value) for name, value in sorted(vars(layer).items()) if isinstance(value, int) and name[0] != "_"
@@ -368,7 +369,7 @@ def test_a_replay_settles_nothing_and_is_not_watched_by_the_caches_own_policies(
     cache = KVCache(model, Watcher(budget=Budget.tokens(10), sink=2, window=3, every=4))
     with torch.no_grad(), attach(model):
         forward(model, random_ids(model, 1, 30), cache)
-        assert len(seen) == 6 and cache.schedule.due(1, 4)
+        assert len(seen) == 6 and cache.state.schedule.due(1, 4)
         replay(model, random_ids(model, 1, 1), cache, told.append)
     assert len(seen) == 6 and len(told) == 6 and cache.held == 30 * 6 and not cache.ragged
 
@@ -400,6 +401,6 @@ def test_a_policy_that_prepares_leaves_no_free_slots_behind_where_nothing_is_evi
         cache = KVCache(model, Asks(budget=Budget.tokens(tokens), sink=2, window=3))
         with torch.no_grad(), attach(model):
             prefill(model, random_ids(model, 1, 40), cache)
-        assert cache.prepared and cache.held == min(tokens, 40) * 6
+        assert cache.state.prepared and cache.held == min(tokens, 40) * 6
         assert all(len(layer.columns["keys"]) == sum(layer.lengths) for layer in cache.evictable)
-        assert cache.peak_kv_bytes >= 90 * 6 * cache.evictable[0].pair_bytes, "the peak was that of the replay"
+        assert cache.state.peak_kv_bytes >= 90 * 6 * cache.evictable[0].pair_bytes, "the peak was that of the replay"

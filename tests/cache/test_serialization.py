@@ -77,16 +77,14 @@ def pairs(layer: RaggedLayer) -> list[dict[str, Any]]:
 
 def assert_equal(one: KVCache, other: KVCache) -> None:
     """Assert that two caches agree in everything but where their slack lies."""
-    books = (
-        "policy", "seen", "held", "ragged", "padded", "schedule", "pins", "erased", "lengths", "recording",
-        "prepared", "slack",
-    )  # fmt: skip
-    for name in books:
+    for name in ("policy", "seen", "held", "ragged", "padded"):
         assert getattr(one, name) == getattr(other, name), name
+    for name in ("schedule", "pins", "erased", "lengths", "recording", "prepared", "growth_slots"):
+        assert getattr(one.state, name) == getattr(other.state, name), name
     assert type(one.policy) is type(other.policy) and one.policy.budget == other.policy.budget
     assert torch.equal(one.ids, other.ids) and torch.equal(one.real, other.real)
     assert (one.ids.dtype, one.real.dtype) == (other.ids.dtype, other.real.dtype)
-    assert one.pair_limits() == other.pair_limits()
+    assert one.state.pair_limits() == other.state.pair_limits()
     assert len(one.layers) == len(other.layers)
     for a, b in zip(one.layers, other.layers, strict=True):
         assert type(a) is type(b)
@@ -108,7 +106,7 @@ def assert_survives(model, cache: KVCache, folder: Path, steps: int = 12) -> KVC
         cache.save(folder)
         loaded = KVCache.load(folder, model)
         assert_equal(cache, loaded)
-        assert cache.evict_s == loaded.evict_s and cache.peak_kv_bytes <= loaded.peak_kv_bytes
+        assert cache.state.evict_s == loaded.state.evict_s and cache.state.peak_kv_bytes <= loaded.state.peak_kv_bytes
         tokens, logits = go_on(model, cache, steps)
         tokens_loaded, logits_loaded = go_on(model, loaded, steps)
     assert torch.equal(tokens, tokens_loaded)
@@ -122,7 +120,7 @@ def test_a_cache_that_was_evicted_survives(name, tmp_path):
     model = model_of(name)
     with attach(model):
         cache = read(model, snapkv())
-    assert cache.ragged and cache.held == 16 * cache.footprint().rows
+    assert cache.ragged and cache.held == 16 * cache.state.footprint().rows
     assert_survives(model, cache, tmp_path / "kept")
 
 
@@ -151,7 +149,7 @@ def test_a_cache_in_the_middle_of_generation_survives(name, pads, tmp_path):
     with attach(model):
         cache = read(model, snapkv(share="head"), batch=2, pads=pads)
         go_on(model, cache, 12)  # one settle, and some tokens towards the next
-    assert 0 < cache.schedule.generated < 8
+    assert 0 < cache.state.schedule.generated < 8
     assert_survives(model, cache, tmp_path / "kept")
 
 
@@ -184,7 +182,7 @@ def test_pins_an_announced_length_and_what_observers_need_survive(tmp_path):
     with attach(model), torch.no_grad():
         prefill(model, random_ids(model, 1, 40), cache, chunk=16, length=60)
     loaded = assert_survives(model, cache, tmp_path / "kept")
-    assert loaded.lengths == (60,) and loaded.pins == (Span(9, 13),)
+    assert loaded.state.lengths == (60,) and loaded.state.pins == (Span(9, 13),)
     assert loaded.fork(snapkv()).policy == snapkv()  # the queries it needs were kept
 
 
@@ -329,7 +327,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_behind(cache, tmp_pat
     assert contents(tmp_path) == ["empty"]
 
 
-@pytest.mark.parametrize("name", ["persist._sha256", "files.os.replace"])
+@pytest.mark.parametrize("name", ["cache.serialization._sha256", "utils.files.os.replace"])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 def test_a_failure_in_the_last_steps_leaves_nothing_behind(cache, tmp_path, monkeypatch, name, error):
     def fail(*_: object) -> None:

@@ -90,7 +90,7 @@ def test_recompute_leaves_the_clock_of_settles_as_a_fresh_reading_does(policy):
     ids, kind = random_ids(model, 1, 50), None if policy is None else evicting(60, policy)
     cache, fresh = read(model, ids, kind), read(model, torch.cat([ids[:, :10], ids[:, 16:]], 1), kind)
     assert erase(cache, SPAN, made("recompute"), model=model, input_ids=ids).report.tokens_recomputed == 34
-    assert cache.schedule == fresh.schedule
+    assert cache.state.schedule == fresh.state.schedule
 
 
 @pytest.mark.parametrize("gap", [Span(4, 8), Span(30, 34), Span(44, 50)], ids=str)
@@ -101,7 +101,7 @@ def test_recompute_goes_round_what_was_dropped_before_under_a_policy_that_looks_
     cache = read(model, ids, evicting(20, name))
     erase(cache, gap, made("drop"), model=model, input_ids=ids)
     erase(cache, SPAN, made("recompute", chunk=6), model=model, input_ids=ids)
-    assert cache.seen == (44,) and cache.held <= 20 * cache.footprint().rows
+    assert cache.seen == (44,) and cache.held <= 20 * cache.state.footprint().rows
     left = gap.start - (6 if gap.start > 10 else 0)
     for layer in cache.evictable:
         assert not any(within(layer.positions(row), [Span(left, left + len(gap))]).any() for row in range(layer.rows))
@@ -113,7 +113,7 @@ def test_a_fraction_of_no_announced_length_is_recomputed_as_it_was_read():
     kind = policies.SnapKV(budget=Budget.fraction(0.1), observed=4, sink=4, window=8)
     cache, fresh = read(model, ids, kind, chunk=8), read(model, torch.cat([ids[:, :10], ids[:, 16:]], 1), kind, chunk=8)
     erase(cache, SPAN, made("recompute", chunk=8), model=model, input_ids=ids)
-    assert cache.lengths is None and cache.held == fresh.held == 12 * cache.footprint().rows
+    assert cache.state.lengths is None and cache.held == fresh.held == 12 * cache.state.footprint().rows
     same_columns(cache, fresh, atol=1e-5, rtol=1e-5)
 
 
@@ -204,7 +204,9 @@ def test_what_closes_moves_pins_marks_and_announced_lengths(name):
     cache.pin(Span(20, 22))
     erase(cache, Span(30, 33), made("drop"), model=model, input_ids=ids)
     done = erase(cache, SPAN, made(name), model=model, input_ids=ids)
-    assert cache.pins == (Span(14, 16),) and cache.erased == (Span(24, 27),) and cache.lengths == (54,)
+    assert (
+        cache.state.pins == (Span(14, 16),) and cache.state.erased == (Span(24, 27),) and cache.state.lengths == (54,)
+    )
     assert done.remap(Span(20, 22)) == Span(14, 16) and done.remap(SPAN) is None
     assert done.remap(Span(8, 20)) == Span(8, 14)
 
@@ -265,7 +267,7 @@ def test_norms_kept_beside_pairs_are_those_of_the_new_values():
     erase(cache, SPAN, made("repair", share=1.0), model=model, input_ids=ids)
     for layer in cache.evictable:
         values = layer.columns["values"][layer.live_slots()[0]]
-        output = cache.anatomy.output(layer.layer_idx)
+        output = cache.layout.output(layer.layer_idx)
         at = 0
         for head, length in enumerate(layer.live_lengths()):
             norms = output.norms(values[at : at + length][None, None].expand(1, layer.kv_heads, -1, -1))[0, head]
@@ -349,7 +351,7 @@ def test_every_slot_of_a_span_is_dropped_replaced_or_listed_as_left(name, policy
         assert all(map(torch.equal, values, after)) and pairs_in(cache, spans) == report.slots_replaced
         assert not any(map(torch.equal, (c["values"] for c in before), (c["values"] for c in columns_of(cache))))
     elif name == "drop":
-        assert pairs_in(cache, spans) == 0 and cache.erased == tuple(sorted(spans))
+        assert pairs_in(cache, spans) == 0 and cache.state.erased == tuple(sorted(spans))
 
 
 @pytest.mark.parametrize("kept", ["linear", "slots", "moments", "centroids"])
@@ -424,7 +426,7 @@ def test_a_later_recompute_brings_nothing_back_that_was_marked():
     cache = read(model, ids)
     one = erase(cache, SPAN, made("drop"), model=model, input_ids=ids)
     done = erase(cache, Span(30, 34), made("recompute"), model=model, input_ids=one.input_ids)
-    assert not done.report.exact and cache.erased == (SPAN,) and cache.seen == (46,)
+    assert not done.report.exact and cache.state.erased == (SPAN,) and cache.seen == (46,)
     assert torch.equal(done.input_ids, torch.cat([ids[:, :30], ids[:, 34:]], 1))
     fresh = KVCache(model, policies.Full())
     others = ids.clone()
@@ -435,7 +437,7 @@ def test_a_later_recompute_brings_nothing_back_that_was_marked():
     torch.testing.assert_close(logits_of(model, cache, question), logits_of(model, again, question))
     assert fresh.held == 0
     final = erase(cache, SPAN, made("recompute"), model=model, input_ids=done.input_ids)
-    assert final.report.exact and cache.erased == ()
+    assert final.report.exact and cache.state.erased == ()
     expected = read(model, torch.cat([ids[:, :10], ids[:, 16:30], ids[:, 34:]], 1))
     torch.testing.assert_close(logits_of(model, cache, question), logits_of(model, expected, question))
 
@@ -448,7 +450,7 @@ def test_an_erase_is_saved_and_forked_with_the_cache(tmp_path):
     erase(cache, Span(30, 33), made("shift"), model=model, input_ids=one.input_ids)
     cache.save(tmp_path / "kept")
     for twin in (KVCache.load(tmp_path / "kept", model), cache.fork()):
-        assert twin.erased == (SPAN,) and twin.seen == (47,)
+        assert twin.state.erased == (SPAN,) and twin.seen == (47,)
         with attach(model), pytest.raises(CacheError, match="erased"):
             prefill(model, ids[:, 47:], twin)
 

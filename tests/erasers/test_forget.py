@@ -112,7 +112,7 @@ def test_a_span_of_which_nothing_was_absorbed_costs_nothing():
     cache = read(random_ids(MODEL, 1, 40))
     with attach(MODEL):
         assert forget(cache, Span(36, 40), model=MODEL) is ForgetResult.EXACT
-    assert cache.absorbed.ranges == {0: (Span(2, 30),)}
+    assert cache.state.absorbed.ranges == {0: (Span(2, 30),)}
 
 
 @pytest.mark.parametrize(

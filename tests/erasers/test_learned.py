@@ -38,7 +38,7 @@ def test_only_pairs_of_the_span_change_and_all_of_them_do(tmp_path):
     ids, mask = left_padded(model, [40, 30], seed=1)
     cache, before = read(model, ids, mask=mask), columns_of(read(model, ids, mask=mask))
     done = erase(cache, SPAN, Learned(adapter=saved(model, tmp_path / "a")), model=model, input_ids=ids)
-    assert torch.equal(done.input_ids, ids) and cache.erased == (SPAN,) and not done.report.exact
+    assert torch.equal(done.input_ids, ids) and cache.state.erased == (SPAN,) and not done.report.exact
     for was, now in zip(before, columns_of(cache), strict=True):
         inside = (was["positions"] >= 10) & (was["positions"] < 16)
         assert torch.equal(was["positions"], now["positions"])
@@ -70,7 +70,7 @@ def test_several_spans_in_one_call_are_as_one_after_the_other(tmp_path):
     erase(one, [Span(24, 29), SPAN], eraser, model=model, input_ids=ids)
     for span in (SPAN, Span(24, 29)):
         erase(other, span, eraser, model=model, input_ids=ids)
-    assert one.erased == other.erased == (SPAN, Span(24, 29))
+    assert one.state.erased == other.state.erased == (SPAN, Span(24, 29))
     for a, b in zip(columns_of(one), columns_of(other), strict=True):
         assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 

@@ -160,7 +160,7 @@ def test_gradients_of_a_question_are_those_of_full_attention():
             with torch.no_grad():
                 prefill(LLAMA, ids, cache)
             given = embedded.clone().requires_grad_()
-            cache.schedule.reading = True
+            cache.state.schedule.reading = True
             logits = LLAMA(inputs_embeds=given, **cache_argument(cache)).logits
         (gradient,) = torch.autograd.grad(logits.square().sum(), given)
         gradients.append(gradient)
@@ -211,7 +211,7 @@ def test_a_batch_row_alone_equals_that_row_in_a_left_padded_batch(name, share):
             prefill(LLAMA, ids[b : b + 1, pads:], alone)
             expected = prefill(LLAMA, question[b : b + 1, late:], alone, settle=False)
             torch.testing.assert_close(logits[b : b + 1], expected, atol=1e-4, rtol=1e-4)
-            assert alone.absorbed.ranges[0] == together.absorbed.ranges[b]
+            assert alone.state.absorbed.ranges[0] == together.state.absorbed.ranges[b]
     assert torch.isfinite(logits).all()
 
 
@@ -270,10 +270,10 @@ def test_nothing_changes_if_selection_or_a_memory_breaks():
             if message == "NaN":
                 prefill(LLAMA, ids[:, :20], cache)
             prefill(LLAMA, ids[:, 20:], cache, settle=False)
-            before, held, noted = contents(cache), cache.held, dict(cache.absorbed.ranges)
+            before, held, noted = contents(cache), cache.held, dict(cache.state.absorbed.ranges)
             with pytest.raises((PolicyError, RuntimeError), match=message):
                 cache.settle()
-            assert cache.held == held and same(contents(cache), before) and cache.absorbed.ranges == noted
+            assert cache.held == held and same(contents(cache), before) and cache.state.absorbed.ranges == noted
 
 
 # Verbs.
@@ -283,13 +283,13 @@ def test_nothing_changes_if_selection_or_a_memory_breaks():
 def test_forks_do_not_share_states(name):
     cache = read(made(name))
     fork, before = cache.fork(), [x.clone() for x in states(cache)]
-    assert same(states(fork), states(cache)) and fork.absorbed.ranges == cache.absorbed.ranges
+    assert same(states(fork), states(cache)) and fork.state.absorbed.ranges == cache.state.absorbed.ranges
     assert not {x.data_ptr() for x in states(fork)} & {x.data_ptr() for x in states(cache)}
     ids, mask = left_padded(LLAMA, [20, 20], seed=5)
     with torch.no_grad(), attach(LLAMA):
         prefill(LLAMA, ids, fork, attention_mask=mask)
     assert same(states(cache), before)
-    assert not same(states(fork), before) and fork.absorbed.ranges != cache.absorbed.ranges
+    assert not same(states(fork), before) and fork.state.absorbed.ranges != cache.state.absorbed.ranges
 
 
 def test_a_fork_of_an_unevicted_reading_may_have_another_memory_and_one_of_an_evicted_reading_may_not():
@@ -311,7 +311,7 @@ def test_a_fork_of_an_unevicted_reading_may_have_another_memory_and_one_of_an_ev
 def test_reset_clears_the_memory_and_keeps_its_kind():
     cache = read(Moments())
     cache.reset()
-    assert cache.memory == Moments() and not states(cache) and not cache.absorbed.ranges
+    assert cache.memory == Moments() and not states(cache) and not cache.state.absorbed.ranges
     assert cache.report().memory_bytes == 0
     ids, mask = left_padded(LLAMA, [40, 27])
     with torch.no_grad(), attach(LLAMA):
@@ -322,22 +322,22 @@ def test_reset_clears_the_memory_and_keeps_its_kind():
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_rows_take_their_memories_along(name):
     cache = read(made(name), policy(share="model"))
-    logits, ranges = step(cache), cache.absorbed.ranges
+    logits, ranges = step(cache), cache.state.absorbed.ranges
     repeated, reordered, chosen = cache.fork(), cache.fork(), cache.fork()
     repeated.batch_repeat_interleave(2)
     reordered.reorder_cache(torch.tensor([1, 0]))
     chosen.batch_select_indices(torch.tensor([1]))
     for got, rows in ((repeated, [0, 0, 1, 1]), (reordered, [1, 0]), (chosen, [1])):
         torch.testing.assert_close(step(got), logits[rows], atol=1e-5, rtol=1e-5)
-        assert got.absorbed.ranges == {new: ranges[old] for new, old in enumerate(rows)}
+        assert got.state.absorbed.ranges == {new: ranges[old] for new, old in enumerate(rows)}
         assert got.report().memory_bytes == cache.report().memory_bytes * len(rows) / 2
 
 
 def test_crop_leaves_the_memory():
     cache = read(Moments())
-    before, ranges = [x.clone() for x in states(cache)], dict(cache.absorbed.ranges)
+    before, ranges = [x.clone() for x in states(cache)], dict(cache.state.absorbed.ranges)
     cache.crop(-20)
-    assert same(states(cache), before) and cache.absorbed.ranges == ranges
+    assert same(states(cache), before) and cache.state.absorbed.ranges == ranges
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_save_and_load_are_the_identity(one, model_name, tmp_path):
     with attach(model), torch.no_grad():
         cache.save(tmp_path / "kept")
         loaded = KVCache.load(tmp_path / "kept", model)
-        assert loaded.memory == one and loaded.absorbed.ranges == cache.absorbed.ranges
+        assert loaded.memory == one and loaded.state.absorbed.ranges == cache.state.absorbed.ranges
         assert same(contents(cache), contents(loaded)) and len(states(loaded)) > 0
         assert [x.dtype for x in states(cache)] == [x.dtype for x in states(loaded)]
         assert loaded.report().memory_bytes == cache.report().memory_bytes
@@ -374,7 +374,7 @@ def test_a_span_is_forgotten_exactly_until_a_pair_of_it_was_absorbed():
     ids, mask = left_padded(LLAMA, [40, 20])
     with torch.no_grad(), attach(LLAMA):
         prefill(LLAMA, ids, cache, attention_mask=mask)  # holds 0, 1 and the last ten
-        assert cache.absorbed.ranges == {0: (Span(2, 30),), 1: (Span(2, 10),)}
+        assert cache.state.absorbed.ranges == {0: (Span(2, 30),), 1: (Span(2, 10),)}
         assert cache.forget(Span(0, 2)) is cache.forget(Span(30, 40)) is ForgetResult.EXACT
         for impossible in (Span(0, 3), Span(5, 6), Span(29, 31), Span(0, 100)):
             assert cache.forget(impossible) is ForgetResult.IMPOSSIBLE
@@ -387,7 +387,7 @@ def test_a_span_is_forgotten_exactly_until_a_pair_of_it_was_absorbed():
 
 def test_without_a_memory_every_span_is_forgotten():
     cache = read(None)
-    assert cache.ragged and cache.forget(Span(0, 40)) is ForgetResult.EXACT and not cache.absorbed.ranges
+    assert cache.ragged and cache.forget(Span(0, 40)) is ForgetResult.EXACT and not cache.state.absorbed.ranges
 
 
 # Bytes.
@@ -401,7 +401,7 @@ def test_bytes_of_states_are_reported_as_they_are_and_paid_by_budgets_in_bytes(n
     report = cache.report()
     live = {x.data_ptr(): x.untyped_storage().nbytes() for x in contents(cache)}
     assert report.memory_bytes == sum({x.data_ptr(): x.untyped_storage().nbytes() for x in states(cache)}.values())
-    assert report.memory_bytes == weight and report.kv_bytes == cache.nbytes
+    assert report.memory_bytes == weight and report.kv_bytes == cache.state.nbytes
     assert report.kv_bytes == read(None, policy("snapkv")).report().kv_bytes + weight
     assert sum(live.values()) == report.kv_bytes
     assert report.peak_kv_bytes >= report.kv_bytes + weight

@@ -120,7 +120,7 @@ def test_what_is_written_is_shown_with_the_projection_of_its_own_layer():
         model(random_ids(model, 2, 7), **cache_argument(cache))
     assert [written.layer_idx for written in shown] == [0, 1, 2]
     for written in shown:
-        assert written.output is cache.anatomy.output(written.layer_idx) and written.hidden is None
+        assert written.output is cache.layout.output(written.layer_idx) and written.hidden is None
         norms = written.output.norms(written.values).half()  # (batch, kv_heads, new, queries_per_kv)
         layer = next(x for x in cache.evictable if x.layer_idx == written.layer_idx)
         assert torch.equal(layer.view("output_norms"), norms)

@@ -91,7 +91,7 @@ def test_erasers_that_keep_positions_mark_the_message(chatter):
     before = session.messages[0].span
     session.erase(message=0)
     assert session.messages[0].span == before and session.messages[0].erased
-    assert session.cache.erased == (before,)
+    assert session.cache.state.erased == (before,)
     session.send(SAY[1], max_new_tokens=4)
 
 
@@ -171,7 +171,7 @@ def test_an_interrupt_in_the_midst_of_a_forward_takes_the_turn_back_too(talk, ch
         talk.send(SAY[2], max_new_tokens=9)
     hook.remove()
     assert talk.cache.seen == twin.cache.seen and talk.messages == twin.messages
-    assert talk.cache.schedule == twin.cache.schedule, "no speculation was seen"
+    assert talk.cache.state.schedule == twin.cache.state.schedule, "no speculation was seen"
     assert talk.send(SAY[2], max_new_tokens=8) == twin.send(SAY[2], max_new_tokens=8)
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import made
 from tests.policies.test_policies import EXTRAS, naive_attention, naive_snapkv, random_observation, rows_of
 from vestige import Budget, InputError, KVCache, PolicyError, attach, policies, prefill
-from vestige.policies import duo_attention, xkv
+from vestige.policies import duo_attention
 from vestige.policies.selection import RowIndex
 from vestige.testing import left_padded, random_ids, tiny
 
@@ -275,19 +275,6 @@ def test_a_profile_fixes_the_proportions():
     model = tiny("llama")
     cache = read(model, by_layer(12, profile=(1.0, 2.0, 3.0)), random_ids(model, 1, 50))
     assert held(cache) == [[6, 6], [12, 12], [18, 18]]
-
-
-def test_a_profile_made_on_a_sample_is_what_that_sample_holds():
-    model = tiny("llama")
-    ids = random_ids(model, 2, 50)
-    options = {**SMALL, "observed": 5}
-    with attach(model):
-        made_before = xkv.profile(model, ids, Budget.tokens(12), **options)
-    own = read(model, policies.XKV(budget=Budget.tokens(12), **options), ids)
-    assert made_before == tuple(sum(rows) / 4 for rows in held(own))
-    assert sum(made_before) == 36 and len(set(made_before)) == 3
-    again = read(model, policies.XKV(budget=Budget.tokens(12), profile=made_before, **options), ids)
-    assert [sum(rows) for rows in held(again)] == [sum(rows) for rows in held(own)]
 
 
 def test_a_profile_of_another_model_is_refused():

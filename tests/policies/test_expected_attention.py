@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.conftest import made
 from tests.policies.test_policies import EXTRAS, random_observation
 from vestige import Budget, InputError, KVCache, PolicyError, attach, check, policies, prefill
-from vestige.cache.prefill import forward, replay
 from vestige.cache.query_records import Moments, QueryMoments
 from vestige.kernels import AttentionScale
+from vestige.models.forward import forward, replay
 from vestige.policies.base import NewPairs
 from vestige.policies.observation import RowView
 from vestige.testing import left_padded, random_ids, tiny
@@ -98,7 +98,7 @@ def test_long_texts_in_one_piece_are_counted_in_blocks(monkeypatch):
     model = tiny("llama")
     ids, found = random_ids(model, 1, 50), []
     for block in (1024, 8):
-        monkeypatch.setattr("vestige.cache.layer._BLOCK", block)
+        monkeypatch.setattr("vestige.cache.observers._BLOCK", block)
         cache = KVCache(model, expected_attention())
         with torch.no_grad(), attach(model):
             prefill(model, ids, cache, chunk=50)

@@ -203,7 +203,7 @@ def test_a_negative_number_of_hidden_states_is_refused():
 
 
 def unchanged_after(cache: KVCache, told: str, *, ids: Tensor, mask: Tensor | None = None) -> None:
-    model = cache.anatomy.model
+    model = cache.layout.model
     with torch.no_grad(), attach(model):
         before = [layer.lengths for layer in cache.evictable]
         prefill(model, ids, cache, attention_mask=mask, settle=False)

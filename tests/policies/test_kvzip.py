@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from vestige import Budget, KVCache, PolicyError, attach, policies, prefill
-from vestige.cache.prefill import finish, forward
+from vestige.cache.prefill import finish
 from vestige.models.compat import cache_argument
+from vestige.models.forward import forward
 from vestige.policies import kvzip
 from vestige.policies.kvzip import REQUEST, KVzip
 from vestige.policies.observation import attention_weights
@@ -77,7 +78,7 @@ def test_half_precision_sinks_and_shared_pairs_give_finite_scores_and_room_is_ke
     model = tiny(name, dtype=torch.bfloat16)
     ids, mask = left_padded(model, [40, 27])
     cache = read(model, zipped(10, replay_chunk=16), ids, attention_mask=mask)
-    assert cache.held == 10 * cache.footprint().rows * 2
+    assert cache.held == 10 * cache.state.footprint().rows * 2
     for rows in asked(cache).values():
         for row in rows:
             assert row.dtype == torch.float32 and (row > 0).all() and (row <= 1).all()
@@ -119,10 +120,10 @@ def test_a_left_padded_batch_is_asked_as_each_row_alone():
 
 def books(cache: KVCache) -> list:
     """Return everything that a replay could leave changed, but for what it is there to write."""
-    found = [cache.ids, cache.real, cache.seen, dataclasses.replace(cache.schedule), cache.step]
+    found = [cache.ids, cache.real, cache.seen, dataclasses.replace(cache.state.schedule), cache.state.step]
     for layer in cache.layers:
         state = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor | int)}
-        found += [(name, state[name]) for name in sorted(state) if name not in ("_room", "_capacity")]
+        found += [(name, state[name]) for name in sorted(state) if name not in ("_free_slots", "_capacity")]
         for row in range(getattr(layer, "rows", 0)):
             pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
             found += [x[pairs].clone() for name, x in sorted(layer.columns.items()) if name != "asked"]
@@ -207,7 +208,7 @@ def test_a_conversation_goes_on_within_its_budget():
     with torch.no_grad(), attach(model):
         for seed in range(3):
             prefill(model, random_ids(model, 1, 20, seed=seed), cache, chunk=8)
-            assert cache.held == 12 * cache.footprint().rows
+            assert cache.held == 12 * cache.state.footprint().rows
             ids = torch.cat([cache.ids, random_ids(model, 1, 1, seed=9)], 1)
             out = model.generate(ids, **cache_argument(cache), max_new_tokens=6, do_sample=False)
             assert out.shape[1] == ids.shape[1] + 6

@@ -95,7 +95,7 @@ def test_a_cache_keeps_exactly_the_best(share, group):
 
 
 def test_a_pair_weighs_four_bytes_more_for_its_retention():
-    weights = [read(policy, random_ids(MODEL, 1, 20)).footprint() for policy in (retention(), policies.Full())]
+    weights = [read(policy, random_ids(MODEL, 1, 20)).state.footprint() for policy in (retention(), policies.Full())]
     rows = weights[0].rows
     assert weights[0].pair_bytes - weights[1].pair_bytes == 4 * rows
 

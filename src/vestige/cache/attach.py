@@ -25,8 +25,8 @@ _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.We
 class Attachment:
     """A model that vestige is plugged into; leaving the ``with`` block, or :meth:`detach`, unplugs it."""
 
-    def __init__(self, anatomy: ModelLayout) -> None:
-        self.anatomy = anatomy
+    def __init__(self, layout: ModelLayout) -> None:
+        self.layout = layout
         self.depth = 0
         self._hooks: list[RemovableHandle] = []
         self._restore: tuple[Any, str | None] | None = None
@@ -50,17 +50,17 @@ class Attachment:
             config, name = self._restore
             config._attn_implementation_internal = name
         self._hooks, self._restore = [], None
-        _attached.pop(self.anatomy.model, None)
+        _attached.pop(self.layout.model, None)
 
     def _plug_in(self) -> None:
         AttentionInterface.register(NAME, vestige_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
-        decoder, attentions = self.anatomy.decoder, self.anatomy.attentions
+        decoder, attentions = self.layout.decoder, self.layout.attentions
         # The text decoder's config only, which its attention modules share: a vision tower keeps its own attention.
         config: Any = decoder.config
         self._restore = config, config._attn_implementation
         config._attn_implementation_internal = NAME
-        model = self.anatomy.model
+        model = self.layout.model
         if model is not decoder:  # a model with several inputs hands its decoder embeddings: ids are seen further out
             self._hooks.append(model.register_forward_pre_hook(_show_ids, with_kwargs=True))
         self._hooks.append(decoder.register_forward_pre_hook(_begin_forward, with_kwargs=True))
@@ -111,33 +111,36 @@ def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 "static, quantised and other caches cannot be evicted: detach the model to use them"
             )
         return
-    if cache.anatomy.decoder is not decoder:
+    if cache.layout.decoder is not decoder:
         raise CacheError("this cache was made for another model")
     ids = kwargs.get("input_ids", args[0] if args else None)
     fed = kwargs.get("inputs_embeds") if ids is None else ids
     if fed is None:
         return  # the model will say so itself
-    batch, new = fed.shape[:2]
-    outer, cache.outer_input_ids = cache.outer_input_ids, None
+    state, (batch, new) = cache.state, fed.shape[:2]
+    outer, state.outer_input_ids = state.outer_input_ids, None
     if ids is None and outer is not None and outer.shape == (batch, new):
         ids = outer
     valid = _valid_tokens(kwargs.get("attention_mask"), new, cache.ragged)
     positions, checkable = _text_positions(kwargs.get("position_ids"))
-    cache.begin(ids, new, batch, positions, valid, check=checkable)
+    state.check_input(ids, batch, positions, valid, check=checkable)
+    if state.settle_is_due(new):
+        cache.settle(coming=new)
+    state.begin(ids, batch, new, valid)
 
 
 def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the cache the ids that the whole model was given."""
     cache = cache_passed(kwargs)
     if isinstance(cache, KVCache):
-        cache.outer_input_ids = kwargs.get("input_ids", args[0] if args else None)
+        cache.state.outer_input_ids = kwargs.get("input_ids", args[0] if args else None)
 
 
 def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the layer what enters its attention, for policies that look at hidden states."""
     cache = cache_passed(kwargs)
     ours = cache.cache if isinstance(cache, OverlayCache) else cache
-    if isinstance(ours, KVCache) and "hidden" in ours.recording.needs:
+    if isinstance(ours, KVCache) and "hidden" in ours.state.recording.needs:
         layer: Any = cache.layers[module.layer_idx]
         layer.hidden = attention_input(args, kwargs)
 

@@ -1,26 +1,89 @@
 """The attention function that transformers calls on an attached model.
 
-It receives handles instead of keys and values (``handle.Handle``), records what policies want to see, and sends the
-query to plain attention while the layer is dense, to a ragged kernel once pairs were evicted. Anything that is not a
-handle (another cache, a sliding layer, a vision tower) is attended to as if vestige were not there.
+``Cache.update`` returns a :class:`KVHandle` instead of keys and values; the function resolves it to the layer's storage
+and lets that attend. Anything that is not a handle (another cache, a sliding layer, a vision tower) is attended to as
+if vestige were not there.
 """
 
-from typing import Any
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vestige.cache.forward_pass import ForwardPass
-from vestige.cache.handle import KVHandle
-from vestige.cache.layer import RaggedLayer
-from vestige.cache.overlay import OverlayLayer
-from vestige.errors import ModelError
+from vestige.errors import CacheError
 from vestige.kernels import AttentionScale, reference
-from vestige.kernels.merge import AdditiveOutput, merge
 
 NAME = "vestige"
 """The name under which the attention function and its mask are registered."""
+
+
+@runtime_checkable
+class AttentionSource(Protocol):
+    """Storage that queries can attend to."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: AttentionScale,
+        position_bias: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Return attention over the stored pairs, ``batch new heads value_dim``.
+
+        Args:
+            module: The attention module.
+            query: ``batch heads new head_dim``, after RoPE.
+            mask: As transformers made it; storage with evicted pairs masks by position instead.
+            scale: Of the module.
+            position_bias: Added to the logits, or None.
+            options: Further keyword arguments of transformers' attention functions.
+        """
+
+
+class KVHandle:
+    """Placeholder that ``Cache.update`` returns; the attention function resolves it to the layer's storage.
+
+    It is not a tensor. Models that transform keys after storing them would be silently wrong on a ragged layer; with
+    the handle they raise at once.
+    """
+
+    def __init__(self, source: AttentionSource, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.source = source
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+
+    def to(self, device: torch.device) -> "KVHandle":
+        """Return the handle itself: models with KV sharing move pairs to the query's device, which is the same."""
+        if torch.device(device) != self.device:
+            self._refuse(f"moving them from {self.device} to {device}")
+        return self
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CacheError(
+            f"this model uses cached keys or values itself ({what}) between storing and attending to them, which an "
+            "evicting cache cannot allow; check it with vestige.check(model), or use a DynamicCache"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+        handle = next(x for x in [*flat, *(kwargs or {}).values()] if isinstance(x, cls))
+        handle._refuse(getattr(func, "__name__", "a torch function"))
+
+    def _operator(self, *operands: Any) -> NoReturn:
+        self._refuse("indexing or arithmetic")
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _operator
+    __matmul__ = __rmatmul__ = __neg__ = _operator
 
 
 def vestige_attention(
@@ -38,49 +101,12 @@ def vestige_attention(
 ) -> tuple[Tensor, None]:
     """Attend over a layer's pairs; the signature and the result, ``batch new heads value_dim``, are transformers'."""
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    if not isinstance(key, KVHandle):
-        return _dense(module, query, key, value, attention_mask, scale, position_bias, kwargs)
-    if isinstance(key.layer, OverlayLayer):
-        return key.layer.attend(query, scale).transpose(1, 2).contiguous(), None
-    layer, step = key.layer, key.layer.cache.step
-    assert step is not None, "update has refused a forward that was never begun"
-    if getattr(module, "layer_idx", layer.layer_idx) == layer.layer_idx:  # not a consumer of shared pairs
-        layer.show(query, step, scale)
-    if layer.ragged:
-        if position_bias is not None:
-            raise ModelError("position biases have no place beside evicted pairs; this model cannot be evicted")
-        return _ragged(query, layer, step, scale).transpose(1, 2).contiguous(), None
-    keys, values = layer.view("keys"), layer.view("values")
-    return _dense(module, query, keys, values, attention_mask, scale, position_bias, kwargs)
+    if isinstance(key, KVHandle):
+        return key.source.attend(module, query, attention_mask, scale, position_bias, kwargs), None
+    return attend_dense(module, query, key, value, attention_mask, scale, position_bias, kwargs), None
 
 
-def _ragged(query: Tensor, layer: RaggedLayer, step: ForwardPass, scale: AttentionScale) -> Tensor:
-    """Attend over rows of different lengths; pads, which have no pairs, read 0."""
-    if not step.padded:
-        return _remembering(query, layer, slice(0, layer.rows), scale)
-    out = query.new_zeros(*query.shape[:3], layer.columns["values"].shape[-1])
-    missing = step.new - query.shape[2]  # layers that read the pairs of others may be fed the last tokens alone
-    for b in range(query.shape[0]):
-        rows, real = slice(b * layer.kv_heads, (b + 1) * layer.kv_heads), step.valid(b)
-        real = real[real >= missing] - missing
-        if len(real):
-            out[b][:, real] = _remembering(query[b : b + 1, :, real], layer, rows, scale)[0]
-    return out
-
-
-def _remembering(query: Tensor, layer: RaggedLayer, rows: slice, scale: AttentionScale) -> Tensor:
-    """Attend over some rows, all of whose queries are real, and over what a memory knows of their evicted pairs."""
-    keys, values = layer.columns["keys"], layer.columns["values"]
-    pairs = (query, keys, values, layer.starts[rows], layer.lengths[rows], scale)
-    if layer.remains is None:
-        return reference.attend(*pairs)
-    recalled = layer.remains.recall(query, rows, scale)
-    if isinstance(recalled, AdditiveOutput):
-        return reference.attend(*pairs) + recalled.output.to(query.dtype)
-    return merge(reference.attend_partially(*pairs), recalled).to(query.dtype)
-
-
-def _dense(
+def attend_dense(
     module: nn.Module,
     query: Tensor,
     keys: Tensor,
@@ -88,12 +114,12 @@ def _dense(
     mask: Tensor | None,
     scale: AttentionScale,
     position_bias: Tensor | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """Attend over tensors: by sdpa, bit for bit, or by the formula where sdpa would refuse or drop a term."""
+    options: dict[str, Any],
+) -> Tensor:
+    """Attend over tensors: by sdpa, bit for bit, or by the written formula where sdpa would refuse or drop a term."""
     if scale.softcap is None and scale.sinks is None and position_bias is None:
-        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale.scaling, **kwargs)
-    causal = kwargs.get("is_causal")
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale.scaling, **options)[0]
+    causal = options.get("is_causal")
     if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
         mask = reference.lower_right(query.shape[2], keys.shape[2], query.device)
     if position_bias is not None and mask is not None:
@@ -102,5 +128,4 @@ def _dense(
         mask = (position_bias + additive).masked_fill(hidden, torch.finfo(query.dtype).min)
     elif position_bias is not None:
         mask = position_bias
-    out = reference.written_out(query, keys, values, mask, scale)
-    return out.transpose(1, 2).contiguous(), None
+    return reference.written_out(query, keys, values, mask, scale).transpose(1, 2).contiguous()

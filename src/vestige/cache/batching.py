@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vestige.cache.forward_pass import ForwardPass
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.layer import RaggedLayer
-from vestige.cache.token_history import TokenHistory
 from vestige.errors import CacheError
 from vestige.policies import Full
 
@@ -31,24 +29,21 @@ def join(caches: Sequence[KVCache]) -> KVCache:
     """
     if refusal := _refusal(caches):
         raise CacheError(refusal)
-    twin = KVCache(caches[0].anatomy.model, Full())
-    twin.seen = tuple(n for cache in caches for n in cache.seen)
-    twin.fed = TokenHistory.beside([cache.fed for cache in caches])
-    nothing = torch.empty(len(twin.seen), 0, dtype=torch.int32, device=twin.anatomy.device)
-    twin.step = ForwardPass(1, nothing, twin.seen, padded=False, even=False)
-    for index, layer in enumerate(twin.evictable):
-        parts = [cache.evictable[index].packed() for cache in caches]
+    joined = KVCache(caches[0].layout.model, Full())
+    joined.state.join([cache.state for cache in caches])
+    for index, layer in enumerate(joined.evictable):
+        parts = [cache.evictable[index].packed_pairs() for cache in caches]
         columns = {name: torch.cat([pairs[name] for pairs, _ in parts]) for name in parts[0][0]}
         lengths = [length for _, lengths in parts for length in lengths]
         kv_heads = caches[0].evictable[index].kv_heads
-        layer.restore(columns, lengths, kv_heads, twin.fed.ids.shape[1], ragged_rows=True)
-    return twin
+        layer.restore(columns, lengths, kv_heads, joined.ids.shape[1], ragged_rows=True)
+    return joined
 
 
 def _refusal(caches: Sequence[KVCache]) -> str | None:
     if not caches or not all(cache.seen for cache in caches):
         return "there is nothing to join: give caches that have read something"
-    if any(cache.anatomy.model is not caches[0].anatomy.model for cache in caches):
+    if any(cache.layout.model is not caches[0].layout.model for cache in caches):
         return "these caches belong to different models"
     if any(cache.memory is not None for cache in caches):
         return "caches with a memory cannot be joined"

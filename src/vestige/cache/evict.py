@@ -24,19 +24,19 @@ from vestige.spans import Span, within
 def evict(
     layers: Sequence[RaggedLayer],
     policy: Policy,
-    room: Sequence[int],
+    pair_limits: Sequence[int],
     seen: tuple[int, ...],
     pins: Sequence[Span],
     phase: Phase,
     coming: int = 0,
     absorbed: AbsorbedRanges | None = None,
 ) -> tuple[int, ...]:
-    """Bring every batch row that holds too much down to its room; return the batch rows of which pairs went.
+    """Bring every batch row that holds too much down to its pair_limits; return the batch rows of which pairs went.
 
     Args:
         layers: The evictable layers; changed in place.
         policy: Scores and protects.
-        room: Average pairs per row that each batch row may hold.
+        pair_limits: Average pairs per row that each batch row may hold.
         seen: Tokens of each batch row.
         pins: Spans that no policy may evict.
         phase: What the policy is told.
@@ -49,9 +49,9 @@ def evict(
     """
     live = [layer.live_slots() for layer in layers]
     grid = _grid(layers, [lengths for _, lengths in live])
-    limits = torch.tensor([min(n, UNLIMITED) for n in room], device=grid.lengths.device)
+    limits = torch.tensor([min(n, UNLIMITED) for n in pair_limits], device=grid.lengths.device)
     rows = sum(layer.kv_heads for layer in layers)
-    over = _held_per_batch_row(grid, len(room)) > limits * rows
+    over = _held_per_batch_row(grid, len(pair_limits)) > limits * rows
     judged = over if policy.threshold is None else torch.ones_like(over)
     if not bool(judged.any()):
         return ()
@@ -80,15 +80,15 @@ def evict(
     masks = kept.split([len(slots) for slots, _ in live])
     if absorbed is not None:
         _absorb(layers, live, masks)
-        for b in range(len(room)):
+        for b in range(len(pair_limits)):
             absorbed.add(b, at[~kept & (grid.batch == b)[grid.row]], seen[b])
     for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True):
         layer.keep(slots[mask], packed.counts_per_row(mask, lengths), coming)
     return tuple(grid.batch[grid.row][~kept].unique().tolist())
 
 
-def renew(layers: Sequence[RaggedLayer], policy: Policy, batch_rows: Sequence[int]) -> None:
-    """Have the policy begin its side arrays anew in these batch rows, if it wants to."""
+def reset_statistics(layers: Sequence[RaggedLayer], policy: Policy, batch_rows: Sequence[int]) -> None:
+    """Let the policy reset the statistics that it keeps beside the pairs of these batch rows, if it wants to."""
     if not isinstance(policy, ResetsStatistics):
         return
     for layer in layers:
@@ -118,13 +118,13 @@ def _score(policy: Policy, seen: Observation) -> Float[Tensor, " held"]:
 
 
 def _allotted(
-    policy: Policy, scores: Tensor, stays: Tensor, grid: RowIndex, room: Int[Tensor, " batch"], rows: int
+    policy: Policy, scores: Tensor, stays: Tensor, grid: RowIndex, pair_limits: Int[Tensor, " batch"], rows: int
 ) -> Int[Tensor, " rows"] | None:
     """Return how many pairs each row keeps, if the policy says so."""
     if not isinstance(policy, AllocatesRows):
         return None
-    wanted = policy.allot(scores, grid, room)
-    return apportion(wanted, protected_per_row(stays, grid), grid.lengths, grid.batch, room * rows)
+    wanted = policy.allot(scores, grid, pair_limits)
+    return apportion(wanted, protected_per_row(stays, grid), grid.lengths, grid.batch, pair_limits * rows)
 
 
 def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> RowIndex:

@@ -1,89 +1,126 @@
-"""Showing new queries, while they attend, to whatever looks at every one of them."""
+"""What is recorded of new queries: rings and moments, and policies that look at every query as it attends."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vestige.cache.forward_pass import ForwardPass
+from vestige.cache.recording import RecordingSpec
 from vestige.kernels import AttentionScale
 from vestige.kernels.packed import PAIR
+from vestige.models.rope import Rope
 from vestige.policies.observation import LayerView, RowView
 
-if TYPE_CHECKING:
-    from vestige.cache.layer import RaggedLayer
+_BLOCK = 1024
+"""Queries that are turned back to before RoPE at once."""
 
 
-def show(
-    layer: "RaggedLayer",
+@runtime_checkable
+class Rows(Protocol):
+    """What observers may see of a layer: its columns, and which slots each row owns."""
+
+    layer_idx: int
+    kv_heads: int
+    columns: dict[str, Tensor]
+
+    def slots_of_row(self, row: int) -> slice:
+        """Return the slots of one row's pairs."""
+
+    def slots_of_batch_row(self, b: int) -> tuple[slice, Int[Tensor, " slots"]]:
+        """Return the slots of a batch row, free ones included, and the KV head of each."""
+
+    def annotations(self, row: int) -> Mapping[str, Tensor]:
+        """Return views of one row's side arrays."""
+
+
+def unrotated_blocks(
+    query: Float[Tensor, "batch heads new head_dim"], step: ForwardPass, rope: Rope, layer_idx: int
+) -> Iterator[tuple[Float[Tensor, "batch heads block head_dim"], ForwardPass]]:
+    """Yield queries as they were before RoPE, in blocks: in float32 those of a whole text would be large."""
+    for start in range(0, step.new, _BLOCK):
+        part = replace(step, positions=step.positions[:, start : start + _BLOCK])
+        block = query[:, :, start : start + _BLOCK].float()
+        yield rope.unrotate(block, part.positions, layer_idx), part
+
+
+def notify_observers(
+    recording: RecordingSpec,
+    model: PreTrainedModel,
+    rows: Rows,
     query: Float[Tensor, "batch heads new head_dim"],
     hidden: Float[Tensor, "batch new hidden"] | None,
     step: ForwardPass,
     scale: AttentionScale,
 ) -> None:
-    """Show new queries row by row, and layer by layer to those who want that; their own pairs are stored already.
+    """Pass new queries to every observer, row by row or layer by layer; their own pairs are stored already.
 
     Args:
-        layer: Whose recording says who is shown what.
+        recording: Names the observers.
+        model: The whole model.
+        rows: The layer's storage.
         query: After RoPE.
-        hidden: What entered the attention module, if that is recorded.
+        hidden: Input of the attention module, if that is recorded.
         step: The forward.
         scale: Of the layer.
     """
-    recording = layer.cache.recording
-    for b in range(layer.batch_size):
+    for b in range(query.shape[0]):
         if not len(new := step.valid(b)):
             continue
-        queries, at = query[b, :, new], step.positions[b, new].long()
+        queries, positions = query[b, :, new], step.positions[b, new].long()
         if recording.watchers:
-            for row in _rows(layer, b, queries, at, scale):
+            for view in _row_views(rows, b, queries, positions, scale):
                 for watch in recording.watchers:
-                    watch(row)
+                    watch(view)
         if recording.layer_watchers:
-            glance = _whole(layer, b, queries, None if hidden is None else hidden[b, new].detach(), at, scale)
+            inputs = None if hidden is None else hidden[b, new].detach()
+            layer_view = _layer_view(model, rows, b, queries, inputs, positions, scale)
             for watch_layer in recording.layer_watchers:
-                watch_layer(glance)
+                watch_layer(layer_view)
 
 
-def _whole(
-    layer: "RaggedLayer",
+def _layer_view(
+    model: PreTrainedModel,
+    rows: Rows,
     b: int,
     queries: Float[Tensor, "heads new head_dim"],
     hidden: Float[Tensor, "new hidden"] | None,
-    at: Int[Tensor, " new"],
+    positions: Int[Tensor, " new"],
     scale: AttentionScale,
 ) -> LayerView:
-    slots, heads = layer.slots_of(b)
+    slots, heads = rows.slots_of_batch_row(b)
     return LayerView(
-        layer_idx=layer.layer_idx,
-        model=layer.cache.anatomy.model,
+        layer_idx=rows.layer_idx,
+        model=model,
         queries=queries,
         hidden=hidden,
-        at=at,
-        see=lambda: tuple(_rows(layer, b, queries, at, scale)),
-        slots={name: column[slots] for name, column in layer.columns.items() if name not in PAIR},
+        at=positions,
+        see=lambda: tuple(_row_views(rows, b, queries, positions, scale)),
+        slots={name: column[slots] for name, column in rows.columns.items() if name not in PAIR},
         heads=heads,
     )
 
 
-def _rows(
-    layer: "RaggedLayer",
+def _row_views(
+    rows: Rows,
     b: int,
     queries: Float[Tensor, "heads new head_dim"],
-    at: Int[Tensor, " new"],
+    positions: Int[Tensor, " new"],
     scale: AttentionScale,
 ) -> Iterator[RowView]:
-    for kv_head, group in enumerate(queries.chunk(layer.kv_heads)):
-        row = b * layer.kv_heads + kv_head
-        pairs = slice(layer.starts[row], layer.starts[row] + layer.lengths[row])
+    for kv_head, group in enumerate(queries.chunk(rows.kv_heads)):
+        row = b * rows.kv_heads + kv_head
+        pairs = rows.slots_of_row(row)
         yield RowView(
-            layer_idx=layer.layer_idx,
+            layer_idx=rows.layer_idx,
             batch=b,
             kv_head=kv_head,
             queries=group,
-            at=at,
-            attention=scale.of_group(kv_head, layer.kv_heads),
-            **{name: layer.columns[name].detach()[pairs] for name in PAIR},
-            annotations=layer.annotations(row),
+            at=positions,
+            attention=scale.of_group(kv_head, rows.kv_heads),
+            **{name: rows.columns[name].detach()[pairs] for name in PAIR},
+            annotations=rows.annotations(row),
         )

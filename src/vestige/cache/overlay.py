@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vestige.cache.handle import KVHandle
+from vestige.cache.attention import KVHandle
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.layer import RaggedLayer
 from vestige.kernels import AttentionScale, packed, reference
@@ -81,7 +81,7 @@ class OverlayLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Keep the new pairs; return handles that lead the attention function to this layer."""
-        annotations = self.overlay.cache.annotate(self.layer.layer_idx, self.hidden, key_states, value_states)
+        annotations = self.overlay.cache.state.annotate(self.layer.layer_idx, self.hidden, key_states, value_states)
         self.pairs = Pairs(key_states, value_states, annotations)
         if self.overlay.until == self.layer.layer_idx:
             raise StopForward
@@ -104,9 +104,15 @@ class OverlayLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def attend(
-        self, query: Float[Tensor, "batch heads tokens head_dim"], scale: AttentionScale
-    ) -> Float[Tensor, "batch heads tokens value_dim"]:
-        """Attend over what the cache holds before each token, and over the tokens' own new pairs."""
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "batch heads tokens head_dim"],
+        mask: Tensor | None,
+        scale: AttentionScale,
+        position_bias: Tensor | None,
+        options: dict[str, Any],
+    ) -> Float[Tensor, "batch tokens heads value_dim"]:
+        """Attend over the pairs that the cache holds before each token, and over the tokens' own new pairs."""
         assert self.pairs is not None, "update comes first"
         kv_heads = self.layer.kv_heads
         out = query.new_empty(*query.shape[:3], self.pairs.values.shape[3])
@@ -114,7 +120,7 @@ class OverlayLayer(CacheLayerMixin):
             b, head = divmod(row, kv_heads)
             heads = slice(head * query.shape[1] // kv_heads, (head + 1) * query.shape[1] // kv_heads)
             out[b, heads] = self._row(query[b : b + 1, heads], row, scale.of_group(head, kv_heads))[0]
-        return out
+        return out.transpose(1, 2).contiguous()
 
     def _row(self, query: Tensor, row: int, scale: AttentionScale) -> Tensor:
         """Attend over one row; its keys and values are put together for this row alone."""
@@ -148,12 +154,12 @@ def rerun(cache: KVCache, at: Int[Tensor, " tokens"], *, until: int | None = Non
         at: Their positions, ascending, the same in every batch row.
         until: Last layer that is wanted.
     """
-    at = at.to(cache.anatomy.device)
+    at = at.to(cache.layout.device)
     overlay = OverlayCache(cache, at, until)
     ids = torch.stack([row[real][at.cpu()] for row, real in zip(cache.ids, cache.real, strict=True)])
     positions = at.expand(len(ids), -1)
     with contextlib.suppress(StopForward):
-        cache.anatomy.decoder(input_ids=ids.to(at.device), position_ids=positions, **cache_argument(overlay))
+        cache.layout.decoder(input_ids=ids.to(at.device), position_ids=positions, **cache_argument(overlay))
     layers: list[Any] = overlay.layers
     return {one.layer.layer_idx: one.pairs for one in layers if one.pairs is not None}
 
@@ -199,7 +205,7 @@ def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pa
 
 def _gathered(cache: KVCache) -> set[str]:
     """Return the names of side arrays that policies gather while queries pass."""
-    return {name for one in cache.recording.writers if isinstance(one, Policy) for name in one.query_annotations}
+    return {name for one in cache.state.recording.writers if isinstance(one, Policy) for name in one.query_annotations}
 
 
 def slots_of(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:

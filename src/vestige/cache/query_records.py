@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vestige.cache.forward_pass import ForwardPass
-
-OUTLIERS = 4
-"""First tokens, whose queries and keys are unlike all others: statistics leave them out."""
+from vestige.policies.observation import OUTLIERS, Moments
 
 
 class Record(Protocol):
@@ -139,13 +137,6 @@ class RingBuffer:
     def copy(self) -> "RingBuffer":
         """Return an equal ring that shares no memory."""
         return RingBuffer(self.data.clone(), list(self.floor))
-
-
-class Moments(NamedTuple):
-    """Mean and covariance of a batch row's queries before RoPE, by query head, in float32; zeros if there were none."""
-
-    mean: Float[Tensor, "heads dim"]
-    covariance: Float[Tensor, "heads dim dim"]
 
 
 @dataclass

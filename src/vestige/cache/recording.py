@@ -76,7 +76,7 @@ class RecordingSpec:
         """Whether keys or queries are turned back to what they were before RoPE."""
         return not self.needs.isdisjoint({"rope", "query_moments"})
 
-    def require_of(self, anatomy: ModelLayout) -> None:
+    def require_of(self, layout: ModelLayout) -> None:
         """Refuse a model that lacks what is to be recorded, before anything is read.
 
         Raises:
@@ -85,12 +85,12 @@ class RecordingSpec:
         """
         for policy in self.writers:
             if isinstance(policy, NeedsWeights):
-                policy.bind(anatomy.model)
+                policy.bind(layout.model)
         if "output" in self.needs:
-            for layer_idx in anatomy.evictable:
-                anatomy.output(layer_idx)
+            for layer_idx in layout.evictable:
+                layout.output(layer_idx)
         if self.turns:
-            anatomy.rope()
+            layout.rope()
 
     def annotate(self, written: NewPairs) -> dict[str, Tensor]:
         """Return the side arrays of new pairs.

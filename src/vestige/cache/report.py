@@ -1,7 +1,12 @@
 """What a cache holds and what it costs, in numbers."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from vestige.cache.layer import RaggedLayer
+from vestige.cache.other_layers import tensors_of
+from vestige.cache.state import CacheState
 
 
 @dataclass(frozen=True)
@@ -75,3 +80,32 @@ class Report:
             ),
         ]
         return "\n".join(lines)
+
+
+def make_report(state: CacheState, layers: Sequence[object]) -> Report:
+    """Return the report of a cache with this state and these layers."""
+    evictable = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+    tokens, rows = sum(state.seen), state.footprint().rows
+    pairs = [layer.live_lengths() for layer in evictable]
+    unlimited = state.policy.budget is None or not state.seen
+    return Report(
+        seen=state.seen,
+        held=sum(map(sum, pairs)),
+        full=tokens * rows,
+        kv_bytes=state.nbytes,
+        peak_kv_bytes=max(state.peak_kv_bytes, state.nbytes),
+        full_kv_bytes=sum(layer.dynamic_bytes for layer in evictable),
+        other_kv_bytes=sum(
+            x.nbytes for layer in layers if not isinstance(layer, RaggedLayer) for x in tensors_of(layer)
+        ),
+        memory_bytes=sum(layer.memory_bytes for layer in evictable),
+        evict_s=state.evict_s,
+        annotate_s=state.annotate_s,
+        budget_total=None if unlimited else sum(state.pair_limits()) * rows,
+        policy=type(state.policy).__name__,
+        share=state.policy.share,
+        layers=tuple(
+            LayerReport(layer.layer_idx, tuple(lengths), tokens // max(len(state.seen), 1))
+            for layer, lengths in zip(evictable, pairs, strict=True)
+        ),
+    )

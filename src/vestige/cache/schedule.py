@@ -1,5 +1,7 @@
 """When room is made: the clock of settles."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -48,3 +50,25 @@ class Schedule:
     def settled(self) -> None:
         """Start counting anew."""
         self.prompt = self.generated = 0
+
+    @property
+    def unsettled(self) -> int:
+        """Tokens since the last settle."""
+        return self.prompt + self.generated
+
+    @contextmanager
+    def reading_chunks(self, chunk: int) -> Iterator[None]:
+        """Inside, a prefill settles between chunks, and forwards do not."""
+        outer, self.reading, self.chunk = self.reading, True, chunk
+        try:
+            yield
+        finally:
+            self.reading = outer
+
+    def allow_question(self, tokens: int) -> None:
+        """Let pieces of up to ``tokens`` tokens stay whole."""
+        self.chunk = tokens
+
+    def restore(self, earlier: "Schedule") -> None:
+        """Count as an earlier copy of this schedule did."""
+        vars(self).update(vars(earlier))

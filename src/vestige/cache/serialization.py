@@ -6,9 +6,11 @@ A folder is written beside its final place and renamed, so it is there completel
 import dataclasses
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,11 +19,11 @@ from transformers import PreTrainedModel
 
 from vestige.budget import Budget
 from vestige.cache.forward_pass import ForwardPass
-from vestige.cache.kv_cache import KVCache
 from vestige.cache.layer import RaggedLayer
 from vestige.cache.query_records import QueryMoments, RingBuffer
 from vestige.cache.recording import RecordingSpec
 from vestige.cache.schedule import Schedule
+from vestige.cache.state import CacheState
 from vestige.errors import CacheFileError, ModelError
 from vestige.kernels import AttentionScale, packed
 from vestige.memory import MEMORIES
@@ -36,11 +38,13 @@ from vestige.spans import Span
 from vestige.utils.files import new_folder
 
 FORMAT = 7
-_TENSORS, _BOOKS = "cache.safetensors", "cache.json"
-_DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
+C = TypeVar("C")
+_TENSORS, _METADATA = "cache.safetensors", "cache.json"
+_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_COUNTERS = ("prepared", "peak_kv_bytes", "evict_s", "annotate_s")
 
 
-def save(cache: KVCache, path: Path) -> None:
+def save(state: CacheState, layers: Sequence[object], path: Path) -> None:
     """Write a cache to a new folder.
 
     Raises:
@@ -48,63 +52,110 @@ def save(cache: KVCache, path: Path) -> None:
         CacheFileError: The policy or the memory has no name that loading could find.
     """
     with new_folder(path, "the cache") as work:
-        write(cache, work)
+        write(state, layers, work)
 
 
-def write(cache: KVCache, folder: Path) -> None:
+def write(state: CacheState, layers: Sequence[object], folder: Path) -> None:
     """Write a cache into a folder that takes its place later, as part of something larger.
 
     Raises:
         CacheFileError: As :func:`save`.
     """
-    tensors, layers = _pack(cache)
-    books = {
+    tensors, plain = _pack(state, layers)
+    metadata = {
         "format": FORMAT,
-        "model": cache.anatomy.fingerprint(),
-        "dtype": str(cache.anatomy.model.dtype),
-        "policy": _policy_to_json(cache.policy),
-        "memory": _memory_to_json(cache.memory),
-        "trained": [digest(one, cache.anatomy.model) for one in (cache.policy, cache.memory)],
-        "absorbed": {b: [[one.start, one.end] for one in row] for b, row in cache.absorbed.ranges.items()},
-        "replayable": cache.absorbed.replayable,
-        "released": [[span.start, span.end] for span in cache.absorbed.released],
-        "needs": sorted(cache.recording.needs),
-        "ring_sizes": dict(cache.recording.ring_sizes),
-        "writers": [_policy_to_json(one) for one in cache.recording.writers if isinstance(one, Policy)],
-        "lengths": cache.lengths,
-        "pins": [[span.start, span.end] for span in cache.pins],
-        "erased": [[span.start, span.end] for span in cache.erased],
-        "seen": list(cache.seen),
-        "prepared": cache.prepared,
-        "peak_kv_bytes": cache.peak_kv_bytes,
-        "evict_s": cache.evict_s,
-        "annotate_s": cache.annotate_s,
-        "schedule": vars(cache.schedule),
-        "layers": layers,
+        "model": state.layout.fingerprint(),
+        "dtype": str(state.layout.model.dtype),
+        "policy": _policy_to_json(state.policy),
+        "memory": _memory_to_json(state.memory),
+        "trained": _digests(state.policy, state.memory, state.layout.model),
+        "absorbed": {b: _pairs_of(row) for b, row in state.absorbed.ranges.items()},
+        "replayable": state.absorbed.replayable,
+        "released": _pairs_of(state.absorbed.released),
+        "needs": sorted(state.recording.needs),
+        "ring_sizes": dict(state.recording.ring_sizes),
+        "writers": [_policy_to_json(writer) for writer in state.recording.writers if isinstance(writer, Policy)],
+        "lengths": state.lengths,
+        "pins": _pairs_of(state.pins),
+        "erased": _pairs_of(state.erased),
+        "seen": list(state.seen),
+        **{name: getattr(state, name) for name in _COUNTERS},
+        "schedule": vars(state.schedule),
+        "layers": plain,
     }
     save_file(tensors, folder / _TENSORS)
     (folder / _TENSORS).chmod(0o644)  # safetensors leaves it to its owner alone
-    books["sha256"] = _sha256(folder / _TENSORS)
-    books["digest"] = _digest(books)
-    (folder / _BOOKS).write_text(json.dumps(books, indent=1))
+    metadata["sha256"] = _sha256(folder / _TENSORS)
+    metadata["digest"] = _digest(metadata)
+    (folder / _METADATA).write_text(json.dumps(metadata, indent=1))
 
 
-def load(path: Path, model: PreTrainedModel) -> KVCache:
-    """Read a cache that :func:`save` wrote for the same model.
+@dataclass(frozen=True)
+class SavedCache:
+    """A folder that was read and belongs to the model.
+
+    Args:
+        path: For messages.
+        model: Whose cache it is.
+        metadata: Contents of the JSON file.
+        tensors: Contents of the safetensors file.
+    """
+
+    path: Path
+    model: PreTrainedModel
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def build(self, make: Callable[..., C]) -> C:
+        """Return ``make(model, policy, memory=memory)``: a cache that has read nothing.
+
+        Raises:
+            CacheFileError: Trained weights are missing or differ from those the cache was made with.
+        """
+        policy = _policy_from_json(self.metadata["policy"])
+        memory = _memory_from_json(self.metadata["memory"])
+        try:
+            cache = make(self.model, policy, memory=memory)
+        except ModelError as error:
+            raise CacheFileError(f"{self.path} needs trained weights that cannot be had: {error}") from None
+        if self.metadata["trained"] != _digests(policy, memory, self.model):
+            raise CacheFileError(f"{self.path} was written with other trained weights than lie there now")
+        return cache
+
+    def restore(self, state: CacheState, layers: Sequence[object]) -> None:
+        """Fill the state and the layers of a cache that has read nothing."""
+        _restore_state(state, self.metadata, self.tensors)
+        for i, plain in enumerate(self.metadata["layers"]):
+            inner = {name.partition(".")[2]: x for name, x in self.tensors.items() if name.partition(".")[0] == str(i)}
+            layer: Any = layers[i]
+            if isinstance(layer, RaggedLayer):
+                _restore_ragged(layer, plain, inner)
+            else:
+                _restore_other(layer, plain, inner)
+
+
+@contextmanager
+def reading(path: Path, model: PreTrainedModel) -> Iterator[SavedCache]:
+    """Read a folder that :func:`save` wrote; whatever a damaged file raises inside becomes one clear error.
 
     Raises:
         CacheFileError: Missing, damaged, of another format, or made for another model.
     """
     try:
-        books = json.loads((path / _BOOKS).read_text())
-        if books["format"] != FORMAT:
-            raise CacheFileError(f"{path} has format {books['format']}, this version of vestige reads {FORMAT}")
-        if books.pop("digest") != _digest(books):
-            raise CacheFileError(f"{path} is damaged: {_BOOKS} is not the file that was saved")
-        if _sha256(path / _TENSORS) != books["sha256"]:
+        metadata = json.loads((path / _METADATA).read_text())
+        if metadata["format"] != FORMAT:
+            raise CacheFileError(f"{path} has format {metadata['format']}, this version of vestige reads {FORMAT}")
+        if metadata.pop("digest") != _digest(metadata):
+            raise CacheFileError(f"{path} is damaged: {_METADATA} is not the file that was saved")
+        if _sha256(path / _TENSORS) != metadata["sha256"]:
             raise CacheFileError(f"{path} is damaged: {_TENSORS} is not the file that was saved")
         tensors = load_file(path / _TENSORS, device=str(model.device))
-        return _unpack(books, tensors, model, path)
+        if metadata["model"] != check(model).fingerprint():
+            name = model.config.name_or_path
+            raise CacheFileError(f"{path} was made for another model or other weights than {name!r}")
+        if metadata["dtype"] != str(model.dtype):
+            raise CacheFileError(f"{path} was made in {metadata['dtype']}, but the model computes in {model.dtype}")
+        yield SavedCache(path, model, metadata, tensors)
     except CacheFileError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -113,19 +164,19 @@ def load(path: Path, model: PreTrainedModel) -> KVCache:
         raise CacheFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _pack(cache: KVCache) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return all tensors by name, pairs without their slack, and each layer's plain values."""
-    tensors = {"ids": cache.ids, "real": cache.real.to(torch.uint8)}
-    if cache.fed.stale is not None:
-        tensors["stale"] = cache.fed.stale
-    if cache.step is not None:
-        tensors["step.positions"] = cache.step.positions
-    layers = []
-    for i, layer in enumerate(cache.layers):
-        plain, inner = _ragged_parts(layer) if isinstance(layer, RaggedLayer) else _foreign_parts(layer)
+def _pack(state: CacheState, layers: Sequence[object]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return all tensors by name, pairs without free slots, and each layer's plain values."""
+    tensors = {"ids": state.history.ids, "real": state.history.real.to(torch.uint8)}
+    if state.history.stale is not None:
+        tensors["stale"] = state.history.stale
+    if state.step is not None:
+        tensors["step.positions"] = state.step.positions
+    plain = []
+    for i, layer in enumerate(layers):
+        values, inner = _ragged_parts(layer) if isinstance(layer, RaggedLayer) else _other_parts(layer)
         tensors |= {f"{i}.{name}": tensor for name, tensor in inner.items()}
-        layers.append(plain)
-    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, layers
+        plain.append(values)
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, plain
 
 
 def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -144,7 +195,7 @@ def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]
     return plain, tensors
 
 
-def _foreign_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _other_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the state of a layer that transformers made, dicts of states one level deep."""
     plain: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -161,46 +212,25 @@ def _foreign_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return plain, tensors
 
 
-def _unpack(books: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel, path: Path) -> KVCache:
-    if books["model"] != check(model).fingerprint():
-        raise CacheFileError(f"{path} was made for another model or other weights than {model.config.name_or_path!r}")
-    if books["dtype"] != str(model.dtype):
-        raise CacheFileError(f"{path} was made in {books['dtype']}, but the model computes in {model.dtype}")
-    policy, memory = _policy_from_json(books["policy"]), _memory_from_json(books["memory"])
-    try:
-        cache = KVCache(model, policy, memory=memory)
-    except ModelError as error:
-        raise CacheFileError(f"{path} needs trained weights that cannot be had: {error}") from None
-    if books["trained"] != [digest(one, model) for one in (policy, memory)]:
-        raise CacheFileError(f"{path} was written with other trained weights than lie there now")
-    for name in ("prepared", "peak_kv_bytes", "evict_s", "annotate_s"):
-        setattr(cache, name, books[name])
-    recording = RecordingSpec.of([cache.policy, *map(_policy_from_json, books["writers"])])
-    cache.recording = replace(recording, needs=frozenset(books["needs"]), ring_sizes=books["ring_sizes"])
-    cache.lengths = books["lengths"] and tuple(books["lengths"])
-    cache.pins, cache.erased, released = (
-        tuple(Span(*span) for span in books[name]) for name in ("pins", "erased", "released")
+def _restore_state(state: CacheState, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for name in _COUNTERS:
+        setattr(state, name, metadata[name])
+    recording = RecordingSpec.of([state.policy, *map(_policy_from_json, metadata["writers"])])
+    state.recording = replace(recording, needs=frozenset(metadata["needs"]), ring_sizes=metadata["ring_sizes"])
+    state.lengths = metadata["lengths"] and tuple(metadata["lengths"])
+    state.pins, state.erased = _spans_of(metadata["pins"]), _spans_of(metadata["erased"])
+    state.absorbed = AbsorbedRanges(
+        {int(b): _spans_of(row) for b, row in metadata["absorbed"].items()},
+        {int(b): tokens for b, tokens in metadata["replayable"].items()},
+        _spans_of(metadata["released"]),
     )
-    cache.absorbed = AbsorbedRanges(
-        {int(b): tuple(Span(*x) for x in row) for b, row in books["absorbed"].items()},
-        {int(b): tokens for b, tokens in books["replayable"].items()},
-        released,
-    )
-    cache.seen = tuple(books["seen"])
-    cache.schedule = Schedule(**books["schedule"])
-    if books["seen"]:
-        cache.fed.add(tensors["ids"].cpu(), tensors["real"].bool())
-        cache.fed.stale = tensors["stale"].cpu() if "stale" in tensors else None
+    state.seen = tuple(metadata["seen"])
+    state.schedule = Schedule(**metadata["schedule"])
+    if state.seen:
+        state.history.add(tensors["ids"].cpu(), tensors["real"].bool())
+        state.history.stale = tensors["stale"].cpu() if "stale" in tensors else None
     if "step.positions" in tensors:
-        cache.step = ForwardPass(1, tensors["step.positions"], cache.seen, padded=False, even=False)
-    for i, plain in enumerate(books["layers"]):
-        inner = {name.partition(".")[2]: x for name, x in tensors.items() if name.partition(".")[0] == str(i)}
-        layer: Any = cache.layers[i]
-        if isinstance(layer, RaggedLayer):
-            _restore_ragged(layer, plain, inner)
-        else:
-            _restore_foreign(layer, plain, inner)
-    return cache
+        state.step = ForwardPass(1, tensors["step.positions"], state.seen, padded=False, even=False)
 
 
 def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, Tensor]) -> None:
@@ -216,7 +246,7 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
         name: RingBuffer(x, floors[name]) if name in floors else QueryMoments(x) for name, x in kinds["ring"].items()
     }
     if kinds["memory"]:
-        memory = layer.cache.bound_memory
+        memory = layer.state.bound_memory
         assert memory is not None, "states are saved with the memory that owns them"
         layer.remains = LayerMemory(memory=memory, layer_idx=layer.layer_idx, state=kinds["memory"])
     if "scaling" in plain:
@@ -224,7 +254,7 @@ def _restore_ragged(layer: RaggedLayer, plain: dict[str, Any], inner: dict[str, 
     layer.restore(kinds["column"], plain["lengths"], plain["kv_heads"], plain["padded_seen"], plain["ragged"])
 
 
-def _restore_foreign(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor]) -> None:
+def _restore_other(layer: Any, plain: dict[str, Any], inner: dict[str, Tensor]) -> None:
     for name, value in plain.items():
         if isinstance(value, dict):
             value = {int(key) if key.isdigit() else key: x for key, x in value.items()}
@@ -278,14 +308,27 @@ def _memory_from_json(saved: dict[str, Any] | None) -> Memory | None:
     return None if saved is None else cls(**saved["options"])
 
 
+def _digests(policy: Policy, memory: Memory | None, model: PreTrainedModel) -> list[str]:
+    """Return hashes of the trained weights that a policy and a memory work with."""
+    return [digest(user, model) for user in (policy, memory)]
+
+
+def _pairs_of(spans: Sequence[Span]) -> list[list[int]]:
+    return [[span.start, span.end] for span in spans]
+
+
+def _spans_of(pairs: Sequence[Sequence[int]]) -> tuple[Span, ...]:
+    return tuple(Span(*pair) for pair in pairs)
+
+
 def _frozen(value: Any) -> Any:
     """Return tuples for the lists that JSON made of them."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _digest(books: dict[str, Any]) -> str:
+def _digest(metadata: dict[str, Any]) -> str:
     """Return the hash of all other entries."""
-    return hashlib.sha256(json.dumps(books, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

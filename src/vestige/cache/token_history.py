@@ -45,6 +45,10 @@ class TokenHistory:
                 "vestige.erase returned (Erased.input_ids) and what follows them"
             )
 
+    def mark_stale(self, ids: Int[Tensor, "batch removed"] | None) -> None:
+        """Refuse a next forward that begins with these ids: the end of a prompt from before an erase."""
+        self.stale = ids
+
     @classmethod
     def beside(cls, records: Sequence["TokenHistory"]) -> "TokenHistory":
         """Return the batch rows of several records as those of one, the shorter ones padded at the left."""

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vestige.cache import edits
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.overlay import rerun, slots_of, write
-from vestige.erasers import edits
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.errors import InputError
 

@@ -53,10 +53,10 @@ def erase(
         edit = eraser.edit(EraseRequest(model=model, cache=cache, spans=chosen))
         seconds = synchronized_time(model.device) - started
     if not eraser.renumbers and eraser.fate is not SlotOutcome.LEFT:
-        cache.erased = _merged((*cache.erased, *chosen))
+        cache.state.mark_erased(chosen)
     report = EraseReport(
         method=name_of(eraser),
-        exact=eraser.replays and not cache.erased,
+        exact=eraser.replays and not cache.state.erased,
         spans=tuple(
             SpanReport(span=span, **{eraser.fate.value: pairs}) for span, pairs in zip(chosen, before, strict=True)
         ),
@@ -101,19 +101,8 @@ def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids:
 
 def _pairs_of(cache: KVCache, span: Span) -> int:
     """Return the pairs that a cache holds of a span, over layers and rows."""
-    ends = torch.tensor([span.start, span.end], dtype=torch.int32, device=cache.anatomy.device)
+    ends = torch.tensor([span.start, span.end], dtype=torch.int32, device=cache.layout.device)
     counts = [
         torch.searchsorted(layer.positions(row), ends).diff() for layer in cache.evictable for row in range(layer.rows)
     ]
     return int(torch.cat(counts).sum())
-
-
-def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Return spans in order, those that touch or overlap as one."""
-    merged: list[Span] = []
-    for span in sorted(spans):
-        if merged and span.start <= merged[-1].end:
-            merged[-1] = Span(merged[-1].start, max(merged[-1].end, span.end))
-        else:
-            merged.append(span)
-    return tuple(merged)

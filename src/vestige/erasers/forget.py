@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from vestige.cache import edits
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers.replay import fed_rows, reread
 from vestige.memory.base import EvictedPairs, ForgetResult, LayerMemory
@@ -56,12 +57,8 @@ class MemoryRelease:
 
     def carry_out(self) -> None:
         """Have the cache forget."""
-        if self.remains is None:
-            return
-        for layer in self.cache.evictable:
-            layer.remains = self.remains.get(layer.layer_idx, layer.remains)
-        for span in self.spans:
-            self.cache.absorbed.remove(span)
+        if self.remains is not None:
+            edits.replace_memories(self.cache, self.remains, self.spans)
 
 
 def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedModel) -> ForgetResult:
@@ -87,12 +84,12 @@ def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
     again (of embeddings, behind what an eraser changed, or read when something had been evicted already), nor beside
     pairs of the same tokens, of other heads, that are out already."""
     fed, end = not bool((cache.ids[cache.real] < 0).any()), spans[-1].end
-    changed = any(one.start < end for one in cache.erased)
-    replayable = all(end <= most for most in cache.absorbed.replayable.values())
-    again = any(map(cache.absorbed.again, spans))
+    changed = any(one.start < end for one in cache.state.erased)
+    replayable = all(end <= most for most in cache.state.absorbed.replayable.values())
+    again = any(map(cache.state.absorbed.again, spans))
     return (
-        cache.bound_memory is not None
-        and cache.bound_memory.releases
+        cache.state.bound_memory is not None
+        and cache.state.bound_memory.releases
         and fed
         and not changed
         and replayable
@@ -103,7 +100,7 @@ def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
 def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, LayerMemory]:
     """Return what remains without the pairs of spans that a cache no longer holds, and that are not out already; a twin
     holds all of them."""
-    found, out = {}, cache.absorbed.released
+    found, out = {}, cache.state.absorbed.released
     for layer, again in zip(cache.evictable, twin.evictable, strict=True):
         if layer.remains is None:
             continue

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.schedule import Schedule
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.erasers.replay import fed_rows, reread
 from vestige.memory.base import ForgetResult
@@ -33,18 +32,18 @@ class Recompute(Eraser):
         cache, closing = scene.cache, PositionMap(scene.spans)
         rows = fed_rows(cache)
         begin = scene.spans[0].start if _can_go_on(cache, scene.spans) else 0
-        twin = cache.fork() if begin else cache.empty_copy()
+        twin = cache.fork(empty=not begin)
         if begin:
             twin.crop(begin - cache.seen[0])
-            twin.schedule = Schedule(prompt=begin)  # as if it had never read further
-        twin.pins, twin.erased = closing.over(cache.pins), closing.over(cache.erased)
+            twin.state.restart_schedule(begin)  # as if it had never read further
+        twin.state.move_spans(closing, cache.state)
         left = [_without(row, scene.spans) for row in rows]
-        lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
+        lengths = cache.state.lengths and tuple(n - closing.removed for n in cache.state.lengths)
         reread(scene.model, twin, left, begin=begin, length=lengths, chunk=self.chunk)
         rebuilt = scene.memory is not ForgetResult.EXACT
         cache.replace_with(twin)
-        cache.fed.stale = _last(rows, closing.removed)
-        skipped = sum(max(span.end - max(span.start, begin), 0) for span in cache.erased)
+        cache.state.history.mark_stale(_last(rows, closing.removed))
+        skipped = sum(max(span.end - max(span.start, begin), 0) for span in cache.state.erased)
         read = max(map(len, left)) - begin - skipped
         behind = min(read, max(map(len, left)) - scene.spans[0].start)
         return EditResult(
@@ -60,11 +59,11 @@ def _can_go_on(cache: KVCache, spans: tuple[Span, ...]) -> bool:
     Not if pairs were evicted, if pads make rows begin at several columns, if a policy counts queries, which cannot be
     taken back, or if what is read again is shorter than what policies look back at.
     """
-    recording = cache.recording
+    recording = cache.state.recording
     even = len(set(cache.seen)) == 1 and not cache.padded and len(cache.evictable) == len(cache.layers)
     counts = recording.watched or "query_moments" in recording.ring_sizes
     behind = min(cache.seen) - spans[0].start - sum(map(len, spans))
-    before = not any(gap.start < spans[0].start for gap in cache.erased)
+    before = not any(gap.start < spans[0].start for gap in cache.state.erased)
     return even and before and not cache.ragged and not counts and behind >= recording.longest
 
 

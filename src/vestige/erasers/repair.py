@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from vestige.cache import edits
 from vestige.cache.overlay import rerun, write
-from vestige.erasers import edits
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.errors import InputError
 

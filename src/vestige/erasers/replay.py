@@ -7,10 +7,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vestige.cache import edits
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import pad_left, prefill
-from vestige.erasers import edits
+from vestige.cache.prefill import prefill
 from vestige.errors import CacheError
+from vestige.models.forward import pad_left
 from vestige.spans import Span
 
 
@@ -46,10 +47,9 @@ def reread(
         chunk: Tokens per forward.
     """
     end = max(map(len, rows))
-    gaps = [Span(max(gap.start, begin), gap.end) for gap in twin.erased if begin < gap.end <= end]
+    gaps = [Span(max(gap.start, begin), gap.end) for gap in twin.state.erased if begin < gap.end <= end]
     texts = _between(gaps, begin, end)
-    twin.reading_to = tuple(map(len, rows))
-    try:
+    with twin.state.reading_until(tuple(map(len, rows))):
         for piece in sorted([*gaps, *texts]):
             cut = [row[piece.start : piece.end].tolist() for row in rows]
             if piece in gaps:
@@ -61,8 +61,6 @@ def reread(
             prefill(model, ids, twin, chunk=chunk, length=length, attention_mask=mask, settle=last)
             if not last:
                 twin.settle(reading=True)  # before the gap, while the latest queries are known
-    finally:
-        twin.reading_to = None
 
 
 def _between(gaps: Sequence[Span], begin: int, end: int) -> list[Span]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vestige.erasers import edits
+from vestige.cache import edits
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 
 

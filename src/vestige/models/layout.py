@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vestige.budget import Footprint
 from vestige.errors import ModelError
-from vestige.memory.base import Memory
 from vestige.models.compat import CACHE_NAME
 from vestige.models.output_projection import OutputProjection
 from vestige.models.rope import Rope, Rotation
@@ -69,14 +67,6 @@ class ModelLayout:
     def max_positions(self) -> int | None:
         """Positions that the model was trained for, if its config has the number."""
         return getattr(self.config, "max_position_embeddings", None)
-
-    def expected_footprint(self, dtype: torch.dtype, memory: Memory | None = None) -> Footprint:
-        """Return what a batch row will weigh, by the config: enough to refuse a hopeless budget before reading."""
-        sizes = [self._row_sizes(module) for module in self.attentions.values()]
-        rows = sum(heads for heads, _ in sizes)
-        pairs = sum(heads * (2 * head_dim * dtype.itemsize + 4) for heads, head_dim in sizes)
-        states = 0 if memory is None else sum(heads * memory.state_bytes(size, size) for heads, size in sizes)
-        return Footprint(rows, pairs, states)
 
     def _row_sizes(self, attention: Any) -> tuple[int, int]:
         """Return the KV heads and the head size of an attention module; layers of Gemma 4 differ in both."""

@@ -51,11 +51,11 @@ def answer(
     Raises:
         InputError: Context and question leave no position for a reply, or there is no question.
     """
-    limit, length = cache.anatomy.max_positions, max(cache.seen) + question.shape[1]
+    limit, length = cache.layout.max_positions, max(cache.seen) + question.shape[1]
     require_room_for_reply(limit, length)
     ids = torch.cat([cache.ids, question], 1).to(model.device)
     if question.shape[1] > 1:
-        prefill(model, question[:, :-1].to(model.device), cache, chunk=cache.schedule.chunk, settle=False)
+        prefill(model, question[:, :-1].to(model.device), cache, chunk=cache.state.schedule.chunk, settle=False)
     started = time.perf_counter()
     generator: Any = model
     out = generator.generate(

@@ -278,5 +278,5 @@ def _check_positions(cache: KVCache, context: int, questions: list[Tensor]) -> i
     """Return the length of context and longest question, or raise if a reply would have no position."""
     length = context + max((q.shape[1] for q in questions), default=0)
     if questions:  # without a question prefill itself refuses what is too long
-        require_room_for_reply(cache.anatomy.max_positions, length)
+        require_room_for_reply(cache.layout.max_positions, length)
     return length

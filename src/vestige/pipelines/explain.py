@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import replay
 from vestige.errors import InputError
+from vestige.models.forward import replay
 from vestige.policies.observation import RowView, attention_weights
 from vestige.spans import Span, within
 

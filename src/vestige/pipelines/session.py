@@ -86,7 +86,7 @@ class Session:
         ids, offsets = self.template.message(text)
         before = [*self._pending, *(self._between() if self.messages else self.template.opening())]
         after, seen = self.template.reply_opening(), max(self.cache.seen, default=0)
-        limit, length = self.cache.anatomy.max_positions, seen + len(before) + len(ids) + len(after)
+        limit, length = self.cache.layout.max_positions, seen + len(before) + len(ids) + len(after)
         require_room_for_reply(limit, length)
         longest = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
         with torch.no_grad(), attach(self.model), self._roll_back_on_error():
@@ -154,7 +154,7 @@ class Session:
         }
         with new_folder(Path(path), "the conversation") as work:
             (work / _CACHE).mkdir()
-            serialization.write(self.cache, work / _CACHE)
+            serialization.write(self.cache.state, self.cache.layers, work / _CACHE)
             (work / _METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
 
     @classmethod
@@ -190,13 +190,15 @@ class Session:
 
     @contextmanager
     def _roll_back_on_error(self) -> Iterator[None]:
-        seen, schedule = max(self.cache.seen, default=0), replace(self.cache.schedule)
+        seen, schedule = max(self.cache.seen, default=0), replace(self.cache.state.schedule)
         try:
             yield
         except BaseException:
             with suppress(CacheError):  # layers of other kinds cannot undo an interrupted forward
                 self.cache.crop(seen - max(self.cache.seen, default=0))
-                self.cache.schedule = schedule  # a crop counts as speculation, which every later turn would pay for
+                self.cache.state.schedule.restore(
+                    schedule
+                )  # a crop counts as speculation, which every later turn would pay for
             raise
 
     def _between(self) -> list[int]:
@@ -207,8 +209,7 @@ class Session:
 
     def _settle_earlier_turns(self) -> None:
         """Settle the cache if at least ``policy.every`` tokens were read and generated since the last settle."""
-        schedule = self.cache.schedule
-        if schedule.prompt + schedule.generated >= self.cache.policy.every:
+        if self.cache.state.schedule.unsettled >= self.cache.policy.every:
             self.cache.settle()
 
     def _read(self, ids: list[int], settle: bool) -> None:

@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError, require_whole, unknown_name_message
+from vestige.models.forward import RollbackCache
+from vestige.models.layout import ModelLayout
 from vestige.models.output_projection import OutputProjection
 from vestige.policies.observation import LayerView, Observation, RowView
 from vestige.policies.selection import SCALES, RowIndex, Scale, Share, share_of
-
-if TYPE_CHECKING:
-    from vestige.cache.kv_cache import KVCache
 
 NEEDS = frozenset({"queries", "query_moments", "rope", "hidden", "output"})
 
@@ -134,18 +133,34 @@ class NeedsWeights(Protocol):
         """
 
 
+class ReplayCache(RollbackCache, Protocol):
+    """What a policy that needs replays may ask of a cache."""
+
+    @property
+    def layout(self) -> ModelLayout:
+        """Where the model keeps what the cache needs."""
+
+    @property
+    def ids(self) -> Int[Tensor, "batch padded_seen"]:
+        """Token ids fed so far, pads as they came; -1 where the model was fed embeddings."""
+
+    @property
+    def evictable(self) -> Sequence[Any]:
+        """Layers whose pairs can be evicted."""
+
+
 @runtime_checkable
 class NeedsReplay(Protocol):
     """A policy that needs forwards of its own (a replay of the text, say) after reading and before the settle."""
 
-    def prepare(self, model: Any, cache: "KVCache", ids: Int[Tensor, "batch new"]) -> None:
-        """Run them and leave the cache as it was, but for what they wrote into the policy's annotations.
+    def prepare(self, model: Any, cache: ReplayCache, ids: Int[Tensor, "batch new"]) -> None:
+        """Run them and leave the cache as it was, except for the policy's own annotations.
 
-        What they write must not hang on the budget: one reading prepares for all of them.
+        What they write must not depend on the budget: one reading prepares for all budgets.
 
         Args:
             model: An attached model.
-            cache: Has read the ids; :func:`vestige.cache.prefill.replay` feeds it more and takes that back.
+            cache: Has read the ids; :func:`vestige.models.forward.replay` feeds it more and takes that back.
             ids: What was read last.
         """
 

@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vestige.cache.query_records import OUTLIERS
 from vestige.errors import PolicyError
 from vestige.kernels import AttentionScale
 from vestige.policies.base import NewPairs, Policy
-from vestige.policies.observation import Observation, RowView, attention_weights, pooled
+from vestige.policies.observation import OUTLIERS, Observation, RowView, attention_weights, pooled
 from vestige.policies.selection import Scale
 
 _UNSCALED = AttentionScale(1.0)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,13 +11,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vestige.errors import PolicyError
-from vestige.policies.base import NewPairs, Policy
+from vestige.models.forward import pad_left, replay
+from vestige.policies.base import NewPairs, Policy, ReplayCache
 from vestige.policies.observation import Observation, RowView, attention_weights
 from vestige.policies.selection import Share
 from vestige.text.chat_template import ChatTemplate
-
-if TYPE_CHECKING:
-    from vestige.cache.kv_cache import KVCache
 
 REQUEST = "Repeat the previous context word for word."
 """What the model is asked to do, in the chat text that its tokenizer puts around a question."""
@@ -68,15 +66,13 @@ class KVzip(Policy):
         """Return the mark of pairs that no replay has looked at yet: ``batch kv_heads new``."""
         return {"asked": torch.full(written.keys.shape[:3], _UNASKED, device=written.keys.device)}
 
-    def prepare(self, model: Any, cache: "KVCache", ids: Int[Tensor, "batch new"]) -> None:
+    def prepare(self, model: Any, cache: ReplayCache, ids: Int[Tensor, "batch new"]) -> None:
         """Replay what came since the last replay, chunk by chunk, and write down what attention its pairs got.
 
         Raises:
             PolicyError: No tokenizer lies beside the model, the model was fed embeddings, or it has too few positions
                 left for a replay.
         """
-        from vestige.cache.prefill import pad_left, replay  # it imports the cache, which stands above policies
-
         request = _default_request(model) if self.request is None else self.request
         starts = _unasked_from(cache)
         texts = [row[real][start:] for row, real, start in zip(cache.ids, cache.real, starts, strict=True)]
@@ -95,9 +91,9 @@ class KVzip(Policy):
         """Return the most attention that a replay paid to each pair, 0 where none has looked."""
         return seen.annotations["asked"].float().clamp_min(0.0)
 
-    def _chunk_size(self, cache: "KVCache", longest: int, request: int) -> int:
+    def _chunk_size(self, cache: ReplayCache, longest: int, request: int) -> int:
         """Return how many tokens can be replayed in one forward."""
-        limit, size = cache.anatomy.max_positions, min(self.replay_chunk, max(longest, 1))
+        limit, size = cache.layout.max_positions, min(self.replay_chunk, max(longest, 1))
         if limit is None:
             return size
         free = limit - max(cache.seen) - request - self.quoted
@@ -129,7 +125,7 @@ class KVzip(Policy):
         glance.annotations["asked"][chunk] = most[chunk[slots]]
 
 
-def _unasked_from(cache: "KVCache") -> list[int]:
+def _unasked_from(cache: ReplayCache) -> list[int]:
     """Return the position of each batch row's first pair that no replay has looked at, or what it has seen."""
     firsts = list(cache.seen)
     for layer in cache.evictable:

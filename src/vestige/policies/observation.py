@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, pad
 from transformers import PreTrainedModel
 
-from vestige.cache.query_records import Moments
 from vestige.kernels import AttentionScale
 from vestige.models.rope import Rope
+
+OUTLIERS = 4
+"""First tokens, whose queries and keys are unlike all others: statistics leave them out."""
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of a batch row's queries before RoPE, by query head, in float32; zeros if there were none."""
+
+    mean: Float[Tensor, "heads dim"]
+    covariance: Float[Tensor, "heads dim dim"]
 
 
 class Phase(Enum):

@@ -1,14 +1,12 @@
 """Give each layer the room that its importance distribution asks for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.budget import Budget
 from vestige.errors import PolicyError
 from vestige.policies.base import Policy
 from vestige.policies.observation import Observation, over_heads
@@ -29,14 +27,14 @@ class XKV(Policy):
     Source: XKV, arXiv 2412.05896, as far as its abstract goes: layers differ in how importance is spread, so caches
     are sized layer by layer, as a combinatorial problem with a greedy solution, after a small inference that samples
     the differences. Inferred by us: what importance is, and that its share of the layer is what counts. Differs:
-    layers are sized anew from each text unless a ``profile`` is given, and :func:`profile` samples with the model
-    itself, where the authors take a light variant of it. Rows of a layer may differ by one pair, where whole numbers
-    do not add up; they never compete, so ``share`` and ``floor`` have no effect.
+    layers are sized again from each text unless a ``profile`` is given, and ``pipelines.calibrate.profile_layers``
+    samples with the model itself, where the authors take a light variant of it. Rows of a layer may differ by one pair,
+    where whole numbers do not add up; they never compete, so ``share`` and ``floor`` have no effect.
     """
 
     scale: Scale = "mass"
     profile: tuple[float, ...] | None = None
-    """Room of each evictable layer relative to the others, as :func:`profile` finds; None goes by the text itself."""
+    """Room of each evictable layer relative to the others, from ``profile_layers``; None measures each text."""
     observed: int = 32
     """Latest queries whose attention is averaged."""
     kernel: int = 5
@@ -80,25 +78,3 @@ class XKV(Policy):
             heads = torch.bincount(order[rows], minlength=len(layers))
             wanted[rows] += (per_layer / heads.clamp_min(1))[order[rows]]
         return wanted
-
-
-def profile(model: Any, ids: Int[Tensor, "batch new"], budget: Budget, **options: Any) -> tuple[float, ...]:
-    """Return the room that each evictable layer gets on a sample text, for ``XKV(profile=...)``.
-
-    Args:
-        model: An attached model.
-        ids: A short text like those to come.
-        budget: What may stay of it; well below its length, or all layers keep everything.
-        options: Other fields of `XKV`.
-    """
-    from vestige.cache.kv_cache import KVCache  # both stand above policies
-    from vestige.cache.prefill import prefill
-
-    cache = KVCache(model, XKV(budget=budget, **options))
-    with torch.no_grad():
-        prefill(model, ids, cache)
-    return tuple(_mean(layer.live_lengths()) for layer in cache.evictable)
-
-
-def _mean(lengths: Sequence[int]) -> float:
-    return sum(lengths) / len(lengths)

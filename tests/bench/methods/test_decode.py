@@ -5,7 +5,8 @@ import torch
 
 from vestige import KVCache, attach, policies
 from vestige.bench.methods.decode import decode
-from vestige.cache.prefill import forward, prefill
+from vestige.cache.prefill import prefill
+from vestige.models.forward import forward
 from vestige.testing import random_ids, tiny
 
 

@@ -9,9 +9,9 @@ import torch
 from vestige import Budget, BudgetError, KVCache, attach, policies, prefill
 from vestige.bench.methods import decode, vestige_runner
 from vestige.bench.methods.conversation import Job, Outcome, TurnIds
-from vestige.cache.prefill import forward
 from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
+from vestige.models.forward import forward
 from vestige.pipelines.answer import answer
 from vestige.policies import POLICIES
 from vestige.policies.base import NeedsReplay
@@ -123,11 +123,11 @@ def test_reading_in_chunks_is_prefill_in_chunks(name, share):
 def test_a_shared_reading_is_left_as_it_is(shared):
     one, reading = shared
     arms = [policy("snapkv"), policy("full")]
-    before = (reading.cache.held, reading.cache.seen, reading.cache.nbytes, reading.cache.lengths)
+    before = (reading.cache.held, reading.cache.seen, reading.cache.state.nbytes, reading.cache.state.lengths)
     first = [vestige_runner.run(MODEL, [one], arm, reading=reading)[0].replies for arm in arms]
     again = [vestige_runner.run(MODEL, [one], arm, reading=reading)[0].replies for arm in reversed(arms)][::-1]
     assert first == again
-    assert (reading.cache.held, reading.cache.seen, reading.cache.nbytes, reading.cache.lengths) == before
+    assert (reading.cache.held, reading.cache.seen, reading.cache.state.nbytes, reading.cache.state.lengths) == before
     assert len(set(first)) > 1  # or the comparison says little
 
 

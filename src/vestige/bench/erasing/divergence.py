@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from vestige.bench.methods.decode import Decoded, decode
 from vestige.cache.batching import join
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import forward, padding, prefill
+from vestige.cache.prefill import prefill
 from vestige.models.compat import cache_argument
+from vestige.models.forward import forward, padding_inputs
 from vestige.policies import Full
 from vestige.utils.timing import synchronized_time
 
@@ -88,7 +89,7 @@ class Asked:
         if not fed.numel():
             return self.logits[:, None].float()
         with self.cache.rolled_back():
-            given = {**cache_argument(self.cache), **padding(fed, self.cache)}
+            given = {**cache_argument(self.cache), **padding_inputs(fed, self.cache)}
             later = self.model(input_ids=fed, use_cache=True, **given).logits
         return torch.cat([self.logits[:, None], later], 1).float()
 

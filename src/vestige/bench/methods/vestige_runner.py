@@ -13,10 +13,11 @@ from vestige.bench.methods.conversation import Job, Outcome
 from vestige.bench.methods.decode import decode
 from vestige.budget import Budget
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import announce, finish, forward, pad_left, prefill
+from vestige.cache.prefill import finish, prefill
 from vestige.cache.recording import annotation_key
 from vestige.cache.report import Report
 from vestige.memory.base import Memory
+from vestige.models.forward import forward, pad_left
 from vestige.nn.pretrained import Trained
 from vestige.policies.base import LayerObserver, NeedsReplay, Policy, QueryObserver
 from vestige.utils.timing import synchronized_time
@@ -127,17 +128,17 @@ class _Talk:
         cache = self.cache or self._begin(reading)
         seen = (0,) * len(contexts) if self.cache is None else cache.seen
         lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
-        evicted, started = cache.evict_s, synchronized_time(self.model.device)
+        evicted, started = cache.state.evict_s, synchronized_time(self.model.device)
         if reading is not None:
             self.prefill_s += reading.seconds
-            announce(cache, lengths, len(contexts))
+            cache.state.announce(lengths, len(contexts))
             finish(self.model, cache, reading.ids)
             self.logits = reading.logits
         else:
             ids, mask = pad_left(contexts, self.model.device)
             self.logits = prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
         self.prefill_s += synchronized_time(self.model.device) - started
-        self.evict_s += cache.evict_s - evicted
+        self.evict_s += cache.state.evict_s - evicted
         self.cache, self.report = cache, cache.report()
 
     def _begin(self, reading: Reading | None) -> KVCache:
@@ -145,7 +146,8 @@ class _Talk:
             return KVCache(self.model, self.policy, memory=self.memory)
         ready, seconds = reading.ready_for(self.model, self.policy)
         cache = ready.fork(self.policy, memory=self.memory)
-        cache.peak_kv_bytes = max(cache.peak_kv_bytes, ready.peak_kv_bytes if seconds else 0)
+        if seconds:
+            cache.state.raise_peak(ready.state.peak_kv_bytes)
         self.prefill_s += seconds
         return cache
 
@@ -156,7 +158,7 @@ class _Talk:
         if any(questions):
             ids, mask = pad_left(questions, self.model.device)
             self.logits = prefill(self.model, ids, cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
-            cache.schedule.chunk = max(self.chunk, ids.shape[1])  # a question stays whole, however long
+            cache.state.schedule.allow_question(max(self.chunk, ids.shape[1]))  # a question stays whole, however long
         said = decode(lambda token: forward(self.model, token, cache), self.logits, limits, stop)
         self.decode_s += said.seconds
         self.steps += said.steps

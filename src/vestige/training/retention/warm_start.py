@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.prefill import prefill, replay
+from vestige.cache.prefill import prefill
+from vestige.models.forward import replay
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Full
 from vestige.policies.kvzip import KVzip

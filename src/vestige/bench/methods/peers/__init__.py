@@ -7,6 +7,7 @@ from typing import Any
 from vestige.bench.methods.peers.base import Peer, PeerError
 from vestige.bench.methods.peers.names import AVAILABLE, parse
 from vestige.budget import Budget
+from vestige.cache.state import expected_footprint
 from vestige.models.layout import check as anatomy_of
 
 __all__ = [
@@ -43,7 +44,7 @@ def pairs_to_keep(name: str, budget: str, model: Any, *, seen: int, length: int)
     """
     if not takes_budget(name):
         return None
-    weighs = anatomy_of(model).expected_footprint(model.dtype)
+    weighs = expected_footprint(anatomy_of(model))
     return Budget.parse(budget).pairs(seen=seen, length=length, protected=0, footprint=weighs)
 
 

@@ -3,7 +3,7 @@
 Each function checks what it needs before it changes anything. What erasers are made of; none of it reads a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from vestige.cache.layer import RaggedLayer
 from vestige.cache.query_records import RingBuffer
 from vestige.errors import CacheError
 from vestige.kernels import packed
+from vestige.memory.base import LayerMemory
 from vestige.models.rope import Rope
 from vestige.spans import PositionMap, Span, within
 
@@ -43,8 +44,8 @@ def close(cache: KVCache, spans: Sequence[Span]) -> PositionMap:
         ModelError: How the model turns keys is not understood. Nothing was changed.
         CacheError: A memory absorbed pairs at or behind the spans, which it cannot move. Nothing was changed.
     """
-    rope, closing = cache.anatomy.rope(), PositionMap(tuple(spans))
-    if cache.absorbed.overlaps(Span(spans[0].start, max(*cache.seen, spans[-1].end))):
+    rope, closing = cache.layout.rope(), PositionMap(tuple(spans))
+    if cache.state.absorbed.overlaps(Span(spans[0].start, max(*cache.seen, spans[-1].end))):
         raise CacheError(
             "the cache's memory took in pairs at or behind the span, and what it holds cannot be moved; "
             "use an eraser that keeps positions (drop, learned), or recompute"
@@ -52,22 +53,34 @@ def close(cache: KVCache, spans: Sequence[Span]) -> PositionMap:
     for layer in cache.evictable:
         _turn_rings(cache, layer, closing, rope)
         _close_layer(layer, closing, rope)
-    _close_books(cache, closing)
+    cache.state.remove(closing)
     return closing
 
 
 def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
     """Go on behind tokens that are not read: their ids are booked, no pairs are stored, and positions have a gap."""
-    new = ids.shape[1]
-    cache.fed.add(ids, real)
-    cache.seen = tuple(s + int(n) for s, n in zip(cache.seen or (0,) * len(ids), real.sum(1), strict=True))
+    cache.state.skip(ids, real)
     for layer in cache.evictable:
         for ring in layer.rings.values():
             ring.skip(cache.seen)
-        layer.padded_seen += new
+        layer.padded_seen += ids.shape[1]
         if layer.is_initialized:
             layer.keep(*layer.live_slots())
         layer.ragged = True
+
+
+def replace_memories(cache: KVCache, remains: Mapping[int, LayerMemory], released: Sequence[Span]) -> None:
+    """Give layers another state of the cache's memory, of which pairs of some spans were taken out.
+
+    Args:
+        cache: Changed in place.
+        remains: By layer index.
+        released: What was taken out.
+    """
+    for layer in cache.evictable:
+        layer.remains = remains.get(layer.layer_idx, layer.remains)
+    for span in released:
+        cache.state.absorbed.remove(span)
 
 
 def _close_layer(layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
@@ -105,12 +118,3 @@ def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: PositionMap, rope: 
                 rows = rope.rotate(still, after, layer.layer_idx).to(ring.data.dtype)
             fresh[b][:, after % ring.size] = rows
         layer.rings[name] = RingBuffer(fresh, list(map(closing.at, begins)))
-
-
-def _close_books(cache: KVCache, closing: PositionMap) -> None:
-    places = torch.where(cache.real, cache.real.cumsum(1) - 1, -1)
-    cache.fed.select(~within(places, closing.spans))
-    cache.seen = tuple(map(closing.at, cache.seen))
-    cache.absorbed.moved(closing, len(cache.seen))
-    cache.lengths = cache.lengths and tuple(n - closing.removed for n in cache.lengths)
-    cache.pins, cache.erased = closing.over(cache.pins), closing.over(cache.erased)
