@@ -1,13 +1,9 @@
-"""Text in, ids out: the chat text cut at the end of the context, and files that cannot be read."""
-
-import re
+"""Text in, ids out: the chat text cut at the end of the context."""
 
 import pytest
 import torch
 
-from vestige import InputError
 from vestige.text.chat_template import ChatTemplate
-from vestige.text.files import read_text, require_text
 
 CONTEXT, QUESTION = "The lamp is lit.\n\n  Ω 日本 🙂 {{ x }} {% y %}", "Who lit it?"
 
@@ -67,49 +63,6 @@ def test_special_tokens_of_the_template_are_single_ids(folders):
 def test_a_text_longer_than_the_tokenizer_expects_is_read_without_a_warning(tokenizer):
     tokenizer.model_max_length = 5
     assert ChatTemplate(tokenizer).context(CONTEXT).shape[1] > 5
-
-
-def test_a_text_file_is_read_as_it_is(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeffone\r\ntwo é\n".encode())
-    assert read_text(path).endswith("one\r\ntwo é\n")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\x89PNG\r\n\xff\xfe", "is not UTF-8 text"),
-        (b"abc\x00def", "is not text: it has NUL bytes"),
-        (b"", "is empty"),
-        (b" \n\t\n", "is empty"),
-    ],
-)
-def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, message):
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{re.escape(str(path))} {message}"):
-        read_text(path)
-
-
-def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
-    with pytest.raises(InputError, match=f"no such file: {re.escape(str(tmp_path / 'gone'))}"):
-        read_text(tmp_path / "gone")
-    with pytest.raises(InputError, match=f"cannot read {re.escape(str(tmp_path))}: Is a directory"):
-        read_text(tmp_path)
-
-
-def test_an_unreadable_path_is_refused_and_not_a_traceback(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("x")
-    for path in (file / "below", tmp_path / ("n" * 300)):
-        with pytest.raises(InputError):
-            read_text(path)
-
-
-def test_empty_text_is_refused_under_the_name_of_its_option():
-    assert require_text(" a ", "--prompt") == " a "
-    with pytest.raises(InputError, match="--prompt is empty"):
-        require_text(" \n", "--prompt")
 
 
 CHATML = (
