@@ -474,5 +474,5 @@ def held_mask(cache: Any, layer: Any) -> Bool[Tensor, "batch kv_heads padded_see
 
 
 def covering(deaths: Deaths, length: int) -> dict[int, Int[Tensor, "_batch _kv_heads length"]]:
-    """Return deaths extended to ``length`` tokens, of which the later ones never die."""
+    """Return deaths extended to ``length`` tokens; the added ones never die."""
     return {i: nn.functional.pad(d, (0, length - d.shape[-1]), value=NEVER) for i, d in deaths.items()}

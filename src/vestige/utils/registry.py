@@ -8,9 +8,9 @@ from vestige.errors import VestigeError, unknown_name_message
 from vestige.utils.options import coerce_options, parse_options
 
 Class = TypeVar("Class")
-"""What a name resolves to: ``type[Policy]``, or ``type[Memory] | None`` where a name may stand for nothing."""
+"""Type of a resolved name: ``type[Policy]``, or ``type[Memory] | None`` where a name may have no class."""
 Made = TypeVar("Made")
-"""What is made of it: ``Policy``, or ``Memory | None``."""
+"""Type of the objects: ``Policy``, or ``Memory | None``."""
 
 
 class Registry(Generic[Class, Made]):
