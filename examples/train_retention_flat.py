@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.nn.retention_gates import Gates
 from vestige.training.data.synthetic_qa.sequences import Packed
 

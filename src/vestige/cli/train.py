@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vestige.cli.options import Device, Dtype, Json, Model, Seed, err, escape_markup, out, print_json, typed
+from vestige.cli.options import Device, Dtype, Json, Model, Seed, command_line, err, escape_markup, out, print_json
 
 if TYPE_CHECKING:
     from vestige.training.config import LoopConfig
@@ -70,7 +70,7 @@ def _carry_out(
     among = processes()
     network, tokenizer = load(model, device=device if among.device is None else str(among.device), dtype=dtype)
     with render.training_bar(err) as tell:
-        job = Job(out=to, name=model, command=typed(), resume=resume, among=among, tell=tell)
+        job = Job(out=to, name=model, command=command_line(), resume=resume, among=among, tell=tell)
         done = training.run(network, tokenizer, job)
     if not done.finished:
         err.print(f"stopped after {done.step} of {training.loop.steps} steps; go on with --resume")

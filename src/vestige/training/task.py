@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 
 LOSS, TOKENS = "loss", "tokens"
 """The part that is minimised, and the one that is counted and not averaged."""

@@ -23,7 +23,7 @@ from vestige.bench.tasks import Order
 from vestige.bench.tokenization import Renderer
 from vestige.errors import CacheError
 from vestige.testing import tiny
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 pytest.importorskip("wonderwords")
 
@@ -104,7 +104,7 @@ def test_passages_are_found_in_the_one_tokenisation_and_the_clean_prompt_is_the_
     ):
         said = [tokenizer.decode(item.context[0, span.start : span.end].tolist()).strip() for span in item.spans]
         assert said == [item.sample.context[start:end] for start, end in item.sample.passages]
-        assert torch.equal(item.context, Frame(tokenizer).context(item.sample.context))
+        assert torch.equal(item.context, ChatTemplate(tokenizer).context(item.sample.context))
         gone = {i for span in item.spans for i in range(span.start, span.end)}
         assert item.clean[0].tolist() == [x for i, x in enumerate(item.context[0].tolist()) if i not in gone]
         assert item.tokens <= 1400 < item.tokens + 120
@@ -364,7 +364,7 @@ def test_a_passage_between_words_takes_whole_tokens_and_nothing_else(talker):
     sample = EraseSample(
         task="t", index=0, length=9, context=context, passages=passages, questions=(Question(kind="leak", text="?"),)
     )
-    item = as_item(sample, Frame(talker[1]))
+    item = as_item(sample, ChatTemplate(talker[1]))
     left = talker[1].decode(item.clean[0].tolist(), skip_special_tokens=True)
     assert "One is here." in left and "Three stays." in left and "Two" not in left and "gone" not in left
 

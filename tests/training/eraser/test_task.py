@@ -28,7 +28,7 @@ SMALL = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2)
 
 def test_steering_writes_what_the_eraser_writes_into_a_live_cache():
     model = tiny("llama")
-    adapter, draw = Adapter.fresh(model, rank=4), torch.Generator().manual_seed(0)
+    adapter, draw = Adapter.initialize(model, rank=4), torch.Generator().manual_seed(0)
     for weight in (*adapter.down, *adapter.up):
         weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
     ids, spans = random_ids(model, 1, 40), [Span(8, 12), Span(20, 27)]
@@ -63,7 +63,7 @@ def test_the_reply_is_that_of_generate(chatter):
 def task(chatter):
     model, tokenizer = chatter
     torch.manual_seed(0)
-    adapter = Adapter.fresh(model, rank=4)
+    adapter = Adapter.initialize(model, rank=4)
     return EraserTask(model, tokenizer, adapter, TEXTS, TEXTS, SMALL, validation=3)
 
 

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import random_indexer, random_latent
 from tests.training.retention.test_task import PROSE
 from vestige import Budget, InputError, KVCache, attach, prefill
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.nn import indexer as indexing
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Latent
@@ -28,8 +28,8 @@ def task(chatter):
     tokenizer = chatter[1]
     model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
     torch.manual_seed(0)
-    indexer = Indexer.fresh(model, dim=4, apart=True)
-    latents = [Latent.fresh(model, "linear", width=8), Latent.fresh(model, "slots", width=4)]
+    indexer = Indexer.initialize(model, dim=4, apart=True)
+    latents = [Latent.initialize(model, kind="linear", width=8), Latent.initialize(model, kind="slots", width=4)]
     return IndexMemTask(model, tokenizer, indexer, latents, [PROSE], [PROSE[::-1]], SMALL, validation=2)
 
 
@@ -74,7 +74,7 @@ def test_the_most_that_is_asked_for_and_its_gradient_are_the_dense_ones(apart, a
     own = random_indexer(model, apart=apart, heads=2).at(1)
     found = asked_for(own, layer, 20, asking)
     asked = own.index_queries(layer.hidden[:asking])
-    everything = indexing.asked(asked, own.index_keys(layer.hidden[:20]))
+    everything = indexing.index_scores(asked, own.index_keys(layer.hidden[:20]))
     late = torch.arange(20) > torch.arange(asking)[:, None]
     expected = everything.masked_fill(late, -torch.inf).amax(1)
     torch.testing.assert_close(found, expected)
@@ -241,4 +241,4 @@ def test_an_unknown_teacher_is_refused(unchecked):
 def test_sequences_longer_than_the_model_are_refused(chatter):
     model, tokenizer = chatter
     with pytest.raises(InputError, match="600 tokens.*512 positions"):
-        IndexMemTask(model, tokenizer, Indexer.fresh(model), [], [PROSE], [PROSE], SMALL)
+        IndexMemTask(model, tokenizer, Indexer.initialize(model), [], [PROSE], [PROSE], SMALL)

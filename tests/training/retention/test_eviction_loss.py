@@ -36,7 +36,7 @@ def task(chatter):
 @pytest.mark.parametrize(("share", "groups"), [("model", (6,)), ("layer", (2, 2, 2)), ("head", (1,) * 6)])
 def test_so_many_are_kept_of_each_group(share, groups, monkeypatch):
     model = tiny("llama", num_hidden_layers=3)
-    config = Gates.fresh(model).config
+    config = Gates.initialize(model).config
     assert competing(config, share) == groups
     monkeypatch.setattr(soft_topk, "SOFTNESS", 1e-4)
     log_beta = -torch.rand(6, 40, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_a_share_has_one_of_three_names():
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma4"])
 def test_with_everything_kept_answers_are_the_full_model_s(name):
     model = tiny(name, sliding_window=64) if "gemma" in name else tiny(name)
-    gates, ids, at = Gates.fresh(model), random_ids(model, 1, 24), torch.tensor([0, 3, 7])
+    gates, ids, at = Gates.initialize(model), random_ids(model, 1, 24), torch.tensor([0, 3, 7])
     text = read(model, ids[:, :16])
     rows = dict(zip(gates.config.layers, gates.config.kv_heads, strict=True))
     all_kept = Fading({layer_idx: torch.zeros(heads, 16) for layer_idx, heads in rows.items()})
@@ -113,7 +113,7 @@ def test_a_bfloat16_model_teaches_float32_gates(chatter, forgets):
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny("llama", dtype=dtype, **small)
         torch.manual_seed(0)
-        gates, options = Gates.fresh(model, width=16), replace(SMALL, forgets=forgets)
+        gates, options = Gates.initialize(model, width=16), replace(SMALL, forgets=forgets)
         one = RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], options, validation=2)
         loss = one.loss(0)["loss"]
         loss.backward()

@@ -266,7 +266,7 @@ def test_to_let_everything_live_longer_gains_nothing():
 @pytest.mark.parametrize("kind", ["answers", "replay"])
 def test_gates_learn_what_later_tokens_look_at_without_gradients_through_the_model(kind):
     model = tiny("llama")
-    gates, ids = Gates.fresh(model, width=16), random_ids(model, 1, 20)
+    gates, ids = Gates.initialize(model, width=16), random_ids(model, 1, 20)
     looked = replayed(model, ids) if kind == "replay" else asked(model, ids, 14)
     first = regression(gates, looked, 0.2, (len(looked[0]),))
     first.backward()
@@ -288,7 +288,7 @@ def task(chatter):
     tokenizer = chatter[1]
     model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
     torch.manual_seed(0)
-    gates = Gates.fresh(model, width=16, bias=2.0)
+    gates = Gates.initialize(model, width=16, bias=2.0)
     return RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], SMALL, validation=2)
 
 
@@ -368,7 +368,7 @@ def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch
 def test_sequences_longer_than_the_model_are_refused(chatter):
     model, tokenizer = chatter
     with pytest.raises(InputError, match="800 tokens.*512 positions"):
-        RetentionTask(model, tokenizer, Gates.fresh(model), [PROSE], [PROSE], SMALL)
+        RetentionTask(model, tokenizer, Gates.initialize(model), [PROSE], [PROSE], SMALL)
 
 
 def test_a_share_of_nobody_is_refused(unchecked):
@@ -394,7 +394,7 @@ def test_the_flat_trainer_comes_to_the_same_losses(chatter):
     for kind in ("flat", "full"):
         model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
         torch.manual_seed(0)
-        gates = Gates.fresh(model, width=16, bias=2.0)
+        gates = Gates.initialize(model, width=16, bias=2.0)
         task = RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], options)
         if kind == "flat":
             model.set_attn_implementation("eager")

@@ -14,7 +14,7 @@ from typing import TypeVar
 from vestige.bench.sources import ESSAYS_SET, FEWEST_FILES, HOTPOT_SET, SQUAD_SET, reserved
 from vestige.bench.tasks.longbench.data import HUB, HUB_V2
 from vestige.errors import InputError
-from vestige.utils.jsonl import Entry
+from vestige.text.jsonl import Entry
 
 REFUSED_FIELDS = {
     "RULER's": {"index", "input", "outputs", "length"},

@@ -14,10 +14,10 @@ from torch import Tensor
 from vestige.bench import hub
 from vestige.bench.config import require_path
 from vestige.errors import InputError
-from vestige.text.chat_template import read_text
+from vestige.text import jsonl
+from vestige.text.files import read_text
+from vestige.text.jsonl import Entry
 from vestige.training.data import decontamination
-from vestige.utils import jsonl
-from vestige.utils.jsonl import Entry
 
 HUB_PREFIX = "hub:"
 TEXTS = (".txt", ".md")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import InputError
+from vestige.text.jsonl import Entry
 from vestige.training.data import documents
 from vestige.training.data.sentences import sentences
 from vestige.training.eraser.quotations import FEWEST
 from vestige.training.eraser.templates import Draft, Passage, Query
 from vestige.training.sampler import seed_of
-from vestige.utils.jsonl import Entry
 
 PREFIX = "The answer is"
 _TRIES = 20

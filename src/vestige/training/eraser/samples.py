@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige.errors import InputError
 from vestige.spans import Span, within
 from vestige.text import locate
-from vestige.text.chat_template import Frame, ends_of
+from vestige.text.chat_template import ChatTemplate, find_end_ids
 from vestige.training.data.sentences import stretch
 from vestige.training.eraser import differentiable_cache
 from vestige.training.eraser.facts import facts
@@ -145,8 +145,8 @@ class SampleMaker:
     """Makes samples of drafts, by asking the model what it says with and without the passages."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: EraserOptions) -> None:
-        self.model, self.tokenizer, self.frame, self.options = model, tokenizer, Frame(tokenizer), options
-        self.stop = ends_of(model, tokenizer)
+        self.model, self.tokenizer, self.frame, self.options = model, tokenizer, ChatTemplate(tokenizer), options
+        self.stop = find_end_ids(model, tokenizer)
 
     @torch.no_grad()
     def sample(self, name: tuple[str | int, ...], texts: Texts, *, neighbours: bool) -> Sample:

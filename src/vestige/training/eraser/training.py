@@ -50,7 +50,7 @@ class EraserTraining(Training):
         texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))
         torch.manual_seed(self.loop.seed)
         if self.begin is None:
-            adapter = Adapter.fresh(model, rank=self.rank, alpha=2.0 * self.rank)
+            adapter = Adapter.initialize(model, rank=self.rank, alpha=2.0 * self.rank)
         else:
             adapter = Adapter.load(self.begin, model)
         task = EraserTask(model, tokenizer, adapter, texts, held, self.options, validation=self.validation)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from vestige.errors import InputError, unknown_name_message
-from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, asked
+from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, index_scores
 from vestige.training.indexmem.teacher_trace import Layer
 
 Teacher = Literal["answers", "text"]
@@ -67,20 +67,20 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
     keys = indexer.index_keys(layer.hidden[:text])
     found = indexer.index_queries(layer.hidden[:asking])
     with torch.no_grad():
-        winner = _compared(found, keys).by_whom()
+        winner = _compared(found, keys).argmax()
     groups = torch.arange(len(keys), device=keys.device)[:, None]
     chosen = IndexQueries(
         found.queries.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
         found.gates.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
     )
-    return asked(chosen, keys.flatten(0, 1)[:, None]).view(len(keys), text)
+    return index_scores(chosen, keys.flatten(0, 1)[:, None]).view(len(keys), text)
 
 
 @torch.no_grad()
 def asked_most(indexer: LayerIndexer, layer: Layer, text: int) -> Float[Tensor, "groups text"]:
     """Return the most that any query of a text asks for each of its tokens."""
     keys = indexer.index_keys(layer.hidden[:text])
-    return _compared(indexer.index_queries(layer.hidden[:text]), keys).most()
+    return _compared(indexer.index_queries(layer.hidden[:text]), keys).max()
 
 
 def _compared(asking: IndexQueries, keys: Float[Tensor, "groups text size"]) -> Comparison:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Latent
 from vestige.policies.indexmem import IndexMem

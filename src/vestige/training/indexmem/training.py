@@ -74,8 +74,8 @@ class IndexMemTraining(Training):
             "indexer": {"heads": self.heads, "dim": self.dim, "apart": self.apart},
             "memory": {"width": self.width, "decays": self.decays, "asks": self.asks},
         }
-        indexer = Indexer.fresh(model, **shapes["indexer"])
-        latents = [Latent.fresh(model, kind, **shapes["memory"]) for kind in self.memories]
+        indexer = Indexer.initialize(model, **shapes["indexer"])
+        latents = [Latent.initialize(model, kind=kind, **shapes["memory"]) for kind in self.memories]
         task = IndexMemTask(model, tokenizer, indexer, latents, prose, held, self.options, validation=self.validation)
         return job.carry_out(
             task,

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vestige.models.anatomy import attention_input, check
+from vestige.models.layout import attention_input, check
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vestige.cache.attention import vestige_attention
 from vestige.kernels import AttentionScale, reference
-from vestige.models.anatomy import ModelLayout, attention_input, check
+from vestige.models.layout import ModelLayout, attention_input, check
 from vestige.nn.retention_gates import Gates
 
 NAME = "vestige_gated"

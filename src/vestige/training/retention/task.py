@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
 from vestige.errors import InputError, unknown_name_message
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
 from vestige.policies.selection import Share, parse_share

@@ -51,7 +51,7 @@ class RetentionTraining(Training):
         sides = self.sides()
         prose, held = (prose_of(side) for side in sides)
         torch.manual_seed(self.loop.seed)
-        gates = Gates.fresh(model, width=self.width, depth=self.depth, tied=self.tied, bias=self.bias)
+        gates = Gates.initialize(model, width=self.width, depth=self.depth, tied=self.tied, bias=self.bias)
         task = RetentionTask(model, tokenizer, gates, prose, held, self.options, validation=self.validation)
         return job.carry_out(
             task,

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vestige.errors import InputError
-from vestige.text.chat_template import Frame
-from vestige.text.turns import Turns
+from vestige.text.chat_template import ChatTemplate
 from vestige.training.data.sentences import stretch
 from vestige.training.data.synthetic_qa.story import Asked, tale
 from vestige.training.sampler import seed_of
@@ -125,7 +124,7 @@ class SequenceMaker:
     ) -> None:
         if not 96 <= least <= length or others < 0:
             raise InputError(f"need 96 <= least <= length and others >= 0, got {least}, {length} and {others}")
-        self.tokenizer, self.frame, self.turns = tokenizer, Frame(tokenizer), Turns(tokenizer)
+        self.tokenizer, self.frame = tokenizer, ChatTemplate(tokenizer)
         self.length, self.least, self.others, self.asked, self.seed = length, least, others, asked, seed
 
     def sequence(self, name: tuple[str | int, ...], prose: Sequence[Sequence[str]]) -> Packed:
@@ -186,7 +185,7 @@ class SequenceMaker:
         context, answers = len(ids), list[int]()
         for number, asked in enumerate(talk.asked):
             ids += self.question(asked, first=number == 0)
-            reply = [*self.answer(asked), self.turns.next_opening()[0]]
+            reply = [*self.answer(asked), self.frame.next_opening()[0]]
             answers += range(len(ids) - 1, len(ids) + len(reply) - 1)
             ids += reply
         return Document(ids=tuple(ids), context=context, answers=tuple(answers))
@@ -203,8 +202,13 @@ class SequenceMaker:
         """Return what stands between the text, or the answer before, and an answer."""
         if first:
             return list(self.frame.question(asked.question, asked.prefix)[0].tolist())
-        after_end = self.turns.next_opening()[1:]
-        return [*after_end, *self.turns.message(asked.question)[0], *self.turns.asking(), *self._ids(asked.prefix)]
+        after_end = self.frame.next_opening()[1:]
+        return [
+            *after_end,
+            *self.frame.message(asked.question)[0],
+            *self.frame.reply_opening(),
+            *self._ids(asked.prefix),
+        ]
 
     def answer(self, asked: Asked) -> list[int]:
         """Return an answer behind its prefix."""

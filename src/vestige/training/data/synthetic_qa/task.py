@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.training.data.synthetic_qa.sequences import Alone, Packed, SequenceMaker
 from vestige.training.data.synthetic_qa.validation import Held, held_tales
 from vestige.training.sampler import seed_of
