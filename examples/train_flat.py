@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vestige.training.sampler import sample_at, seed_of
+from vestige.training.sampler import derive_seed, find_sample_index
 from vestige.training.task import Task
 
 
@@ -57,8 +57,8 @@ def train(
         optimizer.zero_grad()
         total = 0.0
         for position in range(step * batch, (step + 1) * batch):
-            torch.manual_seed(seed_of(seed, "sample", position))
-            loss = task.loss(sample_at(seed, position, task.num_samples))["loss"]
+            torch.manual_seed(derive_seed(seed, "sample", position))
+            loss = task.loss(find_sample_index(seed, position, task.num_samples))["loss"]
             (loss / batch).backward()
             total += loss.item()
         losses.append(total / batch)

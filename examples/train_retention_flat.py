@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from vestige.models.anatomy import check
 from vestige.nn.retention_gates import Gates
-from vestige.training.data.synthetic_qa.sequences import Packed
+from vestige.training.data.synthetic_qa.sequences import PackedSequence
 
 
 def train(
     model: PreTrainedModel,
     gates: Gates,
-    sequences: Iterable[Packed],
+    sequences: Iterable[PackedSequence],
     *,
     lr: float = 2e-3,
     capacity: float = 0.05,

@@ -62,15 +62,15 @@ def _carry_out(
     from vestige.models.loading import load
     from vestige.training.checkpoint import Checkpoints
     from vestige.training.data.documents import require_sources
-    from vestige.training.distributed import processes
+    from vestige.training.distributed import find_processes
     from vestige.training.trainer import Job
 
     require_sources(training.data)  # what is missing should not cost a download
     Checkpoints(to, {}).check(resume=resume)
-    among = processes()
-    network, tokenizer = load(model, device=device if among.device is None else str(among.device), dtype=dtype)
-    with render.training_bar(err) as tell:
-        job = Job(out=to, name=model, command=typed(), resume=resume, among=among, tell=tell)
+    world = find_processes()
+    network, tokenizer = load(model, device=device if world.device is None else str(world.device), dtype=dtype)
+    with render.training_bar(err) as on_step:
+        job = Job(out=to, name=model, command=typed(), resume=resume, world=world, on_step=on_step)
         done = training.run(network, tokenizer, job)
     if not done.finished:
         err.print(f"stopped after {done.step} of {training.loop.steps} steps; go on with --resume")

@@ -55,7 +55,7 @@ class Checkpoints:
     def __init__(self, folder: Path, books: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder = folder
         try:
-            self.books = json.loads(json.dumps(books))  # as a file would give them back: tuples are lists
+            self.metadata = json.loads(json.dumps(books))  # as a file would give them back: tuples are lists
         except (TypeError, ValueError) as error:
             raise InputError(f"the identity of a task must be JSON values: {error}") from None
 
@@ -127,7 +127,7 @@ class Checkpoints:
         try:
             save_file(_own(state.weights), work / WEIGHTS)
             save_file(_own({**state.moments, _RNG: state.rng}), work / OPTIMIZER)
-            books = {"format": FORMAT, "step": state.step, **self.books}
+            books = {"format": FORMAT, "step": state.step, **self.metadata}
             (work / BOOKS).write_text(json.dumps(books, indent=1) + "\n")
             for file in work.iterdir():
                 file.chmod(0o644)  # safetensors leaves them to their owner alone
@@ -147,7 +147,7 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _compare(self, path: Path, saved: Mapping[str, Any]) -> None:
-        for kind, own in self.books.items():
+        for kind, own in self.metadata.items():
             for name in dict.fromkeys([*own, *saved[kind]]):
                 was, now = saved[kind].get(name), own.get(name)
                 if was != now:

@@ -87,6 +87,6 @@ class LoopConfig:
         """Tell whether there is a checkpoint once so many steps are done."""
         return done == self.steps or done % self.save_every == 0
 
-    def books(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return what must not change when a run goes on."""
         return asdict(self)

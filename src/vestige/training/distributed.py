@@ -42,21 +42,21 @@ class Processes:
                 f"batch {batch} cannot be shared by {self.count} processes; use a multiple of {self.count}"
             )
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every process is here."""
         if self.count > 1:
             from accelerate.utils import wait_for_everyone
 
             wait_for_everyone()
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in one message. All must have the dtype float32."""
         if self.count > 1:
             from accelerate.utils import reduce
 
             _replace(list(tensors), lambda flat: reduce(flat, reduction="sum"))
 
-    def follow(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the main process's."""
         if self.count > 1:
             from accelerate.utils import broadcast
@@ -64,7 +64,7 @@ class Processes:
             _replace(list(tensors), broadcast)
 
 
-def processes() -> Processes:
+def find_processes() -> Processes:
     """Return this process among those that a launcher started; alone if there was no launcher.
 
     Raises:

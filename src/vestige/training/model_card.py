@@ -45,7 +45,7 @@ def write_card(
         "minutes": round(sum(one["seconds"] for one in records) / 60, 1),
         "seed": loop.seed,
         "command": command,
-        "loop": loop.books(),
+        "loop": loop.metadata(),
         **more,
         "validation": validated,
     }

@@ -24,7 +24,7 @@ def adamw(parameters: Named, config: LoopConfig) -> AdamW:
     return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
 
 
-def gather_gradients(parameters: Named, among: Processes, *, first: bool) -> None:
+def gather_gradients(parameters: Named, world: Processes, *, first: bool) -> None:
     """Add up the gradients of all processes, in place; a parameter without one gets zeros.
 
     Args:
@@ -36,17 +36,17 @@ def gather_gradients(parameters: Named, among: Processes, *, first: bool) -> Non
         InputError: In the first step, none reached a parameter: a trainer must not run for hours like that.
     """
     if first:
-        _require_gradients(parameters, among)
+        _require_gradients(parameters, world)
     for parameter in parameters.values():
         if parameter.grad is None:  # AdamW would pass it over, in this process but not in another
             parameter.grad = torch.zeros_like(parameter)
-    among.add_up([p.grad for p in parameters.values() if p.grad is not None])
+    world.all_reduce([p.grad for p in parameters.values() if p.grad is not None])
 
 
-def _require_gradients(parameters: Named, among: Processes) -> None:
+def _require_gradients(parameters: Named, world: Processes) -> None:
     device = next(iter(parameters.values())).device
     reached = torch.tensor([float(p.grad is not None) for p in parameters.values()], device=device)
-    among.add_up([reached])
+    world.all_reduce([reached])
     missed = [name for name, count in zip(parameters, reached.tolist(), strict=True) if not count]
     if missed:
         raise InputError(

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 
-def sample_at(seed: int, position: int, num_samples: int | None) -> int:
+def find_sample_index(seed: int, position: int, num_samples: int | None) -> int:
     """Return the index of a sample.
 
     Args:
@@ -20,18 +20,18 @@ def sample_at(seed: int, position: int, num_samples: int | None) -> int:
     return _shuffled(seed, epoch, num_samples)[place]
 
 
-def seed_of(*what: int | str) -> int:
+def derive_seed(*what: int | str) -> int:
     """Return a seed below 2**63 that follows from what it is for: ``seed_of(config.seed, "spans", index)``."""
     digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator_of(*what: int | str) -> torch.Generator:
-    """Return a generator on the CPU, seeded as :func:`seed_of` says."""
-    return torch.Generator().manual_seed(seed_of(*what))
+def make_generator(*what: int | str) -> torch.Generator:
+    """Return a generator on the CPU, seeded as :func:`derive_seed` says."""
+    return torch.Generator().manual_seed(derive_seed(*what))
 
 
 @lru_cache(maxsize=2)  # a step may lie across two epochs
 def _shuffled(seed: int, epoch: int, num_samples: int) -> list[int]:
-    generator = generator_of(seed, "epoch", epoch)
+    generator = make_generator(seed, "epoch", epoch)
     return [int(i) for i in torch.randperm(num_samples, generator=generator)]

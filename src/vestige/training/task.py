@@ -58,12 +58,12 @@ class Task(Protocol):
         """
 
 
-def identity_of(model: PreTrainedModel) -> dict[str, str]:
+def model_identity(model: PreTrainedModel) -> dict[str, str]:
     """Return the part of an identity that says which model is read: its weights, and the dtype it computes in."""
     return {"model": check(model).fingerprint(), "dtype": str(model.dtype)}
 
 
-def trainables(module: nn.Module) -> dict[str, nn.Parameter]:
+def find_trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by name.
 
     Raises:
@@ -78,7 +78,7 @@ def trainables(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def checked(parts: Mapping[str, Tensor]) -> Mapping[str, Float[Tensor, ""]]:
+def check_parts(parts: Mapping[str, Tensor]) -> Mapping[str, Float[Tensor, ""]]:
     """Return the parts of a loss, or raise an InputError if they are no scalars or nothing can be learned from them."""
     if LOSS not in parts:
         raise InputError(f"a task must return a part named {LOSS!r}, got {', '.join(parts) or 'nothing'}")
@@ -90,7 +90,7 @@ def checked(parts: Mapping[str, Tensor]) -> Mapping[str, Float[Tensor, ""]]:
     return {name: value.reshape(()) for name, value in parts.items()}
 
 
-def plain(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """Return a number as JSON can hold it: None for NaN and infinities."""
     return value if math.isfinite(value) else None
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.training.config import LoopConfig
-from vestige.training.data.documents import Document, read, split
-from vestige.training.data.sentences import usable
+from vestige.training.data.documents import Document, read_documents, split_documents
+from vestige.training.data.sentences import require_long_documents
 from vestige.training.distributed import Processes
-from vestige.training.loop import Outcome, Tell, train
+from vestige.training.loop import OnStep, Outcome, train
 from vestige.training.model_card import write_card
 from vestige.training.task import Task
 
@@ -47,8 +47,8 @@ class Job:
     name: str
     command: str
     resume: bool = False
-    among: Processes | None = None
-    tell: Tell | None = None
+    world: Processes | None = None
+    on_step: OnStep | None = None
 
     def carry_out(
         self,
@@ -76,8 +76,8 @@ class Job:
             InputError: The data or the folder cannot be used.
             VestigeError: The loss is not finite; the last checkpoint is kept.
         """
-        done = train(task, loop, self.out, resume=self.resume, among=self.among, tell=self.tell)
-        if done.finished and (self.among is None or self.among.main):
+        done = train(task, loop, self.out, resume=self.resume, world=self.world, on_step=self.on_step)
+        if done.finished and (self.world is None or self.world.main):
             weights.save(self.out / folder)
             write_card(
                 self.out / folder,
@@ -97,7 +97,7 @@ class Training(ABC):
     """What is trained, on what, for how long: what a training command makes of its options.
 
     Args:
-        data: Files, folders or sets, as :func:`vestige.training.read` takes them.
+        data: Files, folders or sets, as :func:`vestige.training.data.documents.read_documents` takes them.
         field: Of JSONL lines.
         loop: Steps, batch, learning rate, ...
         validation: Samples to validate on.
@@ -130,7 +130,7 @@ class Training(ABC):
         Raises:
             InputError: The data cannot be used.
         """
-        return split(usable(read(self.data, field=self.field)), share=HELD_OUT)
+        return split_documents(require_long_documents(read_documents(self.data, field=self.field)), share=HELD_OUT)
 
     @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:

@@ -35,7 +35,9 @@ class Document:
     text: str
 
 
-def read(sources: Sequence[str | Path], *, field: str = "text", notice: Notice | None = None) -> list[Document]:
+def read_documents(
+    sources: Sequence[str | Path], *, field: str = "text", notice: Notice | None = None
+) -> list[Document]:
     """Return the documents of all sources, without those that are for benchmarks only.
 
     Texts of white space alone are passed over.
@@ -53,7 +55,7 @@ def read(sources: Sequence[str | Path], *, field: str = "text", notice: Notice |
     documents = []
     for source in sources:
         if _on_hub(source) or _is_jsonl(Path(source)):
-            documents += _of_entries(entries(source, notice=notice), field)
+            documents += _of_entries(read_entries(source, notice=notice), field)
         else:
             documents += _of_path(Path(source), notice)
     if not documents:
@@ -70,15 +72,15 @@ def require_sources(sources: Sequence[str | Path]) -> None:
             require_path(Path(source))
 
 
-def entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
+def read_entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
     """Return the lines of a ``*.jsonl`` file or the rows of a set on the hub, without those for benchmarks only.
 
     Args:
-        source: As :func:`read` takes it.
+        source: As :func:`read_documents` takes it.
         notice: Hears what was left out; by default it is said on stderr.
 
     Raises:
-        InputError: As :func:`read`; or it is another kind of source.
+        InputError: As :func:`read_documents`; or it is another kind of source.
     """
     if _on_hub(source):
         return _of_hub(source, notice)
@@ -93,13 +95,13 @@ def entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
     return kept
 
 
-def lines_of(document: Document) -> list[Document]:
+def split_lines(document: Document) -> list[Document]:
     """Return the lines of a text that holds one document a line; empty ones are passed over."""
     lines = enumerate(document.text.split("\n"), 1)
     return [Document(f"{document.name}, line {n}", line) for n, line in lines if line.strip()]
 
 
-def split(documents: Sequence[Document], *, share: float = 0.05) -> tuple[list[Document], list[Document]]:
+def split_documents(documents: Sequence[Document], *, share: float = 0.05) -> tuple[list[Document], list[Document]]:
     """Return the documents to train on and those to validate on.
 
     A document's side follows from its text alone, so that neither order nor new files move another. Equal texts are
@@ -126,7 +128,7 @@ def split(documents: Sequence[Document], *, share: float = 0.05) -> tuple[list[D
     return sides[0], sides[1]
 
 
-def windows(
+def draw_windows(
     document: Document, tokenizer: Any, *, size: int, count: int = 1, generator: torch.Generator
 ) -> Int[Tensor, "count size"]:
     """Return token windows of a document at random places; they may overlap.
@@ -136,7 +138,7 @@ def windows(
         tokenizer: Of transformers.
         size: Tokens of a window.
         count: Windows.
-        generator: Says where they begin: :func:`vestige.training.sampler.generator_of`.
+        generator: Says where they begin: :func:`vestige.training.sampler.make_generator`.
 
     Raises:
         InputError: The document has fewer tokens than a window, or the numbers are not above 0.

@@ -12,19 +12,19 @@ SHORTEST = 12
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Return the sentences of a text, white space made single, without very short and very long ones."""
     found = _SENTENCE.split(" ".join(text.split()))
     return [one for one in found if 20 <= len(one) <= 400]
 
 
-def usable(documents: Sequence[Document]) -> list[Document]:
+def require_long_documents(documents: Sequence[Document]) -> list[Document]:
     """Return the documents that have enough sentences.
 
     Raises:
         InputError: Fewer than two different ones have, and one is to validate on.
     """
-    long = [one for one in documents if len(sentences(one.text)) >= SHORTEST]
+    long = [one for one in documents if len(split_sentences(one.text)) >= SHORTEST]
     if (count := len({one.text for one in long})) < 2:
         raise InputError(
             f"training takes two texts of {SHORTEST} sentences or more, one of them to validate on; there is "
@@ -33,7 +33,7 @@ def usable(documents: Sequence[Document]) -> list[Document]:
     return long
 
 
-def stretch(
+def draw_sentences(
     rng: random.Random, text: Sequence[str], room: int, count: Callable[[str], int], *, fewest: int
 ) -> list[str]:
     """Return sentences of a text from a random one on, going round.
@@ -53,6 +53,6 @@ def stretch(
     return found
 
 
-def prose_of(documents: Sequence[Document]) -> list[list[str]]:
+def split_documents(documents: Sequence[Document]) -> list[list[str]]:
     """Return the sentences of every document."""
-    return [sentences(document.text) for document in documents]
+    return [split_sentences(document.text) for document in documents]

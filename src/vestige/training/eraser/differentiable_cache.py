@@ -51,7 +51,7 @@ def steer(
     current = list(layers)
     for span in spans:
         cache = _cache(model, [(keys[:, :, : span.start], values[:, :, : span.start]) for keys, values in current])
-        with attention(model, "eager"), adapter.applied(model):
+        with use_attention(model, "eager"), adapter.applied(model):
             model.base_model(input_ids=ids[:, span.start : span.end], **cache_argument(cache))
         current = [
             (
@@ -63,7 +63,7 @@ def steer(
     return current
 
 
-def logits_over(
+def compute_logits(
     model: PreTrainedModel, layers: Sequence[Layer], ids: Int[Tensor, "1 new"], last: int
 ) -> Float[Tensor, "last vocab"]:
     """Return the logits of the last of some ids that are fed behind what the layers hold, with gradients.
@@ -74,13 +74,13 @@ def logits_over(
         ids: A question and all of a reply but its last token.
         last: Logits wanted.
     """
-    with attention(model, "eager"):
+    with use_attention(model, "eager"):
         out = model(input_ids=ids, **cache_argument(_cache(model, layers)), logits_to_keep=last)
     logits: Tensor = out.logits[0]
     return logits.float()
 
 
-def reply(
+def greedy_reply(
     model: PreTrainedModel,
     layers: Sequence[Layer],
     question: Int[Tensor, "1 question"],
@@ -101,7 +101,7 @@ def reply(
 
 
 @contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Use another attention of transformers for a while."""
     config = model.config
     before = config._attn_implementation

@@ -49,7 +49,7 @@ class _Topic:
         return Query(kind=kind, question=question, prefix=prefix, answer=answer, misled=misled)
 
 
-def facts(rng: random.Random, prose: Sequence[str]) -> Draft:
+def draft_facts(rng: random.Random, prose: Sequence[str]) -> Draft:
     """Return a text with statements, some of which are erased.
 
     Args:
@@ -78,30 +78,30 @@ def facts(rng: random.Random, prose: Sequence[str]) -> Draft:
 
 def _gone(rng: random.Random, kind: str, topic: _Topic, right: str, wrong: Sequence[str]) -> list[list[Passage]]:
     """Return what is erased, and what stands right behind each."""
-    stated = [Passage(text=topic.says(rng, value), states=value, gone=True) for value in wrong]
+    stated = [Passage(text=topic.says(rng, value), states=value, is_erased=True) for value in wrong]
     if kind == "remark":
         return [[stated[0], Passage(text=topic.says(rng, "", REMARKS))]]
     if kind == "several":
         return [[one] for one in stated[: rng.randint(2, 3)]]
     if kind == "order":
-        return [[Passage(text=topic.says(rng, wrong[0], ORDERS), gone=True)]]
+        return [[Passage(text=topic.says(rng, wrong[0], ORDERS), is_erased=True)]]
     if kind == "retained":
         other = _topic(rng, (topic.who,))
-        return [[Passage(text=other.says(rng, other.relation.value(rng)), gone=True)]]
+        return [[Passage(text=other.says(rng, other.relation.value(rng)), is_erased=True)]]
     if kind == "alone":
-        return [[Passage(text=topic.says(rng, right), states=right, gone=True)]]
+        return [[Passage(text=topic.says(rng, right), states=right, is_erased=True)]]
     return [[stated[0]]]
 
 
 def _among(
-    rng: random.Random, prose: Sequence[str], placed: Sequence[Passage], gone: Sequence[Sequence[Passage]]
+    rng: random.Random, prose: Sequence[str], placed: Sequence[Passage], is_erased: Sequence[Sequence[Passage]]
 ) -> tuple[Passage, ...]:
     """Put statements among sentences at random places; what is erased may take sentences behind it along."""
     groups = [[Passage(text=one)] for one in prose]
     for one in placed:
         groups.insert(rng.randrange(1, len(groups)), [one])
-    for some in gone:
-        at = rng.choice([i for i in range(1, len(groups)) if not groups[i][0].gone])
+    for some in is_erased:
+        at = rng.choice([i for i in range(1, len(groups)) if not groups[i][0].is_erased])
         if len(some) == 1:
             _take_along(groups, at, rng.choice((0, 0, 0, 1, 2)))
         groups.insert(at, list(some))
@@ -111,7 +111,7 @@ def _among(
 def _take_along(groups: list[list[Passage]], at: int, count: int) -> None:
     for i in range(at, min(at + count, len(groups))):
         if len(groups[i]) == 1 and not groups[i][0].states:
-            groups[i] = [replace(groups[i][0], gone=True)]
+            groups[i] = [replace(groups[i][0], is_erased=True)]
 
 
 def _topic(rng: random.Random, taken: Sequence[str]) -> _Topic:

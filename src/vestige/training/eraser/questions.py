@@ -8,10 +8,10 @@ from typing import Any
 
 from vestige.errors import InputError
 from vestige.training.data import documents
-from vestige.training.data.sentences import sentences
+from vestige.training.data.sentences import split_sentences
 from vestige.training.eraser.quotations import FEWEST
 from vestige.training.eraser.templates import Draft, Passage, Query
-from vestige.training.sampler import seed_of
+from vestige.training.sampler import derive_seed
 from vestige.utils.jsonl import Entry
 
 PREFIX = "The answer is"
@@ -28,31 +28,31 @@ class Question:
     """As it stands in the paragraph."""
 
 
-def read(sources: Sequence[str | Path]) -> list[Question]:
+def read_questions(sources: Sequence[str | Path]) -> list[Question]:
     """Return the questions of JSONL files and sets on the hub whose answer stands in their paragraph.
 
     Args:
-        sources: As :func:`vestige.training.read` takes them. Lines and rows have ``question``, ``context``, and
+        sources: As :func:`~vestige.training.data.documents.read_documents` takes them. Lines have ``question``, ``context``, and
             ``answers``: a text, a list of them, or SQuAD's ``{"text": [...]}``.
 
     Raises:
         InputError: A source cannot be used, a line has not these fields, or no answer stands in its paragraph.
     """
-    found = [_question(entry) for source in sources for entry in documents.entries(source)]
+    found = [_question(entry) for source in sources for entry in documents.read_entries(source)]
     usable = [one for one in found if one is not None]
     if sources and not usable:
         raise InputError(f"no question in {', '.join(map(str, sources))} has an answer that stands in its paragraph")
     return usable
 
 
-def split(questions: Sequence[Question], *, share: float) -> tuple[list[Question], list[Question]]:
+def split_questions(questions: Sequence[Question], *, share: float) -> tuple[list[Question], list[Question]]:
     """Return the questions to train on and those to validate on, by paragraph; validation may have none."""
-    held = [seed_of(one.paragraph) % 1000 < 1000 * share for one in questions]
+    held = [derive_seed(one.paragraph) % 1000 < 1000 * share for one in questions]
     sides = [[one for one, out in zip(questions, held, strict=True) if out == side] for side in (False, True)]
     return sides[0], sides[1]
 
 
-def distracted(rng: random.Random, questions: Sequence[Question], length: int) -> Draft | None:
+def draft_distractor(rng: random.Random, questions: Sequence[Question], length: int) -> Draft | None:
     """Return paragraphs, one of which answers a question, and the sentence that answers it with another answer in it.
 
     Args:
@@ -65,17 +65,18 @@ def distracted(rng: random.Random, questions: Sequence[Question], length: int) -
     """
     for _ in range(_TRIES):
         asked = rng.choice(questions)
-        sentence = next((one for one in sentences(asked.paragraph) if asked.answer in one), None)
+        sentence = next((one for one in split_sentences(asked.paragraph) if asked.answer in one), None)
         wrong = _wrong(rng, asked, questions)
         if sentence is None or wrong is None:
             continue
         around = _paragraphs(rng, asked, questions, length)
         right = [
-            Passage(text=one, states=asked.answer if one == sentence else "") for one in sentences(asked.paragraph)
+            Passage(text=one, states=asked.answer if one == sentence else "")
+            for one in split_sentences(asked.paragraph)
         ]
         at = rng.randrange(len(around) + 1)
         passages = [Passage(text=one) for one in around[:at]] + right + [Passage(text=one) for one in around[at:]]
-        changed = Passage(text=sentence.replace(asked.answer, wrong), gone=True, states=wrong)
+        changed = Passage(text=sentence.replace(asked.answer, wrong), is_erased=True, states=wrong)
         passages.insert(rng.randrange(1, len(passages) + 1), changed)
         query = Query(kind="question", question=asked.text, prefix=PREFIX, answer=asked.answer, misled=True)
         return Draft(passages=tuple(passages), queries=(query,))
@@ -89,7 +90,7 @@ def _paragraphs(rng: random.Random, asked: Question, questions: Sequence[Questio
         if len(found) >= FEWEST and sum(map(len, found)) >= length:
             break
         if asked.answer not in other.paragraph and other.paragraph != asked.paragraph:
-            found += sentences(other.paragraph)
+            found += split_sentences(other.paragraph)
     return found
 
 

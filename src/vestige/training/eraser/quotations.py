@@ -22,7 +22,7 @@ _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}(?: [A-Z][a-z]+)*\b")
 _ANSWER_WORDS = 9
 
 
-def neighbour(rng: random.Random, prose: Sequence[str], other: Sequence[str]) -> Draft:
+def draft_neighbour(rng: random.Random, prose: Sequence[str], other: Sequence[str]) -> Draft:
     """Return a text with a foreign passage: to be quoted across the hole, and elsewhere, where nothing may change.
 
     Args:
@@ -33,12 +33,12 @@ def neighbour(rng: random.Random, prose: Sequence[str], other: Sequence[str]) ->
     hole = rng.randrange(2, len(prose) - 2)
     begin, count = rng.randrange(len(other)), rng.randint(1, 5)
     passages = [Passage(text=one) for one in prose]
-    passages[hole:hole] = [Passage(text=one, gone=True) for one in other[begin : begin + count]]
+    passages[hole:hole] = [Passage(text=one, is_erased=True) for one in other[begin : begin + count]]
     queries = (_quoted(rng, prose, hole, "across"), _elsewhere(rng, prose, hole))
     return Draft(passages=tuple(passages), queries=queries)
 
 
-def altered(rng: random.Random, prose: Sequence[str], other: Sequence[str]) -> Draft | None:
+def draft_altered(rng: random.Random, prose: Sequence[str], other: Sequence[str]) -> Draft | None:
     """Return a text in which a sentence stands a second time, with another name or number in it; that one is erased.
 
     Args:
@@ -58,9 +58,9 @@ def altered(rng: random.Random, prose: Sequence[str], other: Sequence[str]) -> D
     changed = sentence[: match.start()] + wrong + sentence[match.end() :]
     passages = [Passage(text=one, states=value if i == at else "") for i, one in enumerate(prose)]
     place = rng.choice([i for i in range(1, len(prose)) if abs(i - at) > 1])
-    passages.insert(place, Passage(text=changed, gone=True, states=wrong))
+    passages.insert(place, Passage(text=changed, is_erased=True, states=wrong))
     if rng.random() < 0.4:
-        passages.insert(place, Passage(text=rng.choice(other), gone=True))
+        passages.insert(place, Passage(text=rng.choice(other), is_erased=True))
     begun = " ".join(sentence[: match.start()].split()[-ANCHOR:])
     asked = Query(kind="altered", question=rng.choice(QUOTE), prefix=begun, answer=value, misled=True)
     return Draft(passages=tuple(passages), queries=(asked, _elsewhere(rng, prose, at)))

@@ -20,13 +20,13 @@ from vestige.errors import InputError
 from vestige.spans import Span, within
 from vestige.text import locate
 from vestige.text.chat_template import Frame, ends_of
-from vestige.training.data.sentences import stretch
+from vestige.training.data.sentences import draw_sentences
 from vestige.training.eraser import differentiable_cache
-from vestige.training.eraser.facts import facts
-from vestige.training.eraser.questions import Question, distracted
-from vestige.training.eraser.quotations import FEWEST, altered, neighbour
+from vestige.training.eraser.facts import draft_facts
+from vestige.training.eraser.questions import Question, draft_distractor
+from vestige.training.eraser.quotations import FEWEST, draft_altered, draft_neighbour
 from vestige.training.eraser.templates import Draft, Query
-from vestige.training.sampler import seed_of
+from vestige.training.sampler import derive_seed
 
 _QUOTED_WORDS = 4
 """Words that a quotation must get right."""
@@ -80,14 +80,14 @@ class EraserOptions:
         if self.passes < 1 or self.pool < 1:
             raise InputError("passes and pool must be at least 1")
 
-    def taken(self, index: int) -> int:
+    def sample_number(self, index: int) -> int:
         """Return which sample of the stream is trained on at an index."""
         block, place = divmod(index, self.pool * self.passes)
         return block * self.pool + place % self.pool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class TokenizedQuery:
     """A query in tokens, with the model's reply to the clean text.
 
     Args:
@@ -107,7 +107,7 @@ class Asked:
     right: bool
 
     @property
-    def fed(self) -> Int[Tensor, "1 fed"]:
+    def input_ids(self) -> Int[Tensor, "1 fed"]:
         """The question, and the target but for its last token."""
         return torch.cat([self.question, self.target[None, :-1]], 1)
 
@@ -125,10 +125,10 @@ class Sample:
 
     ids: Int[Tensor, "1 seen"]
     spans: tuple[Span, ...]
-    asked: tuple[Asked, ...]
+    asked: tuple[TokenizedQuery, ...]
     layers: Sequence[differentiable_cache.Layer] | None
 
-    def light(self) -> "Sample":
+    def without_layers(self) -> "Sample":
         """Return the sample without its keys and values, to be kept for long."""
         return replace(self, layers=None)
 
@@ -149,7 +149,7 @@ class SampleMaker:
         self.stop = ends_of(model, tokenizer)
 
     @torch.no_grad()
-    def sample(self, name: tuple[str | int, ...], texts: Texts, *, neighbours: bool) -> Sample:
+    def make_sample(self, name: tuple[str | int, ...], texts: Texts, *, neighbours: bool) -> Sample:
         """Return the first of some drafts that is worth training on.
 
         Args:
@@ -160,13 +160,13 @@ class SampleMaker:
         Raises:
             InputError: No draft gave a reply at all.
         """
-        draw = random.Random(seed_of(self.options.seed, *name))
+        draw = random.Random(derive_seed(self.options.seed, *name))
         mix = {form: weight for form, weight in _MIX.items() if form != "question" or texts.questions}
         form = "neighbour" if neighbours else draw.choices(list(mix), list(mix.values()))[0]
         drafts: list[Draft] = []
         for attempt in range(self.options.tries):
-            drafts.append(self._draft(random.Random(seed_of(self.options.seed, *name, attempt)), texts, form))
-            if made := self._worth(drafts[-1]):
+            drafts.append(self._draft(random.Random(derive_seed(self.options.seed, *name, attempt)), texts, form))
+            if made := self._find_worthwhile(drafts[-1]):
                 return made
         return self._whatever(drafts)
 
@@ -186,25 +186,25 @@ class SampleMaker:
     def _draft(self, rng: random.Random, texts: Texts, form: str) -> Draft:
         length = round(self.options.least * (self.options.most / self.options.least) ** rng.random())
         text, other = rng.choice(texts.prose), rng.choice(texts.prose)
-        chosen = stretch(rng, text, length, self._tokens, fewest=FEWEST + 2)
+        chosen = draw_sentences(rng, text, length, self._tokens, fewest=FEWEST + 2)
         made: Draft | None = None
         if form == "neighbour":
-            made = neighbour(rng, chosen, other)
+            made = draft_neighbour(rng, chosen, other)
         elif form == "altered":
-            made = altered(rng, chosen, other)
+            made = draft_altered(rng, chosen, other)
         elif form == "question":
-            made = distracted(rng, texts.questions, sum(map(len, chosen)))
-        return made or facts(rng, chosen)
+            made = draft_distractor(rng, texts.questions, sum(map(len, chosen)))
+        return made or draft_facts(rng, chosen)
 
     def _tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _worth(self, draft: Draft) -> Sample | None:
+    def _find_worthwhile(self, draft: Draft) -> Sample | None:
         """Return a draft, or its flipped one if the model believes what stays, as a sample; None if neither teaches."""
         layers = differentiable_cache.read(self.model, ids := self._ids(draft))
         for one in filter(None, (draft, draft.flipped())):
             main = one.queries[0]
-            if main.misled and main.answer and self._right(main, self._said(main, layers)):
+            if main.misled and main.answer and self._is_right(main, self._greedy_answer(main, layers)):
                 continue  # known without reading the clean text
             if made := self._asked(one, ids, layers, worth=True):
                 return made
@@ -231,37 +231,37 @@ class SampleMaker:
         before = [(keys[:, :, :first], values[:, :, :first]) for keys, values in layers]
         clean = differentiable_cache.read(self.model, rest, before) if rest.shape[1] else before
         query, *others = draft.queries
-        said = self._said(query, clean) if query.answer else []
-        if query.answer and not self._right(query, said):
+        said = self._greedy_answer(query, clean) if query.answer else []
+        if query.answer and not self._is_right(query, said):
             if worth and self.options.right:
                 return None  # before anything else is asked
             said = []
         main = self._compared(query, said, clean, layers)
-        if main is None or (worth and not self._teaches(query, main)):
+        if main is None or (worth and not self._is_worthwhile(query, main)):
             return None
         along = (self._taken_along(one, clean, layers) for one in others)
         return Sample(ids=ids, spans=spans, asked=(main, *filter(None, along)), layers=layers)
 
-    def _teaches(self, query: Query, asked: Asked) -> bool:
+    def _is_worthwhile(self, query: Query, asked: TokenizedQuery) -> bool:
         """Return whether what the model says to the main query makes the text worth training on."""
         return (asked.right or not self.options.right) and (asked.fooled or not query.misled)
 
     def _taken_along(
         self, query: Query, clean: Sequence[differentiable_cache.Layer], dirty: Sequence[differentiable_cache.Layer]
-    ) -> Asked | None:
+    ) -> TokenizedQuery | None:
         """Return a query that the model answers right, without more than one forward if the reply is opened."""
         if not query.prefix:
             made = self._compared(query, [], clean, dirty)
             return made if made and (made.right or not self.options.right) else None
-        said = self._said(query, clean)
-        return self._compared(query, said, clean, dirty) if self._right(query, said) else None
+        said = self._greedy_answer(query, clean)
+        return self._compared(query, said, clean, dirty) if self._is_right(query, said) else None
 
-    def _said(self, query: Query, layers: Sequence[differentiable_cache.Layer]) -> list[int]:
+    def _greedy_answer(self, query: Query, layers: Sequence[differentiable_cache.Layer]) -> list[int]:
         """Return how far the greedy reply follows the answer, and its next token, by one forward."""
         wanted: Any = self.tokenizer(f" {query.answer}".rstrip(), add_special_tokens=False)
         guess = wanted["input_ids"][: self.options.reply - 1]
         fed = torch.cat([question := self._question(query), question.new_tensor([guess])], 1)
-        logits = differentiable_cache.logits_over(self.model, layers, fed, len(guess) + 1)
+        logits = differentiable_cache.compute_logits(self.model, layers, fed, len(guess) + 1)
         said = list[int]()
         for token, expected in zip(logits.argmax(-1).tolist(), [*guess, None], strict=True):
             if token in self.stop:
@@ -277,7 +277,7 @@ class SampleMaker:
         said: list[int],
         clean: Sequence[differentiable_cache.Layer],
         dirty: Sequence[differentiable_cache.Layer],
-    ) -> Asked | None:
+    ) -> TokenizedQuery | None:
         """Return a query with the whole reply to the clean text, compared with what the dirty one gives.
 
         Args:
@@ -292,17 +292,21 @@ class SampleMaker:
         question = self._question(query)
         begun = torch.cat([question, question.new_tensor([said])], 1) if said else question
         limit = self.options.reply if query.prefix else self.options.free_reply
-        said = [*said, *differentiable_cache.reply(self.model, clean, begun, limit - len(said), self.stop)]
+        said = [*said, *differentiable_cache.greedy_reply(self.model, clean, begun, limit - len(said), self.stop)]
         if said[0] in self.stop:
             return None
         target = torch.tensor(said, device=question.device)
         fed = torch.cat([question, target[None, :-1]], 1)
-        logits = differentiable_cache.logits_over(self.model, clean, fed, fed.shape[1]).to(self.model.dtype)
-        right, fooled = self._right(query, said), False
+        logits = differentiable_cache.compute_logits(self.model, clean, fed, fed.shape[1]).to(self.model.dtype)
+        right, fooled = self._is_right(query, said), False
         if query.misled:
-            told = differentiable_cache.logits_over(self.model, dirty, fed, len(said)).argmax(-1)
-            fooled = bool((told != target).any()) and not (right and query.answer and self._right(query, told.tolist()))
-        return Asked(kind=query.kind, question=question, target=target, clean=logits, fooled=fooled, right=right)
+            told = differentiable_cache.compute_logits(self.model, dirty, fed, len(said)).argmax(-1)
+            fooled = bool((told != target).any()) and not (
+                right and query.answer and self._is_right(query, told.tolist())
+            )
+        return TokenizedQuery(
+            kind=query.kind, question=question, target=target, clean=logits, fooled=fooled, right=right
+        )
 
     def _ids(self, draft: Draft) -> Int[Tensor, "1 seen"]:
         return self.frame.context(draft.text).to(self.model.device)
@@ -310,7 +314,7 @@ class SampleMaker:
     def _question(self, query: Query) -> Int[Tensor, "1 question"]:
         return self.frame.question(query.question, query.prefix).to(self.model.device)
 
-    def _right(self, query: Query, said: list[int]) -> bool:
+    def _is_right(self, query: Query, said: list[int]) -> bool:
         """Return whether a reply to the clean text has the answer, or begins with the quotation."""
         text = str(self.tokenizer.decode(said, skip_special_tokens=True))
         if query.verbatim:

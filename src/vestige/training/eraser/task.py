@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.nn.lora import Adapter
 from vestige.training.eraser import differentiable_cache
-from vestige.training.eraser.samples import Asked, EraserOptions, Sample, SampleMaker, Texts
-from vestige.training.sampler import seed_of
-from vestige.training.task import identity_of
+from vestige.training.eraser.samples import EraserOptions, Sample, SampleMaker, Texts, TokenizedQuery
+from vestige.training.sampler import derive_seed
+from vestige.training.task import model_identity
 
 Logits = Float[Tensor, "fed vocab"]
 Figures = dict[str, Float[Tensor, ""]]
@@ -27,7 +27,7 @@ Figures = dict[str, Float[Tensor, ""]]
 
 
 class EraserTask:
-    """The learned eraser as a :class:`vestige.training.Task`: a stream of samples, each a function of its index alone.
+    """A task that trains the learned eraser: a stream of samples, each a function of its index alone.
 
     Args:
         model: Frozen by this.
@@ -69,8 +69,8 @@ class EraserTask:
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sample over the surrogate cache, the mean over its queries."""
-        sample, options = self._sample(self.options.taken(index)), self.options
-        figures = _means([_compared(*one) for one in self._answered(sample)])
+        sample, options = self._sample(self.options.sample_number(index)), self.options
+        figures = _means([_compared(*one) for one in self._answer(sample)])
         weights = {"nll": options.nll, "kl": options.kl, "question_kl": options.question_kl}
         loss = torch.stack([weight * figures[name] for name, weight in weights.items()]).sum()
         return {"loss": loss, **figures, "tokens": loss.new_tensor(float(sample.ids.shape[1]))}
@@ -79,11 +79,12 @@ class EraserTask:
         """Return divergence and exact match on texts and statements that are not trained on, in all and by kind."""
         if not self._to_validate:
             self._to_validate = [
-                self.maker.sample(("held", i), self.held, neighbours=i % 4 == 0).light() for i in range(self.validation)
+                self.maker.make_sample(("held", i), self.held, neighbours=i % 4 == 0).without_layers()
+                for i in range(self.validation)
             ]
         by_kind: dict[str, list[Figures]] = {}
         for sample in self._to_validate:
-            for asked, logits in self._answered(sample):
+            for asked, logits in self._answer(sample):
                 by_kind.setdefault(asked.kind, []).append(_compared(asked, logits))
         overall = _means([one for some in by_kind.values() for one in some])
         exact = {f"exact_{kind}": float(_means(by_kind[kind])["exact"]) for kind in sorted(by_kind)}
@@ -93,13 +94,13 @@ class EraserTask:
         """Return the model, the adapter's shape, the options and the data."""
         config = self.adapter.config
         return {
-            **identity_of(self.model),
+            **model_identity(self.model),
             "rank": config.rank,
             "alpha": config.alpha,
             "modules": len(config.modules),
             "options": asdict(self.options),
-            "documents": [seed_of(*text) for text in (*self.texts.prose, *self.held.prose)],
-            "questions": [seed_of(one.text) for one in (*self.texts.questions, *self.held.questions)],
+            "documents": [derive_seed(*text) for text in (*self.texts.prose, *self.held.prose)],
+            "questions": [derive_seed(one.text) for one in (*self.texts.questions, *self.held.questions)],
         }
 
     def _sample(self, number: int) -> Sample:
@@ -108,22 +109,22 @@ class EraserTask:
             first = number - number % self.options.pool
             self._pool = {one: sample for one, sample in self._pool.items() if one >= first}
             neighbours = number < self.options.neighbours
-            self._pool[number] = self.maker.sample(("train", number), self.texts, neighbours=neighbours)
+            self._pool[number] = self.maker.make_sample(("train", number), self.texts, neighbours=neighbours)
         return self._pool[number]
 
-    def _answered(self, sample: Sample) -> list[tuple[Asked, Logits]]:
+    def _answer(self, sample: Sample) -> list[tuple[TokenizedQuery, Logits]]:
         """Return what the edited cache says to each query, as logits behind all that is fed; one edit serves all."""
         layers = sample.layers
         if layers is None:
             layers = differentiable_cache.read(self.model, sample.ids)
         steered = differentiable_cache.steer(self.model, self.adapter, sample.ids, layers, sample.spans)
         return [
-            (one, differentiable_cache.logits_over(self.model, steered, one.fed, one.fed.shape[1]))
+            (one, differentiable_cache.compute_logits(self.model, steered, one.input_ids, one.input_ids.shape[1]))
             for one in sample.asked
         ]
 
 
-def _compared(asked: Asked, logits: Logits) -> Figures:
+def _compared(asked: TokenizedQuery, logits: Logits) -> Figures:
     """Return how logits compare with those over the clean text."""
     count = len(asked.target)
     reply, clean = logits[-count:], asked.clean.float()

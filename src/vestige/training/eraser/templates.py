@@ -14,7 +14,7 @@ class Passage:
     """
 
     text: str
-    gone: bool = False
+    is_erased: bool = False
     states: str = ""
 
 
@@ -65,9 +65,9 @@ class Draft:
         at = 0
         for one in self.passages:
             end = at + len(one.text)
-            if one.gone and found and found[-1][1] == at - len(self.joint):
+            if one.is_erased and found and found[-1][1] == at - len(self.joint):
                 found[-1] = (found[-1][0], end)
-            elif one.gone:
+            elif one.is_erased:
                 found.append((at, end))
             at = end + len(self.joint)
         return found
@@ -77,11 +77,11 @@ class Draft:
 
         Whichever of two the model believes, one of the drafts teaches it something.
         """
-        kept, gone = (
-            [one.states for one in self.passages if one.states and one.gone == side] for side in (False, True)
+        kept, is_erased = (
+            [one.states for one in self.passages if one.states and one.is_erased == side] for side in (False, True)
         )
-        if len(kept) != 1 or len(gone) != 1:
+        if len(kept) != 1 or len(is_erased) != 1:
             return None
-        passages = tuple(replace(one, gone=not one.gone) if one.states else one for one in self.passages)
-        queries = (replace(self.queries[0], answer=gone[0]), *self.queries[1:])
+        passages = tuple(replace(one, is_erased=not one.is_erased) if one.states else one for one in self.passages)
+        queries = (replace(self.queries[0], answer=is_erased[0]), *self.queries[1:])
         return replace(self, passages=passages, queries=queries)

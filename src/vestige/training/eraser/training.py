@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.nn.lora import Adapter
-from vestige.training.data.sentences import prose_of
+from vestige.training.data.sentences import split_documents
 from vestige.training.eraser import questions
 from vestige.training.eraser.samples import EraserOptions, Texts
 from vestige.training.eraser.task import EraserTask
@@ -22,7 +22,7 @@ class EraserTraining(Training):
     """What an adapter is trained on, and how, beside what every training says.
 
     Args:
-        qa: JSONL files and sets of questions with their paragraphs, as :func:`vestige.training.eraser.questions.read`
+        qa: JSONL files and sets of questions with their paragraphs, as :func:`~.questions.read_questions`
             takes them; none is fine.
         options: Of samples and loss.
         rank: Of the adapter.
@@ -46,8 +46,10 @@ class EraserTraining(Training):
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         sides = self.sides()
-        asked = questions.split(questions.read(self.qa), share=HELD_OUT)
-        texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))
+        asked = questions.split_questions(questions.read_questions(self.qa), share=HELD_OUT)
+        texts, held = (
+            Texts(prose=split_documents(side), questions=some) for side, some in zip(sides, asked, strict=True)
+        )
         torch.manual_seed(self.loop.seed)
         if self.begin is None:
             adapter = Adapter.fresh(model, rank=self.rank, alpha=2.0 * self.rank)

@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 
 from vestige.errors import InputError, unknown_name_message
 from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, asked
-from vestige.training.indexmem.teacher_trace import Layer
+from vestige.training.indexmem.teacher_trace import LayerTrace
 
 Teacher = Literal["answers", "text"]
 TEACHERS: tuple[str, ...] = get_args(Teacher)
@@ -35,8 +35,8 @@ def teacher_of(name: str) -> Teacher:
     return cast(Teacher, name)
 
 
-def foretelling(
-    indexer: Indexer, layers: list[Layer], text: int, told: slice, *, teacher: Teacher, sink: int
+def indexer_loss(
+    indexer: Indexer, layers: list[LayerTrace], text: int, told: slice, *, teacher: Teacher, sink: int
 ) -> Float[Tensor, ""]:
     """Return how unlike what the indexer foretells is to what is looked at, the mean over layers and scores.
 
@@ -52,17 +52,17 @@ def foretelling(
     for layer in layers:
         own = indexer.at(layer.layer_idx)
         if teacher == "answers":
-            paid = looked_at(layer, text, told, sink)
+            paid = attention_to_text(layer, text, told, sink)
         else:
-            paid = looked_at_within(layer, text, told.start, sink)
+            paid = attention_within_text(layer, text, told.start, sink)
         wanted = paid.view(own.groups, -1, paid.shape[1]).mean(1)  # a head that looks at sinks has little to say
         wanted = wanted / wanted.sum(-1, keepdim=True).clamp_min(1e-30)
-        said = asked_for(own, layer, text, told.start)[:, sink:].log_softmax(-1)
+        said = max_index_scores(own, layer, text, told.start)[:, sink:].log_softmax(-1)
         losses.append(kl_div(said, wanted, reduction="none").sum(-1).mean())
     return torch.stack(losses).mean()
 
 
-def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Float[Tensor, "groups text"]:
+def max_index_scores(indexer: LayerIndexer, layer: LayerTrace, text: int, asking: int) -> Float[Tensor, "groups text"]:
     """Return the most that any of the first ``asking`` queries asks for each token of a text, with its gradient."""
     keys = indexer.index_keys(layer.hidden[:text])
     found = indexer.index_queries(layer.hidden[:asking])
@@ -77,7 +77,7 @@ def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Fl
 
 
 @torch.no_grad()
-def asked_most(indexer: LayerIndexer, layer: Layer, text: int) -> Float[Tensor, "groups text"]:
+def max_index_scores_of_text(indexer: LayerIndexer, layer: LayerTrace, text: int) -> Float[Tensor, "groups text"]:
     """Return the most that any query of a text asks for each of its tokens."""
     keys = indexer.index_keys(layer.hidden[:text])
     return _compared(indexer.index_queries(layer.hidden[:text]), keys).most()
@@ -90,14 +90,14 @@ def _compared(asking: IndexQueries, keys: Float[Tensor, "groups text size"]) -> 
 
 
 @torch.no_grad()
-def looked_at(layer: Layer, text: int, told: slice, sink: int) -> Float[Tensor, "heads counted"]:
+def attention_to_text(layer: LayerTrace, text: int, told: slice, sink: int) -> Float[Tensor, "heads counted"]:
     """Return the most attention that any of some later tokens pays to each token of a text but the first."""
     logits = layer.logits(told)
     return (logits - layer.weigh(logits)[..., None]).amax(1)[:, sink:text].exp()
 
 
 @torch.no_grad()
-def looked_at_within(layer: Layer, text: int, asking: int, sink: int) -> Float[Tensor, "heads counted"]:
+def attention_within_text(layer: LayerTrace, text: int, asking: int, sink: int) -> Float[Tensor, "heads counted"]:
     """Return the softmax over a text's tokens of the largest product of each with the first ``asking`` queries."""
     largest = torch.full((len(layer.queries), text), -torch.inf, device=layer.keys.device)
     for start in range(0, asking, _BLOCK):

@@ -16,12 +16,12 @@ from vestige.memory.linear import Linear
 from vestige.memory.slots import Slots
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Latent
-from vestige.training.indexmem.indexer_loss import asked_most
-from vestige.training.indexmem.teacher_trace import Layer
+from vestige.training.indexmem.indexer_loss import max_index_scores_of_text
+from vestige.training.indexmem.teacher_trace import LayerTrace
 
 
-def restoring(
-    latents: Sequence[Latent], layers: Sequence[Layer], kept: Sequence[Bool[Tensor, "kv_heads text"]]
+def memory_loss(
+    latents: Sequence[Latent], layers: Sequence[LayerTrace], kept: Sequence[Bool[Tensor, "kv_heads text"]]
 ) -> tuple[Float[Tensor, " latents"], Float[Tensor, ""]]:
     """Return the error of attention behind a text with each memory of what was evicted, and the error without one.
 
@@ -30,25 +30,25 @@ def restoring(
         layers: What each layer made of a text and what stands behind it.
         kept: The pairs of the text that each layer keeps.
     """
-    memories = [remembering(latent) for latent in latents]
+    memories = [make_memory(latent) for latent in latents]
     errors, plain = [], []
     for layer, stays in zip(layers, kept, strict=True):
-        whole, left = (attended(layer, stays.shape[1], seen) for seen in (torch.ones_like(stays), stays))
+        whole, left = (attend_to_pairs(layer, stays.shape[1], seen) for seen in (torch.ones_like(stays), stays))
         size = whole.output.square().mean()
-        found = [rejoined(left, _remains(memory, layer, stays), layer, stays.shape[1]) for memory in memories]
+        found = [attend_with_memory(left, _remains(memory, layer, stays), layer, stays.shape[1]) for memory in memories]
         errors.append(torch.stack([(one - whole.output).square().mean() / size for one in found]))
         plain.append((left.output - whole.output).square().mean() / size)
     return torch.stack(errors).mean(0), torch.stack(plain).mean()
 
 
-def remembering(latent: Latent) -> Memory:
+def make_memory(latent: Latent) -> Memory:
     """Return the memory of some weights, which keeps what it knows in float32."""
     cls = {"linear": Linear, "slots": Slots}[latent.config.kind]
     return cls(latent=latent, dtype="float32")
 
 
 @torch.no_grad()
-def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> PartialAttention:
+def attend_to_pairs(layer: LayerTrace, text: int, seen: Bool[Tensor, "kv_heads text"]) -> PartialAttention:
     """Return attention of what stands behind a text, ``heads behind ...``, over some of its pairs and over itself."""
     heads, tokens, _ = layer.queries.shape
     groups = heads // len(layer.keys)
@@ -59,8 +59,8 @@ def attended(layer: Layer, text: int, seen: Bool[Tensor, "kv_heads text"]) -> Pa
 
 
 @torch.no_grad()
-def chosen(
-    indexer: Indexer, layers: Sequence[Layer], text: int, fraction: float, *, sink: int, window: int
+def select_pairs(
+    indexer: Indexer, layers: Sequence[LayerTrace], text: int, fraction: float, *, sink: int, window: int
 ) -> list[Bool[Tensor, "kv_heads text"]]:
     """Return which pairs of a text are kept by what the indexer says of the text alone, as the policy would choose.
 
@@ -75,7 +75,7 @@ def chosen(
     room = min(max(round(fraction * text), sink + window), text)
     scores = []
     for layer in layers:
-        asked = asked_most(indexer.at(layer.layer_idx), layer, text)
+        asked = max_index_scores_of_text(indexer.at(layer.layer_idx), layer, text)
         share = asked - asked[:, sink:].logsumexp(-1, keepdim=True) + indexer.log_scale(layer.layer_idx)[:, None]
         share[:, :sink], share[:, max(text - window, 0) :] = torch.inf, torch.inf
         scores.append(share)
@@ -86,8 +86,8 @@ def chosen(
     return list(stays.split([len(layer.keys) for layer in layers]))
 
 
-def rejoined(
-    left: PartialAttention, remains: LayerMemory, layer: Layer, text: int
+def attend_with_memory(
+    left: PartialAttention, remains: LayerMemory, layer: LayerTrace, text: int
 ) -> Float[Tensor, "heads behind value_dim"]:
     """Return attention of what stands behind a text over what is left together with what remains of the rest."""
     recalled = remains.recall(layer.queries[None, :, text:], slice(0, len(layer.keys)), layer.scale)
@@ -95,7 +95,7 @@ def rejoined(
     return both[0]
 
 
-def _remains(memory: Memory, layer: Layer, stays: Bool[Tensor, "kv_heads text"]) -> LayerMemory:
+def _remains(memory: Memory, layer: LayerTrace, stays: Bool[Tensor, "kv_heads text"]) -> LayerMemory:
     """Return what remains of the pairs that do not stay. All are handed over, those that stay marked as none."""
     kv_heads, text = stays.shape
     gone = ~stays

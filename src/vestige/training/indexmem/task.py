@@ -19,13 +19,13 @@ from vestige.models.anatomy import check
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Latent
 from vestige.policies.indexmem import IndexMem
-from vestige.training.data.synthetic_qa.sequences import Alone
+from vestige.training.data.synthetic_qa.sequences import TokenizedDocument
 from vestige.training.data.synthetic_qa.shares import drawn_share
-from vestige.training.data.synthetic_qa.task import TaleTask, over_documents
-from vestige.training.data.synthetic_qa.validation import judged
-from vestige.training.indexmem.indexer_loss import Teacher, foretelling, looked_at, teacher_of
-from vestige.training.indexmem.memory_loss import chosen, remembering, restoring
-from vestige.training.indexmem.teacher_trace import seen
+from vestige.training.data.synthetic_qa.task import StoryTask, average_over_documents
+from vestige.training.data.synthetic_qa.validation import evaluate
+from vestige.training.indexmem.indexer_loss import Teacher, attention_to_text, indexer_loss, teacher_of
+from vestige.training.indexmem.memory_loss import make_memory, memory_loss, select_pairs
+from vestige.training.indexmem.teacher_trace import trace_text
 
 _MEASURED = 4
 """Sequences on which the size of each KV head's output is measured."""
@@ -71,8 +71,8 @@ class IndexMemOptions:
             raise InputError("alone, sink, window and memory_weight must not be negative, and asked at least 1")
 
 
-class IndexMemTask(TaleTask):
-    """IndexMem as a :class:`vestige.training.Task`: a stream of sequences, each a function of its index alone.
+class IndexMemTask(StoryTask):
+    """IndexMem as a :class:`~vestige.training.task.Task`: a stream of sequences, each a function of its index alone.
 
     Args:
         model: Frozen by this.
@@ -126,7 +126,7 @@ class IndexMemTask(TaleTask):
         """Return the loss of a sequence in its parts; a memory's is its error as a share of that without it, NaN while
         it does not learn."""
         packed = self.sequence("train", index)
-        parts = over_documents(packed, lambda one: self._of(one, remember=index >= self.options.alone))
+        parts = average_over_documents(packed, lambda one: self._of(one, remember=index >= self.options.alone))
         loss = parts["index"] + self.options.memory_weight * parts.pop("memory")
         return {"loss": loss, **parts, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
 
@@ -141,9 +141,9 @@ class IndexMemTask(TaleTask):
             window=options.window,
         )
         tales = self.to_validate()
-        found = dict(judged(self.model, policy, tales))
+        found = dict(evaluate(self.model, policy, tales))
         for kind, latent in self.latents.items():
-            with_memory = judged(self.model, policy, tales, remembering(latent))
+            with_memory = evaluate(self.model, policy, tales, make_memory(latent))
             found |= {f"{name}_{kind}": value for name, value in with_memory.items() if name != "answers"}
         return found
 
@@ -156,20 +156,20 @@ class IndexMemTask(TaleTask):
             "options": asdict(self.options),
         }
 
-    def _of(self, one: Alone, *, remember: bool) -> dict[str, Tensor]:
+    def _of(self, one: TokenizedDocument, *, remember: bool) -> dict[str, Tensor]:
         options, text = self.options, one.text
         sink = min(options.sink, text - 1)
         aware = bool(torch.rand(()) < options.aware)
-        told = _first_reply(one) if aware else slice(text, one.ids.shape[1])
+        told = _find_first_reply(one) if aware else slice(text, one.ids.shape[1])
         fraction = drawn_share()
-        layers = seen(self.model, one.ids)
-        index = foretelling(self.indexer, layers, text, told, teacher=options.teacher, sink=sink)
+        layers = trace_text(self.model, one.ids)
+        index = indexer_loss(self.indexer, layers, text, told, teacher=options.teacher, sink=sink)
         latents = list(self.latents.values())
         if not remember or not latents:  # every parameter has a gradient in every step
             nothing = torch.stack([index.new_zeros(()), *map(_nothing, latents)]).sum()
             return {"index": index, "memory": nothing, **dict.fromkeys(self.latents, index.new_tensor(math.nan))}
-        kept = chosen(self.indexer, layers, text, fraction, sink=sink, window=options.window)
-        errors, without = restoring(latents, layers, kept)
+        kept = select_pairs(self.indexer, layers, text, fraction, sink=sink, window=options.window)
+        errors, without = memory_loss(latents, layers, kept)
         left = (errors / without.clamp_min(1e-12)).detach()
         return {"index": index, "memory": errors.sum(), **dict(zip(self.latents, left, strict=True))}
 
@@ -185,17 +185,17 @@ class IndexMemTask(TaleTask):
         paid: dict[int, list[Tensor]] = {}
         for one in (one for i in range(_MEASURED) for one in self.sequence("measured", i).documents()):
             behind = slice(one.text, one.ids.shape[1])
-            for layer in seen(self.model, one.ids):
+            for layer in trace_text(self.model, one.ids):
                 found = anatomy.output(layer.layer_idx).norms(layer.values[None])[0].mean(-1)  # over the query group
                 norms.setdefault(layer.layer_idx, []).append(found)
-                looked = looked_at(layer, one.text, behind, min(self.options.sink, one.text - 1)).sum(-1)
+                looked = attention_to_text(layer, one.text, behind, min(self.options.sink, one.text - 1)).sum(-1)
                 paid.setdefault(layer.layer_idx, []).append(looked.view(len(layer.keys), -1).mean(1))
         for place, layer_idx in enumerate(self.indexer.config.layers):
             worth = torch.cat(norms[layer_idx], 1).median(1).values * torch.stack(paid[layer_idx]).mean(0)
             self.indexer.log_scales[place, : len(worth)] = worth.clamp_min(math.exp(-20)).log()
 
 
-def _first_reply(one: Alone) -> slice:
+def _find_first_reply(one: TokenizedDocument) -> slice:
     """Return the places that say the answer to a document's first question."""
     ends = [*(one.answers.diff() > 1).nonzero()[:1, 0].tolist(), len(one.answers) - 1]
     return slice(int(one.answers[0]), int(one.answers[ends[0]]) + 1)

@@ -17,7 +17,7 @@ from vestige.policies.observation import LayerView
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class LayerTrace:
     """What one layer made of a text, in float32.
 
     Args:
@@ -50,7 +50,7 @@ class Layer:
 
 
 @torch.no_grad()
-def seen(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[Layer]:
+def trace_text(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[LayerTrace]:
     """Return what every evictable layer made of some ids."""
     recorder = _Recorder()
     with attach(model):
@@ -69,12 +69,12 @@ class _Recorder(Full):
         self.glances.append(glance)
 
 
-def _layer(glance: LayerView) -> Layer:
+def _layer(glance: LayerView) -> LayerTrace:
     assert glance.hidden is not None, "it was asked for"
     keys, values = (torch.stack([getattr(row, name) for row in glance.rows]).float() for name in ("keys", "values"))
     whole = [row.attention for row in glance.rows]
     sinks = None if whole[0].sinks is None else torch.cat([one.sinks for one in whole if one.sinks is not None])
-    return Layer(
+    return LayerTrace(
         layer_idx=glance.layer_idx,
         queries=glance.queries.float(),
         hidden=glance.hidden.float(),

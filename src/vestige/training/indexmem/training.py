@@ -11,14 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vestige.errors import InputError
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Kind, Latent
-from vestige.training.data.sentences import prose_of
+from vestige.training.data.sentences import split_documents
 from vestige.training.indexmem.task import IndexMemOptions, IndexMemTask
 from vestige.training.loop import Outcome
 from vestige.training.trainer import Job, Training
 
 
 @dataclass(frozen=True)
-class Halves:
+class IndexMemWeights:
     """Both halves of IndexMem, an indexer and memories, written side by side."""
 
     indexer: Indexer
@@ -68,7 +68,7 @@ class IndexMemTraining(Training):
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         sides = self.sides()
-        prose, held = (prose_of(side) for side in sides)
+        prose, held = (split_documents(side) for side in sides)
         torch.manual_seed(self.loop.seed)
         shapes: dict[str, dict[str, Any]] = {
             "indexer": {"heads": self.heads, "dim": self.dim, "apart": self.apart},
@@ -80,7 +80,7 @@ class IndexMemTraining(Training):
         return job.carry_out(
             task,
             self.loop,
-            Halves(indexer, latents),
+            IndexMemWeights(indexer, latents),
             self.weights,
             what="IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was",
             documents=[one for side in sides for one in side],

@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache
 
 from vestige.kernels import AttentionScale, reference
 from vestige.models.compat import CACHE_NAME
-from vestige.training.retention.hidden_states import entering
-from vestige.training.retention.soft_attention import BLOCK, Attended, Keys, Queries, Values, attending
+from vestige.training.retention.hidden_states import record_hidden_states
+from vestige.training.retention.soft_attention import BLOCK, AttentionOutput, Keys, Queries, Values, use_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
-class Fading:
+class SoftEviction:
     """Attention that looks at the pairs of a text as far as they are kept: ``softmax(q.k + log kept)``.
 
     Args:
@@ -46,7 +46,9 @@ class Fading:
 
     log_kept: Mapping[int, Float[Tensor, "_kv_heads text"]]
 
-    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
+    def attend(
+        self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
+    ) -> AttentionOutput:
         """Attend causally, in blocks of queries that are computed again for the backward pass."""
         log_kept = self.log_kept[layer_idx].repeat_interleave(query.shape[1] // keys.shape[1], 0)
         before = keys.shape[2] - query.shape[2]
@@ -67,19 +69,19 @@ def _block(query: Tensor, keys: Tensor, values: Tensor, log_kept: Tensor, start:
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Text:
+def read_text(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Text:
     """Read a text."""
-    with entering(model) as states:
+    with record_hidden_states(model) as states:
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     return Text(cache=out[CACHE_NAME], states=states)
 
 
-def asked_behind(
+def answer_log_probs(
     model: PreTrainedModel,
     text: Text,
     ids: Int[Tensor, "1 behind"],
     at: Int[Tensor, " some"],
-    fading: Fading | None = None,
+    fading: SoftEviction | None = None,
 ) -> Float[Tensor, "some vocab"]:
     """Return log probabilities of the next token at some places behind a text, which stays as it was.
 
@@ -94,7 +96,7 @@ def asked_behind(
     if fading is None:
         out = model(**given, use_cache=True)
     else:
-        with attending(model, fading):
+        with use_attention(model, fading):
             out = model(**given, use_cache=True)
     logits: Tensor = out.logits[0]
     return logits.float().log_softmax(-1)

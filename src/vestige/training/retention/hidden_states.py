@@ -12,7 +12,7 @@ from vestige.models.anatomy import attention_input, check
 
 
 @contextmanager
-def entering(model: PreTrainedModel) -> Iterator[dict[int, Float[Tensor, "batch new hidden"]]]:
+def record_hidden_states(model: PreTrainedModel) -> Iterator[dict[int, Float[Tensor, "batch new hidden"]]]:
     """Note what enters the evictable layers in the first forward."""
     states: dict[int, Tensor] = {}
 

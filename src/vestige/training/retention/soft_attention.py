@@ -30,14 +30,16 @@ BLOCK = 256
 Queries = Float[Tensor, "1 heads new head_dim"]
 Keys = Float[Tensor, "1 kv_heads tokens head_dim"]
 Values = Float[Tensor, "1 kv_heads tokens value_dim"]
-Attended = Float[Tensor, "1 heads new value_dim"]
+AttentionOutput = Float[Tensor, "1 heads new value_dim"]
 
 
 @runtime_checkable
-class Attends(Protocol):
+class SoftAttention(Protocol):
     """How the full-attention layers of a model attend for a while."""
 
-    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
+    def attend(
+        self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
+    ) -> AttentionOutput:
         """Return the attention of queries over pairs, ``1 heads new value_dim``.
 
         Args:
@@ -51,7 +53,7 @@ class Attends(Protocol):
 
 
 @dataclass(eq=False)
-class Gating:
+class GatedAttention:
     """What the attention modules of a model need to know of each other while gates are at work.
 
     Args:
@@ -73,7 +75,9 @@ class Gating:
         """Return log beta of every row of all layers."""
         return torch.cat([self.log_beta[layer_idx][0] for layer_idx in sorted(self.log_beta)])
 
-    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
+    def attend(
+        self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
+    ) -> AttentionOutput:
         """Attend causally within each document, in blocks of queries that are computed again for the backward pass."""
         log_beta = self.log_beta.get(layer_idx)
         blocks = [
@@ -99,7 +103,7 @@ class Gating:
 
 
 @contextmanager
-def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
+def use_gates(model: PreTrainedModel, gating: GatedAttention) -> Iterator[None]:
     """Have a model's full-attention layers attend as gates say, for as long as the block lasts.
 
     Args:
@@ -111,12 +115,12 @@ def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
             for layer_idx, module in check(model).attentions.items():
                 hook = module.register_forward_pre_hook(_gate(gating, gating.gates, layer_idx), with_kwargs=True)
                 stack.callback(hook.remove)
-        stack.enter_context(attending(model, gating))
+        stack.enter_context(use_attention(model, gating))
         yield
 
 
 @contextmanager
-def attending(model: PreTrainedModel, how: Attends) -> Iterator[None]:
+def use_attention(model: PreTrainedModel, how: SoftAttention) -> Iterator[None]:
     """Have a model's full-attention layers attend in some way, for as long as the block lasts."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -132,7 +136,7 @@ def attending(model: PreTrainedModel, how: Attends) -> Iterator[None]:
         yield
 
 
-_running: dict[nn.Module, tuple[Attends, int]] = {}
+_running: dict[nn.Module, tuple[SoftAttention, int]] = {}
 """By attention module: what is at work, and the layer whose pairs it reads."""
 
 
@@ -147,7 +151,7 @@ def _readers(anatomy: ModelLayout) -> Iterator[tuple[nn.Module, int]]:
                 yield module, max(anatomy.evictable)
 
 
-def _gate(gating: Gating, gates: Gates, layer_idx: int) -> Any:
+def _gate(gating: GatedAttention, gates: Gates, layer_idx: int) -> Any:
     def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gating.log_beta[layer_idx] = gates(layer_idx, attention_input(args, kwargs))
 

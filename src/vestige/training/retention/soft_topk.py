@@ -19,12 +19,12 @@ SOFTNESS = 0.5
 _SLOWEST = -1e-9  # as a log beta: beyond it gradients vanish
 
 
-def log_lives(log_beta: Float[Tensor, "rows text"]) -> Float[Tensor, "rows text"]:
+def log_lifetimes(log_beta: Float[Tensor, "rows text"]) -> Float[Tensor, "rows text"]:
     """Return ``-log(-log beta)``: the logarithm of the tokens over which a pair's retention falls to 1/e."""
     return -torch.log(-log_beta.clamp_max(_SLOWEST))
 
 
-def said(gates: Gates, states: Mapping[int, Tensor]) -> Float[Tensor, "rows text"]:
+def gate_log_beta(gates: Gates, states: Mapping[int, Tensor]) -> Float[Tensor, "rows text"]:
     """Return log beta of the pairs that each layer makes of what enters it, ``1 text hidden``, layer by layer."""
     return torch.cat([gates(layer_idx, hidden)[0] for layer_idx, hidden in sorted(states.items())])
 
@@ -38,11 +38,11 @@ def log_kept(log_beta: Float[Tensor, "rows text"], share: float, groups: Iterabl
         groups: Rows that compete with each other, how many together: their sum is the number of rows.
     """
     age = torch.arange(log_beta.shape[1], 0, -1, device=log_beta.device)
-    left = log_lives(log_beta) - age.log()  # orders pairs as age * log beta does
+    left = log_lifetimes(log_beta) - age.log()  # orders pairs as age * log beta does
     return torch.cat([_over_the_limit(one, share) for one in left.split(list(groups))])
 
 
-def competing(config: GatesConfig, share: Share) -> Sequence[int]:
+def competing_rows(config: GatesConfig, share: Share) -> Sequence[int]:
     """Return how many rows compete with each other, group by group."""
     if share == "model":
         return (sum(config.kv_heads),)

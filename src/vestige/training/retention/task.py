@@ -25,15 +25,15 @@ from vestige.models.anatomy import check
 from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
 from vestige.policies.selection import Share, share_of
-from vestige.training.data.synthetic_qa.sequences import Alone, Packed
+from vestige.training.data.synthetic_qa.sequences import PackedSequence, TokenizedDocument
 from vestige.training.data.synthetic_qa.shares import drawn_share
-from vestige.training.data.synthetic_qa.task import Parts, TaleTask, over_documents
-from vestige.training.data.synthetic_qa.validation import judged
+from vestige.training.data.synthetic_qa.task import Parts, StoryTask, average_over_documents
+from vestige.training.data.synthetic_qa.validation import evaluate
 from vestige.training.retention.capacity_loss import expected_kept, over_capacity
-from vestige.training.retention.eviction_loss import Fading, asked_behind, read
-from vestige.training.retention.soft_attention import Gating, gated
-from vestige.training.retention.soft_topk import competing, log_kept, said
-from vestige.training.retention.warm_start import asked, ranking, regression, replayed
+from vestige.training.retention.eviction_loss import SoftEviction, answer_log_probs, read_text
+from vestige.training.retention.soft_attention import GatedAttention, use_gates
+from vestige.training.retention.soft_topk import competing_rows, gate_log_beta, log_kept
+from vestige.training.retention.warm_start import measure_answers, measure_replay, ranking_loss, regression_loss
 
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")
@@ -98,8 +98,8 @@ class RetentionOptions:
         share_of(self.share)
 
 
-class RetentionTask(TaleTask):
-    """Retention gates as a :class:`vestige.training.Task`: a stream of sequences, each a function of its index alone.
+class RetentionTask(StoryTask):
+    """A task that trains retention gates: a stream of sequences, each a function of its index alone.
 
     Args:
         model: Frozen by this.
@@ -138,7 +138,7 @@ class RetentionTask(TaleTask):
             validation=validation,
         )
         self.gates, self.options = gates, options
-        self._groups = competing(gates.config, options.share)
+        self._groups = competing_rows(gates.config, options.share)
 
     @property
     def module(self) -> nn.Module:
@@ -149,9 +149,9 @@ class RetentionTask(TaleTask):
         """Return the loss of a sequence in its parts, and the share of pairs that the gates would keep."""
         packed = self.sequence("train", index)
         if index < self.options.warm:
-            parts = over_documents(packed, self._looked_at)
+            parts = average_over_documents(packed, self._looked_at)
         elif self.options.forgets == "at_once":
-            parts = over_documents(packed, self._evicted)
+            parts = average_over_documents(packed, self._evicted)
         else:
             parts = self._faded(packed)
         return {**parts, "tokens": parts["loss"].new_tensor(float(packed.ids.shape[1]))}
@@ -163,7 +163,7 @@ class RetentionTask(TaleTask):
         """
         budget = Budget.fraction(self.options.budget)
         policy = Retention(gates=self.gates.for_inference(self.model.dtype), budget=budget, share=self.options.share)
-        return judged(self.model, policy, self.to_validate())
+        return evaluate(self.model, policy, self.to_validate())
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model, the shape of the gates, the options and the data."""
@@ -173,30 +173,32 @@ class RetentionTask(TaleTask):
             "options": asdict(self.options),
         }
 
-    def _looked_at(self, one: Alone) -> Parts:
+    def _looked_at(self, one: TokenizedDocument) -> Parts:
         """Return how far the gates are from what is looked at in a text."""
         ids, text = one.ids, one.text
         by_replay = self.options.warm_by == "replay"
-        looked = replayed(self.model, ids[:, :text]) if by_replay else asked(self.model, ids, text)
+        looked = measure_replay(self.model, ids[:, :text]) if by_replay else measure_answers(self.model, ids, text)
         if self.options.warm_loss == "ranking":
-            return {"loss": ranking(self.gates, looked, drawn_share(), self._groups)}
+            return {"loss": ranking_loss(self.gates, looked, drawn_share(), self._groups)}
         share = self.options.capacity
-        return {"loss": regression(self.gates, looked, share if share < 1 else min(share / text, 1.0), self._groups)}
+        return {
+            "loss": regression_loss(self.gates, looked, share if share < 1 else min(share / text, 1.0), self._groups)
+        }
 
-    def _evicted(self, one: Alone) -> Parts:
+    def _evicted(self, one: TokenizedDocument) -> Parts:
         """Return how far answers are from the full model's once some of a text is forgotten, at once."""
-        whole = read(self.model, one.ids[:, : one.text])
+        whole = read_text(self.model, one.ids[:, : one.text])
         behind, at = one.ids[:, one.text :], one.answers - one.text
         with torch.no_grad():
-            wanted = asked_behind(self.model, whole, behind, at)
-        kept = log_kept(said(self.gates, whole.states), drawn_share(), self._groups)
+            wanted = answer_log_probs(self.model, whole, behind, at)
+        kept = log_kept(gate_log_beta(self.gates, whole.states), drawn_share(), self._groups)
         rows = kept.split(list(self.gates.config.kv_heads))
-        fading = Fading(dict(zip(self.gates.config.layers, rows, strict=True)))
-        logits = asked_behind(self.model, whole, behind, at, fading)
+        fading = SoftEviction(dict(zip(self.gates.config.layers, rows, strict=True)))
+        logits = answer_log_probs(self.model, whole, behind, at, fading)
         parts = _unlike(logits, wanted, behind[0, at + 1])
         return {"loss": parts["kl"] + parts["ce"], **parts, "kept": kept.detach().exp().mean()}
 
-    def _faded(self, packed: Packed) -> Parts:
+    def _faded(self, packed: PackedSequence) -> Parts:
         """Return how far answers and texts are from the full model's while attention fades with age, and its price."""
         at = torch.cat([packed.answers, packed.others])
         with torch.no_grad():
@@ -210,15 +212,15 @@ class RetentionTask(TaleTask):
         return {"loss": loss, **parts, "text": text, "capacity": over, "kept": kept}
 
     def _logits(
-        self, packed: Packed, at: Int[Tensor, " some"], gates: Gates | None
+        self, packed: PackedSequence, at: Int[Tensor, " some"], gates: Gates | None
     ) -> tuple[Float[Tensor, "some vocab"], Float[Tensor, "rows tokens"] | None]:
         """Return log probabilities of the next token at some places, and log beta of all pairs."""
         logits, log_beta, places = [], [], []
         for begin, end in self._readings(packed):
             inside = ((at >= begin) & (at < end)).nonzero()[:, 0]
-            gating = Gating(packed.starts[begin:end] - begin, gates)
+            gating = GatedAttention(packed.starts[begin:end] - begin, gates)
             given = {"position_ids": gating.positions, "use_cache": False, "logits_to_keep": at[inside] - begin}
-            with gated(self.model, gating):
+            with use_gates(self.model, gating):
                 out = self.model(input_ids=packed.ids[:, begin:end], **given)
             logits.append(out.logits[0].float().log_softmax(-1))
             places.append(inside)
@@ -226,7 +228,7 @@ class RetentionTask(TaleTask):
                 log_beta.append(gating.packed_log_beta())
         return torch.cat(logits)[torch.cat(places).argsort()], torch.cat(log_beta, 1) if log_beta else None
 
-    def _readings(self, packed: Packed) -> list[tuple[int, int]]:
+    def _readings(self, packed: PackedSequence) -> list[tuple[int, int]]:
         """Return from where to where to read at once: all, or where layers look across documents, each of these.
 
         Attention that gates are trained for never does; whether sliding and linear layers do is up to each model.
@@ -237,7 +239,7 @@ class RetentionTask(TaleTask):
             begins = begins[:1]
         return list(pairwise([*begins, len(packed.starts)]))
 
-    def _capacity(self, packed: Packed, log_beta: Tensor | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def _capacity(self, packed: PackedSequence, log_beta: Tensor | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the price of keeping more than there is room for, and the share of all pairs that is kept."""
         assert log_beta is not None, "gates were at work"
         at = torch.randperm(log_beta.shape[1])[: self.options.moments].sort().values.to(log_beta.device)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.nn.retention_gates import Gates
-from vestige.training.data.sentences import prose_of
+from vestige.training.data.sentences import split_documents
 from vestige.training.loop import Outcome
 from vestige.training.retention.task import RetentionOptions, RetentionTask
 from vestige.training.trainer import Job, Training
@@ -49,7 +49,7 @@ class RetentionTraining(Training):
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         sides = self.sides()
-        prose, held = (prose_of(side) for side in sides)
+        prose, held = (split_documents(side) for side in sides)
         torch.manual_seed(self.loop.seed)
         gates = Gates.fresh(model, width=self.width, depth=self.depth, tied=self.tied, bias=self.bias)
         task = RetentionTask(model, tokenizer, gates, prose, held, self.options, validation=self.validation)

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from vestige.errors import InputError
 from vestige.text.chat_template import Frame
 from vestige.text.turns import Turns
-from vestige.training.data.sentences import stretch
-from vestige.training.data.synthetic_qa.story import Asked, tale
-from vestige.training.sampler import seed_of
+from vestige.training.data.sentences import draw_sentences
+from vestige.training.data.synthetic_qa.story import Question, make_story
+from vestige.training.sampler import derive_seed
 
 _TRIES = 8
 _FEWEST = 4
@@ -29,7 +29,7 @@ _MESSAGES = (1, 1, 1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talk:
+class Conversation:
     """Texts, each in a message of its own, and what is asked.
 
     Args:
@@ -39,8 +39,8 @@ class Talk:
     """
 
     texts: tuple[str, ...]
-    between: tuple[Asked, ...]
-    asked: tuple[Asked, ...]
+    between: tuple[Question, ...]
+    asked: tuple[Question, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Document:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackedSequence:
     """Documents behind each other.
 
     Args:
@@ -78,20 +78,20 @@ class Packed:
     answers: Int[Tensor, " answers"]
     others: Int[Tensor, " others"]
 
-    def to(self, device: torch.device) -> "Packed":
+    def to(self, device: torch.device) -> "PackedSequence":
         """Return the same on a device."""
-        return Packed(**{name: x.to(device) for name, x in vars(self).items()})
+        return PackedSequence(**{name: x.to(device) for name, x in vars(self).items()})
 
-    def documents(self) -> Iterator["Alone"]:
+    def documents(self) -> Iterator["TokenizedDocument"]:
         """Yield each document by itself."""
         for start, text in zip(self.starts.unique_consecutive().tolist(), self.texts.tolist(), strict=True):
             end = start + int(self.sizes[start])
             answers = self.answers[(self.answers >= start) & (self.answers < end)] - start
-            yield Alone(ids=self.ids[:, start:end], text=text, answers=answers)
+            yield TokenizedDocument(ids=self.ids[:, start:end], text=text, answers=answers)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alone:
+class TokenizedDocument:
     """One of the documents of a sequence, its places counted from its begin.
 
     Args:
@@ -128,7 +128,7 @@ class SequenceMaker:
         self.tokenizer, self.frame, self.turns = tokenizer, Frame(tokenizer), Turns(tokenizer)
         self.length, self.least, self.others, self.asked, self.seed = length, least, others, asked, seed
 
-    def sequence(self, name: tuple[str | int, ...], prose: Sequence[Sequence[str]]) -> Packed:
+    def make_sequence(self, name: tuple[str | int, ...], prose: Sequence[Sequence[str]]) -> PackedSequence:
         """Return a sequence.
 
         Args:
@@ -138,14 +138,14 @@ class SequenceMaker:
         Raises:
             InputError: Not even one tale fits.
         """
-        rng = random.Random(seed_of(self.seed, *name))
+        rng = random.Random(derive_seed(self.seed, *name))
         documents: list[Document] = []
         room = self.length
         while room >= self.least:
             size = round(self.least * (self.length / self.least) ** rng.random())
-            told = self.fitting(rng, prose, min(size, room))
+            told = self.fit_conversation(rng, prose, min(size, room))
             if told is None and not documents:
-                told = self.fitting(rng, prose, room)
+                told = self.fit_conversation(rng, prose, room)
             if told is None:
                 break
             documents.append(self.tokens(told))
@@ -154,7 +154,7 @@ class SequenceMaker:
             raise InputError(f"no tale fits into {self.length} tokens: give --length more")
         return self._packed(rng, documents)
 
-    def fitting(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Talk | None:
+    def fit_conversation(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Conversation | None:
         """Return a talk that fits so many tokens, most of them its texts'; None if none of some does."""
         text = rng.choice(prose)
         room = round(size * rng.uniform(*_TEXT))
@@ -167,20 +167,20 @@ class SequenceMaker:
             room -= size // 6
         return None
 
-    def talk(self, rng: random.Random, text: Sequence[str], room: int) -> Talk:
+    def talk(self, rng: random.Random, text: Sequence[str], room: int) -> Conversation:
         """Return a talk about sentences of so many tokens in all, about."""
         messages = rng.choice(_MESSAGES)
-        tales = [tale(rng, self.cut(rng, text, room // messages)) for _ in range(messages)]
+        tales = [make_story(rng, self.cut(rng, text, room // messages)) for _ in range(messages)]
         between = [one for told in tales[:-1] for one in told.asked[:1]]
         asked = [one for told in tales for one in told.asked if one not in between]
         rng.shuffle(asked)
-        return Talk(
+        return Conversation(
             texts=tuple(told.text for told in tales),
             between=tuple(between),
             asked=tuple(asked[: self.asked]) if all(told.asked for told in tales) else (),
         )
 
-    def tokens(self, talk: Talk) -> Document:
+    def tokens(self, talk: Conversation) -> Document:
         """Return a talk in tokens, every question a turn of its own, the first behind a text in its message."""
         ids = self.context(talk)
         context, answers = len(ids), list[int]()
@@ -191,7 +191,7 @@ class SequenceMaker:
             ids += reply
         return Document(ids=tuple(ids), context=context, answers=tuple(answers))
 
-    def context(self, talk: Talk) -> list[int]:
+    def context(self, talk: Conversation) -> list[int]:
         """Return everything up to the end of the last text."""
         ids = list(self.frame.context(talk.texts[0])[0].tolist())
         for asked, text in zip(talk.between, talk.texts[1:], strict=True):
@@ -199,22 +199,22 @@ class SequenceMaker:
             ids += self.frame.next_context(text)[0].tolist()
         return ids
 
-    def question(self, asked: Asked, *, first: bool) -> list[int]:
+    def question(self, asked: Question, *, first: bool) -> list[int]:
         """Return what stands between the text, or the answer before, and an answer."""
         if first:
             return list(self.frame.question(asked.question, asked.prefix)[0].tolist())
         after_end = self.turns.next_opening()[1:]
         return [*after_end, *self.turns.message(asked.question)[0], *self.turns.asking(), *self._ids(asked.prefix)]
 
-    def answer(self, asked: Asked) -> list[int]:
+    def answer(self, asked: Question) -> list[int]:
         """Return an answer behind its prefix."""
         return self._ids(f" {asked.answer}")
 
     def cut(self, rng: random.Random, text: Sequence[str], room: int) -> list[str]:
         """Return sentences from a random one on, going round, of so many tokens in all, about."""
-        return stretch(rng, text, room, lambda one: len(self._ids(one)), fewest=_FEWEST)
+        return draw_sentences(rng, text, room, lambda one: len(self._ids(one)), fewest=_FEWEST)
 
-    def _packed(self, rng: random.Random, documents: Sequence[Document]) -> Packed:
+    def _packed(self, rng: random.Random, documents: Sequence[Document]) -> PackedSequence:
         starts, sizes, answers, texts = list[int](), list[int](), list[int](), list[int]()
         for one in documents:
             start = len(starts)
@@ -224,7 +224,7 @@ class SequenceMaker:
             texts += range(start, start + one.context)
         others = sorted(rng.sample(texts, min(self.others, len(texts))))
         ids = [token for one in documents for token in one.ids]
-        return Packed(
+        return PackedSequence(
             ids=torch.tensor([ids]),
             starts=torch.tensor(starts),
             sizes=torch.tensor(sizes),

@@ -20,7 +20,7 @@ from vestige.training.data.vocabulary import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Question:
     """A question about a tale: what opens the reply, and how that goes on."""
 
     question: str
@@ -29,15 +29,15 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tale:
+class Story:
     """A text, and questions that its parts answer, in random order."""
 
     kind: str
     text: str
-    asked: tuple[Asked, ...]
+    asked: tuple[Question, ...]
 
 
-def tale(rng: random.Random, prose: Sequence[str]) -> Tale:
+def make_story(rng: random.Random, prose: Sequence[str]) -> Story:
     """Return a tale of a random kind.
 
     Args:
@@ -48,10 +48,10 @@ def tale(rng: random.Random, prose: Sequence[str]) -> Tale:
     make, _ = KINDS[kind]
     text, asked = make(rng, prose)
     rng.shuffle(asked)
-    return Tale(kind=kind, text=text, asked=tuple(asked))
+    return Story(kind=kind, text=text, asked=tuple(asked))
 
 
-Made = tuple[str, list[Asked]]
+Made = tuple[str, list[Question]]
 
 
 def statements(rng: random.Random, prose: Sequence[str]) -> Made:
@@ -87,7 +87,7 @@ def table(rng: random.Random, prose: Sequence[str]) -> Made:
     return _between(rng, prose, "\n".join(rows)), asked
 
 
-def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
+def make_assignments(rng: random.Random, prose: Sequence[str]) -> Made:
     """Put lines of a settings file or a program among the sentences."""
     form = rng.choice(ASSIGNED)
     names = [name.lower() for name in _distinct(rng, made_up, rng.randint(2, min(10, len(prose))))]
@@ -99,7 +99,7 @@ def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
     question = rng.choice(ASK_ASSIGNED)
     before, quote = form.split("{v}")[0].rstrip(' "'), '"' if '"' in form else ""
     asked = [
-        Asked(question=question.format(n=n), prefix=before.format(n=n), answer=f"{quote}{v}{quote}")
+        Question(question=question.format(n=n), prefix=before.format(n=n), answer=f"{quote}{v}{quote}")
         for n, v in values.items()
     ]
     return "\n".join(lines), asked
@@ -137,7 +137,7 @@ def quotation(rng: random.Random, prose: Sequence[str]) -> Made:
         half = len(words) // 2
         if half >= 4:
             anchor, rest = " ".join(words[:half]), " ".join(words[half : half + 10])
-            asked.append(Asked(question=rng.choice(QUOTE), prefix=anchor, answer=rest))
+            asked.append(Question(question=rng.choice(QUOTE), prefix=anchor, answer=rest))
     return _joined(rng, list(prose)), asked
 
 
@@ -145,7 +145,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Sequence[str]], Made], float]] =
     "statements": (statements, 0.4),
     "noise": (noise, 0.15),
     "table": (table, 0.1),
-    "assignments": (assignments, 0.1),
+    "assignments": (make_assignments, 0.1),
     "talk": (talk, 0.1),
     "listing": (listing, 0.1),
     "quotation": (quotation, 0.05),
@@ -176,9 +176,9 @@ def _topics(rng: random.Random, count: int) -> list[tuple[str, Relation, str]]:
     return [(who, one := rng.choice(RELATIONS), one.value(rng)) for who in _distinct(rng, subject, count)]
 
 
-def _about(rng: random.Random, who: str, relation: Relation, value: str) -> Asked:
+def _about(rng: random.Random, who: str, relation: Relation, value: str) -> Question:
     question, prefix = (rng.choice(some).format(s=who, what=relation.what) for some in (ASK, REPLY))
-    return Asked(question=question, prefix=prefix, answer=value)
+    return Question(question=question, prefix=prefix, answer=value)
 
 
 def _distinct(rng: random.Random, make: Callable[[random.Random], str], count: int) -> list[str]:

@@ -9,16 +9,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.models.anatomy import check
-from vestige.training.data.synthetic_qa.sequences import Alone, Packed, SequenceMaker
-from vestige.training.data.synthetic_qa.validation import Held, held_tales
-from vestige.training.sampler import seed_of
-from vestige.training.task import identity_of
+from vestige.training.data.synthetic_qa.sequences import PackedSequence, SequenceMaker, TokenizedDocument
+from vestige.training.data.synthetic_qa.validation import ValidationSample, find_validation_samples
+from vestige.training.sampler import derive_seed
+from vestige.training.task import model_identity
 
 Parts = dict[str, Tensor]
 """Of a loss, by name: ``loss`` is what is learned by."""
 
 
-class TaleTask:
+class StoryTask:
     """A stream of sequences of tales, each a function of its name alone, about a model that stays as it is.
 
     Args:
@@ -57,32 +57,32 @@ class TaleTask:
         self.model = model.requires_grad_(False).eval()
         self.maker = SequenceMaker(tokenizer, length=length, least=least, others=others, asked=asked, seed=seed)
         self.prose, self.held, self.validation = prose, held, validation
-        self._to_validate: list[Held] | None = None
+        self._to_validate: list[ValidationSample] | None = None
 
     @property
     def num_samples(self) -> None:
         """Sequences come in a stream."""
         return None
 
-    def sequence(self, *name: str | int) -> Packed:
+    def sequence(self, *name: str | int) -> PackedSequence:
         """Return the sequence of a name."""
-        return self.maker.sequence(name, self.prose).to(self.model.device)
+        return self.maker.make_sequence(name, self.prose).to(self.model.device)
 
-    def to_validate(self) -> list[Held]:
+    def to_validate(self) -> list[ValidationSample]:
         """Return tales about texts that are not trained on; looked for once."""
         if self._to_validate is None:
-            self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
+            self._to_validate = find_validation_samples(self.maker, self.model, self.held, self.validation)
         return self._to_validate
 
     def identity(self) -> Mapping[str, Any]:
         """Return the model and the data; tasks add their shapes and options."""
         return {
-            **identity_of(self.model),
-            "documents": [seed_of(*text) for text in (*self.prose, *self.held)],
+            **model_identity(self.model),
+            "documents": [derive_seed(*text) for text in (*self.prose, *self.held)],
         }
 
 
-def over_documents(packed: Packed, of: Callable[[Alone], Mapping[str, Tensor]]) -> Parts:
+def average_over_documents(packed: PackedSequence, of: Callable[[TokenizedDocument], Mapping[str, Tensor]]) -> Parts:
     """Return the parts of a loss over the documents of a sequence, the mean over the tokens of their texts."""
     found = [of(one) for one in packed.documents()]
     shares = packed.texts / packed.texts.sum()

@@ -17,22 +17,24 @@ from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
 from vestige.policies import Full
 from vestige.policies.base import Policy
-from vestige.training.data.synthetic_qa.sequences import SequenceMaker, Talk
-from vestige.training.sampler import seed_of
+from vestige.training.data.synthetic_qa.sequences import Conversation, SequenceMaker
+from vestige.training.sampler import derive_seed
 
 Question = tuple[Tensor, Tensor]
 """Ids of a question, ``1 question``, and of its answer, `` answer``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class ValidationSample:
     """A tale to validate on: its text, and questions with their answers, each asked behind the text alone."""
 
     context: Int[Tensor, "1 context"]
     asked: tuple[Question, ...]
 
 
-def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Sequence[str]], count: int) -> list[Held]:
+def find_validation_samples(
+    maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Sequence[str]], count: int
+) -> list[ValidationSample]:
     """Return tales whose answers the full cache knows, all questions that it fails left out.
 
     Args:
@@ -41,22 +43,22 @@ def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Seq
         prose: Sentences by document, not trained on.
         count: Tales wanted; fewer come if the model knows next to nothing.
     """
-    found: list[Held] = []
+    found: list[ValidationSample] = []
     for index in range(4 * count):
-        rng = random.Random(seed_of(maker.seed, "held", index))
-        talk = maker.fitting(rng, prose, maker.length)
+        rng = random.Random(derive_seed(maker.seed, "held", index))
+        talk = maker.fit_conversation(rng, prose, maker.length)
         if talk is None:
             continue
         made = _held(maker, talk)
-        if known := _known(model, made):
-            found.append(Held(context=made.context, asked=known))
+        if known := _find_known(model, made):
+            found.append(ValidationSample(context=made.context, asked=known))
         if len(found) == count:
             break
     return found
 
 
-def judged(
-    model: PreTrainedModel, policy: Policy, held: Sequence[Held], memory: Memory | None = None
+def evaluate(
+    model: PreTrainedModel, policy: Policy, held: Sequence[ValidationSample], memory: Memory | None = None
 ) -> Mapping[str, float]:
     """Return loss and share of right answers under a policy, of those that the full cache gets right."""
     answered = [one for tale in held for one in _answered(model, policy, tale, memory)]
@@ -66,15 +68,15 @@ def judged(
     return {"loss": sum(losses) / len(losses), "exact": sum(exact) / len(exact), "answers": float(len(exact))}
 
 
-def _held(maker: SequenceMaker, talk: Talk) -> Held:
+def _held(maker: SequenceMaker, talk: Conversation) -> ValidationSample:
     asked = []
     for one in talk.asked:
         question = maker.frame.question(one.question, one.prefix)
         asked.append((question, torch.tensor(maker.answer(one))))
-    return Held(context=torch.tensor([maker.context(talk)]), asked=tuple(asked))
+    return ValidationSample(context=torch.tensor([maker.context(talk)]), asked=tuple(asked))
 
 
-def _known(model: PreTrainedModel, told: Held) -> tuple[Question, ...]:
+def _find_known(model: PreTrainedModel, told: ValidationSample) -> tuple[Question, ...]:
     """Return the questions that the full cache answers right."""
     answered = _answered(model, Full(), told)
     return tuple(one for one, (_, exact) in zip(told.asked, answered, strict=True) if exact)
@@ -82,7 +84,7 @@ def _known(model: PreTrainedModel, told: Held) -> tuple[Question, ...]:
 
 @torch.no_grad()
 def _answered(
-    model: PreTrainedModel, policy: Policy, told: Held, memory: Memory | None = None
+    model: PreTrainedModel, policy: Policy, told: ValidationSample, memory: Memory | None = None
 ) -> list[tuple[float, bool]]:
     """Return for each question the loss of its answer, and whether every token of it is the most likely one."""
     cache, device = KVCache(model, policy, memory=memory), model.device
