@@ -13,7 +13,7 @@ from vestige.models.loading import fetch, load
 from vestige.nn.lora import Adapter
 from vestige.training.config import LoopConfig
 from vestige.training.data.sentences import split_sentences
-from vestige.training.eraser.samples import EraserOptions, Texts
+from vestige.training.eraser.samples import EraserOptions, Sources
 from vestige.training.eraser.task import EraserTask
 from vestige.training.loop import train
 
@@ -25,7 +25,7 @@ def test_the_learned_eraser_gets_better_on_texts_it_has_not_seen(tmp_path):
     half = len(prose) // 2
     torch.manual_seed(0)
     options = EraserOptions(neighbours=0, least=100, most=200)
-    train_on, held = Texts(prose=[prose[:half]]), Texts(prose=[prose[half:]])
+    train_on, held = Sources(texts=[prose[:half]]), Sources(texts=[prose[half:]])
     task = EraserTask(model, tokenizer, Adapter.fresh(model), train_on, held, options, validation=24)
     with torch.no_grad():
         before = task.validate()

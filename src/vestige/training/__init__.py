@@ -4,6 +4,4 @@ A trainer is a :class:`~vestige.training.task.Task`: parameters, and a loss for 
 
     train_on, validate_on = split_documents(read_documents(["texts/", "more.jsonl"]))
     train(MyTask(train_on, validate_on), LoopConfig(steps=1000), Path("out"), resume=True)
-
-The loop, without documents, does not import transformers.
 """

@@ -1,4 +1,4 @@
-"""What every training command does around the loop: it trains, and leaves the weights with their card."""
+"""What every training command does around the loop: read and split data, train, write the weights and their card."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from vestige.training.model_card import write_card
 from vestige.training.task import Task
 
 HELD_OUT = 0.1
-"""Share of the documents to validate on."""
+"""Share of the documents that is held out for validation."""
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """What is trained, and can be kept."""
+    """Trained weights that can be written to a folder."""
 
     def save(self, folder: Path) -> None:
         """Write safetensors and JSON into a folder that may not exist yet."""
@@ -32,15 +32,15 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Where a training writes, under which names, and who works on it.
+    """The folder of a training, the names for its card, and its processes.
 
     Args:
-        out: A folder for checkpoints, ``metrics.jsonl``, and in the end a folder of weights.
-        name: Of the model, for the card.
-        command: That does the same again, for the card.
-        resume: Go on with what is in ``out``.
-        among: This process among several.
-        tell: Hears of every step.
+        out: Folder for checkpoints, ``metrics.jsonl``, and finally a folder of weights.
+        name: Name of the model.
+        command: Command that repeats the training.
+        resume: Whether to continue the run in ``out``.
+        world: This process and the number of processes, if there are several.
+        on_step: Called after every step.
     """
 
     out: Path
@@ -50,7 +50,7 @@ class Job:
     world: Processes | None = None
     on_step: OnStep | None = None
 
-    def carry_out(
+    def run(
         self,
         task: Task,
         loop: LoopConfig,
@@ -61,23 +61,23 @@ class Job:
         documents: Sequence[Document],
         **more: Any,
     ) -> Outcome:
-        """Train, and once all steps are done write the weights and their card.
+        """Train, and write the weights and their card after the last step.
 
         Args:
-            task: What to train on.
-            loop: For how long.
-            weights: Those that the task trains.
-            folder: Within ``out``, for the weights.
-            what: The weights do, and whose method that is.
-            documents: They are trained or validated on.
-            more: For the card, as JSON values.
+            task: The task.
+            loop: Options of the loop.
+            weights: Weights that the task trains.
+            folder: Folder of the weights within ``out``.
+            what: Purpose of the weights and source of the method, for the card.
+            documents: Training and validation documents.
+            more: JSON values for the card.
 
         Raises:
             InputError: The data or the folder cannot be used.
             VestigeError: The loss is not finite; the last checkpoint is kept.
         """
-        done = train(task, loop, self.out, resume=self.resume, world=self.world, on_step=self.on_step)
-        if done.finished and (self.world is None or self.world.main):
+        outcome = train(task, loop, self.out, resume=self.resume, world=self.world, on_step=self.on_step)
+        if outcome.finished and (self.world is None or self.world.main):
             weights.save(self.out / folder)
             write_card(
                 self.out / folder,
@@ -89,25 +89,25 @@ class Job:
                 command=self.command,
                 **more,
             )
-        return done
+        return outcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(ABC):
-    """What is trained, on what, for how long: what a training command makes of its options.
+    """Options of a training command.
 
     Args:
-        data: Files, folders or sets, as :func:`vestige.training.data.documents.read_documents` takes them.
-        field: Of JSONL lines.
-        loop: Steps, batch, learning rate, ...
-        validation: Samples to validate on.
+        data: Sources, as :func:`~vestige.training.data.documents.read_documents` takes them.
+        field: Text field of JSONL lines.
+        loop: Options of the loop.
+        validation: Number of validation samples.
 
     Raises:
-        InputError: No data, or a number out of range.
+        InputError: There is no data, or a number is out of range.
     """
 
     weights: ClassVar[str]
-    """What is made, as it is called; and the folder for it."""
+    """Name of the weights, and of their folder."""
     data: tuple[str, ...]
     field: str = "text"
     loop: LoopConfig
@@ -120,12 +120,12 @@ class Training(ABC):
             raise InputError("validation must be at least 1")
 
     def require_whole_steps(self, sequences: int, what: str) -> None:
-        """Raise an InputError unless the first so many sequences, learned from otherwise, fill their steps."""
+        """Raise an InputError unless the sequences of a first phase fill whole steps."""
         if sequences % self.loop.batch:
             raise InputError(f"the {sequences} sequences of {what} must be whole steps of {self.loop.batch}")
 
-    def sides(self) -> tuple[list[Document], list[Document]]:
-        """Return the documents to train and to validate on.
+    def split_data(self) -> tuple[list[Document], list[Document]]:
+        """Return the training and the validation documents.
 
         Raises:
             InputError: The data cannot be used.
@@ -134,7 +134,7 @@ class Training(ABC):
 
     @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        """Train, and write the weights with their card once all steps are done; the model is frozen by this.
+        """Train, and write the weights with their card after the last step; the model becomes frozen.
 
         Raises:
             InputError: The data or the folder cannot be used.

@@ -20,7 +20,7 @@ from vestige.training.sampler import make_generator
 @pytest.fixture
 def notices(monkeypatch) -> list[str]:
     heard: list[str] = []
-    monkeypatch.setattr(module, "_say", heard.append)
+    monkeypatch.setattr(module, "_print_error", heard.append)
     return heard
 
 

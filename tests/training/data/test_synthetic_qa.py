@@ -81,4 +81,4 @@ def test_no_name_or_value_has_the_shape_of_a_benchmarks():
     for seed in range(300):
         rng = random.Random(seed)
         values = [relation.value(rng) for relation in vocabulary.RELATIONS]
-        assert not [one for one in (*values, vocabulary.subject(rng)) if shapes.match(one)]
+        assert not [one for one in (*values, vocabulary.draw_subject(rng)) if shapes.match(one)]

@@ -16,12 +16,12 @@ from vestige.training.data.documents import Document
 from vestige.training.data.sentences import require_long_documents, split_documents
 from vestige.training.eraser import differentiable_cache
 from vestige.training.eraser.facts import draft_facts
-from vestige.training.eraser.samples import EraserOptions, SampleMaker, Texts
+from vestige.training.eraser.samples import EraserOptions, SampleMaker, Sources
 from vestige.training.eraser.task import EraserTask
 from vestige.training.loop import train
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
-TEXTS = Texts(prose=[PROSE, PROSE[::-1]])
+TEXTS = Sources(texts=[PROSE, PROSE[::-1]])
 SMALL = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2)
 
 
@@ -70,14 +70,14 @@ def task(chatter):
 
 
 def test_a_sample_is_a_function_of_its_index(task):
-    one, again, other = (task.maker.make_sample(("train", i), task.texts, neighbours=False) for i in (3, 3, 4))
+    one, again, other = (task.maker.make_sample(("train", i), task.sources, neighbours=False) for i in (3, 3, 4))
     assert torch.equal(one.ids, again.ids) and one.spans == again.spans
-    assert torch.equal(one.asked[0].target, again.asked[0].target)
+    assert torch.equal(one.queries[0].target, again.queries[0].target)
     assert one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids)
 
 
 def test_an_untrained_adapter_is_as_wrong_as_the_text_with_the_passage(task):
-    sample = task.maker.make_sample(("train", 0), task.texts, neighbours=True)
+    sample = task.maker.make_sample(("train", 0), task.sources, neighbours=True)
     dirty = differentiable_cache.read(task.model, sample.ids)
     with torch.no_grad():
         for one, logits in task._answer(sample):
@@ -94,8 +94,8 @@ def test_the_loss_reaches_the_adapter_and_nothing_else(task):
 
 
 def test_twenty_steps_on_few_samples_lower_the_loss(task, tmp_path, monkeypatch):
-    samples = [task.maker.make_sample(("train", i), task.texts, neighbours=False) for i in range(2)]
-    monkeypatch.setattr(task.maker, "make_sample", lambda name, texts, *, neighbours: samples[name[1] % 2])
+    samples = [task.maker.make_sample(("train", i), task.sources, neighbours=False) for i in range(2)]
+    monkeypatch.setattr(task.maker, "make_sample", lambda name, sources, *, neighbours: samples[name[1] % 2])
     losses = []
     config = LoopConfig(steps=20, batch=2, lr=5e-3, save_every=100)
     train(task, config, tmp_path / "out", on_step=lambda done, total, record: losses.append(record["loss"]))
@@ -131,7 +131,7 @@ def test_the_loss_weighs_the_reply_and_the_divergence_from_the_clean_text(chatte
         own = [logits for _, logits in other._answer(sample)]
     torch.testing.assert_close(parts["loss"], sum(w * x for w, x in zip(weights, figures, strict=True)))
     replies, questions = [], []
-    for one, edited in zip(sample.asked, own, strict=True):
+    for one, edited in zip(sample.queries, own, strict=True):
         clean = one.clean.float().log_softmax(-1)
         divergences = (clean.exp() * (clean - edited.log_softmax(-1))).sum(-1)
         replies.append(divergences[-len(one.target) :].mean())
@@ -182,10 +182,10 @@ def test_a_model_that_says_nothing_is_told(chatter, monkeypatch):
 
 def test_when_to_stop_is_part_of_what_is_learned(chatter):
     maker = SampleMaker(*chatter, SMALL)
-    usual = maker.make_sample(("x", 0), TEXTS, neighbours=False).asked[0].target.tolist()
+    usual = maker.make_sample(("x", 0), TEXTS, neighbours=False).queries[0].target.tolist()
     assert len(usual) == SMALL.reply
     maker.stop = (usual[1],)
-    assert maker.make_sample(("x", 0), TEXTS, neighbours=False).asked[0].target.tolist() == usual[:2]
+    assert maker.make_sample(("x", 0), TEXTS, neighbours=False).queries[0].target.tolist() == usual[:2]
 
 
 # What the model says.
@@ -212,12 +212,12 @@ def test_a_reply_that_is_guessed_right_is_the_greedy_one(task):
 
 
 def test_the_clean_reply_is_that_of_a_text_that_never_had_the_passage(task):
-    sample = task.maker.make_sample(("train", 1), task.texts, neighbours=False)
+    sample = task.maker.make_sample(("train", 1), task.sources, neighbours=False)
     kept = torch.ones(sample.ids.shape[1], dtype=torch.bool)
     for span in sample.spans:
         kept[span.start : span.end] = False
     clean = differentiable_cache.read(task.model, sample.ids[:, kept])
-    for one in sample.asked:
+    for one in sample.queries:
         with torch.no_grad():
             logits = differentiable_cache.compute_logits(task.model, clean, one.input_ids, len(one.target))
         torch.testing.assert_close(one.clean[-len(one.target) :], logits, atol=1e-4, rtol=1e-4)
@@ -235,14 +235,14 @@ def test_only_a_right_reply_that_the_passage_spoils_is_worth_training_on(task, m
 
 def test_a_wrong_reply_teaches_too_if_that_is_asked_for_as_long_as_the_passage_changes_it(chatter, task):
     query = replace(draft_facts(random.Random(0), PROSE).queries[0], misled=True)
-    sample = task.maker.make_sample(("train", 0), task.texts, neighbours=False)
+    sample = task.maker.make_sample(("train", 0), task.sources, neighbours=False)
     lenient = SampleMaker(*chatter, replace(SMALL, right=False))
     for right, fooled, expected in (
         (True, True, (True, True)),
         (False, True, (False, True)),
         (True, False, (False, False)),
     ):
-        asked = replace(sample.asked[0], right=right, fooled=fooled)
+        asked = replace(sample.queries[0], right=right, fooled=fooled)
         assert tuple(maker._is_worthwhile(query, asked) for maker in (task.maker, lenient)) == expected
 
 
@@ -252,13 +252,13 @@ def test_a_reply_that_nothing_opens_may_be_longer(chatter):
     drafts = (draft_facts(random.Random(i), PROSE) for i in range(40))
     draft = next(one for one in drafts if any(query.kind == "free" for query in one.queries))
     layers = differentiable_cache.read(maker.model, ids := maker._ids(draft))
-    made = maker._asked(draft, ids, layers, worth=False)
-    lengths = {one.kind: len(one.target) for one in made.asked}
+    made = maker._make_sample(draft, ids, layers, worth=False)
+    lengths = {one.kind: len(one.target) for one in made.queries}
     assert lengths["free"] == 9 and lengths[draft.queries[0].kind] == SMALL.reply
 
 
 def test_a_sample_kept_for_long_lets_its_pairs_go(task):
-    sample = task.maker.make_sample(("train", 0), task.texts, neighbours=True)
+    sample = task.maker.make_sample(("train", 0), task.sources, neighbours=True)
     assert sample.layers is not None and sample.without_layers().layers is None
     with torch.no_grad():
         for (_, one), (_, other) in zip(task._answer(sample), task._answer(sample.without_layers()), strict=True):

@@ -177,7 +177,7 @@ def test_where_a_question_was_read_its_own_reply_is_foretold(task):
     """The replies to others, which nobody asked yet, are not."""
     found = []
     for index in range(12):
-        (one,) = task.maker.make_sequence(("train", index), task.prose).documents()
+        (one,) = task.maker.make_sequence(("train", index), task.texts).documents()
         told = _find_first_reply(one)
         replies = (one.answers.diff() > 1).sum() + 1
         found.append(int(replies))
@@ -187,7 +187,7 @@ def test_where_a_question_was_read_its_own_reply_is_foretold(task):
 
 
 def test_scales_are_attention_behind_a_text_times_medians_of_projected_values(task):
-    packed = [one for i in range(4) for one in task.maker.make_sequence(("measured", i), task.prose).documents()]
+    packed = [one for i in range(4) for one in task.maker.make_sequence(("measured", i), task.texts).documents()]
     anatomy = check(task.model)
     for place, layer_idx in enumerate(anatomy.evictable):
         values = torch.cat(
@@ -205,9 +205,9 @@ def test_scales_are_attention_behind_a_text_times_medians_of_projected_values(ta
 
 
 def test_steps_on_one_sequence_lower_both_losses(task, tmp_path, monkeypatch):
-    packed = task.maker.make_sequence(("train", 0), task.prose)
-    monkeypatch.setattr(task.maker, "make_sequence", lambda name, prose: packed)
-    monkeypatch.setattr("vestige.training.indexmem.task.drawn_share", lambda: 0.1)
+    packed = task.maker.make_sequence(("train", 0), task.texts)
+    monkeypatch.setattr(task.maker, "make_sequence", lambda name, texts: packed)
+    monkeypatch.setattr("vestige.training.indexmem.task.draw_share", lambda: 0.1)
     task.options = replace(task.options, aware=0.0)
     found = []
     config = LoopConfig(steps=40, batch=1, lr=2e-2, save_every=100)
@@ -219,7 +219,7 @@ def test_steps_on_one_sequence_lower_both_losses(task, tmp_path, monkeypatch):
 def test_validation_really_evicts_and_asks_with_and_without_memories(task, monkeypatch):
     from vestige.training.data.synthetic_qa import validation as telling
 
-    monkeypatch.setattr(telling, "_find_known", lambda model, made: made.asked)  # the tiny model knows nothing
+    monkeypatch.setattr(telling, "_find_known", lambda model, made: made.questions)  # the tiny model knows nothing
     with torch.no_grad():
         tight = task.validate()
         task.options = replace(task.options, budget=1.0)

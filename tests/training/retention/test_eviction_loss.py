@@ -124,9 +124,9 @@ def test_a_bfloat16_model_teaches_float32_gates(chatter, forgets):
 
 
 def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
-    packed = task.maker.make_sequence(("train", 0), task.prose)
-    monkeypatch.setattr(task.maker, "make_sequence", lambda name, prose: packed)
-    monkeypatch.setattr("vestige.training.retention.task.drawn_share", lambda: 0.1)
+    packed = task.maker.make_sequence(("train", 0), task.texts)
+    monkeypatch.setattr(task.maker, "make_sequence", lambda name, texts: packed)
+    monkeypatch.setattr("vestige.training.retention.task.draw_share", lambda: 0.1)
     losses = []
     config = LoopConfig(steps=20, batch=1, lr=3e-3, save_every=100)
     train(task, config, tmp_path / "out", on_step=lambda done, total, record: losses.append(record["loss"]))
@@ -146,7 +146,12 @@ def test_other_ways_to_forget_are_refused():
 def test_pairs_of_a_layer_or_head_can_compete_among_themselves(task, share, options):
     wide, narrow = (
         RetentionTask(
-            task.model, task.maker.tokenizer, task.gates, task.prose, task.held, replace(SMALL, share=one, **options)
+            task.model,
+            task.maker.tokenizer,
+            task.gates,
+            task.texts,
+            task.held_out,
+            replace(SMALL, share=one, **options),
         )
         for one in ("model", share)
     )

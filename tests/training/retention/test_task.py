@@ -139,7 +139,7 @@ def test_every_kind_comes_and_its_answers_stand_in_the_text():
     tales = [make_story(random.Random(i), PROSE) for i in range(150)]
     assert {one.kind for one in tales} == KINDS.keys()
     for one in tales:
-        assert one.asked and all(question.answer in one.text for question in one.asked), one
+        assert one.questions and all(question.answer in one.text for question in one.questions), one
     assert tales[3] == make_story(random.Random(3), PROSE)
 
 
@@ -176,15 +176,12 @@ def test_a_talk_of_several_messages_is_asked_about_once_all_are_told(maker, chat
     talks = [one for i in range(40) if (one := maker.fit_conversation(random.Random(i), [PROSE], 3000))]
     assert {len(one.texts) for one in talks} == {1, 2, 3}
     for one in talks:
-        assert len(one.between) == len(one.texts) - 1 and not set(one.between) & set(one.asked)
-        made, said = maker.tokens(one), tokenizer.decode(maker.context(one))
-        assert list(made.ids[: made.context]) == maker.context(one)
+        assert len(one.interim) == len(one.texts) - 1 and not set(one.interim) & set(one.questions)
+        made, said = maker.tokenize(one), tokenizer.decode(maker.context_ids(one))
+        assert made.ids[0, : made.text].tolist() == maker.context_ids(one)
         assert said.endswith(tokenizer.decode(tokenizer(one.texts[-1])["input_ids"], skip_special_tokens=True)[-40:])
-        assert all(
-            asked.question in said and f"{asked.prefix} {asked.answer}" in said
-            for asked in one.between
-        )
-        assert all(any(asked.answer in text for text in one.texts) for asked in one.asked)
+        assert all(asked.question in said and f"{asked.prefix} {asked.answer}" in said for asked in one.interim)
+        assert all(any(asked.answer in text for text in one.texts) for asked in one.questions)
 
 
 def test_a_length_that_no_tale_fits_is_no_reason_to_stop(chatter):
@@ -362,15 +359,15 @@ def test_gates_that_keep_everything_say_what_the_model_says(task):
 @pytest.mark.parametrize("loss", ["lives", "ranking"])
 def test_the_first_sequences_learn_what_later_tokens_look_at(task, kind, loss):
     first = replace(SMALL, warm=2, warm_by=kind, warm_loss=loss, asked=8)
-    other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.prose, task.held, first)
+    other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.texts, task.held_out, first)
     assert other.loss(1).keys() == {"loss", "tokens"} and "kl" in other.loss(2)
     other.loss(0)["loss"].backward()
     assert all(parameter.grad is not None for parameter in other.gates.parameters())
 
 
 def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
-    packed = task.maker.make_sequence(("train", 0), task.prose)
-    monkeypatch.setattr(task.maker, "make_sequence", lambda name, prose: packed)
+    packed = task.maker.make_sequence(("train", 0), task.texts)
+    monkeypatch.setattr(task.maker, "make_sequence", lambda name, texts: packed)
     losses = []
     config = LoopConfig(steps=20, batch=1, lr=3e-2, save_every=100)
     train(task, config, tmp_path / "out", on_step=lambda done, total, record: losses.append(record["loss"]))
@@ -391,10 +388,10 @@ def test_a_share_of_nobody_is_refused(unchecked):
 def test_validation_really_evicts(task, monkeypatch):
     from vestige.training.data.synthetic_qa import validation as telling
 
-    monkeypatch.setattr(telling, "_find_known", lambda model, made: made.asked)  # the tiny model knows nothing
+    monkeypatch.setattr(telling, "_find_known", lambda model, made: made.questions)  # the tiny model knows nothing
     with torch.no_grad():
         half = task.validate()
-        task._to_validate, held = [], task._to_validate
+        task._validation_samples, held = [], task._validation_samples
         whole = telling.evaluate(task.model, Retention(gates=task.gates, budget=Budget.fraction(1.0)), held)
     assert half["answers"] == whole["answers"] > 0 and half["loss"] != whole["loss"]
 
@@ -410,7 +407,7 @@ def test_the_flat_trainer_comes_to_the_same_losses(chatter):
         task = RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], options)
         if kind == "flat":
             model.set_attn_implementation("eager")
-            sequences = [task.maker.make_sequence(("train", i), task.prose) for i in range(3)]
+            sequences = [task.maker.make_sequence(("train", i), task.texts) for i in range(3)]
             losses.append(train_retention_flat.train(model, gates, sequences, lr=1e-2, capacity=options.capacity))
             continue
         optimizer, found = torch.optim.AdamW(gates.parameters(), lr=1e-2, weight_decay=0.0), []

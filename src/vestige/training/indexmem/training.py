@@ -1,4 +1,4 @@
-"""``vestige train indexmem``: from texts to an indexer and memories with their card, in one folder that all take."""
+"""``vestige train indexmem``: train an indexer and memories on texts, and write them with their card to one folder."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,13 +19,13 @@ from vestige.training.trainer import Job, Training
 
 @dataclass(frozen=True)
 class IndexMemWeights:
-    """Both halves of IndexMem, an indexer and memories, written side by side."""
+    """The indexer and the memories, written to one folder."""
 
     indexer: Indexer
     latents: Sequence[Latent]
 
     def save(self, folder: Path) -> None:
-        """Write safetensors and JSON of all."""
+        """Write safetensors and JSON of both."""
         self.indexer.save(folder)
         for latent in self.latents:
             latent.save(folder)
@@ -33,17 +33,17 @@ class IndexMemWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexMemTraining(Training):
-    """What an indexer and memories are trained on, and how, beside what every training says; it validates on tales.
+    """Options of ``vestige train indexmem``, beside those of every training; it validates on synthetic questions.
 
     Args:
-        options: Of sequences and loss.
+        options: Options of sequences and loss.
         heads: Index heads for each KV head.
         dim: Size of each KV head's part of the index key.
         apart: Whether each KV head has scores of its own.
         memories: Kinds of memories.
-        width: Of their projections; None takes each kind's own.
-        decays: Whether older pairs count less in them.
-        asks: Whether the linear one's gate looks at the query.
+        width: Width of their projections; None takes each kind's default.
+        decays: Whether older pairs count less in the memories.
+        asks: Whether the linear memory's gate sees the query.
     """
 
     weights: ClassVar[str] = "indexmem"
@@ -67,8 +67,8 @@ class IndexMemTraining(Training):
             )
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        sides = self.sides()
-        prose, held = (split_documents(side) for side in sides)
+        sides = self.split_data()
+        texts, held_out = map(split_documents, sides)
         torch.manual_seed(self.loop.seed)
         shapes: dict[str, dict[str, Any]] = {
             "indexer": {"heads": self.heads, "dim": self.dim, "apart": self.apart},
@@ -76,14 +76,16 @@ class IndexMemTraining(Training):
         }
         indexer = Indexer.fresh(model, **shapes["indexer"])
         latents = [Latent.fresh(model, kind, **shapes["memory"]) for kind in self.memories]
-        task = IndexMemTask(model, tokenizer, indexer, latents, prose, held, self.options, validation=self.validation)
-        return job.carry_out(
+        task = IndexMemTask(
+            model, tokenizer, indexer, latents, texts, held_out, self.options, validation=self.validation
+        )
+        return job.run(
             task,
             self.loop,
             IndexMemWeights(indexer, latents),
             self.weights,
             what="IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was",
-            documents=[one for side in sides for one in side],
+            documents=[document for side in sides for document in side],
             options=asdict(self.options),
             memories=list(self.memories),
             **shapes,

@@ -1,7 +1,7 @@
-"""Attention that forgets as gates say, softly, so that they can be trained: ``softmax(q.k + (t - i) log beta_i)``.
+"""Differentiable attention that fades with a pair's age, to train gates: ``softmax(q.k + (t - i) log beta_i)``.
 
-For training alone: afterwards attention is the ordinary one over the pairs that are kept. Several documents may lie
-behind each other in one sequence; in full-attention layers, which are the ones that gates are for, none sees another.
+It is for training only; in use, attention is ordinary and runs over the kept pairs. A sequence may hold several
+documents. Gates belong to full-attention layers, and there no document sees another one.
 
 Source: TRIM-KV, arXiv 2512.03324: retention is added to the logits.
 """
@@ -25,7 +25,7 @@ from vestige.nn.retention_gates import Gates
 
 NAME = "vestige_gated"
 BLOCK = 256
-"""Queries whose logits exist at a time."""
+"""Queries computed together."""
 
 Queries = Float[Tensor, "1 heads new head_dim"]
 Keys = Float[Tensor, "1 kv_heads tokens head_dim"]
@@ -35,7 +35,7 @@ AttentionOutput = Float[Tensor, "1 heads new value_dim"]
 
 @runtime_checkable
 class SoftAttention(Protocol):
-    """How the full-attention layers of a model attend for a while."""
+    """An attention function for the full-attention layers of a model."""
 
     def attend(
         self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
@@ -43,10 +43,10 @@ class SoftAttention(Protocol):
         """Return the attention of queries over pairs, ``1 heads new value_dim``.
 
         Args:
-            query: The new tokens'.
-            keys: Of all tokens, the new ones last.
-            values: The same.
-            layer_idx: Of the layer that wrote the pairs.
+            query: Queries of the new tokens.
+            keys: Keys of all tokens, the new ones last.
+            values: Values of the same tokens.
+            layer_idx: Index of the layer that wrote the pairs.
             scale: Factor, softcap and sinks.
         """
         ...
@@ -54,12 +54,12 @@ class SoftAttention(Protocol):
 
 @dataclass(eq=False)
 class GatedAttention:
-    """What the attention modules of a model need to know of each other while gates are at work.
+    """Attention that fades by the gates, over several documents.
 
     Args:
-        starts: Where the document of each token begins.
-        gates: None forgets nothing.
-        log_beta: Of the pairs of each evictable layer, filled as the model runs, ``1 kv_heads tokens``.
+        starts: Position at which the document of each token begins.
+        gates: The gates; None forgets nothing.
+        log_beta: Log beta of the pairs of each evictable layer, filled while the model runs, ``1 kv_heads tokens``.
     """
 
     starts: Int[Tensor, " tokens"]
@@ -68,17 +68,17 @@ class GatedAttention:
 
     @property
     def positions(self) -> Int[Tensor, "1 tokens"]:
-        """The place of each token in its document: the model's ``position_ids``."""
+        """Position of each token in its document: the model's ``position_ids``."""
         return (torch.arange(len(self.starts), device=self.starts.device) - self.starts)[None]
 
     def packed_log_beta(self) -> Float[Tensor, "rows tokens"]:
-        """Return log beta of every row of all layers."""
+        """Return log beta of the rows of all layers."""
         return torch.cat([self.log_beta[layer_idx][0] for layer_idx in sorted(self.log_beta)])
 
     def attend(
         self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
     ) -> AttentionOutput:
-        """Attend causally within each document, in blocks of queries that are computed again for the backward pass."""
+        """Attend causally within each document, in blocks of queries that the backward pass recomputes."""
         log_beta = self.log_beta.get(layer_idx)
         blocks = [
             checkpoint(self._block, query, keys, values, log_beta, start, scale, use_reentrant=False)
@@ -104,11 +104,11 @@ class GatedAttention:
 
 @contextmanager
 def use_gates(model: PreTrainedModel, gating: GatedAttention) -> Iterator[None]:
-    """Have a model's full-attention layers attend as gates say, for as long as the block lasts.
+    """Fade the attention of a model's full-attention layers by gates within the block.
 
     Args:
-        model: Given ids of one row, ``position_ids=gating.positions``, and no cache.
-        gating: Its ``log_beta`` is filled.
+        model: Call it with the ids of one row, ``position_ids=gating.positions``, and no cache.
+        gating: The model's calls fill its ``log_beta``.
     """
     with ExitStack() as stack:
         if gating.gates is not None:
@@ -120,8 +120,8 @@ def use_gates(model: PreTrainedModel, gating: GatedAttention) -> Iterator[None]:
 
 
 @contextmanager
-def use_attention(model: PreTrainedModel, how: SoftAttention) -> Iterator[None]:
-    """Have a model's full-attention layers attend in some way, for as long as the block lasts."""
+def use_attention(model: PreTrainedModel, attention: SoftAttention) -> Iterator[None]:
+    """Replace the attention of a model's full-attention layers within the block."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     anatomy = check(model)
@@ -129,7 +129,7 @@ def use_attention(model: PreTrainedModel, how: SoftAttention) -> Iterator[None]:
     before = config._attn_implementation_internal
     with ExitStack() as stack:
         for module, layer_idx in _readers(anatomy):
-            _running[module] = how, layer_idx
+            _running[module] = attention, layer_idx
             stack.callback(_running.pop, module, None)
         config._attn_implementation_internal = NAME
         stack.callback(setattr, config, "_attn_implementation_internal", before)
@@ -137,11 +137,11 @@ def use_attention(model: PreTrainedModel, how: SoftAttention) -> Iterator[None]:
 
 
 _running: dict[nn.Module, tuple[SoftAttention, int]] = {}
-"""By attention module: what is at work, and the layer whose pairs it reads."""
+"""Replacement by attention module, with the index of the layer whose pairs the module reads."""
 
 
 def _readers(anatomy: ModelLayout) -> Iterator[tuple[nn.Module, int]]:
-    """Yield the modules that read evictable pairs, with the layer that writes these: the last one if it is shared."""
+    """Yield the modules that read evictable pairs, each with the layer that writes them; the last one if shared."""
     yield from ((module, layer_idx) for layer_idx, module in anatomy.attentions.items())
     config: Any = anatomy.decoder.config
     for module in anatomy.decoder.modules():
@@ -170,11 +170,11 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, as transformers asks for it; layers that are never evicted attend as they always do."""
+    """Attend with transformers' signature; layers without a replacement attend as usual."""
     if (found := _running.get(module)) is None:
         return vestige_attention(
             module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    how, layer_idx = found
-    return how.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None
+    attention, layer_idx = found
+    return attention.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None

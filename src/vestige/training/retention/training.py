@@ -1,4 +1,4 @@
-"""``vestige train retention``: from texts to gates with their card, in a folder that ``retention(gates=...)`` takes."""
+"""``vestige train retention``: train gates on texts, and write them with their card for ``retention(gates=...)``."""
 
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -18,19 +18,19 @@ _WHAT = {
     "at_once": "retention gates shaped as in DBTrimKV (arXiv 2605.09649), trained by soft evictions of our own: what "
     "each pair is worth, from when it is written",
 }
-_MOST_BIAS = 18.0  # the papers'; at 20.7 nothing is left of a gradient
+_MOST_BIAS = 18.0  # the papers' value; at 20.7 gradients vanish
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionTraining(Training):
-    """What gates are trained on, and how, beside what every training says; it validates on tales.
+    """Options of ``vestige train retention``, beside those of every training; it validates on synthetic questions.
 
     Args:
-        options: Of sequences and loss.
-        width: Of the gates' inner layers.
-        depth: How many of these there are.
+        options: Options of sequences and loss.
+        width: Width of the gates' inner layers.
+        depth: Number of these layers.
         tied: Whether all layers share the last projection.
-        bias: What that begins with.
+        bias: Initial bias of the last projection.
     """
 
     weights: ClassVar[str] = "gates"
@@ -48,18 +48,18 @@ class RetentionTraining(Training):
             raise InputError(f"bias must be at most {_MOST_BIAS:g}, or gates live too long to learn; got {self.bias}")
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        sides = self.sides()
-        prose, held = (split_documents(side) for side in sides)
+        sides = self.split_data()
+        texts, held_out = map(split_documents, sides)
         torch.manual_seed(self.loop.seed)
         gates = Gates.fresh(model, width=self.width, depth=self.depth, tied=self.tied, bias=self.bias)
-        task = RetentionTask(model, tokenizer, gates, prose, held, self.options, validation=self.validation)
-        return job.carry_out(
+        task = RetentionTask(model, tokenizer, gates, texts, held_out, self.options, validation=self.validation)
+        return job.run(
             task,
             self.loop,
             gates,
             self.weights,
             what=_WHAT[self.options.forgets],
-            documents=[one for side in sides for one in side],
+            documents=[document for side in sides for document in side],
             options=asdict(self.options),
             gates={"width": self.width, "depth": self.depth, "tied": self.tied, "bias": self.bias},
         )
