@@ -1,4 +1,4 @@
-"""What every training command does around the loop: read and split data, train, write the weights and their card."""
+"""What every training command does: read and split documents, train, write the weights and their card."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
@@ -50,47 +51,6 @@ class Job:
     world: Processes | None = None
     on_step: OnStep | None = None
 
-    def run(
-        self,
-        task: Task,
-        loop: LoopConfig,
-        weights: Weights,
-        folder: str,
-        *,
-        what: str,
-        documents: Sequence[Document],
-        **more: Any,
-    ) -> Outcome:
-        """Train, and write the weights and their card after the last step.
-
-        Args:
-            task: The task.
-            loop: Options of the loop.
-            weights: Weights that the task trains.
-            folder: Folder of the weights within ``out``.
-            what: Purpose of the weights and source of the method, for the card.
-            documents: Training and validation documents.
-            more: JSON values for the card.
-
-        Raises:
-            InputError: The data or the folder cannot be used.
-            VestigeError: The loss is not finite; the last checkpoint is kept.
-        """
-        outcome = train(task, loop, self.out, resume=self.resume, world=self.world, on_step=self.on_step)
-        if outcome.finished and (self.world is None or self.world.main):
-            weights.save(self.out / folder)
-            write_card(
-                self.out / folder,
-                self.out,
-                what=what,
-                model=self.name,
-                documents=documents,
-                loop=loop,
-                command=self.command,
-                **more,
-            )
-        return outcome
-
 
 @dataclass(frozen=True, kw_only=True)
 class Training(ABC):
@@ -124,15 +84,26 @@ class Training(ABC):
         if sequences % self.loop.batch:
             raise InputError(f"the {sequences} sequences of {what} must be whole steps of {self.loop.batch}")
 
-    def split_data(self) -> tuple[list[Document], list[Document]]:
-        """Return the training and the validation documents.
+    @abstractmethod
+    def make_task(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+    ) -> tuple[Task, Weights, dict[str, Any]]:
+        """Return the task, the weights that it trains, and JSON values for their card.
+
+        Args:
+            model: Becomes frozen.
+            tokenizer: The model's tokenizer.
+            documents: Training documents.
+            held_out: Validation documents.
 
         Raises:
             InputError: The data cannot be used.
         """
-        return split_documents(require_long_documents(read_documents(self.data, field=self.field)), share=HELD_OUT)
 
-    @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
         """Train, and write the weights with their card after the last step; the model becomes frozen.
 
@@ -140,3 +111,13 @@ class Training(ABC):
             InputError: The data or the folder cannot be used.
             VestigeError: The loss is not finite; the last checkpoint is kept.
         """
+        read = require_long_documents(read_documents(self.data, field=self.field))
+        documents, held_out = split_documents(read, share=HELD_OUT)
+        torch.manual_seed(self.loop.seed)
+        task, weights, card = self.make_task(model, tokenizer, documents, held_out)
+        outcome = train(task, self.loop, job.out, resume=job.resume, world=job.world, on_step=job.on_step)
+        if outcome.finished and (job.world is None or job.world.main):
+            folder, read = job.out / self.weights, [*documents, *held_out]
+            weights.save(folder)
+            write_card(folder, job.out, model=job.name, documents=read, loop=self.loop, command=job.command, **card)
+        return outcome

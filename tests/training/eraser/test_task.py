@@ -13,7 +13,7 @@ from vestige.nn.lora import Adapter
 from vestige.testing import random_ids, tiny
 from vestige.training.config import LoopConfig
 from vestige.training.data.documents import Document
-from vestige.training.data.sentences import require_long_documents, split_documents
+from vestige.training.data.sentences import require_long_documents, split_all_sentences
 from vestige.training.eraser import differentiable_cache
 from vestige.training.eraser.facts import draft_facts
 from vestige.training.eraser.samples import EraserOptions, SampleMaker, Sources
@@ -149,7 +149,7 @@ def test_validation_tells_exact_match_by_kind(task):
 
 def test_texts_without_sentences_are_refused():
     long, other, short = Document("a", " ".join(PROSE)), Document("c", " ".join(PROSE[::-1])), Document("b", "no end")
-    assert split_documents(require_long_documents([long, short, other])) == [PROSE, PROSE[::-1]]
+    assert split_all_sentences(require_long_documents([long, short, other])) == [PROSE, PROSE[::-1]]
     for few, count in (([short], "none among 1"), ([long, short], "1 among 2"), ([long, long], "1 among 2")):
         with pytest.raises(InputError, match=f"two texts of 12 sentences or more.*{count}"):
             require_long_documents(few)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from vestige.bench import sources
 from vestige.bench.erasing.sample import EraseSample, Kind, Question, erased
 from vestige.bench.erasing.story_templates import StoryTemplate, count_least_tokens, fit
-from vestige.bench.questions import Question as Asked
+from vestige.bench.questions import Question as SourceQuestion
 from vestige.bench.questions import Questions
 from vestige.bench.tasks import Order
 from vestige.bench.tasks.fitting import key, named_length
@@ -56,14 +56,14 @@ def make_samples(order: Order, task: str) -> Iterator[EraseSample]:
     )
 
 
-def _make_template(data: Questions, asked: Asked, pool: Pool, rng: random.Random) -> StoryTemplate | None:
+def _make_template(data: Questions, source: SourceQuestion, pool: Pool, rng: random.Random) -> StoryTemplate | None:
     """Return the template of one question, or None if it has no distractor or there is nothing else to ask."""
-    (gold,) = asked.gold
-    found = find_answer_sentence(asked)
+    (gold,) = source.gold
+    found = find_answer_sentence(source)
     if found is None:
         return None
     sentence, answer = found
-    wrong = _draw_wrong_answer(answer, asked, pool, rng)
+    wrong = _draw_wrong_answer(answer, source, pool, rng)
     if wrong is None:
         return None
     clean = [text for text in data.paragraphs if text != gold and wrong.lower() not in text.lower()]
@@ -71,9 +71,9 @@ def _make_template(data: Questions, asked: Asked, pool: Pool, rng: random.Random
     if not others:
         return None
     other = rng.choice(others)
-    near = [text for text in clean if text in asked.near and text != other.gold[0]]
-    far = [text for text in clean if text not in asked.near and text != other.gold[0]]
-    lines = [gold, erased(f"{asked.question.strip()} {wrong}. {sentence.replace(answer, wrong, 1)}")]
+    near = [text for text in clean if text in source.near and text != other.gold[0]]
+    far = [text for text in clean if text not in source.near and text != other.gold[0]]
+    lines = [gold, erased(f"{source.question.strip()} {wrong}. {sentence.replace(answer, wrong, 1)}")]
     lines.insert(rng.randrange(3), other.gold[0])
     return StoryTemplate(
         opening="Read the following text.\n\n",
@@ -82,31 +82,31 @@ def _make_template(data: Questions, asked: Asked, pool: Pool, rng: random.Random
         filler=[*rng.sample(near, len(near)), *rng.sample(far, len(far))],
         joint="\n\n",
         once=True,
-        questions=(_ask("target", asked, wrong), _ask("retained", other)),
+        questions=(_ask("target", source, wrong), _ask("retained", other)),
     )
 
 
-def _ask(kind: Kind, asked: Asked, *forbidden: str) -> Question:
+def _ask(kind: Kind, source: SourceQuestion, *forbidden: str) -> Question:
     return Question(
         kind=kind,
-        text=f"{ASK}\n\nQuestion: {asked.question}",
-        answers=tuple(strip_answer(answer) for answer in asked.answers),
+        text=f"{ASK}\n\nQuestion: {source.question}",
+        answers=tuple(strip_answer(answer) for answer in source.answers),
         answer_prefix="Answer:",
         forbidden=forbidden,
         max_new_tokens=_ROOM,
     )
 
 
-def find_answer_sentence(asked: Asked) -> tuple[str, str] | None:
+def find_answer_sentence(source: SourceQuestion) -> tuple[str, str] | None:
     """Return the sentence that answers a question, and its form of the answer; None if no sentence has one.
 
     Of several sentences, the one that shares most words with the question is returned.
     """
-    words = set(re.findall(r"\w+", asked.question.lower()))
+    words = set(re.findall(r"\w+", source.question.lower()))
     found = [
         (len(words & set(re.findall(r"\w+", sentence.lower()))), sentence, answer)
-        for sentence in split_sentences(asked.gold[0])
-        for answer in map(strip_answer, asked.answers)
+        for sentence in split_sentences(source.gold[0])
+        for answer in map(strip_answer, source.answers)
         if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", sentence)
     ]
     if not found:
@@ -136,15 +136,15 @@ def _make_pool(data: Questions) -> Pool:
     return {look: tuple(answers) for look, answers in pool.items()}
 
 
-def _draw_wrong_answer(answer: str, asked: Asked, pool: Pool, rng: random.Random) -> str | None:
+def _draw_wrong_answer(answer: str, source: SourceQuestion, pool: Pool, rng: random.Random) -> str | None:
     """Return an answer of the same shape that is neither in the right paragraph nor in the question."""
-    known = f"{asked.question} {asked.gold[0]}".lower()
+    known = f"{source.question} {source.gold[0]}".lower()
     if _DIGIT.search(answer):
         drawn = [_draw_digits(answer, rng) for _ in range(_TRIES)]
     else:
         alike = pool.get(find_shape(answer), ())
         drawn = rng.sample(alike, min(_TRIES, len(alike)))
-    rights = [strip_answer(right).lower() for right in asked.answers]
+    rights = [strip_answer(right).lower() for right in source.answers]
     for wrong in drawn:
         if wrong.lower() not in known and not any(right in wrong.lower() for right in rights):
             return wrong

@@ -18,7 +18,7 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if 20 <= len(sentence) <= 400]
 
 
-def split_documents(documents: Sequence[Document]) -> list[list[str]]:
+def split_all_sentences(documents: Sequence[Document]) -> list[list[str]]:
     """Return the sentences of every document."""
     return [split_sentences(document.text) for document in documents]
 

@@ -106,6 +106,6 @@ def _draw_others(rng: random.Random, topic: Topic) -> list[Topic]:
     found = [topic]
     alike = rng.random() < ALIKE
     for _ in range(rng.randint(1, 3)):
-        other = _draw_topic(rng, [one.who for one in found])
+        other = _draw_topic(rng, [known.who for known in found])
         found.append(replace(topic, who=other.who) if alike else other)
     return found[1:]

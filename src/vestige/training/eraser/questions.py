@@ -113,5 +113,5 @@ def _parse_question(entry: Entry) -> Question | None:
     if isinstance(answers, Mapping):
         entry = Entry(where=entry.where, line=entry.line, columns={**entry.columns, "answers": answers.get("text")})
     paragraph, text = entry.text("context"), entry.text("question").strip()
-    answers = [answer for one in entry.texts("answers") if (answer := one.strip()) and answer in paragraph]
+    answers = [answer for raw in entry.texts("answers") if (answer := raw.strip()) and answer in paragraph]
     return Question(text=text, paragraph=paragraph, answer=answers[0]) if answers and text else None

@@ -142,4 +142,4 @@ def _divergence(logits: Logits, clean: Logits) -> Float[Tensor, ""]:
 
 
 def _average(figures: Sequence[Figures]) -> Figures:
-    return {name: torch.stack([one[name] for one in figures]).mean() for name in figures[0]}
+    return {name: torch.stack([each[name] for each in figures]).mean() for name in figures[0]}

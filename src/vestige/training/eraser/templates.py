@@ -81,6 +81,8 @@ class Draft:
         erased = [passage.states for passage in stating if passage.is_erased]
         if len(erased) != 1 or len(stating) != 2:
             return None
-        passages = tuple(replace(one, is_erased=not one.is_erased) if one.states else one for one in self.passages)
+        passages = tuple(
+            replace(piece, is_erased=not piece.is_erased) if piece.states else piece for piece in self.passages
+        )
         queries = (replace(self.queries[0], answer=erased[0]), *self.queries[1:])
         return replace(self, passages=passages, queries=queries)

@@ -1,20 +1,21 @@
 """``vestige train eraser``: train an adapter on texts, and write it with its card for ``learned(adapter=...)``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.nn.lora import Adapter
-from vestige.training.data.sentences import split_documents
+from vestige.training.data.documents import Document
+from vestige.training.data.sentences import split_all_sentences
 from vestige.training.eraser.questions import read_questions, split_questions
 from vestige.training.eraser.samples import EraserOptions, Sources
 from vestige.training.eraser.task import EraserTask
-from vestige.training.loop import Outcome
-from vestige.training.trainer import HELD_OUT, Job, Training
+from vestige.training.task import Task
+from vestige.training.trainer import HELD_OUT, Training, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +44,25 @@ class EraserTraining(Training):
         if self.rank < 1:
             raise InputError("rank must be at least 1")
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        sides = self.split_data()
+    def make_task(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+    ) -> tuple[Task, Weights, dict[str, Any]]:
         questions = split_questions(read_questions(self.qa), share=HELD_OUT)
-        train_on, held_out = (
-            Sources(texts=split_documents(documents), questions=asked)
-            for documents, asked in zip(sides, questions, strict=True)
-        )
-        torch.manual_seed(self.loop.seed)
+        sources = Sources(texts=split_all_sentences(documents), questions=questions[0])
+        unseen = Sources(texts=split_all_sentences(held_out), questions=questions[1])
         if self.begin is None:
             adapter = Adapter.fresh(model, rank=self.rank, alpha=2.0 * self.rank)
         else:
             adapter = Adapter.load(self.begin, model)
-        task = EraserTask(model, tokenizer, adapter, train_on, held_out, self.options, validation=self.validation)
-        return job.run(
-            task,
-            self.loop,
-            adapter,
-            self.weights,
-            what="KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
-            documents=[document for side in sides for document in side],
-            qa=[Path(source).name for source in self.qa],
-            options=asdict(self.options),
-            rank=adapter.config.rank,
-        )
+        card = {
+            "what": "KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
+            "qa": [Path(source).name for source in self.qa],
+            "options": asdict(self.options),
+            "rank": adapter.config.rank,
+        }
+        task = EraserTask(model, tokenizer, adapter, sources, unseen, self.options, validation=self.validation)
+        return task, adapter, card

@@ -73,7 +73,7 @@ def _trace_layer(glance: LayerView) -> LayerTrace:
     assert glance.hidden is not None, "the recorder needs hidden states"
     keys, values = (torch.stack([getattr(row, name) for row in glance.rows]).float() for name in ("keys", "values"))
     scales = [row.attention for row in glance.rows]
-    sinks = None if scales[0].sinks is None else torch.cat([one.sinks for one in scales if one.sinks is not None])
+    sinks = None if scales[0].sinks is None else torch.cat([scale.sinks for scale in scales if scale.sinks is not None])
     return LayerTrace(
         layer_idx=glance.layer_idx,
         queries=glance.queries.float(),

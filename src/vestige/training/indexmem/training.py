@@ -5,16 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Kind, Latent
-from vestige.training.data.sentences import split_documents
+from vestige.training.data.documents import Document
+from vestige.training.data.sentences import split_all_sentences
 from vestige.training.indexmem.task import IndexMemOptions, IndexMemTask
-from vestige.training.loop import Outcome
-from vestige.training.trainer import Job, Training
+from vestige.training.task import Task
+from vestige.training.trainer import Training, Weights
+
+_WHAT = "IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was"
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,25 @@ class IndexMemTraining(Training):
                 f"and there are {self.loop.steps * self.loop.batch}"
             )
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        sides = self.split_data()
-        texts, held_out = map(split_documents, sides)
-        torch.manual_seed(self.loop.seed)
+    def make_task(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+    ) -> tuple[Task, Weights, dict[str, Any]]:
+        texts, unseen = split_all_sentences(documents), split_all_sentences(held_out)
         shapes: dict[str, dict[str, Any]] = {
             "indexer": {"heads": self.heads, "dim": self.dim, "apart": self.apart},
             "memory": {"width": self.width, "decays": self.decays, "asks": self.asks},
         }
         indexer = Indexer.fresh(model, **shapes["indexer"])
         latents = [Latent.fresh(model, kind, **shapes["memory"]) for kind in self.memories]
-        task = IndexMemTask(
-            model, tokenizer, indexer, latents, texts, held_out, self.options, validation=self.validation
-        )
-        return job.run(
-            task,
-            self.loop,
-            IndexMemWeights(indexer, latents),
-            self.weights,
-            what="IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was",
-            documents=[document for side in sides for document in side],
-            options=asdict(self.options),
-            memories=list(self.memories),
+        task = IndexMemTask(model, tokenizer, indexer, latents, texts, unseen, self.options, validation=self.validation)
+        card = {
+            "what": _WHAT,
+            "options": asdict(self.options),
+            "memories": list(self.memories),
             **shapes,
-        )
+        }
+        return task, IndexMemWeights(indexer, latents), card

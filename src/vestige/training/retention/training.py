@@ -1,17 +1,18 @@
 """``vestige train retention``: train gates on texts, and write them with their card for ``retention(gates=...)``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.nn.retention_gates import Gates
-from vestige.training.data.sentences import split_documents
-from vestige.training.loop import Outcome
+from vestige.training.data.documents import Document
+from vestige.training.data.sentences import split_all_sentences
 from vestige.training.retention.task import RetentionOptions, RetentionTask
-from vestige.training.trainer import Job, Training
+from vestige.training.task import Task
+from vestige.training.trainer import Training, Weights
 
 _WHAT = {
     "gradually": "retention gates as in DBTrimKV (arXiv 2605.09649): what each pair is worth, from when it is written",
@@ -47,19 +48,15 @@ class RetentionTraining(Training):
         if not self.bias <= _MOST_BIAS:
             raise InputError(f"bias must be at most {_MOST_BIAS:g}, or gates live too long to learn; got {self.bias}")
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        sides = self.split_data()
-        texts, held_out = map(split_documents, sides)
-        torch.manual_seed(self.loop.seed)
-        gates = Gates.fresh(model, width=self.width, depth=self.depth, tied=self.tied, bias=self.bias)
-        task = RetentionTask(model, tokenizer, gates, texts, held_out, self.options, validation=self.validation)
-        return job.run(
-            task,
-            self.loop,
-            gates,
-            self.weights,
-            what=_WHAT[self.options.forgets],
-            documents=[document for side in sides for document in side],
-            options=asdict(self.options),
-            gates={"width": self.width, "depth": self.depth, "tied": self.tied, "bias": self.bias},
-        )
+    def make_task(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+    ) -> tuple[Task, Weights, dict[str, Any]]:
+        texts, unseen = split_all_sentences(documents), split_all_sentences(held_out)
+        shape: dict[str, Any] = {"width": self.width, "depth": self.depth, "tied": self.tied, "bias": self.bias}
+        gates = Gates.fresh(model, **shape)
+        task = RetentionTask(model, tokenizer, gates, texts, unseen, self.options, validation=self.validation)
+        return task, gates, {"what": _WHAT[self.options.forgets], "options": asdict(self.options), "gates": shape}
