@@ -178,7 +178,7 @@ def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
 
 @contextmanager
 def training_bar(console: Console) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
-    """Show a progress bar on a console and yield the ``tell`` of :func:`vestige.training.train`.
+    """Show a progress bar on a console and yield the ``on_step`` of :func:`vestige.training.loop.train`.
 
     Beside the bar are the parts of the loss, the latest validation and the time left.
     """
@@ -187,14 +187,14 @@ def training_bar(console: Console) -> Iterator[Callable[[int, int, Mapping[str, 
         shown: list[TaskID] = []
         latest: dict[str, Any] = {}
 
-        def tell(done: int, total: int, record: Mapping[str, Any]) -> None:
+        def on_step(done: int, total: int, record: Mapping[str, Any]) -> None:
             latest.update(record.get("validation", {}))
             text = training_line(record, latest)
             if not shown:  # a resumed run starts later; earlier steps say nothing about the time left
                 shown.append(progress.add_task(text, total=total, completed=done - 1))
             progress.update(shown[0], completed=done, description=text)
 
-        yield tell
+        yield on_step
 
 
 def training_line(record: Mapping[str, Any], validation: Mapping[str, Any]) -> str:

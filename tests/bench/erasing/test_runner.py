@@ -18,7 +18,7 @@ from vestige.bench.erasing.latency import LatencyConfig, latency
 from vestige.bench.erasing.runner import bench_erase
 from vestige.bench.erasing.sample import EraseSample, Question, erased, unmarked, what_is
 from vestige.bench.erasing.scoring import passes, promises
-from vestige.bench.erasing.story_templates import Plot, depths, each, sentences
+from vestige.bench.erasing.story_templates import StoryTemplate, draw_depths, draw_sentences, make_each
 from vestige.bench.tasks import Order
 from vestige.bench.tokenization import Renderer
 from vestige.errors import CacheError
@@ -48,7 +48,7 @@ def texts(tmp_path_factory) -> Path:
     return root
 
 
-def lamps(order: Order, rng: random.Random) -> Plot:
+def lamps(order: Order, rng: random.Random) -> StoryTemplate:
     """Return a plot with few letters and short replies: a tiny model is soon done with it."""
     wrong, right, other, empty = map(str, rng.sample(range(100, 1000), 4))
     lines = [erased(f"Lamp {wrong} is lit."), f"Lamp {right} is lit.", f"Lamp {other} is red."]
@@ -57,12 +57,13 @@ def lamps(order: Order, rng: random.Random) -> Plot:
         what_is("retained", "red", other, room=3),
         Question(kind="leak", text="What is gone?", forbidden=(wrong, empty), max_new_tokens=4),
     )
-    return Plot(opening="", lines=lines, depths=depths(rng, 3), filler=sentences(order, rng), questions=questions)
+    filler = draw_sentences(order, rng)
+    return StoryTemplate(opening="", lines=lines, depths=draw_depths(rng, 3), filler=filler, questions=questions)
 
 
 @pytest.fixture(autouse=True)
 def lamps_are_a_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "lamps", each(lamps))
+    monkeypatch.setitem(tasks.TASKS, "lamps", make_each(lamps))
 
 
 @pytest.fixture
