@@ -1,8 +1,14 @@
-"""The loop in one function, to be read from top to bottom; :mod:`vestige.training.loop` is the one to train with.
+"""The training loop in one function, to read from top to bottom; use :mod:`vestige.training.loop` for real runs.
 
-Both come to the same weights. Left out here: checkpoints and going on after a kill, several processes, validation,
-other schedules than a cosine, metrics as JSON lines, a progress bar, Ctrl-C, and most checks: a parameter that no
-gradient reaches, or a loss that is not a number, goes unnoticed.
+Both give the same weights. Not here: checkpoints and resuming, several processes, validation, schedules other than a
+cosine, metrics as JSON lines, a progress bar, Ctrl-C, and most checks: a parameter without a gradient, or a loss that
+is not a number, goes unnoticed.
+
+Run it on any :class:`~vestige.training.task.Task`, from the repository's root::
+
+    from examples.train_flat import train
+
+    losses = train(task, steps=100, out=Path("weights.safetensors"))
 """
 
 import math
@@ -11,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vestige.training.sampler import sample_at, seed_of
+from vestige.training.sampler import derive_seed, find_sample_index
 from vestige.training.task import Task
 
 
@@ -31,18 +37,18 @@ def train(
     """Train a task, write its weights to a new safetensors file, and return the loss of every step.
 
     Args:
-        task: Its parameters are changed in place.
+        task: Its parameters change in place.
         steps: Updates of the parameters.
         batch: Samples of a step.
-        lr: Learning rate after the warm-up; half a cosine brings it down to 0.
-        warmup: Steps in which it rises in equal parts.
-        weight_decay: Decoupled, of parameters with two dimensions or more.
-        betas: AdamW's.
+        lr: Learning rate after the warm-up; it falls to 0 along half a cosine.
+        warmup: Steps in which the learning rate rises linearly.
+        weight_decay: Decoupled weight decay of parameters with two or more dimensions.
+        betas: Betas of AdamW.
         clip: Largest norm of the whole gradient.
-        seed: Of the order of samples, and of what is drawn while one is prepared.
-        out: The file.
+        seed: Seed of the order of samples and of all random choices.
+        out: File for the weights.
     """
-    # 1. What is trained: whatever requires gradients. Biases and norms (one dimension) are not decayed.
+    # 1. The trained parameters are those that require gradients. Biases and norms (one dimension) have no decay.
     task.module.train()
     parameters = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     deep = [p for p in parameters.values() if p.ndim >= 2]
@@ -52,21 +58,21 @@ def train(
 
     losses = []
     for step in range(steps):
-        # 2. Gradients of a batch, one sample at a time. Order and random numbers follow from the seed and from how
-        #    many samples came before, never from what happened on the way.
+        # 2. Accumulate the gradients of a batch, one sample at a time. The order of samples and all random numbers
+        #    depend only on the seed and on the number of samples before.
         optimizer.zero_grad()
         total = 0.0
         for position in range(step * batch, (step + 1) * batch):
-            torch.manual_seed(seed_of(seed, "sample", position))
-            loss = task.loss(sample_at(seed, position, task.num_samples))["loss"]
+            torch.manual_seed(derive_seed(seed, "sample", position))
+            loss = task.loss(find_sample_index(seed, position, task.num_samples))["loss"]
             (loss / batch).backward()
             total += loss.item()
         losses.append(total / batch)
 
-        # 3. No gradient is longer than ``clip``, whatever one odd sample says.
+        # 3. Clip the norm of the gradient, so that no odd sample dominates.
         torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
 
-        # 4. The learning rate rises in a line and falls in half a cosine.
+        # 4. Set the learning rate: a linear rise, then half a cosine.
         if step < warmup:
             rate = lr * (step + 1) / warmup
         else:
@@ -74,9 +80,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # 5. One step of AdamW.
+        # 5. Do one step of AdamW.
         optimizer.step()
 
-    # 6. What was trained, by name: the weights of the full loop's last checkpoint.
+    # 6. Write the trained parameters by name, like the full loop's last checkpoint.
     save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, out)
     return losses

@@ -72,8 +72,8 @@ def train_gates(way: str, data: tuple[str, ...], field: str, folder: Path) -> No
     if is_done(folder):
         return
     network, tokenizer = load(MODEL)
-    with render.training_bar(Console(stderr=True)) as tell:
-        job = Job(out=folder, name=MODEL, command=COMMAND, resume=folder.exists(), tell=tell)
+    with render.training_bar(Console(stderr=True)) as on_step:
+        job = Job(out=folder, name=MODEL, command=COMMAND, resume=folder.exists(), on_step=on_step)
         done = make_training(way, data, field).run(network, tokenizer, job)
     if not done.finished:
         raise typer.Exit(130)

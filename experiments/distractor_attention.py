@@ -27,7 +27,7 @@ from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.prefill import finish
-from vestige.pipelines.explain import attention_to, share_of
+from vestige.pipelines.explain import attention_to, mean_attention
 from vestige.policies import Full
 from vestige.policies.base import Policy
 
@@ -82,7 +82,7 @@ def measure(
             reading = vestige_runner.read(model, [item.job], list(made.values()))
             score_full, reply = _answer(renderer, item, Full(), reading)
             queries = torch.tensor([[*turn.question, *reply]])
-            dilution_full = 1 - share_of(attention_to(model, reading.cache, queries, needle))
+            dilution_full = 1 - mean_attention(attention_to(model, reading.cache, queries, needle))
             for (name, budget), policy in made.items():
                 cache = reading.ready_for(model, policy)[0].fork(policy)
                 cache.state.announce(len(turn.context) + len(turn.question), 1)
@@ -94,7 +94,7 @@ def measure(
                     "arm": _make_arm(name, budget),
                     "score": _answer(renderer, item, policy, reading)[0],
                     "score_full": score_full,
-                    "dilution": 1 - share_of(attention_to(model, cache, queries, needle)),
+                    "dilution": 1 - mean_attention(attention_to(model, cache, queries, needle)),
                     "dilution_full": dilution_full,
                 }
 

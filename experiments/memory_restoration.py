@@ -28,10 +28,10 @@ from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import finish
 from vestige.cli.options import Dtype
 from vestige.kernels.merge import PartialAttention
-from vestige.models.anatomy import check
-from vestige.pipelines.explain import held_of
-from vestige.training.indexmem.memory_loss import attended, rejoined
-from vestige.training.indexmem.teacher_trace import Layer, seen
+from vestige.models.layout import check
+from vestige.pipelines.explain import find_held
+from vestige.training.indexmem.memory_loss import attend_to_pairs, attend_with_memory
+from vestige.training.indexmem.teacher_trace import LayerTrace, trace_text
 
 METHODS = (*REMEMBERING, "random")
 SAMPLES = 5
@@ -63,8 +63,8 @@ def measure(
             continue
         turn = item.job.turns[0]
         text = len(turn.context)
-        layers = seen(model, torch.tensor([[*turn.context, *turn.question]], device=model.device))
-        whole = [attended(layer, text, _select_all(layer, text)) for layer in layers]
+        layers = trace_text(model, torch.tensor([[*turn.context, *turn.question]], device=model.device))
+        whole = [attend_to_pairs(layer, text, _select_all(layer, text)) for layer in layers]
         made = {arm: arm.make_policy(seed=config.seed) for arm in left}
         with torch.no_grad(), attach(model):
             reading = vestige_runner.read(model, [item.job], list(dict.fromkeys(made.values())))
@@ -83,17 +83,19 @@ def measure(
                 }
 
 
-def _select_all(layer: Layer, text: int) -> Tensor:
+def _select_all(layer: LayerTrace, text: int) -> Tensor:
     return torch.ones(len(layer.keys), text, dtype=torch.bool, device=layer.keys.device)
 
 
-def _measure_error(cache: KVCache, layers: list[Layer], whole: list[PartialAttention], text: int) -> dict[str, float]:
+def _measure_error(
+    cache: KVCache, layers: list[LayerTrace], whole: list[PartialAttention], text: int
+) -> dict[str, float]:
     """Return means over layers: the share of attention to evicted pairs, and the output's relative squared error."""
     lost, errors = [], []
-    kept = held_of(cache, torch.arange(text))
+    kept = find_held(cache, torch.arange(text))
     for cached, held, layer, exact in zip(cache.evictable, kept, layers, whole, strict=True):
-        left = attended(layer, text, held.to(layer.keys.device))
-        output = left.output if cached.remains is None else rejoined(left, cached.remains, layer, text)
+        left = attend_to_pairs(layer, text, held.to(layer.keys.device))
+        output = left.output if cached.remains is None else attend_with_memory(left, cached.remains, layer, text)
         lost.append(1 - (left.lse - exact.lse).exp().mean())
         errors.append((output - exact.output).square().mean() / exact.output.square().mean().clamp_min(_SMALL))
     return {"lost": float(torch.stack(lost).mean()), "error": float(torch.stack(errors).mean())}

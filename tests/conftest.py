@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from vestige import Budget, ModelError, Policy, policies
 from vestige.cli import main as cli
-from vestige.models.anatomy import check
-from vestige.models.loading import is_cached
+from vestige.models.gguf_wheels import is_cached
+from vestige.models.layout import check
 from vestige.nn import pretrained
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Kind, Latent
@@ -56,7 +56,7 @@ def random_gates(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> Gate
     """Return gates that tell pairs far apart, though nobody trained them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gates = Gates.fresh(model, **{"width": 8, "bias": 3.0} | shape)
+        gates = Gates.initialize(model, **{"width": 8, "bias": 3.0} | shape)
         with torch.no_grad():
             for linear in gates.modules():
                 if isinstance(linear, torch.nn.Linear):
@@ -68,7 +68,7 @@ def random_indexer(model: PreTrainedModel, *, seed: int = 0, **shape: Any) -> In
     """Return an indexer that tells pairs far apart, though nobody trained it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        indexer = Indexer.fresh(model, **{"dim": 4, "apart": True} | shape)
+        indexer = Indexer.initialize(model, **{"dim": 4, "apart": True} | shape)
         with torch.no_grad():
             for weight in indexer.layers.parameters():
                 weight.normal_()
@@ -80,7 +80,7 @@ def random_latent(model: PreTrainedModel, kind: Kind = "linear", *, seed: int = 
     """Return a memory's weights that nobody trained, its gate half open."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        latent = Latent.fresh(model, kind, **{"width": 8} | shape).requires_grad_(False)
+        latent = Latent.initialize(model, kind=kind, **{"width": 8} | shape).requires_grad_(False)
         for gate in (layer.gate for layer in latent.layers if layer.gate is not None):
             gate.zero_()
     return latent
@@ -100,15 +100,15 @@ def shipped_weights(tmp_path_factory: pytest.TempPathFactory):
 
     get = pretrained.WeightsCache.get
 
-    def get_or_draw(shelf: pretrained.WeightsCache, name: str | None, model: PreTrainedModel) -> Any:
-        own = f"{shelf.kind}-{check(model).fingerprint()}"
-        if name is not None or shelf.kind not in MADE or (pretrained.SHIPPED / own).exists():
-            return get(shelf, name, model)
+    def get_or_draw(cache: pretrained.WeightsCache, name: str | None, model: PreTrainedModel) -> Any:
+        own = f"{cache.kind}-{check(model).fingerprint()}"
+        if name is not None or cache.kind not in MADE or (pretrained.SHIPPED / own).exists():
+            return get(cache, name, model)
         folder = root / own
         if not folder.exists():
-            for draw in MADE[shelf.kind]:
+            for draw in MADE[cache.kind]:
                 draw(model).save(folder)
-        return get(shelf, str(folder), model)
+        return get(cache, str(folder), model)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained.WeightsCache, "get", get_or_draw)

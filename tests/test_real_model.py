@@ -8,7 +8,7 @@ import torch
 from tests.conftest import on_the_default_model
 from vestige import Budget, KVCache, attach, load, policies, prefill
 from vestige.pipelines.answer import answer
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 QUESTION, ANSWER = "What is the pass phrase for the night gate?", "copper lantern"
 
@@ -18,7 +18,7 @@ def test_the_default_model_reads_within_its_budget_and_answers():
     model, tokenizer = load("smollm2-135m", progress=False)
     document = Path(str(files("vestige") / "data" / "harbour.txt")).read_text()
     place = document.index(ANSWER)
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     context, question = frame.context(document[place - 3000 : place + 2000]), frame.question(QUESTION)
     length, most = context.shape[1] + question.shape[1], []
     with torch.no_grad(), attach(model):

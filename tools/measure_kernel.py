@@ -52,7 +52,8 @@ def _per_row(query, keys, values, starts, lengths, layer):
     out = []
     for head, group in enumerate(query.chunk(KV_HEADS, dim=1)):
         pairs = slice(starts[head], starts[head] + lengths[head])
-        out.append(reference._rows(group, keys[layer][pairs][None, None], values[layer][pairs][None, None], SCALE))
+        row = keys[layer][pairs][None, None], values[layer][pairs][None, None]
+        out.append(reference._attend_rows(group, *row, SCALE))
     return torch.cat(out, 1)
 
 

@@ -4,12 +4,14 @@
 >>> with vestige.attach(model):
 ...     out = model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
-Names are loaded when they are first used, so that ``import vestige`` and ``vestige --help`` are quick. No submodule may
-have the name of a function listed here: importing it would take the function's place.
+Names are loaded on first use, so that ``import vestige`` and ``vestige --help`` are quick. No submodule may have the
+name of a function listed here: its import would replace the function.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from vestige.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vestige import erasers as erasers
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from vestige.errors import ModelError as ModelError
     from vestige.errors import PolicyError as PolicyError
     from vestige.errors import VestigeError as VestigeError
-    from vestige.models.anatomy import check as check
+    from vestige.models.layout import check as check
     from vestige.models.loading import load as load
     from vestige.pipelines.session import Session as Session
     from vestige.policies.base import Policy as Policy
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from vestige.policies.observation import Phase as Phase
     from vestige.spans import Span as Span
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Attachment": "vestige.cache.attach",
@@ -63,7 +64,7 @@ _HOME = {
     "Span": "vestige.spans",
     "VestigeError": "vestige.errors",
     "attach": "vestige.cache.attach",
-    "check": "vestige.models.anatomy",
+    "check": "vestige.models.layout",
     "detach": "vestige.cache.attach",
     "erase": "vestige.erasers.erase",
     "erasers": "vestige.erasers",

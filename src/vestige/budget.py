@@ -1,4 +1,4 @@
-"""How many KV pairs a cache may hold. The only place that rounds."""
+"""Budgets: the number of KV pairs that a cache may hold. All rounding is done here."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from vestige.errors import BudgetError
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1.0}
 UNLIMITED = 2**40
-"""Pairs a row that nothing reaches, and that may be multiplied by rows."""
-_HALF_ULP = 1e-9  # 0.29 * 100 is 28.999999999999996: what a person calls 29 must stay 29
+"""A number of pairs per row that no cache reaches, small enough to be multiplied by rows."""
+_HALF_ULP = 1e-9  # 0.29 * 100 is 28.999999999999996, which must stay 29
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one batch row of a cache weighs, so that bytes can be turned into pairs.
+    """The bytes of one batch row of a cache, so that bytes can be converted into pairs.
 
     Args:
         rows: KV heads summed over the evictable layers.
@@ -51,17 +51,17 @@ class Budget:
 
     @classmethod
     def tokens(cls, n: int) -> "Budget":
-        """``n`` pairs per row on average."""
+        """Return a budget of ``n`` pairs per row on average."""
         return cls("tokens", n)
 
     @classmethod
     def fraction(cls, f: float) -> "Budget":
-        """The share ``f`` in (0, 1] of the announced length, or of the tokens seen so far if none was announced."""
+        """Return a budget of a share ``f`` in (0, 1] of the announced length, or else of the tokens seen so far."""
         return cls("fraction", f)
 
     @classmethod
     def bytes(cls, b: float | int) -> "Budget":
-        """As many pairs as fit into ``b`` bytes beside slack, side arrays and memories."""
+        """Return a budget of the pairs that fit into ``b`` bytes beside slack, side arrays and memories."""
         return cls("bytes", b)
 
     @classmethod
@@ -90,15 +90,15 @@ class Budget:
         return f"{int(self.amount)}B" if self.kind == "bytes" else str(int(self.amount))
 
     def check(self, protected: int, *, length: int | None = None, footprint: Footprint | None = None) -> None:
-        """Refuse a budget below the protected pairs as soon as it can be known.
+        """Raise an error if the budget is known to be below the protected pairs.
 
         Args:
             protected: Pairs of every row that no policy may evict (sink + window).
-            length: The announced length, if any: a fraction is judged by it.
-            footprint: What a batch row weighs, if known: bytes are judged by it.
+            length: The announced length, if any, which a fraction refers to.
+            footprint: Bytes of a batch row, if known, which convert a budget in bytes.
 
         Raises:
-            BudgetError: The message has both numbers.
+            BudgetError: The budget is too small; the message gives both numbers.
         """
         if self.kind == "fraction":
             if length is None:
@@ -114,13 +114,13 @@ class Budget:
             raise BudgetError(f"budget {self} gives {n} pairs a row, but sink and window protect {protected}")
 
     def pairs(self, *, seen: int, length: int | None, protected: int, footprint: Footprint) -> int:
-        """Return the average pairs per row that a settle brings one batch row down to.
+        """Return the average number of pairs per row after a settle of one batch row.
 
         Args:
             seen: Tokens of the batch row so far.
             length: The announced length, or None.
-            protected: sink + window: what a fraction of an unannounced length never goes below.
-            footprint: What the batch row weighs.
+            protected: sink + window, the least that a fraction of an unannounced length gives.
+            footprint: Bytes of the batch row.
         """
         if self.kind == "tokens":
             return int(self.amount)
@@ -132,12 +132,12 @@ class Budget:
 
     @staticmethod
     def slacken(pairs: int, factor: float) -> int:
-        """Return the limit between chunks: ``pairs`` times a policy's ``reading_slack``, inf meaning no limit."""
+        """Return the limit of pairs between chunks, given a policy's ``reading_slack`` as factor; inf is no limit."""
         return UNLIMITED if math.isinf(factor) else Budget._floor(pairs * factor)
 
     @staticmethod
     def share_of(pairs: int, part: float) -> int:
-        """Return the pairs that make up ``part`` of an average of ``pairs``, rounded down."""
+        """Return a share ``part`` of an average of ``pairs``, rounded down."""
         return Budget._floor(pairs * part)
 
     def _pairs_in_bytes(self, footprint: Footprint) -> int:

@@ -1,4 +1,4 @@
-"""Every error that vestige raises on purpose.
+"""The errors that vestige raises on purpose.
 
 VestigeError
 ├── InputError        a file, text or option that cannot be used
@@ -44,7 +44,7 @@ class CacheFileError(CacheError):
 
 
 def unknown_name_message(kind: str, name: str, valid: Iterable[str]) -> str:
-    """Return the one line that names an unknown word, its likely meaning and the valid words."""
+    """Return a one-line message with an unknown name, its likely meaning and the valid names."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"

@@ -1,4 +1,4 @@
-"""Half-open ranges of positions of the original sequence, and how positions change when ranges leave it."""
+"""Spans: half-open ranges of positions in the original sequence, and the map of positions when spans leave it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from vestige.errors import InputError
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Positions ``[start, end)``, counted in tokens as seen, pads left out.
+    """Positions ``[start, end)``, counted in tokens as seen, without pads.
 
     Raises:
         InputError: The range is empty or begins before 0.
@@ -29,13 +29,13 @@ class Span:
         return self.end - self.start
 
     def common(self, other: "Span") -> "Span | None":
-        """Return what two spans share, or None."""
+        """Return the overlap of two spans, or None."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return Span(start, end) if start < end else None
 
 
 def within(positions: Int[Tensor, "*shape"], spans: Sequence[Span]) -> Bool[Tensor, "*shape"]:
-    """Return which positions lie in any of the spans; pads (-1) lie in none."""
+    """Return a mask of the positions that lie in any of the spans; pads (-1) lie in none."""
     found = torch.zeros_like(positions, dtype=torch.bool)
     for span in spans:
         found |= (positions >= span.start) & (positions < span.end)
@@ -44,37 +44,37 @@ def within(positions: Int[Tensor, "*shape"], spans: Sequence[Span]) -> Bool[Tens
 
 @dataclass(frozen=True)
 class PositionMap:
-    """Spans leave a sequence and what follows moves up: positions before become positions after.
+    """A map from old to new positions when spans leave a sequence and later tokens move up.
 
     Args:
-        spans: What leaves, ascending and disjoint.
+        spans: The spans that leave, ascending and disjoint.
     """
 
     spans: tuple[Span, ...] = ()
 
     @property
     def removed(self) -> int:
-        """Tokens that leave."""
+        """Number of tokens that leave."""
         return sum(map(len, self.spans))
 
     def at(self, position: int) -> int:
-        """Return where a position goes; one that leaves goes where what follows it goes."""
+        """Return the new position; a position that leaves gets that of the next token that stays."""
         return position - sum(min(max(position - span.start, 0), len(span)) for span in self.spans)
 
     def moved(self, positions: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Return where positions go; pads (-1) stay pads."""
+        """Return the new positions; pads (-1) stay pads."""
         shift = torch.zeros_like(positions)
         for span in self.spans:
             shift += (positions - span.start).clamp(0, len(span))
         return positions - shift
 
     def __call__(self, span: Span) -> Span | None:
-        """Return where what is left of a span goes, or None if nothing is left of it."""
+        """Return the new span of the tokens of a span that stay, or None if none stay."""
         start, end = self.at(span.start), self.at(span.end)
         return Span(start, end) if start < end else None
 
     def over(self, spans: Sequence[Span]) -> tuple[Span, ...]:
-        """Return where what is left of several spans goes."""
+        """Return the new spans of several spans, without those that leave entirely."""
         return tuple(moved for span in spans if (moved := self(span)) is not None)
 
 

@@ -1,8 +1,8 @@
 """Tiny models and oracles for tests: public, so that policies written elsewhere can be checked too.
 
-``tiny("llama")`` builds a random-weight model in milliseconds, offline. ``masked_logits`` says what
-its logits must be when pairs were evicted: one dense forward in which each query sees only what
-was still there. It shares no code with the cache it judges.
+``tiny("llama")`` builds a random-weight model in milliseconds, offline. ``masked_logits`` computes the
+expected logits after evictions: one dense forward in which each query sees only the pairs that
+were still held. It shares no code with the cache that it tests.
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,12 +50,12 @@ NEVER = 2**62
 """The death of a pair that is never evicted."""
 
 SPECIAL = 8
-"""The last ids of every vocabulary, left to image tokens; id 0 is the pad."""
+"""Number of ids at the end of every vocabulary that are left to image tokens; id 0 is the pad."""
 
 Config = dict[str, Any]
 
 Deaths = Mapping[int, Int[Tensor, "_batch _kv_heads _seen"]]
-"""By layer and pair, the padded index of the first query that no longer sees it; layers may differ in KV heads."""
+"""For each layer and pair the padded index of the first query that no longer sees it; KV heads may differ by layer."""
 
 COMMON: Config = {
     "vocab_size": 128,
@@ -123,7 +123,7 @@ TINY: dict[str, Config] = {
         "hidden_size_per_layer_input": 8,
     },
 }
-"""Supported architectures by name: what each changes in ``COMMON``."""
+"""Supported architectures by name, with their changes to ``COMMON``."""
 
 REFUSED: dict[str, Config] = {
     "deepseek_v3": _EXPERTS
@@ -173,8 +173,8 @@ def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **over
 
     Args:
         name: A key of ``TINY`` or ``REFUSED``.
-        seed: Of the weights, which are drawn in float32 and then cast.
-        dtype: Of the weights.
+        seed: Seed of the weights, which are drawn in float32 and then cast.
+        dtype: Dtype of the weights.
         overrides: Changes to the config, e.g. ``num_hidden_layers=2``.
 
     Raises:
@@ -183,11 +183,11 @@ def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **over
     known = TINY | REFUSED
     if name not in known:
         raise ValueError(f"unknown tiny model {name!r}; available: {', '.join(known)}")
-    settings = deepcopy(COMMON | known[name] | overrides)  # configs write into what they are given
+    settings = deepcopy(COMMON | known[name] | overrides)  # configs modify their arguments
     config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _settled(AutoModelForCausalLM.from_config(config), dtype)
+        return _redraw_weights(AutoModelForCausalLM.from_config(config), dtype)
 
 
 def tiny_vl(
@@ -195,18 +195,18 @@ def tiny_vl(
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Return a tiny Qwen2.5-VL and the inputs of one prompt: text, one image, text.
 
-    The inputs are what a processor makes: ``input_ids``, ``attention_mask``, ``mm_token_type_ids``,
+    The inputs are those of a processor: ``input_ids``, ``attention_mask``, ``mm_token_type_ids``,
     each of shape (1, 20 + rows * columns), ``pixel_values`` and ``image_grid_thw``.
 
     Args:
-        seed: Of weights, ids and pixels.
-        dtype: Of weights and pixels.
+        seed: Seed of weights, ids and pixels.
+        dtype: Dtype of weights and pixels.
         grid: Rows and columns of image tokens.
     """
     rows, columns = grid
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _settled(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**deepcopy(_VL))), dtype)
+        model = _redraw_weights(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**deepcopy(_VL))), dtype)
         pixels = torch.randn(4 * rows * columns, 3 * 2 * 4 * 4).to(dtype)  # colours, frames, height, width of a patch
     text = random_ids(model, 1, 18, seed)
     image = _VL["image_token_id"]
@@ -239,7 +239,7 @@ def left_padded(
 
 
 def full_layers(model: PreTrainedModel) -> list[int]:
-    """Return the indices of the layers that keep all pairs of their own: full attention, not KV-shared."""
+    """Return the indices of the layers that keep all of their own pairs: full attention, not KV-shared."""
     layers = DynamicCache(config=model.config).layers
     return [layer_idx for layer_idx, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
@@ -247,7 +247,7 @@ def full_layers(model: PreTrainedModel) -> list[int]:
 def random_deaths(
     model: PreTrainedModel, batch: int, seen: int, seed: int = 0
 ) -> dict[int, Int[Tensor, "batch kv_heads seen"]]:
-    """Return deaths for ``masked_logits``: about half the pairs die, each row in its own way.
+    """Return random deaths for ``masked_logits``, of about half the pairs, different in each row.
 
     A pair that dies is seen at least by the query of its own token.
     """
@@ -264,18 +264,18 @@ def random_deaths(
 def bury(
     deaths: Int[Tensor, "batch kv_heads seen"], held: Bool[Tensor, "batch kv_heads seen"], now: int
 ) -> Int[Tensor, "batch kv_heads seen"]:
-    """Return deaths in which the pairs older than ``now`` that are not held have died, at ``now`` or before.
+    """Return deaths in which the pairs older than ``now`` that are not held died at ``now`` or before.
 
-    Called after each eviction, with ``now`` the padded index of the next query, it records the
+    Call it after each eviction, with ``now`` the padded index of the next query, to record the
     eviction for ``masked_logits``. The argument is not modified.
     """
-    gone = ~held & (torch.arange(held.shape[-1], device=held.device) < now)
-    return torch.where(gone, deaths.clamp(max=now), deaths)
+    evicted = ~held & (torch.arange(held.shape[-1], device=held.device) < now)
+    return torch.where(evicted, deaths.clamp(max=now), deaths)
 
 
 @contextmanager
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let the text decoder use the attention registered as ``name``; restored on exit, even by an error."""
+    """Switch the text decoder to the attention registered as ``name``; it is restored on exit, even after an error."""
     config = _text_config(model)
     before = config._attn_implementation
     config._attn_implementation = name
@@ -297,19 +297,19 @@ def masked_logits(
 ) -> Float[Tensor, "batch new vocab"]:
     """Return the logits of all ids when pairs die on the way: one dense forward without a cache.
 
-    This is what invariant 1, *evicting equals masking*, is judged by. Attention is the plain
+    It is the reference of invariant 1, *evicting equals masking*. Attention is the plain
     formula; the model's attention setting is restored. Rows of pads hold arbitrary numbers.
 
     Args:
         model: Any model that reads its attention from transformers' ``AttentionInterface``.
-        input_ids: Everything the model has seen, pads and generated tokens included.
-        deaths: By layer, the first query that no longer sees a pair: query t sees key i of a row if
+        input_ids: All ids of the model so far, pads and generated tokens included.
+        deaths: For each layer the first query that no longer sees a pair: query t sees key i of a row if
             ``i <= t < deaths[layer_idx][batch, kv_head, i]`` and i is no pad. t and i count pads.
             A layer that is absent uses the model's own mask. A layer that reads the pairs of
             another (KV sharing) follows the deaths of that one and may not be named.
         attention_mask: 0 at pads. A shorter one is continued with 1: generated tokens.
-        position_ids: As the model takes them. By default counted without the pads, as ``generate``
-            does; for models with several inputs, what the model derives itself.
+        position_ids: Positions as the model takes them. By default counted without the pads, as ``generate``
+            does; models with several inputs derive them.
         inputs: Passed to the model. A shorter ``mm_token_type_ids`` is continued with 0: text.
 
     Raises:
@@ -321,11 +321,11 @@ def masked_logits(
     length = input_ids.shape[1]
     if attention_mask is None:  # without a mask, transformers takes gaps in positions for packed sequences
         attention_mask = torch.ones_like(input_ids)
-    attention_mask = _continued(attention_mask, length, 1)
+    attention_mask = _extend(attention_mask, length, 1)
     if position_ids is None and config is model.config:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = _continued(inputs["mm_token_type_ids"], length, 0)
+        inputs["mm_token_type_ids"] = _extend(inputs["mm_token_type_ids"], length, 0)
 
     name = "vestige_oracle"
     by_layer = {layer_idx: deaths[owner] for layer_idx, owner in owners.items() if owner in deaths}
@@ -351,7 +351,7 @@ def _mortal_attention(
     s_aux: Float[Tensor, " heads"] | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "batch new heads value_dim"], None]:
-    """Softmax attention, written out, over the pairs that each query still sees.
+    """Compute softmax attention by the formula over the pairs that each query still sees.
 
     Source: ``eager_attention_forward`` of gemma2 (softcap) and gpt_oss (sinks) in transformers 5.23.
     Differs: the mask is boolean and per head; the softmax is never narrower than float32.
@@ -384,12 +384,12 @@ def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _whole_mask(**arguments: Any) -> Bool[Tensor, "#batch 1 new new"] | None:
-    """Return the boolean mask that sdpa would get, made even where sdpa could do without."""
+    """Return the boolean mask of sdpa, made even where sdpa needs none."""
     return sdpa_mask(**(arguments | {"allow_is_causal_skip": False}))
 
 
 def _owners(config: PreTrainedConfig) -> dict[int, int]:
-    """Return by layer the layer whose pairs it reads: itself, or with KV sharing the last of its type that has any."""
+    """Return for each layer the one whose pairs it reads: itself, or under KV sharing the last of its type with any."""
     num_layers = config.num_hidden_layers
     first_shared = num_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
     owners = {layer_idx: layer_idx for layer_idx in range(first_shared)}
@@ -416,16 +416,16 @@ def _check_deaths(
             )
 
 
-def _continued(row: Int[Tensor, "batch given"], length: int, value: int) -> Int[Tensor, "batch length"]:
+def _extend(row: Int[Tensor, "batch given"], length: int, value: int) -> Int[Tensor, "batch length"]:
     if row.shape[1] > length:
         raise ValueError(f"a mask of length {row.shape[1]} for input_ids of length {length}; expected at most {length}")
     return nn.functional.pad(row, (0, length - row.shape[1]), value=value)
 
 
-def _settled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Redraw the weights, from the global random state; cast; no early stop.
+def _redraw_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Redraw the weights from the global random state, cast them, and let generation run its full length.
 
-    The spread makes attention uneven, yet so that float32 noise stays near 1e-6 in the logits.
+    The spread makes attention uneven, but keeps float32 noise in the logits near 1e-6.
     """
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -445,7 +445,7 @@ def _settled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def watch(cache: Any) -> dict[int, Int[Tensor, "_batch _kv_heads _seen"]]:
-    """Return deaths for ``masked_logits`` that grow with every settle of a ``vestige.KVCache`` from now on."""
+    """Return deaths for ``masked_logits``, updated at every later settle of a ``vestige.KVCache``."""
     deaths: dict[int, Tensor] = {}
     settle = cache.settle
 
@@ -454,16 +454,16 @@ def watch(cache: Any) -> dict[int, Int[Tensor, "_batch _kv_heads _seen"]]:
         now = cache.get_seq_length()
         for layer in cache.evictable:
             held = held_mask(cache, layer)
-            lived = deaths.get(layer.layer_idx, torch.empty(*held.shape[:2], 0, dtype=torch.long))
-            lived = nn.functional.pad(lived, (0, now - lived.shape[-1]), value=NEVER)
-            deaths[layer.layer_idx] = bury(lived, held, now)
+            before = deaths.get(layer.layer_idx, torch.empty(*held.shape[:2], 0, dtype=torch.long))
+            before = nn.functional.pad(before, (0, now - before.shape[-1]), value=NEVER)
+            deaths[layer.layer_idx] = bury(before, held, now)
 
     cache.settle = settle_and_bury
     return deaths
 
 
 def held_mask(cache: Any, layer: Any) -> Bool[Tensor, "batch kv_heads padded_seen"]:
-    """Return which of all tokens fed each row of a layer still holds; pads count as not held."""
+    """Return for each row of a layer a mask of the fed tokens that it holds; pads count as not held."""
     held = torch.zeros(layer.batch_size, layer.kv_heads, cache.real.shape[1], dtype=torch.bool)
     for row in range(layer.rows):
         batch_idx, head = divmod(row, layer.kv_heads)
@@ -474,5 +474,5 @@ def held_mask(cache: Any, layer: Any) -> Bool[Tensor, "batch kv_heads padded_see
 
 
 def covering(deaths: Deaths, length: int) -> dict[int, Int[Tensor, "_batch _kv_heads length"]]:
-    """Return deaths continued to ``length`` tokens, the later ones immortal."""
+    """Return deaths extended to ``length`` tokens; the added ones never die."""
     return {i: nn.functional.pad(d, (0, length - d.shape[-1]), value=NEVER) for i, d in deaths.items()}

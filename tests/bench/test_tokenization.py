@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from vestige.bench.sample import Turn
 from vestige.bench.tokenization import Renderer
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 TURNS = (
     Turn(
@@ -43,7 +43,7 @@ def ids(tensor) -> tuple[int, ...]:
 
 
 def test_a_job_has_the_ids_of_the_chat_text_in_order(tokenizer, renderer):
-    frame, job = Frame(tokenizer), renderer().job(TURNS)
+    frame, job = ChatTemplate(tokenizer), renderer().job(TURNS)
     assert job.keep is None and len(job.turns) == 2
     first, second = job.turns
     assert first.context == ids(frame.context("The lamp is lit."))
@@ -64,7 +64,7 @@ def test_question_aware_reads_the_whole_question_with_the_context(tokenizer, ren
 
 @pytest.mark.parametrize("aware", [False, True])
 def test_a_conversation_measures_all_it_can_come_to(tokenizer, renderer, aware):
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     parts = [frame.context("The lamp is lit."), frame.question("Who lit it?", "It was")]
     one = sum(part.shape[1] for part in parts) + 5
     assert renderer(question_aware=aware).measure(TURNS[:1]) == one

@@ -165,7 +165,7 @@ def test_check_refuses_what_is_not_a_transformers_model():
 
 @pytest.mark.parametrize("name", ["jetmoe", "diffllama", "deepseek_v3"])
 def test_transforms_after_update_that_no_list_knows_raise_at_the_handle(name, monkeypatch):
-    from vestige.models import anatomy as models
+    from vestige.models import layout as models
 
     monkeypatch.setattr(models, "TRANSFORMS_AFTER_UPDATE", {})
     model = tiny(name)

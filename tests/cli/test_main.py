@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Outcome, tree
 from vestige.memory import MEMORIES
-from vestige.models.loading import NAMED
+from vestige.models.catalog import NAMED
 from vestige.policies import POLICIES
 
 QUESTION = "Who keeps lamp 16?"

@@ -160,7 +160,7 @@ def test_demo_shows_the_main_job_and_its_json(vestige, folders, monkeypatch, pla
     result = vestige("demo")
     assert result.code == 0 and asked == ["smollm2-135m"]
     shown = ("every pair kept:", "tokens/s", "without eviction", "pairs held", "layer", "stale line erased:")
-    for words in (*demo.QUESTIONS, *shown, demo.ASKED_OF_NOTE):
+    for words in (*demo.QUESTIONS, *shown, demo.NOTE_QUESTION):
         assert words in result.out, words
     row = vestige("demo", "--json").row
     assert {"answer", "held", "peak_kv_bytes", "untouched_answer", "erased_answer", "edit_s"} <= set(row)

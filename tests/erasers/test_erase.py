@@ -22,7 +22,7 @@ SMALL = {"sink": 2, "window": 3, "every": 4}
 
 def trained(model, seed: int = 0) -> Adapter:
     """Return an adapter that does something."""
-    adapter, draw = Adapter.fresh(model, rank=4), torch.Generator().manual_seed(seed)
+    adapter, draw = Adapter.initialize(model, rank=4), torch.Generator().manual_seed(seed)
     for weight in (*adapter.down, *adapter.up):
         weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
     return adapter

@@ -25,7 +25,7 @@ def saved(model, folder, **options) -> str:
 def test_the_untrained_eraser_writes_what_was_there(tmp_path):
     model = tiny("llama")
     ids = random_ids(model, 2, 40)
-    Adapter.fresh(model).save(tmp_path / "new")
+    Adapter.initialize(model).save(tmp_path / "new")
     cache, before = read(model, ids), columns_of(read(model, ids))
     report = erase(cache, SPAN, Learned(adapter=str(tmp_path / "new")), model=model, input_ids=ids).report
     assert report.slots_replaced == 2 * 6 * len(SPAN) and report.tokens_recomputed == len(SPAN)
@@ -136,7 +136,7 @@ def test_an_adapter_comes_back_from_its_files(tmp_path):
 
 
 def test_the_last_layer_is_adapted_in_its_keys_and_values_alone():
-    names = [name for name in Adapter.fresh(tiny("llama")).config.modules if ".layers.2." in f".{name}."]
+    names = [name for name in Adapter.initialize(tiny("llama")).config.modules if ".layers.2." in f".{name}."]
     assert sorted(name.rpartition(".")[2] for name in names) == ["k_proj", "v_proj"]
 
 

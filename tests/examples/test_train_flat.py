@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from examples import train_flat
 from tests.training.worker import Points, run
-from vestige.training import LoopConfig
+from vestige.training.config import LoopConfig
 from vestige.training.metrics import read
 
 

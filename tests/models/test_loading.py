@@ -15,7 +15,8 @@ from transformers.utils import logging
 from tests.conftest import fails, no_pip, one_line
 from vestige.errors import ModelError
 from vestige.models import loading
-from vestige.models.loading import fetch, load
+from vestige.models.gguf_wheels import fetch
+from vestige.models.loading import load
 from vestige.testing import tiny, tiny_vl
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vestige import KVCache, ModelError, attach, policies
-from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
+from vestige.models.layout import check
 from vestige.models.output_projection import OutputProjection
 from vestige.policies.base import NewPairs
 from vestige.testing import full_layers, random_ids, tiny

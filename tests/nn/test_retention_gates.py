@@ -39,7 +39,7 @@ def test_tied_gates_have_one_head_and_the_others_one_a_layer():
 
 def test_fresh_gates_keep_everything_about_alike():
     torch.manual_seed(0)
-    found = Gates.fresh(MODEL, width=16, bias=6.0)(0, hidden())
+    found = Gates.initialize(MODEL, width=16, bias=6.0)(0, hidden())
     torch.testing.assert_close(
         found, torch.full_like(found, -torch.log1p(torch.tensor(-6.0).exp()).item()), rtol=0.2, atol=0
     )

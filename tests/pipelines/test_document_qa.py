@@ -12,7 +12,7 @@ from vestige import BudgetError, CacheFileError, InputError, KVCache, PolicyErro
 from vestige.cache.report import Report
 from vestige.models.compat import cache_argument
 from vestige.pipelines.document_qa import RunConfig, run
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 QUESTIONS = ("Who keeps lamp 16?", "How many lamps?", "Why?")
 
@@ -34,7 +34,7 @@ def settled(report: Report) -> Report:
 @torch.no_grad()
 def plain_answer(model, tokenizer, story: str, question: str, tokens: int) -> str:
     """Return the greedy reply of a DynamicCache that is fed everything at once."""
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     ids = torch.cat([frame.context(story), frame.question(question)], 1)
     cache = DynamicCache(config=model.config)
     out = model.generate(
@@ -80,7 +80,7 @@ def test_numbers_are_those_of_the_reading_whatever_is_asked_after(chatter, story
     one = run(evicting(story, share="model"), model, tokenizer).report
     more = run(evicting(story, share="model", questions=QUESTIONS, max_new_tokens=20), model, tokenizer).report
     assert settled(replace(more, peak_kv_bytes=0)) == settled(replace(one, peak_kv_bytes=0))
-    assert one.seen == (Frame(tokenizer).context(story).shape[1],)
+    assert one.seen == (ChatTemplate(tokenizer).context(story).shape[1],)
     assert one.held == one.budget_total == 48 * 3 * 2  # layers x KV heads
     assert one.policy == "SnapKV" and one.share == "model"
     assert one.memory_bytes == one.other_kv_bytes == 0
@@ -207,7 +207,7 @@ def test_a_budget_that_proves_too_small_is_refused_before_reading(chatter, story
 def test_a_context_that_leaves_no_position_for_a_reply_is_refused_before_reading(chatter, tmp_path, over):
     """At ``over`` 0, context and question just fit, but a reply would not."""
     model, tokenizer = chatter
-    frame, limit = Frame(tokenizer), model.config.max_position_embeddings
+    frame, limit = ChatTemplate(tokenizer), model.config.max_position_embeddings
     room = limit - frame.question("Who?").shape[1] + over
     text = "x" * (room - frame.context("").shape[1])
     assert frame.context(text).shape[1] == room
@@ -221,7 +221,7 @@ def test_a_context_that_leaves_no_position_for_a_reply_is_refused_before_reading
 
 def test_a_saved_reading_that_leaves_no_position_for_a_reply_is_refused_before_it_is_saved_again(chatter, tmp_path):
     model, tokenizer = chatter
-    room = model.config.max_position_embeddings - Frame(tokenizer).context("").shape[1] - 5
+    room = model.config.max_position_embeddings - ChatTemplate(tokenizer).context("").shape[1] - 5
     run(evicting("x" * room, questions=(), budget="64", save=tmp_path / "kept"), model, tokenizer)
     config = RunConfig(questions=("Who keeps lamp 16?",), cache=tmp_path / "kept", save=tmp_path / "again")
     with pytest.raises(InputError, match="tokens.* 512 positions"):
@@ -231,7 +231,7 @@ def test_a_saved_reading_that_leaves_no_position_for_a_reply_is_refused_before_i
 
 def test_a_reply_is_cut_short_where_positions_end(chatter):
     model, tokenizer = chatter
-    frame, limit = Frame(tokenizer), model.config.max_position_embeddings
+    frame, limit = ChatTemplate(tokenizer), model.config.max_position_embeddings
     text = "x" * (limit - 5 - frame.context("").shape[1] - frame.question("Who?").shape[1])
     result = run(evicting(text, questions=("Who?",), budget="64", max_new_tokens=50), model, tokenizer)
     assert result.answers[0].tokens == 5

@@ -8,7 +8,7 @@ import torch
 from vestige import InputError
 from vestige.pipelines.document_qa import RunConfig, run
 from vestige.pipelines.erase_passage import EraseConfig, erase_text
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 QUESTION = "Who keeps lamp 16?"
 SHORT = ("--max-new-tokens", "4")
@@ -31,7 +31,7 @@ def test_recomputing_answers_as_a_text_of_the_remaining_tokens_does(chatter, sto
     result = erase_text(config(story, span_text=passage), model, tokenizer)
     assert result.report.exact and passage.strip() in result.passage
     (one,) = result.report.spans
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     context = frame.context(story)
     left = torch.cat([context[:, : one.span.start], context[:, one.span.end :], frame.question(QUESTION)], 1)
     out = model.generate(left, attention_mask=torch.ones_like(left), max_new_tokens=8, do_sample=False)

@@ -5,7 +5,7 @@ import torch
 
 from vestige import InputError, KVCache, Span, attach, policies, prefill
 from vestige.budget import Budget
-from vestige.pipelines.explain import attention_to, explain, held_of
+from vestige.pipelines.explain import attention_to, explain, find_held
 from vestige.testing import random_ids, tiny
 
 STREAMING = policies.StreamingLLM(budget=Budget.tokens(6), sink=2, window=4)
@@ -36,7 +36,7 @@ def test_attention_to_all_that_was_read_is_that_of_the_model(name):
 
 def test_the_held_pairs_are_those_that_the_cache_holds():
     model = tiny("llama")
-    held = held_of(read(model, random_ids(model, 1, 12), STREAMING), torch.arange(1, 10))
+    held = find_held(read(model, random_ids(model, 1, 12), STREAMING), torch.arange(1, 10))
     assert len(held) == model.config.num_hidden_layers
     assert all((layer == torch.tensor([True] + [False] * 6 + [True] * 2)).all() for layer in held)
 

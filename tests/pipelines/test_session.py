@@ -10,7 +10,7 @@ from rich.console import Console
 from vestige import CacheFileError, InputError, Session, Span, erasers, policies
 from vestige.budget import Budget
 from vestige.cli.chat import chat
-from vestige.text.turns import Turns
+from vestige.text.chat_template import ChatTemplate
 
 SAY = ("Lamp 3 is kept by Ann.", "Lamp 7 is kept by Bob.", "Who keeps lamp 3?")
 
@@ -28,10 +28,10 @@ def said_in_one(session, chatter, texts, tokens):
     """Return the reply of ``generate`` to the whole conversation as one prompt of ids."""
     model, _ = chatter
     ids = torch.cat([session.cache.ids, torch.tensor([session._pending], dtype=torch.long).view(1, -1)], 1)
-    turns = session.turns
-    ids = torch.cat([ids, torch.tensor([[*turns.next_opening(), *turns.message(texts)[0], *turns.asking()]])], 1)
+    turns = session.template
+    ids = torch.cat([ids, torch.tensor([[*turns.next_opening(), *turns.message(texts)[0], *turns.reply_opening()]])], 1)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-    return turns.text(out[0, ids.shape[1] :].tolist())
+    return turns.decode(out[0, ids.shape[1] :].tolist())
 
 
 def test_a_turn_over_the_cache_is_what_the_whole_prompt_gives(talk, chatter):
@@ -71,7 +71,7 @@ def test_an_erased_message_might_never_have_been(talk, chatter, how):
     assert talk.send(SAY[2], max_new_tokens=8) == expected
     for one in talk.messages[1:]:
         inside = [*talk.cache.ids[0].tolist(), *talk._pending][one.span.start : one.span.end]
-        assert talk.turns.text(inside) == one.text
+        assert talk.template.decode(inside) == one.text
 
 
 def test_a_passage_of_a_message_can_be_erased_and_then_the_rest(talk):
@@ -248,7 +248,7 @@ def test_a_model_without_a_template_gets_lines(folders):
     from vestige.models.loading import load
 
     _, tokenizer = load(folders.plain)
-    turns = Turns(tokenizer, "Be brief.")
+    turns = ChatTemplate(tokenizer, "Be brief.")
     decode = tokenizer.decode
-    assert decode(turns.opening()).endswith("Be brief.\n") and decode(turns.asking()) == "\n"
+    assert decode(turns.opening()).endswith("Be brief.\n") and decode(turns.reply_opening()) == "\n"
     assert decode(turns.next_opening()) == "\n"

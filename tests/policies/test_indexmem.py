@@ -66,7 +66,7 @@ def read(model, ids, chosen, chunk: int = 64, mask=None) -> KVCache:
     return cache
 
 
-ASKED = indexing.asked
+ASKED = indexing.index_scores
 
 
 # Importance.
@@ -83,7 +83,7 @@ def test_streamed_importance_is_the_dense_one(indexer, chunk, block, monkeypatch
         return ASKED(asking, keys)
 
     monkeypatch.setattr(indexing, "QUERY_BLOCK", block)
-    monkeypatch.setattr(indexing, "asked", asked)
+    monkeypatch.setattr(indexing, "index_scores", asked)
     ids = random_ids(MODEL, 1, 23)
     cache = read(MODEL, ids, policy(indexer), chunk)
     assert max(compared, default=1) <= min(block, chunk), "nothing of all queries times all keys ever exists"

@@ -14,7 +14,7 @@ from vestige.policies import kvzip
 from vestige.policies.kvzip import REQUEST, KVzip
 from vestige.policies.scoring import compute_attention
 from vestige.testing import attention, full_layers, left_padded, random_ids, tiny
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 ASK = (5, 9, 7)
 
@@ -244,7 +244,7 @@ def test_a_saved_cache_keeps_the_request_and_what_is_written_down(tmp_path):
 
 def test_the_default_request_is_put_into_the_chat_text_of_the_models_own_tokenizer(chatter):
     model, tokenizer = chatter
-    expected = tuple(Frame(tokenizer).question(REQUEST)[0].tolist())
+    expected = tuple(ChatTemplate(tokenizer).question(REQUEST)[0].tolist())
     assert kvzip._find_request(model) == expected and len(expected) > 5
     ids = random_ids(model, 1, 30)
     default, given = (asked(read(model, zipped(request=request), ids)) for request in (None, expected))

@@ -8,8 +8,8 @@ import torch
 
 from tests.policies.test_policies import naive_attention, random_observation, rows_of
 from vestige import Budget, KVCache, ModelError, PolicyError, attach, policies, prefill
-from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
+from vestige.models.layout import check
 from vestige.models.output_projection import OutputProjection
 from vestige.policies import scoring
 from vestige.policies.base import NewPairs

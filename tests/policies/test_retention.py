@@ -8,7 +8,6 @@ from tests.policies.test_policies import random_observation
 from vestige import (
     Budget,
     CacheFileError,
-    InputError,
     KVCache,
     ModelError,
     PolicyError,
@@ -20,7 +19,6 @@ from vestige import (
     prefill,
 )
 from vestige.models.compat import cache_argument
-from vestige.pipelines.explain import held_by_kind
 from vestige.policies.retention import compute_log_worth
 from vestige.testing import left_padded, random_ids, tiny, tiny_vl
 
@@ -136,10 +134,6 @@ def test_an_image_competes_with_the_text_around_it():
     held = [layer.positions(row) for layer in cache.evictable for row in range(layer.rows)]
     of_image = [int(image[at[at < len(image)].long()].sum()) for at in held]
     assert 0 < sum(of_image) < sum(map(len, held)) and len(set(of_image)) > 1
-    kinds = torch.cat([inputs["mm_token_type_ids"][0], torch.zeros(cache.seen[0] - len(image), dtype=torch.long)])
-    assert held_by_kind(cache, kinds)[1] == pytest.approx(sum(of_image) / len(held) / int(image.sum()))
-    with pytest.raises(InputError, match="3 kinds were given"):
-        held_by_kind(cache, kinds[:3])
 
 
 def test_an_erased_span_gets_the_retention_of_what_takes_its_place():

@@ -1,12 +1,9 @@
-"""Text in, ids out: the chat text cut at the end of the context, and files that cannot be read."""
-
-import re
+"""Text in, ids out: the chat text cut at the end of the context."""
 
 import pytest
 import torch
 
-from vestige import InputError
-from vestige.text.chat_template import Frame, read_text, require_text
+from vestige.text.chat_template import ChatTemplate
 
 CONTEXT, QUESTION = "The lamp is lit.\n\n  Ω 日本 🙂 {{ x }} {% y %}", "Who lit it?"
 
@@ -27,20 +24,20 @@ def whole_text(tokenizer, content: str) -> str:
 
 
 def test_context_and_question_join_to_the_chat_text_of_one_message(tokenizer):
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     ids = torch.cat([frame.context(CONTEXT), frame.question(QUESTION)], 1)
     assert ids.dtype == torch.long and ids.shape[0] == 1
     assert tokenizer.decode(ids[0]) == whole_text(tokenizer, f"{CONTEXT}\n{QUESTION}")
 
 
 def test_the_context_part_ends_with_the_context(tokenizer):
-    text = tokenizer.decode(Frame(tokenizer).context(CONTEXT)[0])
+    text = tokenizer.decode(ChatTemplate(tokenizer).context(CONTEXT)[0])
     assert text.endswith(CONTEXT) and QUESTION not in text
     assert text.startswith(tokenizer.bos_token) and text.count(tokenizer.bos_token) == 1
 
 
 def test_each_part_is_tokenised_on_its_own(tokenizer):
-    frame, encode = Frame(tokenizer), lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    frame, encode = ChatTemplate(tokenizer), lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     before, after = whole_text(tokenizer, f"{CONTEXT}\n{QUESTION}").split(f"{CONTEXT}\n{QUESTION}")
     assert frame.context(CONTEXT)[0].tolist() == encode(before + CONTEXT)
     assert frame.question(QUESTION)[0].tolist() == encode("\n" + QUESTION + after)
@@ -49,7 +46,7 @@ def test_each_part_is_tokenised_on_its_own(tokenizer):
 
 
 def test_an_answer_prefix_opens_the_reply(tokenizer):
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     text = tokenizer.decode(frame.question(QUESTION, "The keeper is")[0])
     assert text == tokenizer.decode(frame.question(QUESTION)[0]) + "The keeper is"
 
@@ -59,56 +56,13 @@ def test_special_tokens_of_the_template_are_single_ids(folders):
 
     tokenizer = AutoTokenizer.from_pretrained(folders.chat)
     user, assistant, bos, eos = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<s>", "</s>"])
-    assert Frame(tokenizer).context("a")[0].tolist()[:2] == [bos, user]
-    assert Frame(tokenizer).question("a")[0].tolist()[-2:] == [eos, assistant]
+    assert ChatTemplate(tokenizer).context("a")[0].tolist()[:2] == [bos, user]
+    assert ChatTemplate(tokenizer).question("a")[0].tolist()[-2:] == [eos, assistant]
 
 
 def test_a_text_longer_than_the_tokenizer_expects_is_read_without_a_warning(tokenizer):
     tokenizer.model_max_length = 5
-    assert Frame(tokenizer).context(CONTEXT).shape[1] > 5
-
-
-def test_a_text_file_is_read_as_it_is(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeffone\r\ntwo é\n".encode())
-    assert read_text(path).endswith("one\r\ntwo é\n")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\x89PNG\r\n\xff\xfe", "is not UTF-8 text"),
-        (b"abc\x00def", "is not text: it has NUL bytes"),
-        (b"", "is empty"),
-        (b" \n\t\n", "is empty"),
-    ],
-)
-def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, message):
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{re.escape(str(path))} {message}"):
-        read_text(path)
-
-
-def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
-    with pytest.raises(InputError, match=f"no such file: {re.escape(str(tmp_path / 'gone'))}"):
-        read_text(tmp_path / "gone")
-    with pytest.raises(InputError, match=f"cannot read {re.escape(str(tmp_path))}: Is a directory"):
-        read_text(tmp_path)
-
-
-def test_an_unreadable_path_is_refused_and_not_a_traceback(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("x")
-    for path in (file / "below", tmp_path / ("n" * 300)):
-        with pytest.raises(InputError):
-            read_text(path)
-
-
-def test_empty_text_is_refused_under_the_name_of_its_option():
-    assert require_text(" a ", "--prompt") == " a "
-    with pytest.raises(InputError, match="--prompt is empty"):
-        require_text(" \n", "--prompt")
+    assert ChatTemplate(tokenizer).context(CONTEXT).shape[1] > 5
 
 
 CHATML = (
@@ -131,7 +85,7 @@ def conversation(tokenizer, contents: list[str]) -> str:
 def test_the_parts_of_a_dialogue_join_to_the_chat_text_of_all_its_messages(tokenizer, template):
     if template == "chatml":
         tokenizer.chat_template = CHATML
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     replies = [torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]]) for text in ("It was Ada.", "Bo")]
     parts = [
         frame.context(CONTEXT), frame.question(QUESTION), replies[0], frame.next_context("Bo put it\n out."),
@@ -145,7 +99,7 @@ def test_what_follows_a_reply_begins_with_the_token_that_ended_it(folders):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders.chat)
-    ids = Frame(tokenizer).next_context("Bo put it out.")[0].tolist()
+    ids = ChatTemplate(tokenizer).next_context("Bo put it out.")[0].tolist()
     assert ids[:2] == tokenizer.convert_tokens_to_ids(["</s>", "<|user|>"])
     assert tokenizer.decode(ids[2:]) == "Bo put it out." and "<s>" not in tokenizer.decode(ids)
 
@@ -154,11 +108,11 @@ def test_without_a_template_a_line_break_follows_a_reply(folders):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders.plain)
-    assert tokenizer.decode(Frame(tokenizer).next_context("Bo put it out.")[0]) == "\nBo put it out."
+    assert tokenizer.decode(ChatTemplate(tokenizer).next_context("Bo put it out.")[0]) == "\nBo put it out."
 
 
 def test_a_next_context_may_be_empty_and_is_not_read_as_a_template(tokenizer):
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     empty = frame.next_context("")
     assert empty.dtype == torch.long and empty.shape[0] == 1 and empty.shape[1] > 0
     assert tokenizer.decode(frame.next_context(CONTEXT)[0]) == tokenizer.decode(empty[0]) + CONTEXT

@@ -3,7 +3,7 @@
 import pytest
 
 from vestige import InputError, Span
-from vestige.text.locate import counted, find
+from vestige.text.locate import find, find_numbered
 
 TEXT = "Hi. The code is 731.\nThe end. The"
 OFFSETS = [
@@ -60,11 +60,11 @@ def test_a_passage_that_shares_a_token_with_the_chat_text_is_refused():
 
 
 def test_tokens_are_counted_from_the_first_of_the_text():
-    assert counted(0, 2, OFFSETS) == Span(2, 4)
-    assert counted(9, 11, OFFSETS) == Span(11, 13)
+    assert find_numbered(0, 2, OFFSETS) == Span(2, 4)
+    assert find_numbered(9, 11, OFFSETS) == Span(11, 13)
 
 
 @pytest.mark.parametrize("numbers", [(3, 3), (5, 2), (0, 12)])
 def test_numbers_beyond_the_text_are_refused(numbers):
     with pytest.raises(InputError, match="tokens 0 to 11"):
-        counted(*numbers, OFFSETS)
+        find_numbered(*numbers, OFFSETS)

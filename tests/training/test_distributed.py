@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from tests.launching import launched
 from tests.training.worker import CONFIG, Points, run, trained
 from vestige import InputError
-from vestige.training import Processes, processes, train
 from vestige.training import distributed as parallels
+from vestige.training.distributed import Processes, find_processes
+from vestige.training.loop import train
 from vestige.training.metrics import read
 
 WORKER = Path(__file__).parent / "worker.py"
@@ -41,11 +42,11 @@ def test_two_processes_come_to_the_losses_and_weights_of_one(tmp_path):
 
 
 def test_a_process_alone_is_all_there_are_and_changes_nothing():
-    one = processes()
+    one = find_processes()
     tensor = torch.ones(2)
-    one.wait()
-    one.add_up([tensor])
-    one.follow([tensor])
+    one.barrier()
+    one.all_reduce([tensor])
+    one.broadcast([tensor])
     assert one == Processes() and one.main and tensor.tolist() == [1, 1] and list(one.share(3)) == [0, 1, 2]
 
 
@@ -57,7 +58,7 @@ def test_shares_cover_a_batch_without_overlap():
 
 def test_a_batch_that_processes_cannot_share_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="batch 4 cannot be shared by 3 processes; use a multiple of 3"):
-        train(Points(), CONFIG, tmp_path / "run", among=Processes(count=3))
+        train(Points(), CONFIG, tmp_path / "run", world=Processes(count=3))
     assert not (tmp_path / "run").exists()
 
 
@@ -66,7 +67,7 @@ def test_without_accelerate_several_processes_are_refused_with_the_pip_line(monk
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.setenv(name, "2")
     with pytest.raises(InputError, match=r'needs accelerate: pip install "vestige\[train\]"'):
-        processes()
+        find_processes()
 
 
 def test_one_process_needs_no_accelerate(monkeypatch, tmp_path):

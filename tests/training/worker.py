@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vestige.training import LoopConfig, Outcome, processes, train
+from vestige.training.config import LoopConfig
+from vestige.training.distributed import find_processes
+from vestige.training.loop import Outcome, train
 
 CONFIG = LoopConfig(steps=12, batch=4, lr=0.05, warmup=3, validate_every=4, save_every=3, seed=5)
 SAMPLES = 10
@@ -70,7 +72,7 @@ def trained(folder: Path, task: Points | None = None, config: LoopConfig = CONFI
 
 def run(folder: Path, task: Points, config: LoopConfig = CONFIG, **options: Any) -> Outcome:
     """Train with this process among those that there are."""
-    return train(task, config, folder, among=processes(), **options)
+    return train(task, config, folder, world=find_processes(), **options)
 
 
 def at(call: int, do: Callable[[], object]) -> Callable[[int], None]:

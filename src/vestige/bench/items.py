@@ -13,7 +13,7 @@ from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Sample
 from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 
 PAD_SHARE = 0.05
 """Samples share a batch while pads are at most this part of it."""

@@ -20,7 +20,7 @@ from vestige.bench.results.store import Store, run_all
 from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
 from vestige.errors import BudgetError, VestigeError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 
 
 def bench(

@@ -20,7 +20,7 @@ from vestige.bench import hub
 from vestige.bench.questions import Questions, Source, parse, take_turns
 from vestige.bench.tasks import SPLITS, Order, Split
 from vestige.errors import InputError
-from vestige.text.chat_template import read_text
+from vestige.text.files import read_text
 
 RESERVED_EVERY = 5
 """Every so many files, one is for benchmarks only and never for training."""

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.bench.methods.conversation import Job, TurnIds
 from vestige.bench.sample import Turn
-from vestige.text.chat_template import Frame, ends_of
+from vestige.text.chat_template import ChatTemplate, find_end_ids
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Renderer:
 
     def job(self, turns: Sequence[Turn]) -> Job:
         """Return the ids of a conversation."""
-        frame, made = Frame(self.tokenizer), []
+        frame, made = ChatTemplate(self.tokenizer), []
         for i, turn in enumerate(turns):
             context = frame.next_context(turn.context) if i else frame.context(turn.context)
             question = frame.question(turn.question, turn.answer_prefix)
@@ -44,7 +44,7 @@ class Renderer:
 
     def stop(self) -> tuple[int, ...]:
         """Return the ids that end a reply: the generation config's, or the tokenizer's."""
-        return ends_of(self.model, self.tokenizer)
+        return find_end_ids(self.model, self.tokenizer)
 
     def text(self, reply: Sequence[int]) -> str:
         """Return a reply as text."""

@@ -16,8 +16,8 @@ from vestige.cache.attention import NAME, vestige_attention
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.overlay import OverlayCache
 from vestige.errors import CacheError
-from vestige.models.anatomy import ModelLayout, attention_input, check
 from vestige.models.compat import cache_passed
+from vestige.models.layout import ModelLayout, attention_input, check
 
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.WeakKeyDictionary()
 

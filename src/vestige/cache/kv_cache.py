@@ -21,7 +21,7 @@ from vestige.cache.report import Report, make_report
 from vestige.cache.state import CacheState, expected_footprint
 from vestige.errors import InputError, PolicyError
 from vestige.memory.base import ForgetResult, Memory
-from vestige.models.anatomy import ModelLayout, check
+from vestige.models.layout import ModelLayout, check
 from vestige.policies.base import Policy
 from vestige.policies.observation import Phase, RowView
 from vestige.spans import Span

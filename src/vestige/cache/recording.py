@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vestige.errors import PolicyError
-from vestige.models.anatomy import ModelLayout
+from vestige.models.layout import ModelLayout
 from vestige.policies.base import LayerObserver, NeedsWeights, NewPairs, PairAnnotator, Policy, QueryObserver
 from vestige.policies.observation import LayerView, RowView
 

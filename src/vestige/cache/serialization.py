@@ -30,7 +30,7 @@ from vestige.memory import MEMORIES
 from vestige.memory import name_of as memory_name
 from vestige.memory import resolve as memory_class
 from vestige.memory.base import AbsorbedRanges, LayerMemory, Memory
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.nn.pretrained import digest
 from vestige.policies import POLICIES, name_of, resolve
 from vestige.policies.base import Policy

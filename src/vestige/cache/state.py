@@ -17,7 +17,7 @@ from vestige.cache.schedule import Schedule
 from vestige.cache.token_history import TokenHistory, check_positions
 from vestige.errors import CacheError, InputError, PolicyError
 from vestige.memory.base import AbsorbedRanges, Memory
-from vestige.models.anatomy import ModelLayout
+from vestige.models.layout import ModelLayout
 from vestige.models.rope import Rope
 from vestige.policies.base import NeedsReplay, NewPairs, Policy
 from vestige.spans import PositionMap, Span, merge_spans, within

@@ -16,13 +16,13 @@ from vestige.cli.options import (
     PolicyName,
     Seed,
     ShareName,
+    command_line,
     err,
     escape_markup,
     numbers,
     out,
     print_json,
-    typed,
-    words,
+    split_list,
 )
 
 
@@ -113,8 +113,8 @@ def tasks(
 
     names, cases = _tasks_and_cases(task)
     arms = cross(
-        words(policy), words(budget or ""), shares=words(share or ""), memories=words(memory),
-        peers=words(peer or ""),
+        split_list(policy), split_list(budget or ""), shares=split_list(share or ""), memories=split_list(memory),
+        peers=split_list(peer or ""),
     )  # fmt: skip
     config = BenchConfig(
         tasks=names, arms=arms, lengths=numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
@@ -126,7 +126,9 @@ def tasks(
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err, "bench") as advance:
-        rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
+        rows = job(
+            config, network, tokenizer, name=model, out=folder, resume=resume, command=command_line(), progress=advance
+        )
     if as_json:
         return print_json({"rows": rows})
     out.print(render.bench_table(rows))
@@ -173,9 +175,9 @@ def speed(
     from vestige.models.loading import load
 
     config = SpeedConfig(
-        lengths=numbers("--length", length), batches=numbers("--batch", batch), policies=words(policy),
-        budgets=words(budget), memories=words(memory), peers=words(peer or ""), share=share, chunk=chunk, blocks=blocks,
-        prefills=prefills, seed=seed,
+        lengths=numbers("--length", length), batches=numbers("--batch", batch), policies=split_list(policy),
+        budgets=split_list(budget), memories=split_list(memory), peers=split_list(peer or ""), share=share, chunk=chunk,
+        blocks=blocks, prefills=prefills, seed=seed,
     )  # fmt: skip
     if folder is not None:
         check_folder(folder, resume=False)
@@ -239,7 +241,7 @@ def erase(
     from vestige.models.loading import load
 
     config = EraseBenchConfig(
-        tasks=tuple(task or ()), lengths=numbers("--length", length), samples=samples, methods=words(method),
+        tasks=tuple(task or ()), lengths=numbers("--length", length), samples=samples, methods=split_list(method),
         policy=policy, budget=budget, kept_only=kept_only, split=split, essays=essays, qa=qa, seed=seed,
     )  # fmt: skip
     if folder is None:
@@ -247,7 +249,9 @@ def erase(
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err, "bench erase") as advance:
-        rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
+        rows = job(
+            config, network, tokenizer, name=model, out=folder, resume=resume, command=command_line(), progress=advance
+        )
     if as_json:
         return print_json({"rows": rows})
     out.print(render.erase_bench_table(rows))
@@ -282,8 +286,9 @@ def erase_speed(
     from vestige.models.loading import load
 
     config = LatencyConfig(
-        lengths=numbers("--length", length), methods=words(method), before=before, span=span, rounds=rounds, seed=seed
-    )
+        lengths=numbers("--length", length), methods=split_list(method), before=before, span=span, rounds=rounds,
+        seed=seed,
+    )  # fmt: skip
     if folder is not None:
         check_speed_folder(folder)
     network, _ = load(model, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""``vestige chat``: a conversation in the terminal, with commands to erase, to look at the cache, and to save."""
+"""``vestige chat``: a conversation in the terminal, with commands to erase, to report on the cache, and to save."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,7 +8,8 @@ from rich.markup import escape
 
 from vestige.cli import render
 from vestige.errors import InputError, VestigeError
-from vestige.pipelines.session import Message, Session
+from vestige.pipelines.message import Message
+from vestige.pipelines.session import Session
 
 HELP = """/erase N         take message N out (see /messages)
 /erase some words   take this passage out; it must occur once
@@ -21,13 +22,13 @@ HELP = """/erase N         take message N out (see /messages)
 def chat(
     session: Session, lines: Iterable[str], console: Console, *, max_new_tokens: int = 256, prompt: Callable[[], None]
 ) -> None:
-    """Talk until the lines end or ``/quit``.
+    """Run a conversation until the lines end or ``/quit``.
 
     Args:
         session: The conversation; changed in place.
-        lines: What the user types.
-        console: Where replies go.
-        max_new_tokens: Bound of a reply.
+        lines: Lines of the user.
+        console: Console for the replies.
+        max_new_tokens: Longest reply in tokens.
         prompt: Called before each line is read.
     """
     prompt()
@@ -36,9 +37,9 @@ def chat(
             if line.strip() in ("/quit", "/exit"):
                 return
             if line.startswith("/"):
-                _command(session, line.strip(), console)
+                _run_command(session, line.strip(), console)
             elif line.strip():
-                session.send(line.strip(), max_new_tokens=max_new_tokens, on_text=lambda text: _said(console, text))
+                session.send(line.strip(), max_new_tokens=max_new_tokens, on_text=lambda text: _print(console, text))
                 console.print()
         except KeyboardInterrupt:
             console.print("\n[dim](stopped; this turn is taken back)[/dim]")
@@ -47,11 +48,11 @@ def chat(
         prompt()
 
 
-def _said(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(escape(text), end="", soft_wrap=True)
 
 
-def _command(session: Session, line: str, console: Console) -> None:
+def _run_command(session: Session, line: str, console: Console) -> None:
     word, _, rest = line.partition(" ")
     rest = rest.strip()
     if word == "/erase" and rest:
@@ -60,7 +61,7 @@ def _command(session: Session, line: str, console: Console) -> None:
         console.print(render.erase_table(done))
     elif word == "/messages":
         for number, message in enumerate(session.messages):
-            console.print(f"[dim]{number} {message.role}[/dim] {escape(_shown(message))}", soft_wrap=True)
+            console.print(f"[dim]{number} {message.role}[/dim] {escape(_mask_erased(message))}", soft_wrap=True)
     elif word == "/report":
         report = session.report()
         held = f"{report.held:,} of {report.full:,} pairs" if report.full else "nothing yet"
@@ -76,8 +77,8 @@ def _command(session: Session, line: str, console: Console) -> None:
         raise InputError(f"no such command, or it lacks something: {line}; /help lists them")
 
 
-def _shown(message: Message) -> str:
-    """Return a message with what was erased struck out by dots."""
+def _mask_erased(message: Message) -> str:
+    """Return the text of a message with its erased parts replaced by dots."""
     text = message.text
     for start, end in message.erased:
         text = text[:start] + "·" * (end - start) + text[end:]

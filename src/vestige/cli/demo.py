@@ -1,4 +1,4 @@
-"""The main job on the default model and a shipped document, as a show."""
+"""``vestige demo``: the main job on the default model and a shipped document."""
 
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from vestige.cli import render as shows
+from vestige.cli import render
 from vestige.models.loading import load
 from vestige.pipelines.document_qa import RunConfig, RunResult, run
 from vestige.pipelines.erase_passage import EraseConfig, EraseResult, erase_text
@@ -28,12 +28,12 @@ NOTE = (
     "The crane on the east quay is being painted, so please mind the wet paint. The ferry to Tarn leaves at 6:20 in "
     f"the evening. {STALE} Tickets are sold on board."
 )
-ASKED_OF_NOTE = "When does the ferry to Orm leave?"
+NOTE_QUESTION = "When does the ferry to Orm leave?"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The same questions, answered with every pair and within the budget; and a note with and without a stale line."""
+    """Answers to the same questions with all pairs and within a budget, and to a note with and without a stale line."""
 
     full: RunResult
     evicted: RunResult
@@ -41,7 +41,7 @@ class DemoResult:
     erased: EraseResult
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the row that ``--json`` prints: run's, with the unevicted answers, speed and what an erase changed."""
+        """Return the row that ``--json`` prints: that of ``run``, with full answers, their speed, and the erase."""
         row = self.evicted.as_dict(MODEL, CHUNK)
         return row | {
             "questions": list(QUESTIONS),
@@ -55,13 +55,13 @@ class DemoResult:
 
 
 def demo(*, device: str | None = None, dtype: str | None = None, seed: int = 0) -> DemoResult:
-    """Read the shipped document twice, without and with a budget, and ask the same questions; then erase a line."""
+    """Read the shipped document with and without a budget, answer the same questions, then erase a line of a note."""
     model, tokenizer = load(MODEL, device=device, dtype=dtype)
     with as_file(files("vestige") / "data" / DOCUMENT) as path:
         full = RunConfig(questions=QUESTIONS, context=path, chunk=CHUNK, max_new_tokens=NEW_TOKENS, seed=seed)
         evicted = replace(full, policy=POLICY, share=SHARE, budget=BUDGET)
         whole, kept = (run(config, model, tokenizer) for config in (full, evicted))
-    note = RunConfig(questions=(ASKED_OF_NOTE,), prompt=NOTE, max_new_tokens=NEW_TOKENS, seed=seed)
+    note = RunConfig(questions=(NOTE_QUESTION,), prompt=NOTE, max_new_tokens=NEW_TOKENS, seed=seed)
     untouched, erased = (
         erase_text(EraseConfig(run=note, span_text=STALE, method=method), model, tokenizer)
         for method in ("noop", ERASER)
@@ -70,7 +70,7 @@ def demo(*, device: str | None = None, dtype: str | None = None, seed: int = 0) 
 
 
 def show(result: DemoResult, console: Console) -> None:
-    """Print the answers, the numbers, a picture of what each layer kept, and a stale line being erased."""
+    """Print the answers, the numbers, a picture of the pairs that each layer kept, and the erase of a stale line."""
     full, evicted = result.full, result.evicted
     for question, whole, kept in zip(QUESTIONS, full.answers, evicted.answers, strict=True):
         lines = Group(
@@ -79,17 +79,17 @@ def show(result: DemoResult, console: Console) -> None:
         )
         console.print(Panel(lines, title=Text(question), title_align="left"))
     console.print(
-        shows.report_table(evicted.report, prefill_s=evicted.prefill_s, tokens_per_s=evicted.decode_tokens_per_s)
+        render.report_table(evicted.report, prefill_s=evicted.prefill_s, tokens_per_s=evicted.decode_tokens_per_s)
     )
     console.print(
         f"without eviction: reading {full.prefill_s:.2f} s, decoding {full.decode_tokens_per_s:.1f} tokens/s, "
-        f"{shows.megabytes(full.report.kv_bytes)}\n"
+        f"{render.megabytes(full.report.kv_bytes)}\n"
     )
-    console.print(shows.layers_picture(evicted.report))
-    before, after = (one.run.answers[0].text for one in (result.untouched, result.erased))
+    console.print(render.layers_picture(evicted.report))
+    before, after = (edit.run.answers[0].text for edit in (result.untouched, result.erased))
     lines = Group(
         Text(f"as it was read:         {before}"),
         Text(f"stale line erased:      {after}", style="bold"),
         Text(f"in {1e3 * result.erased.report.edit_s:.0f} ms, by {ERASER}, without reading the rest again"),
     )
-    console.print(Panel(lines, title=Text(ASKED_OF_NOTE), title_align="left"))
+    console.print(Panel(lines, title=Text(NOTE_QUESTION), title_align="left"))

@@ -1,4 +1,4 @@
-"""The command line: thin, and quick to print its help (heavy imports are inside the commands)."""
+"""The command line. Heavy imports are inside the commands, so that help is quick."""
 
 import sys
 from pathlib import Path
@@ -46,7 +46,7 @@ app.add_typer(train, name="train")
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from vestige import __version__
+        from vestige.version import __version__
 
         out.print(f"vestige {__version__}")
 
@@ -85,7 +85,7 @@ def run(
         share=share, memory=memory, chunk=chunk, max_new_tokens=max_new_tokens, save=save,
         explain=tuple(explain or ()), seed=seed,
     )  # fmt: skip
-    config.text()  # a missing file should not cost a download
+    config.text()  # a missing file is found before a download
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err) as advance:
         result = job(config, network, tokenizer, advance)
@@ -96,7 +96,7 @@ def run(
     out.print(
         render.report_table(result.report, prefill_s=result.prefill_s, tokens_per_s=result.decode_tokens_per_s),
         render.layers_picture(result.report),
-        *(render.explained_table(one) for one in result.explained),
+        *(render.explained_table(explained) for explained in result.explained),
         sep="\n\n",
     )
 
@@ -134,7 +134,7 @@ def erase(
         memory=memory, chunk=chunk, max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
     config = EraseConfig(run=reading, span_text=span_text, span=span, method=method)
-    reading.text()  # a missing file should not cost a download
+    reading.text()  # a missing file is found before a download
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err) as advance:
         result = erase_text(config, network, tokenizer, advance)
@@ -263,33 +263,33 @@ def main() -> NoReturn:
     try:
         status = app(standalone_mode=False)
         if status == 130:
-            _complain("interrupted", 130)
+            _print_error("interrupted", 130)
     except VestigeError as error:
-        status = _complain(str(error))
+        status = _print_error(str(error))
     except KeyboardInterrupt:
-        status = _complain("interrupted", 130)
+        status = _print_error("interrupted", 130)
     except OSError as error:
         if error.filename is None:
             raise
-        status = _complain(f"cannot use {error.filename}: {error.strerror}")
-    except Exception as error:  # typer brings its own click, so its errors are known by their shape
+        status = _print_error(f"cannot use {error.filename}: {error.strerror}")
+    except Exception as error:  # typer brings its own click, so its errors are recognised by their methods
         if not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message(), file=sys.stderr)  # the help, as it is
+            print(error.format_message(), file=sys.stderr)  # the help text
             sys.exit(2)
-        status = _complain(error.format_message())
+        status = _print_error(error.format_message())
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _complain(message: str, status: int = 2) -> int:
+def _print_error(message: str, status: int = 2) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def _print_answers(questions: tuple[str, ...], result: "RunResult") -> None:
-    for asked, reply in zip(questions, result.answers, strict=True):
-        out.print(f"[dim]{escape_markup(asked)}[/dim]\n[bold]{escape_markup(reply.text)}[/bold]\n")
+    for question, reply in zip(questions, result.answers, strict=True):
+        out.print(f"[dim]{escape_markup(question)}[/dim]\n[bold]{escape_markup(reply.text)}[/bold]\n")
 
 
 def _print_listing(entries: dict[str, str], as_json: bool) -> None:

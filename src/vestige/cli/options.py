@@ -1,4 +1,4 @@
-"""What the commands share: options, consoles, how JSON is printed."""
+"""Options, consoles and JSON output that all commands share."""
 
 import json
 import shlex
@@ -29,28 +29,32 @@ NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1
 
 
 def print_json(row: dict[str, Any]) -> None:
+    """Print a row as JSON in one line."""
     print(json.dumps(row), flush=True)
 
 
-def words(text: str) -> tuple[str, ...]:
+def split_list(text: str) -> tuple[str, ...]:
+    """Split a list at its commas, but not within brackets or quotes."""
     from vestige.utils.options import split
 
     return tuple(split(text))
 
 
-def typed() -> str:
-    """Return this command as it was typed."""
+def command_line() -> str:
+    """Return the command line as the user wrote it."""
     return shlex.join(["vestige", *sys.argv[1:]])
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a list, or raise a BadParameter that names the option."""
     try:
-        return tuple(int(word) for word in words(text))
+        return tuple(int(word) for word in split_list(text))
     except ValueError:
         raise typer.BadParameter(f"{option} takes whole numbers separated by commas, got {text!r}") from None
 
 
 def escape_markup(text: str) -> str:
+    """Return a text that rich prints as it is."""
     from rich.markup import escape
 
     return escape(text)

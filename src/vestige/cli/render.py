@@ -1,4 +1,4 @@
-"""How results look to people: tables, a picture of what each layer kept, progress. Nothing here computes."""
+"""Results for people: tables, a picture of the pairs that each layer kept, progress bars. Nothing here computes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +26,12 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def megabytes(count: float | int) -> str:
-    """Return bytes as people read them."""
+    """Return a number of bytes in megabytes."""
     return f"{count / 1e6:,.1f} MB"
 
 
 def report_table(report: Report, *, prefill_s: float, tokens_per_s: float) -> Table:
-    """Return the main numbers of a cache as a table."""
+    """Return a table with the main numbers of a cache."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     budget = "none" if report.budget_total is None else f"{report.budget_total:,} pairs"
     rows = [
@@ -51,7 +51,7 @@ def report_table(report: Report, *, prefill_s: float, tokens_per_s: float) -> Ta
 
 
 def erase_table(report: EraseReport) -> Table:
-    """Return what an erase did as a table."""
+    """Return a table with the report of an erase."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     slots = [
         f"{count:,} {word}"
@@ -62,13 +62,13 @@ def erase_table(report: EraseReport) -> Table:
         )
         if count
     ]
-    behind = f"{report.suffix_left:,} tokens still carry what they read of it" if report.suffix_left else "clean"
+    suffix = f"{report.suffix_left:,} tokens still carry what they read of it" if report.suffix_left else "clean"
     rows = [
         ("method", f"{report.method}, {'exact' if report.exact else 'approximate: this steers, it does not delete'}"),
-        ("span", ", ".join(f"tokens {one.span.start} to {one.span.end}" for one in report.spans)),
+        ("span", ", ".join(f"tokens {part.span.start} to {part.span.end}" for part in report.spans)),
         ("its pairs", ", ".join(slots) or "none were held"),
         ("edit", f"{report.edit_s:.3f} s, {report.tokens_recomputed:,} tokens run"),
-        ("behind it", behind),
+        ("behind it", suffix),
     ]
     for name, value in rows:
         table.add_row(Text(name, style="dim"), value)
@@ -76,7 +76,7 @@ def erase_table(report: EraseReport) -> Table:
 
 
 def layers_picture(report: Report, width: int = 40) -> Table:
-    """Return a picture of what each layer kept: a bar for its mean, and a block per row for their differences."""
+    """Return a picture of the pairs that each layer kept: a bar for the mean, and a block for each row."""
     table = Table(box=None, padding=(0, 1, 0, 0), title="pairs kept by layer (█ of all it saw) and by row")
     table.add_column("layer", justify="right", style="dim")
     table.add_column("share of what it saw", width=width)
@@ -97,24 +97,24 @@ def _layer_cells(layer: LayerReport, most: int, width: int) -> tuple[str, Text, 
 
 
 def explained_table(explained: Explained) -> Table:
-    """Return what eviction did to the attention that the evidence of an answer gets, in all and by layer."""
-    one = explained.explanation
+    """Return a table of the attention to the evidence of an answer, before and after eviction, by layer and in all."""
+    explanation = explained.explanation
     title = Text(f"attention to the evidence, from the question and its reply: {explained.answer}")
     table = Table(box=None, padding=(0, 1, 0, 0), title=title)
     for name in ("layer", "with all pairs", "with those kept", "pairs kept"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("rows", no_wrap=True)
-    for i, (full, kept, held) in enumerate(zip(one.full, one.kept, one.held, strict=True)):
+    for i, (full, kept, held) in enumerate(zip(explanation.full, explanation.kept, explanation.held, strict=True)):
         blocks = "".join(_BLOCKS[round(8 * share)] for share in held.float().mean(1).tolist())
         shares = float(full.sum(1).mean()), float(kept.sum(1).mean()), float(held.float().mean())
         table.add_row(str(i), *(f"{share:.1%}" for share in shares), blocks)
-    whole = 1 - one.dilution_full, 1 - one.dilution_kept, one.held_share
-    table.add_row("all", *(f"{share:.1%}" for share in whole))
+    total = 1 - explanation.dilution_full, 1 - explanation.dilution_kept, explanation.held_share
+    table.add_row("all", *(f"{share:.1%}" for share in total))
     return table
 
 
 def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Table:
-    """Return result rows as a table; ``columns`` maps keys to format specs."""
+    """Return a table of result rows; ``columns`` maps keys to format specs."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for key in columns:
         table.add_column(key.replace("_", " "), justify="right", no_wrap=key == "policy")
@@ -124,7 +124,7 @@ def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Table
 
 
 def bench_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the rows of a benchmark as a table; a failed row has its reason in place of numbers."""
+    """Return a table of the rows of a benchmark; a failed row says so in place of numbers."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("task", "length", "method", "budget"):
         table.add_column(name, justify="right" if name in ("length", "budget") else "left", overflow="fold")
@@ -145,7 +145,7 @@ def bench_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def erase_bench_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the rows of the benchmark of erasers as a table; ``n*`` and ``exact*`` are those that pass the filter."""
+    """Return a table of the rows of the eraser benchmark; ``n*`` and ``exact*`` count samples that pass the filter."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("task", "length", "method", "budget"):
         table.add_column(name, justify="right" if name in ("length", "budget") else "left", overflow="fold")
@@ -178,7 +178,7 @@ def reading_bar(console: Console, label: str = "reading") -> Iterator[Any]:
 
 @contextmanager
 def training_bar(console: Console) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
-    """Show a progress bar on a console and yield the ``tell`` of :func:`vestige.training.train`.
+    """Show a progress bar on a console and yield the ``on_step`` of :func:`vestige.training.loop.train`.
 
     Beside the bar are the parts of the loss, the latest validation and the time left.
     """
@@ -187,21 +187,21 @@ def training_bar(console: Console) -> Iterator[Callable[[int, int, Mapping[str, 
         shown: list[TaskID] = []
         latest: dict[str, Any] = {}
 
-        def tell(done: int, total: int, record: Mapping[str, Any]) -> None:
+        def on_step(done: int, total: int, record: Mapping[str, Any]) -> None:
             latest.update(record.get("validation", {}))
             text = training_line(record, latest)
-            if not shown:  # where a resumed run begins: what was done before says nothing about the time left
+            if not shown:  # a resumed run starts later; earlier steps say nothing about the time left
                 shown.append(progress.add_task(text, total=total, completed=done - 1))
             progress.update(shown[0], completed=done, description=text)
 
-        yield tell
+        yield on_step
 
 
 def training_line(record: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """Return the figures of a step and of the latest validation in one line; what is not finite is a dash."""
-    told = {name: x for name, x in record.items() if name not in ("step", "seconds", "tokens", "validation")}
-    own, held = (" ".join(f"{name} {_figure(x)}" for name, x in y.items()) for y in (told, validation))
-    return escape(f"{own} | {held}" if held else own)
+    """Return the figures of a step and of the latest validation in one line, with a dash for a missing figure."""
+    figures = {name: x for name, x in record.items() if name not in ("step", "seconds", "tokens", "validation")}
+    step, latest = (" ".join(f"{name} {_figure(x)}" for name, x in y.items()) for y in (figures, validation))
+    return escape(f"{step} | {latest}" if latest else step)
 
 
 def _figure(value: float | None) -> str:

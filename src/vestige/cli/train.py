@@ -1,11 +1,11 @@
-"""``vestige train``: the commands that learn."""
+"""``vestige train``: the commands that train weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vestige.cli.options import Device, Dtype, Json, Model, Seed, err, escape_markup, out, print_json, typed
+from vestige.cli.options import Device, Dtype, Json, Model, Seed, command_line, err, escape_markup, out, print_json
 
 if TYPE_CHECKING:
     from vestige.training.config import LoopConfig
@@ -54,30 +54,32 @@ def _loop(
     )  # fmt: skip
 
 
-def _carry_out(
+def _run(
     training: "Training", to: Path, *, model: str, device: str | None, dtype: str | None, resume: bool, as_json: bool
 ) -> None:
-    """Train, and say where the weights are, or how to go on."""
+    """Train, and print where the weights are, or how to resume."""
     from vestige.cli import render
     from vestige.models.loading import load
     from vestige.training.checkpoint import Checkpoints
     from vestige.training.data.documents import require_sources
-    from vestige.training.distributed import processes
+    from vestige.training.distributed import find_processes
     from vestige.training.trainer import Job
 
-    require_sources(training.data)  # what is missing should not cost a download
+    require_sources(training.data)  # before the model is downloaded
     Checkpoints(to, {}).check(resume=resume)
-    among = processes()
-    network, tokenizer = load(model, device=device if among.device is None else str(among.device), dtype=dtype)
-    with render.training_bar(err) as tell:
-        job = Job(out=to, name=model, command=typed(), resume=resume, among=among, tell=tell)
-        done = training.run(network, tokenizer, job)
-    if not done.finished:
-        err.print(f"stopped after {done.step} of {training.loop.steps} steps; go on with --resume")
+    world = find_processes()
+    network, tokenizer = load(model, device=device if world.device is None else str(world.device), dtype=dtype)
+    with render.training_bar(err) as on_step:
+        job = Job(out=to, name=model, command=command_line(), resume=resume, world=world, on_step=on_step)
+        outcome = training.run(network, tokenizer, job)
+    if not outcome.finished:
+        err.print(f"stopped after {outcome.step} of {training.loop.steps} steps; go on with --resume")
         raise typer.Exit(130)
     what, made = training.weights, to / training.weights
     if as_json:
-        return print_json({"step": done.step, "finished": True, "checkpoint": str(done.checkpoint), what: str(made)})
+        return print_json(
+            {"step": outcome.step, "finished": True, "checkpoint": str(outcome.checkpoint), what: str(made)}
+        )
     out.print(f"the {what} {'are' if what.endswith('s') else 'is'} in {escape_markup(str(made))}")
 
 
@@ -145,7 +147,7 @@ def train_eraser(
         begin=begin,
         validation=validation,
     )
-    _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
+    _run(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
 
 
 @train.command("retention")
@@ -205,7 +207,7 @@ def train_retention(
         data=tuple(data), field=field, loop=loop, options=options, width=width, depth=depth, tied=tied, bias=bias,
         validation=validation,
     )  # fmt: skip
-    _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
+    _run(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
 
 
 @train.command("indexmem")
@@ -272,4 +274,4 @@ def train_indexmem(
         memories=kinds, width=width, decays=decays, asks=asks,
         validation=validation,
     )  # fmt: skip
-    _carry_out(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
+    _run(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)

@@ -1,15 +1,12 @@
-"""Ways to take a span out of a live cache, one file each, named in one dict.
+"""Erasers: ways to take a span out of a live cache, one file each, and a dict of their names.
 
-``ERASERS`` names classes rather than holding them, so that listing is cheap; an own eraser need not be registered: pass
-the object to ``vestige.erase``.
+``ERASERS`` holds paths of classes instead of classes, so that listing is cheap. An eraser of your own need not be
+registered: pass the object to ``vestige.erase``.
 """
-
-from typing import Any
 
 from vestige.erasers.base import Eraser
 from vestige.errors import InputError
-from vestige.utils import options as called
-from vestige.utils import registry
+from vestige.utils.registry import Registry
 
 ERASERS: dict[str, str] = {
     "blend": "vestige.erasers.blend:Blend",
@@ -22,38 +19,6 @@ ERASERS: dict[str, str] = {
     "shift": "vestige.erasers.shift:Shift",
 }
 
-_CLASSES = registry.members(ERASERS.values())
-__all__ = ["ERASERS", "make", "name_of", "resolve", *sorted(_CLASSES)]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def resolve(name: str) -> type[Eraser]:
-    """Return the class of a named eraser.
-
-    Raises:
-        InputError: No such name; the message gives the nearest and all valid ones.
-    """
-    found: type[Eraser] = registry.resolve(name, ERASERS, "eraser", InputError)
-    return found
-
-
-def make(name: str) -> Eraser:
-    """Return a named eraser, as the command line makes it.
-
-    Args:
-        name: A key of ``ERASERS``, with options if wanted: ``"repair(share=0.3)"``.
-
-    Raises:
-        InputError: An unknown name or option, or a value out of range.
-    """
-    name, options = called.parse_options(name, "eraser", InputError)
-    cls = resolve(name)
-    return cls(**called.coerce_options(options, cls, name, "eraser", InputError))
-
-
-def name_of(eraser: Eraser) -> str:
-    """Return the name under which an eraser is listed, or its class name."""
-    return registry.name_of(eraser, ERASERS)
-
-
-def __getattr__(name: str) -> Any:
-    return registry.member(name, _CLASSES, __name__)
+_REGISTRY = Registry[type[Eraser], Eraser]("eraser", ERASERS, InputError, __name__)
+resolve, make, name_of, __getattr__ = _REGISTRY.resolve, _REGISTRY.make, _REGISTRY.name_of, _REGISTRY.attribute
+__all__ = ["ERASERS", "make", "name_of", "resolve", *sorted(_REGISTRY.members)]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,4 +1,4 @@
-"""Attention over ragged rows. ``loop`` is the readable reference; faster kernels are checked against it."""
+"""Attention over ragged rows: a readable reference, and faster kernels that are checked against it."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionScale:
-    """How a layer turns query-key products into attention: what a score must repeat to see what the model sees.
+    """The steps from query-key products to attention in one layer; a score repeats them to agree with the model.
 
     Args:
         scaling: Factor on the products.

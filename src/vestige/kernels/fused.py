@@ -9,14 +9,14 @@ from torch import Tensor
 KERNEL: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
     torch, "_scaled_dot_product_flash_attention_for_cpu", None
 )
-"""Not public in torch, so it may go: then its work is written out."""
+"""None where torch has removed it, since it is not public; then the reference computes the formula itself."""
 
 
-def fuses(query: Tensor, keys: Tensor, values: Tensor, *others: Tensor) -> bool:
-    """Return whether the kernel can do it: on a CPU, for keys as wide as values, where nothing asks for a gradient."""
+def can_fuse(query: Tensor, keys: Tensor, values: Tensor, *further: Tensor) -> bool:
+    """Return whether the kernel applies: on a CPU, for keys as wide as values, where no gradient is needed."""
     if KERNEL is None or query.device.type != "cpu" or keys.shape[-1] != values.shape[-1]:
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values, *others)))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values, *further)))
 
 
 def fused(
@@ -26,14 +26,14 @@ def fused(
     scaling: float,
     bias: Float[Tensor, "batch heads _new held"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads new value_dim"], Float[Tensor, "batch heads new"]]:
-    """Return what every query reads of every pair, and the log of what these weigh; ask :func:`fuses` first.
+    """Return the attention output of every query, and its log-sum-exp; requires :func:`can_fuse`.
 
     Args:
         query: Queries.
-        keys: Of the pairs, in the dtype of the queries.
-        values: Of the pairs.
-        scaling: Of the products.
-        bias: Added to them.
+        keys: Keys of the pairs, in the dtype of the queries.
+        values: Values of the pairs.
+        scaling: Factor on the products.
+        bias: Term added to the scaled products.
     """
-    assert KERNEL is not None, "the caller has asked"
+    assert KERNEL is not None, "the caller has checked"
     return KERNEL(query, keys, values, attn_mask=bias, scale=scaling)

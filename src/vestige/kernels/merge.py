@@ -1,4 +1,4 @@
-"""Attention over a part of the pairs, and putting two parts together."""
+"""Attention over a part of the pairs, and the merge of two parts."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PartialAttention:
-    """What queries read from some of the pairs, and how much these weigh.
+    """Attention over some of the pairs, with their weight in the whole softmax.
 
     Args:
         output: Softmax-weighted mean of the values, as if there were no other pairs.
-        lse: Log of the sum of ``exp(logit)`` over the pairs: what their part of the softmax weighs. Large and negative
-            where there are none.
+        lse: Log of the sum of ``exp(logit)`` over the pairs: their weight in the softmax. Large and negative where
+            there are no pairs.
     """
 
     output: Float[Tensor, "*queries value_dim"]
@@ -23,20 +23,20 @@ class PartialAttention:
 
 @dataclass(frozen=True)
 class AdditiveOutput:
-    """What is added to attention over the kept pairs, outside its softmax.
+    """A term added to attention over the kept pairs, outside its softmax.
 
     Args:
-        output: Zeros where there is nothing to add.
+        output: The term; zeros where there is nothing to add.
     """
 
     output: Float[Tensor, "*queries value_dim"]
 
 
 def merge(kept: PartialAttention, evicted: PartialAttention) -> Float[Tensor, "*queries value_dim"]:
-    """Return attention over both parts: exact if both are.
+    """Return attention over both parts; it is exact if both parts are.
 
     ``(e^a x + e^b y) / (e^a + e^b)`` is ``x`` moved towards ``y`` by ``sigmoid(b - a)``, which cannot overflow. Where
-    the evicted part weighs nothing the kept output comes back bit for bit.
+    the evicted part has no weight, the kept output is returned bit for bit.
     """
     share = torch.sigmoid(evicted.lse.to(kept.lse.dtype) - kept.lse)
     return torch.lerp(kept.output, evicted.output.to(kept.output.dtype), share[..., None])

@@ -1,6 +1,6 @@
 """Arithmetic on packed tensors: rows of different lengths laid out one after another in one flat buffer.
 
-Row r owns the slots ``[starts[r], starts[r] + lengths[r])``; what lies between there and ``starts[r + 1]`` is slack.
+Row r owns the slots ``[starts[r], starts[r] + lengths[r])``; the slots from there to ``starts[r + 1]`` are slack.
 *Packed* means without slack: row r is ``[cu_seqlens[r], cu_seqlens[r + 1])``. Every change of a layout (growth,
 eviction, reordering) is one gather by :func:`layout_index`, so nothing is copied twice.
 """
@@ -12,11 +12,11 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 PAIR = ("keys", "values", "positions")
-"""Columns of every layer; the others are side arrays."""
+"""Columns that every layer has; further columns are side arrays."""
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:
-    """Return ``[0, l0, l0 + l1, ...]``: where packed rows begin, and the total last."""
+    """Return ``[0, l0, l0 + l1, ...]``: the start of each packed row, and the total last."""
     ends = [0]
     for length in lengths:
         ends.append(ends[-1] + length)
@@ -40,7 +40,7 @@ def packed_slots(
 
 
 def counts_per_row(kept: Bool[Tensor, " held"], lengths: Sequence[int]) -> list[int]:
-    """Return how many packed pairs of each row are marked."""
+    """Return the number of marked pairs in each row."""
     totals = torch.zeros(len(lengths), dtype=torch.long, device=kept.device)
     return totals.index_add_(0, row_ids(lengths, kept.device), kept.long()).tolist()
 
@@ -53,16 +53,16 @@ def layout_index(
     Args:
         source: Old slots, packed in the order of the new rows.
         lengths: Pairs of each new row; they add up to ``len(source)``.
-        capacities: Slots of each new row, ``capacities[r] >= lengths[r]``. Slack slots point at old slot 0: their
-            content is never read.
+        capacities: Slots of each new row, ``capacities[r] >= lengths[r]``. Slack slots point at old slot 0, because
+            their content is never read.
     """
     index = torch.zeros(sum(capacities), dtype=torch.long, device=source.device)
     index[packed_slots(cumulative(capacities)[:-1], lengths, source.device)] = source
     return index
 
 
-def gather(column: Shaped[Tensor, "slots *rest"], index: Int[Tensor, " chosen"]) -> Shaped[Tensor, "chosen *rest"]:
-    """Return the chosen slots of a column; an empty column (no pair yet) gives an empty buffer of that size."""
+def gather(column: Shaped[Tensor, "slots *rest"], index: Int[Tensor, " gathered"]) -> Shaped[Tensor, "gathered *rest"]:
+    """Return slots of a column by index; a column without any pair gives a buffer of zeros of that length."""
     if column.shape[0] == 0:
         return column.new_zeros(len(index), *column.shape[1:])
     return column.index_select(0, index)

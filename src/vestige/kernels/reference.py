@@ -1,9 +1,9 @@
-"""The reference kernel: plain torch, one scaled-dot-product call per row, or one for all rows where they are equal.
+"""The reference kernel: plain torch, one scaled-dot-product call per row, or one for all rows if they are equally long.
 
 Rows are cut from the flat buffer as views, so no pair is copied or padded. A step of one token packs the query group
-into the query axis, in as few calls of torch as will do: there are hundreds of rows, and each call costs more than its
-arithmetic. A longer piece attends block by block with a lower-right causal mask, since keys behind a block's last query
-need not be read at all.
+into the query axis, in as few torch calls as possible: there are hundreds of rows, and each call costs more than its
+arithmetic. A longer piece attends block by block with a lower-right causal mask, so that keys after the last query of a
+block are not read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.kernels import AttentionScale
-from vestige.kernels.fused import fused, fuses
+from vestige.kernels.fused import can_fuse, fused
 from vestige.kernels.merge import PartialAttention
 
 QUERY_BLOCK = 256
-"""Queries per call in a piece of text: measured fastest of 64 to 1024 (LOG.md)."""
+"""Queries per call in a piece of text; the fastest value measured between 64 and 1024."""
 
 
 def attend(
@@ -40,11 +40,11 @@ def attend(
         scale: Factor, softcap and sinks of the layer.
     """
     if query.shape[2] == 1 and scale.softcap is None and scale.sinks is None:
-        rows = _one_token(query, keys, values, starts, lengths)
+        rows = _split_one_token(query, keys, values, starts, lengths)
         out = [scaled_dot_product_attention(*row, scale=scale.scaling) for row in rows]
     else:
-        out = [_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
-    return _joined(out).reshape(*query.shape[:3], -1)
+        out = [_attend_rows(*piece) for piece in _split_rows(query, keys, values, starts, lengths, scale)]
+    return _concatenate(out).reshape(*query.shape[:3], -1)
 
 
 def attend_partially(
@@ -55,48 +55,49 @@ def attend_partially(
     lengths: Sequence[int],
     scale: AttentionScale,
 ) -> PartialAttention:
-    """Return what :func:`attend` returns, in float32 or wider, and how much the pairs weigh, sinks included.
+    """Return the output of :func:`attend`, in float32 or wider, and the weight of the pairs, sinks included.
 
-    Written out, but for a step of one token where a fused kernel says what it weighed. Arguments as above.
+    The formula is computed step by step, except for one token where a fused kernel returns the weight. The arguments
+    are those of :func:`attend`.
     """
-    if query.shape[2] == 1 and scale.softcap is None and fuses(query, keys, values):
-        parts = [fused(*row, scale.scaling) for row in _one_token(query, keys, values, starts, lengths)]
+    if query.shape[2] == 1 and scale.softcap is None and can_fuse(query, keys, values):
+        parts = [fused(*row, scale.scaling) for row in _split_one_token(query, keys, values, starts, lengths)]
     else:
-        parts = [_weighed_rows(*piece) for piece in _pieces(query, keys, values, starts, lengths, scale)]
+        parts = [_attend_rows_partially(*piece) for piece in _split_rows(query, keys, values, starts, lengths, scale)]
     outputs, masses = zip(*parts, strict=True)
     wide = torch.promote_types(query.dtype, torch.float32)
-    output = _joined(outputs).reshape(*query.shape[:3], -1).to(wide)
-    return _beside_sinks(PartialAttention(output, _joined(masses).reshape(query.shape[:3]).to(wide)), scale)
+    output = _concatenate(outputs).reshape(*query.shape[:3], -1).to(wide)
+    return _add_sinks(PartialAttention(output, _concatenate(masses).reshape(query.shape[:3]).to(wide)), scale)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 1)
 
 
-def _one_token(
+def _split_one_token(
     query: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield queries, keys and values, ``1 rows ...``, of a step of one token: all rows if they are even, else each."""
+    """Yield queries, keys and values, ``1 rows ...``, of one token: in one view if possible, else row by row."""
     packed = query.reshape(1, len(lengths), -1, query.shape[-1])
-    stride = _even_stride(starts, lengths)
+    stride = _find_stride(starts, lengths)
     if stride:
         size = (1, len(lengths), lengths[0])
-        yield packed, _strided(keys, size, stride, starts[0]), _strided(values, size, stride, starts[0])
+        yield packed, _view_rows(keys, size, stride, starts[0]), _view_rows(values, size, stride, starts[0])
         return
     keys, values = keys[None, None], values[None, None]
     for group, start, length in zip(packed.split(1, 1), starts, lengths, strict=True):
         yield group, keys.narrow(2, start, length), values.narrow(2, start, length)
 
 
-def _pieces(
+def _split_rows(
     query: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int], scale: AttentionScale
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, AttentionScale]]:
-    """Yield queries, keys, values and scale of rows of one length: all rows at once if they are even, else each."""
+    """Yield queries, keys, values and scale: all rows in one view if possible, else row by row."""
     kv_heads = len(lengths) // query.shape[0]
-    stride = _even_stride(starts, lengths)
+    stride = _find_stride(starts, lengths)
     if stride:
         size = (query.shape[0], kv_heads, lengths[0])
-        yield query, _strided(keys, size, stride, starts[0]), _strided(values, size, stride, starts[0]), scale
+        yield query, _view_rows(keys, size, stride, starts[0]), _view_rows(values, size, stride, starts[0]), scale
         return
     for b in range(query.shape[0]):
         for head, group in enumerate(query[b : b + 1].chunk(kv_heads, dim=1)):
@@ -105,28 +106,28 @@ def _pieces(
             yield group, keys[pairs][None, None], values[pairs][None, None], scale.of_group(head, kv_heads)
 
 
-def _even_stride(starts: Sequence[int], lengths: Sequence[int]) -> int:
-    """Return the distance between rows if one strided view shows them all (equal lengths, even spacing), else 0."""
+def _find_stride(starts: Sequence[int], lengths: Sequence[int]) -> int:
+    """Return the distance between rows if one strided view covers them (equal lengths, even spacing), else 0."""
     if len(set(lengths)) != 1:
         return 0
     stride = starts[1] - starts[0] if len(starts) > 1 else max(lengths[0], 1)
     return stride if all(start == starts[0] + i * stride for i, start in enumerate(starts)) else 0
 
 
-def _strided(flat: Tensor, size: tuple[int, int, int], stride: int, offset: int) -> Tensor:
+def _view_rows(flat: Tensor, size: tuple[int, int, int], stride: int, offset: int) -> Tensor:
     """Return ``batch kv_heads held dim`` as a view of the flat buffer."""
     (batch, kv_heads, held), dim = size, flat.shape[1]
     strides = (kv_heads * stride * dim, stride * dim, dim, 1)
     return flat.as_strided((batch, kv_heads, held, dim), strides, flat.storage_offset() + offset * dim)
 
 
-def _rows(
+def _attend_rows(
     query: Float[Tensor, "batch heads new head_dim"],
     keys: Float[Tensor, "batch kv_heads held head_dim"],
     values: Float[Tensor, "batch kv_heads held value_dim"],
     scale: AttentionScale,
 ) -> Float[Tensor, "batch heads new value_dim"]:
-    """Attend over rows of one length: all of them in one call, in blocks of queries."""
+    """Attend over rows of equal length, all in one call for each block of queries."""
     new, held = query.shape[2], keys.shape[2]
     if scale.softcap is not None or scale.sinks is not None:
         return written_out(query, keys, values, lower_right(new, held, query.device), scale)
@@ -146,20 +147,20 @@ def attend_masked(
     visible: Bool[Tensor, "new held"],
     scale: AttentionScale,
 ) -> Float[Tensor, "batch heads new value_dim"]:
-    """Attend under a mask: for queries that stand among the pairs, not behind them."""
+    """Attend under a mask, for queries that lie between pairs instead of after them."""
     if scale.softcap is not None or scale.sinks is not None:
         return written_out(query, keys, values, visible, scale)
     gqa = query.shape[1] != keys.shape[1]
     return scaled_dot_product_attention(query, keys, values, visible, scale=scale.scaling, enable_gqa=gqa)
 
 
-def _weighed_rows(
+def _attend_rows_partially(
     query: Float[Tensor, "batch heads new head_dim"],
     keys: Float[Tensor, "batch kv_heads held head_dim"],
     values: Float[Tensor, "batch kv_heads held value_dim"],
     scale: AttentionScale,
 ) -> tuple[Tensor, Tensor]:
-    """Attend over rows of one length as :func:`_rows` does, written out, and say what their pairs weigh."""
+    """Attend over rows of equal length by the formula; return the output and the log-sum-exp."""
     batch, heads, new, _ = query.shape
     kv_heads, held = keys.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -180,12 +181,12 @@ def _weighed_rows(
     return torch.cat(outputs, 2), torch.cat(masses, 2)
 
 
-def _beside_sinks(read: PartialAttention, scale: AttentionScale) -> PartialAttention:
-    """Return what is read once the layer's sinks take their part of the softmax, if it has any."""
+def _add_sinks(partial: PartialAttention, scale: AttentionScale) -> PartialAttention:
+    """Return partial attention with the layer's sinks, if any, in the softmax."""
     if scale.sinks is None:
-        return read
-    lse = torch.logaddexp(read.lse, scale.sinks.to(read.lse.dtype)[:, None])
-    return PartialAttention(read.output * (read.lse - lse).exp()[..., None], lse)
+        return partial
+    lse = torch.logaddexp(partial.lse, scale.sinks.to(partial.lse.dtype)[:, None])
+    return PartialAttention(partial.output * (partial.lse - lse).exp()[..., None], lse)
 
 
 def lower_right(new: int, held: int, device: torch.device) -> Bool[Tensor, "new held"]:
@@ -200,20 +201,20 @@ def written_out(
     mask: Tensor | None,
     scale: AttentionScale,
 ) -> Float[Tensor, "batch heads new value_dim"]:
-    """Attend by the formula, for what fused kernels lack: softcap (Gemma 2) and sinks (gpt_oss).
+    """Attend by the formula, for softcap (Gemma 2) and sinks (gpt_oss), which fused kernels lack.
 
     Args:
         query: New queries.
-        keys: Pairs to look at.
-        values: Pairs to read.
-        mask: Bool (True is visible) or additive, broadcast to ``batch heads new held``; None shows all.
+        keys: Keys of the pairs.
+        values: Values of the pairs.
+        mask: Bool (True is visible) or additive, broadcast to ``batch heads new held``; None hides nothing.
         scale: Factor, softcap and sinks.
     """
     groups = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     logits = scale.capped(query @ keys.transpose(-1, -2) * scale.scaling)
     if mask is not None:
-        lowest = torch.finfo(logits.dtype).min  # as eager does: a row without any visible pair stays a number
+        lowest = torch.finfo(logits.dtype).min  # as in eager attention: a row without visible pairs stays finite
         logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
     if scale.sinks is None:
         weights = logits.softmax(-1, dtype=torch.float32)

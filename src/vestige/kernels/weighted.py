@@ -1,10 +1,10 @@
-"""Attention over pairs each of which stands for several."""
+"""Attention over weighted pairs, each of which represents several."""
 
 from jaxtyping import Float
 from torch import Tensor
 
 from vestige.kernels import AttentionScale
-from vestige.kernels.fused import fused, fuses
+from vestige.kernels.fused import can_fuse, fused
 from vestige.kernels.merge import PartialAttention
 
 
@@ -15,17 +15,17 @@ def attend_weighted(
     log_mass: Float[Tensor, "rows held"],
     scale: AttentionScale,
 ) -> PartialAttention:
-    """Return what each row's queries read from its pairs, where a pair weighs as much as ``exp(log_mass)`` of its kind.
+    """Return the attention of each row's queries over its pairs, where a pair counts ``exp(log_mass)`` times.
 
     Args:
-        queries: After RoPE, in float32.
-        keys: In float32.
-        values: In float32.
-        log_mass: Finite: where a pair stands for nothing, large and negative.
+        queries: Queries after RoPE, in float32.
+        keys: Keys in float32.
+        values: Values in float32.
+        log_mass: Log of each pair's weight, finite; large and negative for a pair without weight.
         scale: Factor and softcap of the layer.
     """
     bias = log_mass[:, None]
-    if scale.softcap is None and fuses(queries, keys, values, log_mass):
+    if scale.softcap is None and can_fuse(queries, keys, values, log_mass):
         output, lse = fused(queries[None], keys[None], values[None], scale.scaling, bias[None])
         return PartialAttention(output[0], lse[0])
     logits = scale.capped(queries * scale.scaling @ keys.mT) + bias

@@ -44,7 +44,7 @@ class Linear(LearnedMemory):
         projected = layer.project(query.queries)
         weighed = torch.bmm(projected.square(), state["mass"][..., None])
         found = torch.bmm(projected, decode(state, "matrix"))
-        return AdditiveOutput(found * (layer.open(query.queries) / (weighed + _LEAST)))
+        return AdditiveOutput(found * (layer.gate_value(query.queries) / (weighed + _LEAST)))
 
     def _update(self, state: State, evicted: EvictedPairs, sign: float) -> State:
         layer = self.weights.at(evicted.layer_idx)

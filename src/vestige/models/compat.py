@@ -1,4 +1,4 @@
-"""What transformers calls a model's cache: ``cache`` from 5.24 on, ``past_key_values`` before."""
+"""The name of a model's cache in transformers: ``cache`` from 5.24 on, ``past_key_values`` before."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ CACHE_NAME: Final = "cache" if "cache" in {f.name for f in dataclasses.fields(Ca
 
 
 def cache_argument(cache: Cache) -> dict[str, Any]:
-    """Return the cache as a keyword argument, under the name that this transformers does not warn of."""
+    """Return the cache as a keyword argument, under the name that the installed transformers prefers."""
     return {CACHE_NAME: cache}
 
 
 def cache_passed(kwargs: Mapping[str, Any]) -> Any:
-    """Return the cache among the arguments of a forward; a caller may use the old name where there is a new one."""
+    """Return the cache among the arguments of a forward; a caller may use the old name with any transformers."""
     cache = kwargs.get(CACHE_NAME)
     return kwargs.get(OLD_NAME) if cache is None else cache

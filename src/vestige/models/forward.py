@@ -15,11 +15,11 @@ from vestige.models.compat import cache_argument
 
 @runtime_checkable
 class FedCache(Protocol):
-    """What a forward asks of a cache."""
+    """The part of a cache that a forward needs."""
 
     @property
     def seen(self) -> tuple[int, ...]:
-        """Tokens of each batch row, pads left out."""
+        """Number of tokens of each batch row, without pads."""
 
     @property
     def real(self) -> Bool[Tensor, "batch padded_seen"]:
@@ -31,10 +31,10 @@ class FedCache(Protocol):
 
 
 class RollbackCache(FedCache, Protocol):
-    """A cache that can take back what it was fed."""
+    """A cache that can undo a forward."""
 
     def rolled_back(self, watch: Callable[[Any], None] | None = None) -> AbstractContextManager[None]:
-        """Take back at the end whatever is fed inside; ``watch`` is called with each row as the queries attend."""
+        """Undo at the end all forwards inside; ``watch`` is called with each row as the queries attend."""
 
 
 def forward(
@@ -44,8 +44,8 @@ def forward(
 
     Args:
         model: An attached model.
-        ids: What follows the tokens that the cache has seen.
-        cache: Changed in place; settles when one is due, as under ``generate``.
+        ids: Ids that follow the tokens of the cache.
+        cache: Changed in place; it settles when due, as under ``generate``.
         mask: 0 for pads, which must be at the left.
     """
     inputs: dict[str, Tensor | int] = {**padding_inputs(ids, cache, mask)}
@@ -60,11 +60,11 @@ def forward(
 def padding_inputs(
     ids: Int[Tensor, "batch new"], cache: FedCache, mask: Int[Tensor, "batch new"] | None = None
 ) -> dict[str, Tensor]:
-    """Return the mask and the positions that a forward needs where batch rows are padded; else nothing.
+    """Return the mask and the positions for a forward of padded batch rows; nothing if no row is padded.
 
     Args:
-        ids: What follows the tokens that the cache has seen.
-        cache: Will be fed.
+        ids: Ids that follow the tokens of the cache.
+        cache: The cache of the forward.
         mask: 0 for pads among the ids.
     """
     if mask is None and not cache.padded:
@@ -96,14 +96,14 @@ def replay(
     watch: Callable[[Any], None],
     mask: Int[Tensor, "batch new"] | None = None,
 ) -> None:
-    """Feed ids after what the cache holds, let ``watch`` look at every row that they attend to, and take them back.
+    """Feed ids to a cache, call ``watch`` with every row that they attend to, and undo the forward.
 
-    What ``watch`` wrote into side arrays of older pairs stays, nothing else does.
+    Only the values that ``watch`` wrote into side arrays of older pairs stay.
 
     Args:
         model: An attached model.
-        ids: What each batch row attends with; rows may differ.
-        cache: Holds what the ids attend to.
+        ids: Ids of each batch row; rows may differ.
+        cache: Holds the pairs that the ids attend to.
         watch: Called with each row of each layer, but not for batch rows that have only pads.
         mask: 0 for pads, which must be at the left.
     """

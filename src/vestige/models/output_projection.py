@@ -1,4 +1,4 @@
-"""What a value is worth after the output projection: norms of ``v W_O``, by query head."""
+"""Norms of values after the output projection, ``v W_O``, by query head."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class OutputProjection:
-    """The output projection of one attention module, cut by query head; nothing is copied until a norm is asked for.
+    """The output projection of one attention module, cut by query head; nothing is copied before a norm is needed.
 
     Args:
-        weight: What each query head's output is multiplied by.
+        weight: Matrix that multiplies each query head's output.
     """
 
     weight: Float[Tensor, "heads value_dim hidden"]

@@ -1,1 +1,1 @@
-"""Small trained modules beside a frozen model: retention gates, an indexer, a latent memory, LoRA."""
+"""Small trained modules for a frozen model: retention gates, an indexer, a latent memory, LoRA."""

@@ -1,43 +1,37 @@
-"""IndexMem's indexer: small projections that foretell which pairs queries will ask for.
+"""IndexMem's indexer: small projections that predict which pairs queries will attend to.
 
-Each layer has one index key and few index queries per token, made of what entered attention. How much a query asks for
-a token is a sum over its index heads; a token's importance is the most that any query asked for it. Indexers belong to
-one model; they are kept beside it, never put into it.
+Each layer has one index key and few index queries per token, projected from the input of attention. The index score of
+a query and a token is a sum over the query's index heads. The importance of a token is its largest index score.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vestige.errors import InputError
-from vestige.models.anatomy import check
-from vestige.nn import io
+from vestige.nn.per_layer import PerLayerModule
 
-NAME = "indexer"
-"""Of the files."""
 QUERY_BLOCK = 256
-"""Queries that are compared with all keys at a time: nothing of all queries times all keys ever exists."""
+"""Queries that are compared with all keys at a time, so that no tensor of all queries times all keys is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexerConfig:
-    """The shape of an indexer, and whose it is.
+    """The shape of an indexer, and the model it belongs to.
 
     Args:
         layers: Indices of the model's evictable layers.
-        kv_heads: Of each of them.
-        hidden: Size of what enters a layer.
+        kv_heads: KV heads of each of these layers.
+        hidden: Size of a layer's input.
         heads: Index heads for each KV head.
         dim: Size of each KV head's part of the index key.
-        apart: Each KV head has scores of its own, by its own index heads, which read its own part of the key; else
-            all index heads read the whole key, and a layer has one score for all its KV heads, as in the paper.
+        apart: Whether each KV head has scores of its own, from its own index heads and its own part of the key. If
+            not, all index heads read the whole key, and a layer has one score for all its KV heads, as in the paper.
         base: Fingerprint of the model.
-        model: Its name, for messages.
+        model: Name of the model, for messages.
 
     Raises:
         InputError: A number out of range.
@@ -61,11 +55,11 @@ class IndexerConfig:
 
 @dataclass(frozen=True, eq=False)
 class IndexQueries:
-    """What some tokens of a layer ask with. A group is a KV head, or where scores are not apart, all of them.
+    """The index queries of some tokens of a layer. A group is a KV head, or all KV heads where these share scores.
 
     Args:
-        queries: By group and index head.
-        gates: How much each head counts.
+        queries: Query of each group and index head.
+        gates: Weight of each index head.
     """
 
     queries: Float[Tensor, "groups heads new size"]
@@ -76,8 +70,8 @@ class LayerIndexer(nn.Module):
     """The indexer of one layer.
 
     Args:
-        config: Of the whole.
-        place: Of the layer among those of the config.
+        config: Shape of the whole indexer.
+        place: Index of the layer among those of the config.
     """
 
     def __init__(self, config: IndexerConfig, place: int) -> None:
@@ -92,59 +86,39 @@ class LayerIndexer(nn.Module):
         self.query_norm, self.key_norm = nn.RMSNorm(self.size), nn.RMSNorm(self.size)
 
     def index_keys(self, hidden: Float[Tensor, "*batch new hidden"]) -> Float[Tensor, "*batch groups new size"]:
-        """Return the index keys of tokens."""
+        """Return the index keys of tokens, given the input of attention."""
         keys: Tensor = self.keys(hidden.float())
         normed: Tensor = self.key_norm(keys.unflatten(-1, (self.groups, self.size)))
         return normed.transpose(-2, -3)
 
     def index_queries(self, hidden: Float[Tensor, "new hidden"]) -> IndexQueries:
-        """Return what tokens ask with."""
+        """Return the index queries of tokens, given the input of attention."""
         hidden = hidden.float()
         flat: Tensor = self.queries(hidden)
-        asking = self.query_norm(flat.unflatten(-1, (self.groups, -1, self.size))).permute(1, 2, 0, 3)
+        queries = self.query_norm(flat.unflatten(-1, (self.groups, -1, self.size))).permute(1, 2, 0, 3)
         gates: Tensor = self.gates(hidden).unflatten(-1, (self.groups, -1)).permute(1, 2, 0)
-        return IndexQueries(asking, gates * (gates.shape[1] * self.groups * self.size) ** -0.5)
+        return IndexQueries(queries, gates * (gates.shape[1] * self.groups * self.size) ** -0.5)
 
 
-class Indexer(nn.Module):
+class Indexer(PerLayerModule[IndexerConfig]):
     """The indexers of all evictable layers.
 
     Source: IndexMem, arXiv 2605.25475: one key for all index heads, RMSNorm, ReLU, head gates, the maximum over
-    queries. Differs: the paper projects the layer's queries before RoPE, which are a projection of what enters
-    attention themselves (normed, in some models); here both are one projection: the same function, and RoPE need not
-    be undone for every token. Completed by us: scores of each KV head apart, and ``log_scales``, the log of how large
-    each KV head's output is, so that scores of all layers and heads can be compared. It works in float32, which on a
-    CPU is faster than bfloat16 for matrices this small.
+    queries. Differs: the paper projects the layer's queries before RoPE, which are themselves a projection of the
+    input of attention (normed, in some models). Here both are one projection: the same function, and RoPE need not be
+    undone for every token. We add scores for each KV head, and ``log_scales``, the log of the size of each KV head's
+    output, so that scores of all layers and heads can be compared. The indexer computes in float32, which on a CPU is
+    faster than bfloat16 for matrices this small.
     """
 
+    config_class = IndexerConfig
+    file_name = title = "indexer"
     log_scales: Tensor
 
     def __init__(self, config: IndexerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.layers = nn.ModuleList(LayerIndexer(config, place) for place in range(len(config.layers)))
         self.register_buffer("log_scales", torch.zeros(len(config.layers), max(config.kv_heads)))
-        self._place = {layer_idx: place for place, layer_idx in enumerate(config.layers)}
-
-    @staticmethod
-    def fresh(model: PreTrainedModel, *, heads: int = 1, dim: int = 8, apart: bool = False) -> "Indexer":
-        """Return an untrained indexer for a model, in float32.
-
-        Raises:
-            ModelError: The model has no evictable layers.
-            InputError: A number out of range.
-        """
-        anatomy = check(model)
-        config = IndexerConfig(
-            layers=anatomy.evictable,
-            kv_heads=tuple(anatomy.kv_heads(i) for i in anatomy.evictable),
-            hidden=anatomy.config.hidden_size,
-            heads=heads,
-            dim=dim,
-            apart=apart,
-            **io.ownership(model),
-        )
-        return Indexer(config).to(model.device)
 
     def at(self, layer_idx: int) -> LayerIndexer:
         """Return the indexer of a layer."""
@@ -153,7 +127,7 @@ class Indexer(nn.Module):
         return found
 
     def log_scale(self, layer_idx: int) -> Float[Tensor, " kv_heads"]:
-        """Return the log of how large the output of each KV head is."""
+        """Return the log of the size of each KV head's output."""
         place = self._place[layer_idx]
         return self.log_scales[place, : self.config.kv_heads[place]]
 
@@ -161,93 +135,75 @@ class Indexer(nn.Module):
         """Return the first layer of the group of ``reuse`` neighbours that a layer belongs to."""
         return self.config.layers[self._place[layer_idx] // reuse * reuse]
 
-    def require_fit(self, model: PreTrainedModel) -> None:
-        """Raise a ModelError unless this indexer was made for this model."""
-        io.require_fit(self.config, model, "indexer")
 
-    def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-        """Write the weights and the config into a folder."""
-        io.save(self, self.config, folder, NAME, dtype=dtype)
-
-    @staticmethod
-    def load(folder: Path, model: PreTrainedModel) -> "Indexer":
-        """Read an indexer for a model, in float32, without gradients; runs no code from the files.
-
-        Raises:
-            ModelError: Missing, damaged, or made for another model.
-        """
-        indexer = io.load(lambda shape: Indexer(IndexerConfig(**shape)), folder, NAME, "indexer")
-        indexer.require_fit(model)
-        return indexer.requires_grad_(False).to(model.device)
-
-
-def asked(asking: IndexQueries, keys: Float[Tensor, "groups held size"]) -> Float[Tensor, "groups new held"]:
-    """Return how much each query asks for each key: ReLU of their products, summed over index heads by their gates."""
-    products, gates = (asking.queries @ keys[:, None].mT).relu_(), asking.gates[..., None]
+def index_scores(queries: IndexQueries, keys: Float[Tensor, "groups held size"]) -> Float[Tensor, "groups new held"]:
+    """Return the index score of each query and key: ReLU of their products, summed over index heads by their gates."""
+    products, gates = (queries.queries @ keys[:, None].mT).relu_(), queries.gates[..., None]
     weighed = products * gates if torch.is_grad_enabled() else products.mul_(gates)  # one tensor of queries times keys
     return weighed[:, 0] if weighed.shape[1] == 1 else weighed.sum(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Queries and the keys that they are compared with, in blocks of queries, causally.
+    """Index scores of queries and keys, computed causally in blocks of queries.
 
     Args:
-        asking: What the queries ask with.
-        keys: Of one batch row, all groups at the same positions.
+        queries: Index queries.
+        keys: Index keys of one batch row, all groups at the same positions.
         at: Position of each query, ascending.
-        positions: Position of each key, ascending but for pads, wherever these are: -1, and nobody sees them.
+        positions: Position of each key, ascending except for pads. Pads, at any place, have -1, and no query sees them.
     """
 
-    asking: IndexQueries
+    queries: IndexQueries
     keys: Float[Tensor, "groups held size"]
     at: Int[Tensor, " new"]
     positions: Int[Tensor, " held"]
 
-    def most(self) -> Float[Tensor, "groups held"]:
-        """Return the most that any query asks for each key; -inf for what none sees."""
-        best = self._each(-torch.inf)
-        for _, found in self._blocks():
-            end = found.shape[2]
-            best[:, :end] = torch.maximum(best[:, :end], found.amax(1))
+    def max(self) -> Float[Tensor, "groups held"]:
+        """Return the largest score of each key; -inf for a key that no query sees."""
+        best = self._per_key(-torch.inf)
+        for _, scores in self._blocks():
+            end = scores.shape[2]
+            best[:, :end] = torch.maximum(best[:, :end], scores.amax(1))
         return best
 
-    def by_whom(self) -> Int[Tensor, "groups held"]:
-        """Return which query asks most for each key; 0 for what none sees."""
-        best, winner = self._each(-torch.inf), self._each(0)
-        for part, found in self._blocks():
-            top, index = found.max(1)
+    def argmax(self) -> Int[Tensor, "groups held"]:
+        """Return the index of the query with the largest score of each key; 0 for a key that no query sees."""
+        best, winner = self._per_key(-torch.inf), self._per_key(0)
+        for block, scores in self._blocks():
+            top, index = scores.max(1)
             end = top.shape[1]
             better = top > best[:, :end]
             best[:, :end] = torch.where(better, top, best[:, :end])
-            winner[:, :end] = torch.where(better, index + part.start, winner[:, :end])
+            winner[:, :end] = torch.where(better, index + block.start, winner[:, :end])
         return winner
 
     def total(self) -> Float[Tensor, "groups held"]:
-        """Return the sum over all queries that see a key of how much they ask for it."""
-        sums = self._each(0.0)
-        for _, found in self._blocks():
-            sums[:, : found.shape[2]] += found.masked_fill_(found == -torch.inf, 0.0).sum(1)
+        """Return the sum of each key's scores over all queries that see it."""
+        sums = self._per_key(0.0)
+        for _, scores in self._blocks():
+            sums[:, : scores.shape[2]] += scores.masked_fill_(scores == -torch.inf, 0.0).sum(1)
         return sums
 
-    def _each(self, first: float | int) -> Tensor:
-        """Return a number for each key, of the kind that ``first`` is."""
-        return torch.full(self.keys.shape[:2], first, device=self.keys.device)
+    def _per_key(self, value: float | int) -> Tensor:
+        """Return a tensor with a value for each key, in the dtype of the value."""
+        return torch.full(self.keys.shape[:2], value, device=self.keys.device)
 
     def _blocks(self) -> Iterator[tuple[slice, Float[Tensor, "groups _block _end"]]]:
-        """Yield which queries, and how much they ask for the keys up to the last that any of them sees.
+        """Yield each block of queries, and its scores of the keys up to the last one that any of them sees.
 
-        That is :func:`asked` in float32; -inf where a query does not see a key.
+        Scores are those of :func:`index_scores` in float32, and -inf where a query does not see a key.
         """
         order, pads = self.positions.cummax(0).values, self.positions < 0
         padded = bool(pads.any())
         for start in range(0, len(self.at), QUERY_BLOCK):
-            part = slice(start, start + QUERY_BLOCK)
-            at, asking = self.at[part], IndexQueries(self.asking.queries[:, :, part], self.asking.gates[:, :, part])
-            seen = torch.stack([at[0], at[-1]]).to(self.positions.dtype)
-            early, end = torch.searchsorted(order, seen, right=True).tolist()
-            found = asked(asking, self.keys[:, :end]).float()
+            block = slice(start, start + QUERY_BLOCK)
+            at = self.at[block]
+            queries = IndexQueries(self.queries.queries[:, :, block], self.queries.gates[:, :, block])
+            first_last = torch.stack([at[0], at[-1]]).to(self.positions.dtype)
+            early, end = torch.searchsorted(order, first_last, right=True).tolist()
+            scores = index_scores(queries, self.keys[:, :end]).float()
             if padded:
-                found.masked_fill_(pads[:end], -torch.inf)
-            found[..., early:].masked_fill_(self.positions[early:end] > at[:, None], -torch.inf)
-            yield part, found
+                scores.masked_fill_(pads[:end], -torch.inf)
+            scores[..., early:].masked_fill_(self.positions[early:end] > at[:, None], -torch.inf)
+            yield block, scores

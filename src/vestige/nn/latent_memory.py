@@ -1,13 +1,11 @@
-"""What trained memories are made with: for each layer a projection of its keys, and how much what is read counts.
+"""The weights of trained memories: for each layer a projection of its keys, and the weight of the memory's output.
 
-They belong to one model; they are kept beside it, never put into it. The memories themselves are
-:class:`vestige.memory.Linear` and :class:`vestige.memory.Slots`.
+The memories themselves are :class:`vestige.memory.Linear` and :class:`vestige.memory.Slots`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,22 +14,22 @@ from torch.nn.functional import linear, logsigmoid
 from transformers import PreTrainedModel
 
 from vestige.errors import InputError, unknown_name_message
-from vestige.models.anatomy import check
-from vestige.nn import io
+from vestige.nn.per_layer import PerLayerModule
 
+M = TypeVar("M", bound="Latent")
 Kind = Literal["linear", "slots"]
 KINDS: tuple[str, ...] = get_args(Kind)
 WIDTHS: Mapping[str, int] = {"linear": 32, "slots": 16}
-"""Rows of the state, by default: at these both weigh alike."""
+"""Default rows of the state; at these widths both kinds take equal bytes."""
 GATE, DECAY = -2.0, 4.6
-"""Logits that gate and decay begin with: an eighth is added, a hundredth is lost."""
+"""Initial logits of gate and decay: one eighth of the output is added, 1 % of the state is lost."""
 
 
 def kind_of(name: str) -> Kind:
-    """Return the kind of that name.
+    """Return the kind of trained memory with a name.
 
     Raises:
-        InputError: There is none.
+        InputError: An unknown name.
     """
     if name not in KINDS:
         raise InputError(unknown_name_message("trained memory", str(name), KINDS))
@@ -40,17 +38,17 @@ def kind_of(name: str) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """The shape of a trained memory, and whose it is.
+    """The shape of a trained memory, and the model it belongs to.
 
     Args:
-        kind: Which memory it is for.
+        kind: Memory that the weights are for.
         layers: Indices of the model's evictable layers.
-        head_dims: Size of a key of each of them.
-        width: Of the projection: rows of the state.
-        decays: Whether older pairs count less, by a rate that is learned; if not, pairs can be taken out again.
-        asks: Whether the gate looks at the query; of linear memories.
+        head_dims: Size of a key in each of these layers.
+        width: Size of the projection: rows of the state.
+        decays: Whether older pairs count less, by a learned rate; if not, pairs can be taken out again.
+        asks: Whether the gate of a linear memory depends on the query.
         base: Fingerprint of the model.
-        model: Its name, for messages.
+        model: Name of the model, for messages.
 
     Raises:
         InputError: A number out of range, or an unknown kind.
@@ -74,7 +72,7 @@ class LatentConfig:
 
 
 class LayerLatent(nn.Module):
-    """One layer's part, shared by its KV heads."""
+    """The weights of one layer, shared by its KV heads."""
 
     def __init__(self, config: LatentConfig, place: int) -> None:
         super().__init__()
@@ -85,77 +83,44 @@ class LayerLatent(nn.Module):
         self.gate = nn.Parameter(torch.tensor(GATE)) if adds else None
         self.asking = nn.Parameter(torch.zeros(size)) if adds and config.asks else None
         self.reading = None if adds else nn.Parameter(torch.tensor([1.0, 0.0]))
-        """Of slots: a factor on the products of queries and slots, and what is added to their log weight."""
+        """For slots: a factor on the products of queries and slots, and a term of their log weight."""
 
     def project(self, x: Float[Tensor, "*some head_dim"]) -> Float[Tensor, "*some width"]:
-        """Return keys, or queries, after RoPE, as the memory sees them."""
+        """Return the projection of keys or queries after RoPE."""
         projected: Tensor = self.phi(x)
         return projected
 
-    def open(self, queries: Float[Tensor, "*some head_dim"]) -> Float[Tensor, "*some 1"]:
-        """Return by how much what a linear memory reads is added, between 0 and 1."""
+    def gate_value(self, queries: Float[Tensor, "*some head_dim"]) -> Float[Tensor, "*some 1"]:
+        """Return the factor, between 0 and 1, on the output of a linear memory."""
         assert self.gate is not None, "slots have no gate"
         if self.asking is None:
             return self.gate.sigmoid().expand(*queries.shape[:-1], 1)
         return (self.gate + linear(queries, self.asking[None])).sigmoid()
 
     def log_kept(self) -> Float[Tensor, ""] | None:
-        """Return the log of what is left of a pair after an interval; None where nothing is lost."""
+        """Return the log of the share of a pair that is left after an interval; None where nothing is lost."""
         return None if self.decay is None else logsigmoid(self.decay)
 
 
-class Latent(nn.Module):
-    """The weights of a trained memory for all evictable layers."""
+class Latent(PerLayerModule[LatentConfig]):
+    """The weights of a trained memory for all evictable layers; its files have the name of its kind."""
+
+    config_class = LatentConfig
+    file_name, title = "{kind}", "{kind} memory"
 
     def __init__(self, config: LatentConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.layers = nn.ModuleList(LayerLatent(config, place) for place in range(len(config.layers)))
-        self._place = {layer_idx: place for place, layer_idx in enumerate(config.layers)}
 
-    @staticmethod
-    def fresh(
-        model: PreTrainedModel, kind: Kind, *, width: int | None = None, decays: bool = False, asks: bool = False
-    ) -> "Latent":
-        """Return untrained ones for a model, in float32.
-
-        Raises:
-            ModelError: The model has no evictable layers.
-            InputError: A number out of range.
-        """
-        anatomy = check(model)
-        config = LatentConfig(
-            kind=kind,
-            layers=anatomy.evictable,
-            head_dims=tuple(anatomy.head_dim(i) for i in anatomy.evictable),
-            width=WIDTHS[kind] if width is None else width,
-            decays=decays,
-            asks=asks,
-            **io.ownership(model),
-        )
-        return Latent(config).to(model.device)
+    @classmethod
+    def initialize(cls: type[M], model: PreTrainedModel, **options: Any) -> M:
+        """Return untrained weights for a model, as the base does; without a ``width`` they have their kind's."""
+        if options.get("width") is None:
+            options["width"] = WIDTHS[options["kind"]]
+        return super().initialize(model, **options)
 
     def at(self, layer_idx: int) -> LayerLatent:
-        """Return a layer's part."""
+        """Return the weights of a layer."""
         found = self.layers[self._place[layer_idx]]
         assert isinstance(found, LayerLatent)
         return found
-
-    def require_fit(self, model: PreTrainedModel) -> None:
-        """Raise a ModelError unless this was made for a model."""
-        io.require_fit(self.config, model, f"{self.config.kind} memory")
-
-    def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-        """Write the weights and the config into a folder, under the name of the kind."""
-        io.save(self, self.config, folder, self.config.kind, dtype=dtype)
-
-    @staticmethod
-    def load(folder: Path, model: PreTrainedModel, kind: Kind) -> "Latent":
-        """Read those of a kind for a model, in float32, without gradients; runs no code from the files.
-
-        Raises:
-            ModelError: Missing, damaged, or made for another model.
-        """
-        latent = io.load(lambda shape: Latent(LatentConfig(**shape)), folder, kind, f"{kind} memory")
-        latent.require_fit(model)
-        return latent.requires_grad_(False).to(model.device)

@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA) on a frozen model: switched on for a while by hooks, kept in peft's file format.
+"""Low-rank adapters (LoRA) on a frozen model: switched on by hooks, saved in peft's file format.
 
-The model's own modules are not touched, so switched off it is bit for bit what it was, and one model both erases and
+The model's own modules are not modified. Switched off, the model is bit for bit the same, so one model both erases and
 answers.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vestige.errors import ModelError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -28,13 +28,13 @@ _PREFIX, _BASE = "base_model.model.", "base_model_fingerprint"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter adds to.
+    """The shape of an adapter, and the model it belongs to.
 
     Args:
-        rank: Of each addition.
+        rank: Rank of each addition.
         alpha: Additions are scaled by ``alpha / rank``.
-        modules: Full names of the linear modules, in order.
-        base: Fingerprint of the model it was made for; empty if its maker did not say.
+        modules: Full names of the adapted linear modules, in order.
+        base: Fingerprint of the model; empty if its maker did not say.
     """
 
     rank: int
@@ -49,31 +49,31 @@ class Adapter(nn.Module):
     B begins at zero, so a new adapter changes nothing.
 
     Args:
-        config: Where and how large.
+        config: Adapted modules and rank.
         shapes: ``(out, in)`` features of each module.
     """
 
     def __init__(self, config: AdapterConfig, shapes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self.config = config
-        self.down = nn.ParameterList(nn.Parameter(torch.empty(config.rank, into)) for _, into in shapes)
-        self.up = nn.ParameterList(nn.Parameter(torch.zeros(out, config.rank)) for out, _ in shapes)
+        self.down = nn.ParameterList(nn.Parameter(torch.empty(config.rank, inputs)) for _, inputs in shapes)
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(outputs, config.rank)) for outputs, _ in shapes)
         for weight in self.down:
             nn.init.kaiming_uniform_(weight, a=5**0.5)
 
     @staticmethod
-    def fresh(
+    def initialize(
         model: PreTrainedModel, *, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = TARGETS
     ) -> "Adapter":
         """Return an adapter on a model's linear modules that changes nothing yet.
 
-        In the last layer only keys and values are adapted: what comes after them is in no cache.
+        In the last layer only keys and values are adapted: nothing that follows them is cached.
 
         Raises:
             ModelError: No module has such a name.
         """
-        anatomy = check(model)
-        last = max(anatomy.evictable)
+        layout = check(model)
+        last = max(layout.evictable)
         found: dict[str, nn.Linear] = {}
         for name, module in model.named_modules():
             layer = re.search(r"\.layers\.(\d+)\.", f".{name}.")
@@ -83,7 +83,7 @@ class Adapter(nn.Module):
                 found[name] = module
         if not found:
             raise ModelError(f"{type(model).__name__} has no linear module named {', '.join(targets)}")
-        config = AdapterConfig(rank=rank, alpha=alpha, modules=tuple(found), base=anatomy.fingerprint())
+        config = AdapterConfig(rank=rank, alpha=alpha, modules=tuple(found), base=layout.fingerprint())
         shapes = [(module.out_features, module.in_features) for module in found.values()]
         return Adapter(config, shapes).to(model.device)
 
@@ -118,7 +118,7 @@ class Adapter(nn.Module):
                 tensors[f"{_PREFIX}{name}.{side}.weight"] = weight.detach().to("cpu", dtype).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={_BASE: self.config.base})
-        (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
+        (folder / WEIGHTS).chmod(0o644)  # safetensors lets only the owner read it
         written = {
             "peft_type": "LORA",
             "task_type": None,
@@ -151,7 +151,7 @@ class Adapter(nn.Module):
         names = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})
         _require_base(base, model, f"the adapter in {folder}")
         modules = dict(model.named_modules())
-        pairs = [_fitting(modules.get(name), tensors, name, folder) for name in names]
+        pairs = [_find_pair(modules.get(name), tensors, name, folder) for name in names]
         config = AdapterConfig(rank=rank, alpha=alpha, modules=tuple(names), base=base)
         adapter = Adapter(config, [(up.shape[0], down.shape[1]) for down, up in pairs])
         for (down, up), own_down, own_up in zip(pairs, adapter.down, adapter.up, strict=True):
@@ -164,8 +164,8 @@ def _require_base(base: str, model: PreTrainedModel, what: str) -> None:
         raise ModelError(f"{what} was made for another model or other weights")
 
 
-def _fitting(module: Any, tensors: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:
-    """Return what an adapter's files say of a module, A and B, or raise a ModelError if it does not fit."""
+def _find_pair(module: Any, tensors: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Return the matrices A and B of a module from an adapter's files, or raise a ModelError if they do not fit."""
     down, up = (tensors.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
     if not isinstance(module, nn.Linear) or down is None or up is None:
         raise ModelError(f"the adapter in {folder} is for {name}, which this model does not have as a linear module")

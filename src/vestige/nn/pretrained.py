@@ -1,20 +1,21 @@
-"""Small trained weights that belong to one model: where they lie, whether shipped, in a folder, or on the hub."""
+"""Small trained weights that belong to one model: shipped with the package, in a folder, or on the hub."""
 
+import hashlib
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
 from vestige.errors import ModelError
-from vestige.models.anatomy import check
-from vestige.nn import io
+from vestige.models.layout import check
 
 SHIPPED = Path(__file__).parent / "weights"
-"""What comes with the package: a folder for each kind and model, ``<kind>-<fingerprint of the model>``."""
+"""Weights that come with the package: a folder for each kind and model, ``<kind>-<fingerprint of the model>``."""
 M = TypeVar("M", bound="Weights")
 _FILES = ("*.safetensors", "*.json")
 
@@ -32,12 +33,17 @@ class Trained(Protocol):
     """A policy, memory or eraser that works with trained weights."""
 
     def weights_for(self, model: PreTrainedModel) -> nn.Module:
-        """Return the weights it works with on a model."""
+        """Return its weights for a model."""
 
 
-def digest(one: object, model: PreTrainedModel) -> str:
-    """Return a hash of the trained weights that a policy, memory or eraser works with; empty if it needs none."""
-    return io.digest(one.weights_for(model)) if isinstance(one, Trained) else ""
+def digest(user: object, model: PreTrainedModel) -> str:
+    """Return a hash of the trained weights of a policy, memory or eraser; empty if it has none."""
+    if not isinstance(user, Trained):
+        return ""
+    found = hashlib.sha256()
+    for name, x in sorted(user.weights_for(model).state_dict().items()):
+        found.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def folder_of(kind: str, name: str | None, model: PreTrainedModel) -> Path:
@@ -45,8 +51,8 @@ def folder_of(kind: str, name: str | None, model: PreTrainedModel) -> Path:
 
     Args:
         kind: ``"eraser"``, ``"retention"``, ...
-        name: A folder, else a hub id, of which only safetensors and JSON are fetched; None takes what is shipped.
-        model: What they are for.
+        name: A folder, else a hub id, from which only safetensors and JSON are fetched; None takes the shipped weights.
+        model: Model that they are for.
 
     Raises:
         ModelError: Nothing of that kind is shipped for the model, or the name is no folder and cannot be fetched.
@@ -59,7 +65,7 @@ def folder_of(kind: str, name: str | None, model: PreTrainedModel) -> Path:
         raise ModelError(f"no such folder: {name}")
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
-    except Exception as error:  # a dozen types come out of the hub's client and what it stands on
+    except Exception as error:  # the hub's client and its libraries raise a dozen types
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{name} is no folder and cannot be fetched from the hub: {reason}") from None
 
@@ -75,11 +81,11 @@ def _shipped(kind: str, model: PreTrainedModel) -> Path:
 
 
 class WeightsCache(Generic[M]):
-    """Weights of a kind that were read already, by model and name: each is read once.
+    """Weights of a kind by model and name, each read once.
 
     Args:
-        kind: As :func:`folder_of` takes it.
-        read: Reads them from a folder, for a model.
+        kind: Kind of weights, as :func:`folder_of` takes it.
+        read: Reads weights from a folder, for a model.
     """
 
     def __init__(self, kind: str, read: Callable[[Path, PreTrainedModel], M]) -> None:
@@ -88,10 +94,10 @@ class WeightsCache(Generic[M]):
         self._known = weakref.WeakKeyDictionary()
 
     def get(self, name: str | M | None, model: PreTrainedModel) -> M:
-        """Return the weights of a name for a model; weights at hand are returned as they are.
+        """Return the weights of a name for a model; given weights are returned as they are.
 
         Raises:
-            ModelError: As :func:`folder_of`, or they cannot be read, or are another model's.
+            ModelError: As :func:`folder_of`, or the weights cannot be read, or belong to another model.
         """
         if not isinstance(name, str | None):
             return name
@@ -101,10 +107,10 @@ class WeightsCache(Generic[M]):
         return known[name][1]
 
     def refresh(self, name: str | M | None, model: PreTrainedModel) -> M:
-        """Return the same, read anew if the model was moved or the folder written since.
+        """Return the same as :meth:`get`; read them again if the model was moved or the folder was written since.
 
         Raises:
-            ModelError: As :meth:`get`, or weights at hand are another model's.
+            ModelError: As :meth:`get`, or given weights belong to another model.
         """
         if not isinstance(name, str | None):
             name.require_fit(model)
@@ -116,7 +122,7 @@ class WeightsCache(Generic[M]):
 
 
 def _stamp(name: str | None, model: PreTrainedModel) -> tuple[Any, ...]:
-    """Return what weights that were read depend on beside their name."""
+    """Return the state that loaded weights depend on: the model's device and dtype, the times of their files."""
     folder = Path(name or "")
     files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []
     return model.device, model.dtype, tuple(file.stat().st_mtime_ns for file in files)

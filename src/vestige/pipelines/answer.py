@@ -1,4 +1,4 @@
-"""Asking a cache a question: the main job's second half, through the model's own ``generate``."""
+"""Answer a question from a cache, greedily, by the model's own ``generate``."""
 
 import time
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from vestige.models.compat import cache_argument
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy reply and what it took."""
+    """A greedy reply and its cost."""
 
     text: str
     ids: tuple[int, ...]
-    """Tokens generated, the end mark included."""
+    """Generated tokens, the end token included."""
     decode_s: float
-    """Seconds of decoding; reading the question is not in it."""
+    """Seconds of decoding, without reading the question."""
 
     @property
     def tokens(self) -> int:
-        """Tokens generated, the end mark included."""
+        """Generated tokens, the end token included."""
         return len(self.ids)
 
 
@@ -43,16 +43,16 @@ def answer(
 
     Args:
         model: An attached model.
-        tokenizer: Turns the reply into text.
+        tokenizer: Tokenizer of the model.
         cache: Holds the context.
-        question: Ids behind the context.
-        max_new_tokens: Bound of the reply; it is cut short where the model's positions end.
+        question: Ids that follow the context.
+        max_new_tokens: Longest reply in tokens; it ends earlier where the model's positions end.
 
     Raises:
         InputError: Context and question leave no position for a reply, or there is no question.
     """
     limit, length = cache.layout.max_positions, max(cache.seen) + question.shape[1]
-    check_room(limit, length)
+    require_room_for_reply(limit, length)
     ids = torch.cat([cache.ids, question], 1).to(model.device)
     if question.shape[1] > 1:
         prefill(model, question[:, :-1].to(model.device), cache, chunk=cache.state.schedule.chunk, settle=False)
@@ -71,7 +71,7 @@ def answer(
     return Answer(text, tuple(new.tolist()), time.perf_counter() - started)
 
 
-def check_room(limit: int | None, length: int) -> None:
+def require_room_for_reply(limit: int | None, length: int) -> None:
     """Raise an InputError if context and question leave no position for a reply."""
     if limit is not None and length >= limit:
         raise InputError(f"context and question are {length} tokens; the model has {limit} positions, a reply included")

@@ -17,8 +17,8 @@ def profile_layers(model: Any, ids: Int[Tensor, "batch new"], budget: Budget, **
 
     Args:
         model: An attached model.
-        ids: A short text like those to come.
-        budget: What may stay of it; well below its length, or all layers keep everything.
+        ids: Ids of a short sample text.
+        budget: Budget of the cache; well below the length of the text, or all layers keep everything.
         options: Other fields of ``XKV``.
     """
     cache = KVCache(model, XKV(budget=budget, **options))

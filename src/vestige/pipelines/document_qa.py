@@ -1,4 +1,4 @@
-"""The main job: read a long text within a budget, answer questions about it, keep the compressed reading."""
+"""Answer questions about a long text that is read within a budget, and save the compressed cache."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,18 +19,19 @@ from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import prefill
 from vestige.cache.report import Report
 from vestige.errors import InputError
-from vestige.pipelines.answer import Answer, answer, check_room
+from vestige.pipelines.answer import Answer, answer, require_room_for_reply
 from vestige.pipelines.explain import Explanation, explain
 from vestige.policies.base import Policy
 from vestige.spans import Span
 from vestige.text import locate
-from vestige.text.chat_template import Frame, read_text, require_text
+from vestige.text.chat_template import ChatTemplate
+from vestige.text.files import read_text, require_text
 from vestige.utils.files import require_new
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What to read, what to ask, and how much to keep. Exactly one of ``context``, ``prompt`` and ``cache`` is given.
+    """A text, questions about it, and a budget. Exactly one of ``context``, ``prompt`` and ``cache`` is given.
 
     Raises:
         InputError: Too few or too many sources, no question, or a number out of range.
@@ -50,7 +51,7 @@ class RunConfig:
     max_new_tokens: int = 64
     save: Path | None = None
     explain: tuple[str, ...] = ()
-    """Passages of the text that the answers rest on."""
+    """Passages of the text that hold the evidence for the answers."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,42 +87,48 @@ class RunConfig:
         """Return the text to read, or None if a saved cache takes its place."""
         if self.cache is not None:
             return None
-        return require_text(self.prompt, "--prompt") if self.prompt is not None else read_text(_given(self.context))
+        return (
+            require_text(self.prompt, "--prompt") if self.prompt is not None else read_text(require_path(self.context))
+        )
 
 
 @dataclass(frozen=True)
 class Explained:
-    """How a question's attention to its evidence changed with eviction."""
+    """The change of a question's attention to its evidence by eviction."""
 
     answer: str
-    """The reply with all pairs, which is also what was fed behind the question to look at attention."""
+    """The reply with all pairs; attention was measured on the question followed by this reply."""
     explanation: Explanation
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry that ``--json`` prints."""
+        return {"full_answer": self.answer} | self.explanation.as_dict()
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Answers, and the cache as it was after the last settle before the first question."""
+    """Answers, and the report of the cache after the last settle before the first question."""
 
     answers: tuple[Answer, ...]
     report: Report
     prefill_s: float
     budget: Budget | None
     policy: str
-    """Its name; a saved cache brings it along."""
+    """Name of the policy; a saved cache brings it along."""
     memory: str = "none"
-    """Its name, as that of the policy."""
+    """Name of the memory; a saved cache brings it along."""
     explained: tuple[Explained, ...] = ()
-    """Of each question, if passages were named that the answers rest on."""
+    """One for each question, if passages with the evidence were named."""
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens generated per second over all answers."""
-        seconds = sum(a.decode_s for a in self.answers)
-        return sum(a.tokens for a in self.answers) / seconds if seconds else 0.0
+        """Generated tokens per second over all answers."""
+        seconds = sum(answer.decode_s for answer in self.answers)
+        return sum(answer.tokens for answer in self.answers) / seconds if seconds else 0.0
 
     def as_dict(self, model: str, chunk: int) -> dict[str, Any]:
         """Return the row that ``--json`` prints."""
-        report, texts = self.report, [a.text for a in self.answers]
+        report, texts = self.report, [answer.text for answer in self.answers]
         return {
             "answer": texts[0] if texts else "",
             "answers": texts,
@@ -143,11 +150,7 @@ class RunResult:
             "budget_total": report.budget_total,
             "chunk": chunk,
             "model": model,
-        } | ({"explain": [self._row(one) for one in self.explained]} if self.explained else {})
-
-    @staticmethod
-    def _row(one: Explained) -> dict[str, Any]:
-        return {"full_answer": one.answer} | one.explanation.as_dict()
+        } | ({"explain": [explained.as_dict() for explained in self.explained]} if self.explained else {})
 
 
 def run(
@@ -156,28 +159,28 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
-    """Read, answer, and save if asked.
+    """Read a text, answer questions, and save the cache if wanted.
 
     Args:
-        config: What to do.
-        model: Attached for as long as this runs.
-        tokenizer: The model's.
+        config: Text, questions and budget.
+        model: The model; attached for as long as this runs.
+        tokenizer: Tokenizer of the model.
         progress: Called with (tokens read, tokens in all).
 
     Raises:
-        VestigeError: Any of its kinds; nothing is left half written.
+        VestigeError: Any subclass; no file is left half written.
     """
-    frame = Frame(tokenizer)
-    questions = [frame.question(question) for question in config.questions]
+    template = ChatTemplate(tokenizer)
+    questions = [template.question(question) for question in config.questions]
     text = config.text()
-    spans = [] if text is None else [locate.find(text, part, frame.offsets(text)) for part in config.explain]
+    spans = [] if text is None else [locate.find(text, part, template.offsets(text)) for part in config.explain]
     with torch.no_grad(), attach(model):
         started = time.perf_counter()
         if text is None:
-            cache = KVCache.load(_given(config.cache), model)
+            cache = KVCache.load(require_path(config.cache), model)
             _check_positions(cache, max(cache.seen, default=0), questions)
         else:
-            cache = read(config, model, frame.context(text), questions, progress)
+            cache = read(config, model, template.context(text), questions, progress)
         prefill_s = 0.0 if text is None else time.perf_counter() - started
         if config.save is not None:
             cache.save(config.save)
@@ -196,19 +199,19 @@ def ask(
     """Answer each question from the cache as it is; the last answer changes it.
 
     Args:
-        config: How long answers may be.
+        config: Gives the longest answer.
         model: An attached model.
-        tokenizer: The model's.
-        cache: Has read the text.
-        questions: Ids behind the text.
-        prefill_s: Seconds that reading took, for the result.
+        tokenizer: Tokenizer of the model.
+        cache: Holds the text.
+        questions: Ids of each question, which follow the text.
+        prefill_s: Seconds of reading, for the result.
     """
     report = cache.report()
     answers, peak = [], report.peak_kv_bytes
     for i, question in enumerate(questions):
-        asked = cache if i == len(questions) - 1 else cache.fork()
-        answers.append(answer(model, tokenizer, asked, question, max_new_tokens=config.max_new_tokens))
-        peak = max(peak, asked.report().peak_kv_bytes)
+        own = cache if i == len(questions) - 1 else cache.fork()
+        answers.append(answer(model, tokenizer, own, question, max_new_tokens=config.max_new_tokens))
+        peak = max(peak, own.report().peak_kv_bytes)
     return RunResult(
         tuple(answers),
         replace(report, peak_kv_bytes=peak),
@@ -231,18 +234,18 @@ def read(
     Args:
         config: Policy, budget, memory and chunk.
         model: An attached model.
-        ids: Of the text.
-        questions: What will be asked; the longest counts into the length.
+        ids: Ids of the text.
+        questions: Ids of the questions to come; the longest one is part of the announced length.
         progress: Called with (tokens read, tokens in all).
     """
     cache = KVCache(model, config.make_policy(), memory=memories.make(config.memory))
     length = _check_positions(cache, ids.shape[1], questions)
 
-    def advanced(read: int) -> None:
+    def report_progress(read: int) -> None:
         if progress is not None:
             progress(read, ids.shape[1])
 
-    prefill(model, ids.to(model.device), cache, chunk=config.chunk, length=length, progress=advanced)
+    prefill(model, ids.to(model.device), cache, chunk=config.chunk, length=length, progress=report_progress)
     return cache
 
 
@@ -254,7 +257,7 @@ def _explain(
     questions: list[Tensor],
     spans: Sequence[Span],
 ) -> tuple[Explained, ...]:
-    """Read the text again with all pairs, and compare what each question with its reply attends to."""
+    """Read the text again with all pairs, and compare the attention of each question and its reply."""
     whole = replace(config, policy="full", budget=None, share=None, memory="none")
     full = read(whole, model, cache.ids, questions, None)
     explained = list[Explained]()
@@ -265,7 +268,8 @@ def _explain(
     return tuple(explained)
 
 
-def _given(path: Path | None) -> Path:
+def require_path(path: Path | None) -> Path:
+    """Return a path that is known to be given."""
     assert path is not None, "checked when the config was made"
     return path
 
@@ -274,5 +278,5 @@ def _check_positions(cache: KVCache, context: int, questions: list[Tensor]) -> i
     """Return the length of context and longest question, or raise if a reply would have no position."""
     length = context + max((q.shape[1] for q in questions), default=0)
     if questions:  # without a question prefill itself refuses what is too long
-        check_room(cache.layout.max_positions, length)
+        require_room_for_reply(cache.layout.max_positions, length)
     return length

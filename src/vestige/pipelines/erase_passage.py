@@ -1,4 +1,4 @@
-"""Reading a text, taking a passage out of what was read, and asking about it: what ``vestige erase`` does."""
+"""Read a text, erase a passage from the cache, and answer questions: the work of ``vestige erase``."""
 
 import time
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from vestige.errors import InputError
 from vestige.pipelines.document_qa import RunConfig, RunResult, ask, read
 from vestige.spans import Span
 from vestige.text import locate
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True, kw_only=True)
 class EraseConfig:
-    """What to read and ask, what to take out, and how. Exactly one of ``span_text`` and ``span`` is given.
+    """A text with questions, a passage to erase, and an eraser. Exactly one of ``span_text`` and ``span`` is given.
 
     Args:
-        run: What to read and ask.
+        run: Text, questions and budget.
         span_text: A passage that occurs once in the text.
         span: ``A:B``, tokens of the text, B not included.
-        method: An eraser, with options if wanted.
+        method: Name of an eraser, with options if wanted.
 
     Raises:
         InputError: Too few or too many spans, one that cannot be read, or an unknown eraser.
@@ -55,23 +55,23 @@ class EraseConfig:
             raise InputError(f"--span takes A:B, two token numbers of the text, got {self.span!r}")
         return int(first), int(last)
 
-    def locate(self, frame: Frame, text: str) -> Span:
-        """Return where the passage stands among the ids of the context."""
-        offsets, tokens = frame.offsets(text), self.tokens()
+    def locate(self, template: ChatTemplate, text: str) -> Span:
+        """Return the span of the passage among the ids of the context."""
+        offsets, tokens = template.offsets(text), self.tokens()
         if tokens is not None:
-            return locate.counted(*tokens, offsets)
+            return locate.find_numbered(*tokens, offsets)
         assert self.span_text is not None, "checked when the config was made"
         return locate.find(text, self.span_text, offsets)
 
 
 @dataclass(frozen=True)
 class EraseResult:
-    """Answers after the erase, and what it did."""
+    """Answers after the erase, and its report."""
 
     run: RunResult
     report: EraseReport
     passage: str
-    """What the erased tokens say."""
+    """Text of the erased tokens."""
 
     def as_dict(self, model: str, chunk: int) -> dict[str, Any]:
         """Return the row that ``--json`` prints."""
@@ -96,23 +96,24 @@ def erase_text(
     tokenizer: PreTrainedTokenizerBase,
     progress: Callable[[int, int], None] | None = None,
 ) -> EraseResult:
-    """Read, erase, and answer.
+    """Read a text, erase a passage, and answer questions.
 
     The erase is timed on its second run: the first one, on a fork, loads the adapter and warms up.
 
     Args:
-        config: What to do.
-        model: Attached for as long as this runs.
-        tokenizer: The model's.
+        config: Text, questions, passage and eraser.
+        model: The model; attached for as long as this runs.
+        tokenizer: Tokenizer of the model.
         progress: Called with (tokens read, tokens in all).
 
     Raises:
-        VestigeError: Any of its kinds.
+        VestigeError: Any subclass.
     """
-    frame, text, eraser = Frame(tokenizer), config.run.text(), erasers.make(config.method)
+    template, eraser = ChatTemplate(tokenizer), erasers.make(config.method)
+    text = config.run.text()
     assert text is not None, "checked when the config was made"
-    questions = [frame.question(question) for question in config.run.questions]
-    ids, span = frame.context(text), config.locate(frame, text)
+    questions = [template.question(question) for question in config.run.questions]
+    ids, span = template.context(text), config.locate(template, text)
     with torch.no_grad(), attach(model):
         started = time.perf_counter()
         cache = read(config.run, model, ids, questions, progress)

@@ -1,4 +1,4 @@
-"""What an answer rests on: the attention that its evidence gets, and which of the evidence's pairs are left.
+"""Explain an answer: the attention that its evidence receives, and the pairs of the evidence that are held.
 
 Source: attention dilution, "Make Each Token Count" (arXiv 2605.09649): one minus the share of a query's attention that
 goes to useful tokens. Here it is the mean over all layers, query heads, and tokens of a question with its reply.
@@ -21,43 +21,43 @@ from vestige.policies.scoring import compute_attention
 from vestige.spans import Span, within
 
 Paid = Float[Tensor, "kv_heads evidence"]
-"""Attention that each token of the evidence gets in one layer; 0 where its pair was evicted."""
+"""Attention that each token of the evidence receives in one layer; 0 where its pair was evicted."""
 Held = Bool[Tensor, "kv_heads evidence"]
-"""Which pairs of the evidence one layer holds."""
+"""Whether one layer holds each pair of the evidence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """One question's attention to its evidence, with all pairs and with those kept; by layer."""
+    """Attention of one question to its evidence, by layer, with all pairs and with the kept ones."""
 
     evidence: Int[Tensor, " evidence"]
-    """Positions of its tokens."""
+    """Positions of the tokens of the evidence."""
     full: tuple[Paid, ...]
     kept: tuple[Paid, ...]
     held: tuple[Held, ...]
 
     @property
     def dilution_full(self) -> float:
-        """Attention that goes elsewhere while all pairs are there."""
-        return 1.0 - share_of(self.full)
+        """Share of attention that goes to other tokens when all pairs are held."""
+        return 1.0 - mean_attention(self.full)
 
     @property
     def dilution_kept(self) -> float:
-        """Attention that goes elsewhere with the pairs that were kept."""
-        return 1.0 - share_of(self.kept)
+        """Share of attention that goes to other tokens when only the kept pairs are held."""
+        return 1.0 - mean_attention(self.kept)
 
     @property
     def held_share(self) -> float:
-        """Pairs of the evidence that are left, over all of them."""
+        """Share of the evidence's pairs that are held."""
         return float(torch.cat([layer.flatten() for layer in self.held]).float().mean())
 
     @property
     def attention_held(self) -> float:
-        """Of the attention that the evidence gets with all pairs, the share whose pairs are left."""
-        return left_of(self.full, self.held)
+        """Share of the evidence's attention, measured with all pairs, whose pairs are held."""
+        return kept_attention(self.full, self.held)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers for JSON; by layer a number, or the positions of the pairs held, for each KV head."""
+        """Return plain numbers for JSON; for each layer and KV head a number, or the positions of the held pairs."""
         return {
             "evidence": self.evidence.tolist(),
             "dilution_full": self.dilution_full,
@@ -79,67 +79,48 @@ class Explanation:
 def attention_to(
     model: PreTrainedModel, cache: KVCache, ids: Int[Tensor, "1 new"], evidence: Int[Tensor, " evidence"]
 ) -> tuple[Paid, ...]:
-    """Return by layer the attention that ids pay to pairs at some positions, the mean over ids and query heads.
+    """Return for each layer the attention of ids to pairs at some positions, the mean over ids and query heads.
 
     Args:
         model: An attached model.
-        cache: Of one batch row; holds what the ids attend to, and is the same afterwards.
-        ids: A question and its reply, say.
+        cache: A cache of one batch row with the text before the ids; it is not changed.
+        ids: Ids of a question and its reply, for example.
         evidence: Positions, ascending.
     """
     paid = {layer.layer_idx: torch.zeros(layer.kv_heads, len(evidence)) for layer in cache.evictable}
 
-    def watch(glance: RowView) -> None:
-        scale = glance.attention
-        weights = (
-            compute_attention(glance.queries, glance.query_positions, glance.keys, glance.positions, scale)
-            .mean((0, 1))
-            .cpu()
-        )
-        positions = glance.positions.cpu()
-        there = torch.isin(positions, evidence)
-        at = torch.searchsorted(evidence, positions[there].to(evidence.dtype))
-        paid[glance.layer_idx][glance.kv_head, at] = weights[there]
+    def watch(row: RowView) -> None:
+        scale = row.attention
+        weights = compute_attention(row.queries, row.query_positions, row.keys, row.positions, scale)
+        weights = weights.mean((0, 1)).cpu()
+        positions = row.positions.cpu()
+        is_evidence = torch.isin(positions, evidence)
+        at = torch.searchsorted(evidence, positions[is_evidence].to(evidence.dtype))
+        paid[row.layer_idx][row.kv_head, at] = weights[is_evidence]
 
     replay(model, ids.to(model.device), cache, watch)
     return tuple(paid.values())
 
 
-def held_of(cache: KVCache, evidence: Int[Tensor, " evidence"]) -> tuple[Held, ...]:
-    """Return by layer which pairs at some positions a cache of one batch row still holds."""
+def find_held(cache: KVCache, evidence: Int[Tensor, " evidence"]) -> tuple[Held, ...]:
+    """Return for each layer whether a cache of one batch row holds the pairs at some positions."""
     return tuple(
         torch.stack([torch.isin(evidence, layer.positions(row).cpu()) for row in range(layer.rows)])
         for layer in cache.evictable
     )
 
 
-def held_by_kind(cache: KVCache, kinds: Int[Tensor, " seen"]) -> dict[int, float]:
-    """Return, of the tokens of each kind, the share whose pairs a cache of one batch row still holds.
-
-    Args:
-        cache: Looked at; the mean is over its layers and heads.
-        kinds: Of each token that was read, such as a VLM processor's ``mm_token_type_ids``: 0 text, 1 image, 2 video.
-
-    Raises:
-        InputError: Not as many kinds as tokens.
-    """
-    if list(cache.seen) != [len(kinds)]:
-        raise InputError(f"{len(kinds)} kinds were given for the {cache.seen} tokens that were read")
-    held = torch.cat(held_of(cache, torch.arange(len(kinds)))).float().mean(0)
-    return {int(kind): float(held[kinds.cpu() == kind].mean()) for kind in kinds.unique()}
-
-
 def explain(
     model: PreTrainedModel, full: KVCache, cache: KVCache, ids: Int[Tensor, "1 new"], spans: Sequence[Span]
 ) -> Explanation:
-    """Compare the attention to some spans with all pairs and with those that a cache kept; neither is changed.
+    """Compare the attention to some spans with all pairs and with the pairs that a cache kept; no cache is changed.
 
     Args:
         model: An attached model.
-        full: Has read the same text and evicted nothing.
-        cache: What is explained, of one batch row.
-        ids: A question and its reply.
-        spans: The evidence.
+        full: A cache that has read the same text and evicted nothing.
+        cache: The cache to explain, of one batch row.
+        ids: Ids of a question and its reply.
+        spans: Positions of the evidence.
 
     Raises:
         InputError: A cache of several batch rows, caches that read different texts, or no evidence in them.
@@ -153,20 +134,20 @@ def explain(
         evidence=evidence,
         full=attention_to(model, full, ids, evidence),
         kept=attention_to(model, cache, ids, evidence),
-        held=held_of(cache, evidence),
+        held=find_held(cache, evidence),
     )
 
 
-def share_of(paid: Sequence[Paid]) -> float:
-    """Return the attention that all of the evidence gets: the mean over layers and heads."""
+def mean_attention(paid: Sequence[Paid]) -> float:
+    """Return the attention that the whole evidence receives, the mean over layers and heads."""
     return float(torch.cat([layer.sum(1) for layer in paid]).mean())
 
 
-def left_of(paid: Sequence[Paid], held: Sequence[Held]) -> float:
-    """Return the share of some attention that goes to pairs which are held; 1 if there is none."""
-    whole = sum(float(layer.sum()) for layer in paid)
-    left = sum(float((layer * there).sum()) for layer, there in zip(paid, held, strict=True))
-    return left / whole if whole else 1.0
+def kept_attention(paid: Sequence[Paid], held: Sequence[Held]) -> float:
+    """Return the share of attention that goes to held pairs; 1 if there is no attention."""
+    total = sum(float(layer.sum()) for layer in paid)
+    kept = sum(float((layer * mask).sum()) for layer, mask in zip(paid, held, strict=True))
+    return kept / total if total else 1.0
 
 
 def _means(paid: Paid) -> list[float]:

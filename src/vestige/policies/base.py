@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError, require_whole, unknown_name_message
-from vestige.models.anatomy import ModelLayout
 from vestige.models.forward import RollbackCache
+from vestige.models.layout import ModelLayout
 from vestige.models.output_projection import OutputProjection
 from vestige.policies.observation import LayerView, Observation, RowView
 from vestige.policies.selection import SCALES, RowIndex, Scale, Share, parse_share

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige.errors import PolicyError, require_whole, unknown_name_message
-from vestige.nn.indexer import Comparison, Indexer, IndexQueries, asked
+from vestige.nn.indexer import Comparison, Indexer, IndexQueries, index_scores
 from vestige.nn.pretrained import WeightsCache
 from vestige.policies.base import NewPairs, Policy
 from vestige.policies.observation import LayerView, Observation
@@ -145,7 +145,7 @@ class IndexMem(Policy):
 
     def _score_keys(self, asking: IndexQueries, keys: Tensor, at: Tensor, positions: Tensor) -> Tensor:
         compared = Comparison(asking, keys.float(), at, positions)
-        return compared.total() if self.reduction == "mean" else compared.most()
+        return compared.total() if self.reduction == "mean" else compared.max()
 
     def _record(self, notes: Float[Tensor, "held _kinds"], found: Float[Tensor, " held"]) -> None:
         if self.reduction == "mean":
@@ -170,7 +170,7 @@ def _score_one_query(asking: IndexQueries, view: LayerView, apart: bool) -> Floa
     if len(keys) % rows:
         raise PolicyError(_UNEQUAL_ROWS)
     whole = keys.view(rows, -1, keys.shape[1]).transpose(0, 1).flatten(1)  # the rows of a layer hold the same tokens
-    return asked(asking, whole[None])[0, 0].repeat(rows)
+    return index_scores(asking, whole[None])[0, 0].repeat(rows)
 
 
 def _require_equal_rows(rows: Sequence[Int[Tensor, " _held"]]) -> None:

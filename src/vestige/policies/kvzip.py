@@ -16,7 +16,7 @@ from vestige.policies.base import NewPairs, Policy, ReplayCache
 from vestige.policies.observation import Observation, RowView
 from vestige.policies.scoring import compute_attention
 from vestige.policies.selection import Share
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 REQUEST = "Repeat the previous context word for word."
 """Request to repeat the text, which the tokenizer's chat template wraps as a question."""
@@ -159,4 +159,4 @@ def _tokenize_request(home: str) -> tuple[int, ...]:
             f"KVzip asks the model to repeat the text, but no tokenizer lies beside {home!r} "
             f"({type(error).__name__}); give the request as token ids: KVzip(request=(...), ...)"
         ) from None
-    return tuple(Frame(tokenizer).question(REQUEST)[0].tolist())
+    return tuple(ChatTemplate(tokenizer).question(REQUEST)[0].tolist())

@@ -1,4 +1,4 @@
-"""Finding a passage among the tokens of a text, by the offsets of its one tokenisation."""
+"""Find a passage among the tokens of a text, by the offsets of its tokenisation."""
 
 import re
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from vestige.errors import InputError
 from vestige.spans import Span
 
 SHOWN = 5
-"""Places that an error lists."""
+"""Number of places that an error lists."""
 
 
 def find(text: str, part: str, offsets: Sequence[tuple[int, int]]) -> Span:
-    """Return the tokens that hold a passage: those that share a character with it, white space aside.
+    """Return the span of the tokens that share a character with a passage, white space excepted.
 
     Args:
-        text: What was tokenised.
-        part: A passage of it, which must occur once.
+        text: The text that was tokenised.
+        part: A passage of the text, which must occur once.
         offsets: Characters of each token.
 
     Raises:
@@ -27,36 +27,36 @@ def find(text: str, part: str, offsets: Sequence[tuple[int, int]]) -> Span:
         raise InputError("the passage is empty")
     places = [match.start() for match in re.finditer(re.escape(part), text)]
     if not places:
-        raise InputError(f"the passage {_short(part)!r} does not occur in the text")
+        raise InputError(f"the passage {_shorten(part)!r} does not occur in the text")
     if len(places) > 1:
-        said = ", ".join(_place(text, place, offsets, part) for place in places[:SHOWN])
+        listed = ", ".join(_describe_place(text, place, offsets, part) for place in places[:SHOWN])
         more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
         raise InputError(
-            f"the passage {_short(part)!r} occurs {len(places)} times: {said}{more}; name more of it, or tokens"
+            f"the passage {_shorten(part)!r} occurs {len(places)} times: {listed}{more}; name more of it, or tokens"
         )
     span = tokens_at(text, places[0], places[0] + len(part), offsets)
     if offsets[span.start][0] < 0:
-        raise InputError(f"the passage {_short(part)!r} shares a token with the chat text before it")
+        raise InputError(f"the passage {_shorten(part)!r} shares a token with the chat text before it")
     return span
 
 
 def tokens_at(text: str, start: int, end: int, offsets: Sequence[tuple[int, int]]) -> Span:
-    """Return the tokens that share a character of ``text[start:end]`` that is no white space.
+    """Return the span of the tokens that share a character of ``text[start:end]`` that is not white space.
 
     Raises:
-        InputError: There are none: they were taken out.
+        InputError: There are no such tokens: they were erased.
     """
     found = [i for i, (a, b) in enumerate(offsets) if text[max(a, start) : max(min(b, end), 0)].strip()]
     if not found:
-        raise InputError(f"the passage {_short(text[start:end])!r} was taken out already")
+        raise InputError(f"the passage {_shorten(text[start:end])!r} was taken out already")
     return Span(found[0], found[-1] + 1)
 
 
-def counted(first: int, last: int, offsets: Sequence[tuple[int, int]]) -> Span:
-    """Return tokens ``first`` to ``last`` (not included) of a text, counted without the chat text before it.
+def find_numbered(first: int, last: int, offsets: Sequence[tuple[int, int]]) -> Span:
+    """Return the span of tokens ``first`` to ``last`` (excluded) of a text, counted without the chat text before it.
 
     Raises:
-        InputError: The text has not so many.
+        InputError: The text has fewer tokens.
     """
     begin = next((i for i, (start, _) in enumerate(offsets) if start >= 0), len(offsets))
     if not 0 <= first < last <= len(offsets) - begin:
@@ -64,11 +64,11 @@ def counted(first: int, last: int, offsets: Sequence[tuple[int, int]]) -> Span:
     return Span(begin + first, begin + last)
 
 
-def _place(text: str, place: int, offsets: Sequence[tuple[int, int]], part: str) -> str:
+def _describe_place(text: str, place: int, offsets: Sequence[tuple[int, int]], part: str) -> str:
     begin = next((i for i, (start, _) in enumerate(offsets) if start >= 0), 0)
     span = tokens_at(text, place, place + len(part), offsets)
     return f"line {text.count(chr(10), 0, place) + 1} ({span.start - begin}:{span.end - begin})"
 
 
-def _short(part: str) -> str:
+def _shorten(part: str) -> str:
     return part if len(part) <= 40 else f"{part[:37]}..."

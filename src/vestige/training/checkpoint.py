@@ -1,7 +1,7 @@
-"""Checkpoints of a run: folders of safetensors and JSON, there completely or not at all; loading runs no code.
+"""Checkpoints of a run: folders of safetensors and JSON, written atomically; loading runs no code.
 
-``step-00000120/`` holds ``weights.safetensors`` (what is trained, by name), ``optimizer.safetensors`` (AdamW's moments
-and torch's random state) and ``checkpoint.json`` (the step, and what a run that goes on must have in common).
+``step-00000120/`` holds ``weights.safetensors`` (the trained parameters by name), ``optimizer.safetensors`` (AdamW's
+moments and torch's random state) and ``checkpoint.json`` (the step, and what a resumed run must have in common).
 """
 
 import json
@@ -22,21 +22,21 @@ from torch import Tensor
 from vestige.errors import InputError
 
 FORMAT = 1
-KEPT = 2
-"""The latest one may be on a disk that was full or lost power."""
-WEIGHTS, OPTIMIZER, BOOKS = "weights.safetensors", "optimizer.safetensors", "checkpoint.json"
+NUM_KEPT = 2
+"""Checkpoints to keep: the latest may be damaged by a full disk or a power cut."""
+WEIGHTS, OPTIMIZER, METADATA = "weights.safetensors", "optimizer.safetensors", "checkpoint.json"
 _NAME, _WORK = re.compile(r"step-(\d{8,})"), ".step-"
 _RNG = "rng"  # moments are called "exp_avg/<name>": no clash
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """All that a run is after a number of steps; where samples come from follows from that number."""
+    """The state of a run after a number of steps, which also determines the next samples."""
 
     step: int
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
-    """AdamW's, as "exp_avg/<name>" and "exp_avg_sq/<name>"; empty before the first step."""
+    """AdamW's moments, as "exp_avg/<name>" and "exp_avg_sq/<name>"; empty before the first step."""
     rng: UInt8[Tensor, " bytes"]
     """Torch's random state on the CPU."""
 
@@ -45,48 +45,48 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: Of the run; made when something is saved.
-        books: What a checkpoint must have in common with this run, in two levels of JSON values: task and config.
+        folder: Folder of the run; the first save makes it.
+        metadata: JSON values that a checkpoint must share with this run, in two levels: task and config.
 
     Raises:
-        InputError: The books are not JSON.
+        InputError: The metadata is not JSON.
     """
 
-    def __init__(self, folder: Path, books: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, metadata: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder = folder
         try:
-            self.books = json.loads(json.dumps(books))  # as a file would give them back: tuples are lists
+            self.metadata = json.loads(json.dumps(metadata))  # tuples become lists, as in a file
         except (TypeError, ValueError) as error:
             raise InputError(f"the identity of a task must be JSON values: {error}") from None
 
     def path(self, step: int) -> Path:
-        """Return where the checkpoint of a step is."""
+        """Return the path of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
     def newest(self) -> Path | None:
-        """Return the checkpoint of the highest step, if there is one."""
-        return max(self._all(), default=None, key=_step_of)
+        """Return the path of the newest checkpoint, or None."""
+        return max(self._all(), default=None, key=_parse_step)
 
     def load(self) -> State | None:
         """Read the newest checkpoint, to the CPU; None if there is none.
 
         Raises:
-            InputError: It is damaged, or of another task or config; the message names what differs.
+            InputError: It is damaged, or of another task or config; the message names the difference.
         """
         path = self.newest()
         if path is None:
             return None
         try:
-            books = json.loads((path / BOOKS).read_text())
-            if books["format"] != FORMAT:
-                raise InputError(f"{path} has format {books['format']}, this version of vestige reads {FORMAT}")
-            self._compare(path, books)
+            metadata = json.loads((path / METADATA).read_text())
+            if metadata["format"] != FORMAT:
+                raise InputError(f"{path} has format {metadata['format']}, this version of vestige reads {FORMAT}")
+            self._compare(path, metadata)
             moments = load_file(path / OPTIMIZER)
             rng = moments.pop(_RNG)
-            return State(step=books["step"], weights=load_file(path / WEIGHTS), moments=moments, rng=rng)
+            return State(step=metadata["step"], weights=load_file(path / WEIGHTS), moments=moments, rng=rng)
         except InputError:
             raise
-        except Exception as error:  # a damaged file makes a dozen types come out of json and safetensors
+        except Exception as error:  # json and safetensors raise a dozen types for damaged files
             why = f"{type(error).__name__}: {error}"
             raise InputError(f"{path} is damaged ({why}); remove it to go on from the one before") from None
 
@@ -94,22 +94,22 @@ class Checkpoints:
         """Write a checkpoint, and remove all but the latest two.
 
         Raises:
-            InputError: It cannot be written; those before are still there.
+            InputError: It cannot be written; earlier checkpoints are still there.
         """
         path = self.path(state.step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove(self.folder.glob(f"{_WORK}*"))  # what a kill left
+            self._remove(self.folder.glob(f"{_WORK}*"))  # left by a kill
             self._write(path, state)
         except (OSError, SafetensorError) as error:
             kept = self.newest()
             hint = f"; the last one is {kept}" if kept else ""
             raise InputError(f"cannot write the checkpoint {path}: {error}{hint}") from None
-        self._remove(sorted(self._all(), key=_step_of)[:-KEPT])
+        self._remove(sorted(self._all(), key=_parse_step)[:-NUM_KEPT])
         return path
 
     def check(self, *, resume: bool) -> None:
-        """Raise an InputError unless a run can begin in the folder, or go on in it."""
+        """Raise an InputError unless a run can start in the folder, or resume in it."""
         try:
             if self.folder.exists() and not self.folder.is_dir():
                 raise InputError(f"{self.folder} is a file; name a folder for the run")
@@ -122,18 +122,18 @@ class Checkpoints:
             raise InputError(f"{self.folder} has no checkpoint to go on with")
 
     def _write(self, path: Path, state: State) -> None:
-        """Write beside the final place and rename."""
+        """Write to a temporary folder and rename it."""
         work = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.folder))
         try:
-            save_file(_own(state.weights), work / WEIGHTS)
-            save_file(_own({**state.moments, _RNG: state.rng}), work / OPTIMIZER)
-            books = {"format": FORMAT, "step": state.step, **self.books}
-            (work / BOOKS).write_text(json.dumps(books, indent=1) + "\n")
+            save_file(_copy_to_cpu(state.weights), work / WEIGHTS)
+            save_file(_copy_to_cpu({**state.moments, _RNG: state.rng}), work / OPTIMIZER)
+            metadata = {"format": FORMAT, "step": state.step, **self.metadata}
+            (work / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
             for file in work.iterdir():
-                file.chmod(0o644)  # safetensors leaves them to their owner alone
+                file.chmod(0o644)  # safetensors makes them private
                 _flush(file)
             work.chmod(0o755)  # mkdtemp makes it private
-            if path.exists():  # begun again before it was removed
+            if path.exists():  # from a run that was restarted
                 shutil.rmtree(path)
             os.replace(work, path)
         finally:
@@ -147,25 +147,25 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _compare(self, path: Path, saved: Mapping[str, Any]) -> None:
-        for kind, own in self.books.items():
-            for name in dict.fromkeys([*own, *saved[kind]]):
-                was, now = saved[kind].get(name), own.get(name)
+        for kind, current in self.metadata.items():
+            for name in dict.fromkeys([*current, *saved[kind]]):
+                was, now = saved[kind].get(name), current.get(name)
                 if was != now:
                     raise InputError(f"{path} was made with {kind} {name} {was!r}, not {now!r}; name a new folder")
 
 
-def _step_of(path: Path) -> int:
+def _parse_step(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     assert found, "only such names are listed"
     return int(found[1])
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU that share no memory, as safetensors wants them."""
+def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU that share no memory, as safetensors requires."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _flush(path: Path) -> None:
-    """Have the disk take a file before its folder is renamed, so that a power cut leaves no hollow checkpoint."""
+    """Flush a file to disk before its folder is renamed, so that a power cut leaves no empty checkpoint."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""How long and how fast: the options of a training run, all of which a resumed run must share."""
+"""Options of a training run; a resumed run must have the same ones."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -14,34 +14,34 @@ class LoopConfig:
     """Options of the loop.
 
     Raises:
-        InputError: An unknown schedule, or a number out of range.
+        InputError: The schedule is unknown, or a number is out of range.
     """
 
     steps: int
     """Updates of the parameters."""
     batch: int = 8
-    """Samples of a step, over all processes: one at a time, gradients accumulated."""
+    """Samples of a step, over all processes; gradients are accumulated one sample at a time."""
     lr: float = 1e-3
     """Learning rate after the warm-up."""
     warmup: int = 0
-    """Steps in which it rises in equal parts."""
+    """Steps in which the learning rate rises linearly."""
     schedule: str = "cosine"
-    """What follows: half a cosine, the same until ``decay`` is left and then a line ("wsd"), or the same to the end."""
+    """After the warm-up: half a cosine, "constant", or constant until a linear decay at the end ("wsd")."""
     decay: float = 0.2
-    """Share of all steps that "wsd" ends with."""
+    """Share of all steps in which "wsd" decays."""
     final: float = 0.0
-    """Share of ``lr`` that the schedule comes down to."""
+    """Share of ``lr`` at which the schedule ends."""
     weight_decay: float = 0.01
-    """AdamW's, decoupled; not on parameters of one dimension (biases, norms)."""
+    """AdamW's decoupled decay; not for parameters of one dimension (biases, norms)."""
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float | None = 1.0
-    """Largest norm of the whole gradient; None leaves it as it is."""
+    """Largest norm of the whole gradient; None does not clip."""
     seed: int = 0
-    """Everything that is drawn follows from it."""
+    """Seed of all random choices."""
     validate_every: int | None = None
-    """Steps between two validations; there is one at the end in any case."""
+    """Steps between validations; the last step always has one."""
     save_every: int = 100
-    """Steps between two checkpoints; there is one at the end in any case."""
+    """Steps between checkpoints; the last step always has one."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -65,13 +65,13 @@ class LoopConfig:
             raise InputError(f"betas must lie in [0, 1), got {self.betas}")
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of an update, the first of which is step 0."""
+        """Return the learning rate of a step; the first step is 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         return self.lr * (self.final + (1 - self.final) * self._height(step))
 
     def _height(self, step: int) -> float:
-        """Return how far the schedule is from its end, from 1 to 0, at a step after the warm-up."""
+        """Return the height of the schedule, from 1 to 0, at a step after the warm-up."""
         if self.schedule == "constant":
             return 1.0
         if self.schedule == "cosine":
@@ -80,13 +80,13 @@ class LoopConfig:
         return min(1.0, (self.steps - step) / (falling + 1))
 
     def validates(self, done: int) -> bool:
-        """Tell whether there is a validation once so many steps are done."""
+        """Return whether a validation follows when ``done`` steps are done."""
         return done == self.steps or (self.validate_every is not None and done % self.validate_every == 0)
 
     def saves(self, done: int) -> bool:
-        """Tell whether there is a checkpoint once so many steps are done."""
+        """Return whether a checkpoint follows when ``done`` steps are done."""
         return done == self.steps or done % self.save_every == 0
 
-    def books(self) -> dict[str, Any]:
-        """Return what must not change when a run goes on."""
+    def metadata(self) -> dict[str, Any]:
+        """Return the options as a dict, for checkpoints and cards."""
         return asdict(self)

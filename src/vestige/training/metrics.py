@@ -1,4 +1,4 @@
-"""What a run tells of itself: one line of JSON a step, and no step twice."""
+"""The metrics of a run: one line of JSON a step, and no step twice."""
 
 import errno
 import json
@@ -19,11 +19,11 @@ finite is null."""
 
 
 class Metrics:
-    """The file of one run; lines of steps that will be done again are taken out when it is opened.
+    """The metrics file of a run; opening it removes the lines of steps after ``step``, which the run repeats.
 
     Args:
-        folder: Of the run.
-        step: Steps done.
+        folder: Folder of the run.
+        step: Number of steps done.
 
     Raises:
         InputError: A line before the last is not a record, or the file cannot be written.
@@ -33,7 +33,7 @@ class Metrics:
         self.path = folder / METRICS
         try:
             write_atomically(self.path, "".join(f"{line}\n" for line in _lines(self.path, step)))
-            self.file = self.path.open("ab", buffering=0)  # a full disk must be known at once
+            self.file = self.path.open("ab", buffering=0)  # a full disk must raise at once
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
@@ -65,7 +65,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, last_step: int | None = None) -> list[str]:
-    """Return whole lines of steps up to the last one; a line that a kill cut short is none."""
+    """Return the complete lines of steps up to the last one; a kill may have cut the final line short."""
     if not path.exists():
         return []
     kept = []

@@ -1,4 +1,4 @@
-"""The card of trained weights: on what, for how long, by which command, and how well."""
+"""The card of trained weights: their data, options, command and validation."""
 
 import json
 from collections.abc import Sequence
@@ -26,26 +26,28 @@ def write_card(
     """Write ``card.json`` beside the weights.
 
     Args:
-        folder: Where the weights are.
-        run: Where the run kept its metrics: minutes and the last validation are taken from there.
-        what: They do, and whose method that is.
-        model: They belong to.
-        documents: They were trained or validated on; their names go into the card, without folders.
-        loop: How long and how fast.
-        command: That makes them again.
-        more: Whatever else is worth knowing, as JSON values.
+        folder: Folder of the weights.
+        run: Folder of the run, whose metrics give the minutes and the last validation.
+        what: Purpose of the weights and source of the method.
+        model: Name of the model that they belong to.
+        documents: Training and validation documents; the card has their names without folders.
+        loop: Options of the loop.
+        command: Command that repeats the training.
+        more: Further JSON values.
     """
     records = metrics.read(run)
-    validated: dict[str, Any] = next((one["validation"] for one in reversed(records) if "validation" in one), {})
+    validated: dict[str, Any] = next(
+        (record["validation"] for record in reversed(records) if "validation" in record), {}
+    )
     card = {
         "model": model,
         "what": what,
-        "data": [Path(one.name).name for one in documents],
+        "data": [Path(document.name).name for document in documents],
         "steps": loop.steps,
-        "minutes": round(sum(one["seconds"] for one in records) / 60, 1),
+        "minutes": round(sum(record["seconds"] for record in records) / 60, 1),
         "seed": loop.seed,
         "command": command,
-        "loop": loop.books(),
+        "loop": loop.metadata(),
         **more,
         "validation": validated,
     }

@@ -1,4 +1,4 @@
-"""AdamW and the gradients it is given; taken apart for a checkpoint and put together again to the same bits."""
+"""AdamW and its gradients; its state as named tensors of a checkpoint, restored bit for bit."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,36 +17,36 @@ Named = Mapping[str, nn.Parameter]
 
 
 def adamw(parameters: Named, config: LoopConfig) -> AdamW:
-    """Return an optimizer that decays what has two dimensions or more: not biases, not norms."""
+    """Return an optimizer with weight decay on parameters of two or more dimensions: not on biases and norms."""
     deep = [p for p in parameters.values() if p.ndim >= 2]
     flat = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": deep, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
     return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
 
 
-def gather_gradients(parameters: Named, among: Processes, *, first: bool) -> None:
-    """Add up the gradients of all processes, in place; a parameter without one gets zeros.
+def gather_gradients(parameters: Named, world: Processes, *, first: bool) -> None:
+    """Sum the gradients of all processes in place; a parameter without a gradient gets zeros.
 
     Args:
-        parameters: All that are trained.
-        among: The processes.
-        first: Whether this is the first step, in which each must have a gradient from somewhere.
+        parameters: All trained parameters.
+        world: The processes.
+        first: Whether this is the first step, in which every parameter must have a gradient in some process.
 
     Raises:
-        InputError: In the first step, none reached a parameter: a trainer must not run for hours like that.
+        InputError: In the first step, no gradient reached a parameter.
     """
     if first:
-        _require_gradients(parameters, among)
+        _require_gradients(parameters, world)
     for parameter in parameters.values():
-        if parameter.grad is None:  # AdamW would pass it over, in this process but not in another
+        if parameter.grad is None:  # AdamW would skip it in this process but not in others
             parameter.grad = torch.zeros_like(parameter)
-    among.add_up([p.grad for p in parameters.values() if p.grad is not None])
+    world.all_reduce([p.grad for p in parameters.values() if p.grad is not None])
 
 
-def _require_gradients(parameters: Named, among: Processes) -> None:
+def _require_gradients(parameters: Named, world: Processes) -> None:
     device = next(iter(parameters.values())).device
     reached = torch.tensor([float(p.grad is not None) for p in parameters.values()], device=device)
-    among.add_up([reached])
+    world.all_reduce([reached])
     missed = [name for name, count in zip(parameters, reached.tolist(), strict=True) if not count]
     if missed:
         raise InputError(
@@ -56,16 +56,16 @@ def _require_gradients(parameters: Named, among: Processes) -> None:
 
 
 def moments(optimizer: AdamW, parameters: Named) -> dict[str, Tensor]:
-    """Return the moments by name, as a :class:`State` has them; nothing before the first step."""
+    """Return the moments by name, as in a :class:`State`; empty before the first step."""
     state = optimizer.state
     return {f"{kind}/{name}": state[p][kind] for kind in MOMENTS for name, p in parameters.items() if p in state}
 
 
 def restore(optimizer: AdamW, parameters: Named, state: State, path: Path) -> None:
-    """Set parameters and moments to what a checkpoint has.
+    """Set parameters and moments to those of a checkpoint.
 
     Raises:
-        InputError: It has other parameters or shapes; nothing is changed then.
+        InputError: The checkpoint has other parameters or shapes; nothing is changed.
     """
     for name in dict.fromkeys([*parameters, *state.weights]):
         was, now = (tuple(x[name].shape) if name in x else "none" for x in (state.weights, parameters))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that a loop asks when it can stop without losing anything."""
+"""Ctrl-C and SIGTERM as a flag that a loop polls where it can stop without losing work."""
 
 import signal
 import threading
@@ -6,21 +6,21 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Stopping:
-    """While entered, the first Ctrl-C or SIGTERM sets ``asked``; the second one acts as it would have before.
+class StopSignals:
+    """While entered, the first Ctrl-C or SIGTERM sets ``requested``; the second one has its usual effect.
 
-    Outside the main thread, where Python handles no signals, it is never asked.
+    Outside the main thread, where Python handles no signals, the flag is never set.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
+        self.requested = False
+        self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Stopping":
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {one: signal.signal(one, self._ask) for one in self.SIGNALS}
+            self._handlers = {number: signal.signal(number, self._request) for number in self.SIGNALS}
         return self
 
     def __exit__(
@@ -28,11 +28,11 @@ class Stopping:
     ) -> None:
         self._restore()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
         self._restore()
 
     def _restore(self) -> None:
-        for one, before in self._before.items():
-            signal.signal(one, before)
-        self._before = {}
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

@@ -1,4 +1,4 @@
-"""What a trainer brings to the loop, and what the loop demands of it."""
+"""The interface between a trainer and the loop, and the checks of what a trainer returns."""
 
 import math
 from collections.abc import Mapping
@@ -10,61 +10,61 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 
 LOSS, TOKENS = "loss", "tokens"
-"""The part that is minimised, and the one that is counted and not averaged."""
+"""Names of the part that is minimised, and of the part that is summed instead of averaged."""
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Something that can be learned: parameters, and a loss for each sample.
+    """A trainer: parameters, and a loss for each sample.
 
-    It keeps no state beside the trainable parameters. What ``loss`` returns follows from them, from the index and from
-    torch's global random numbers, which the loop seeds before every call: that is why a step number is all that a
-    checkpoint must know of the data, and why any number of processes see the same samples.
+    It keeps no state beside the trainable parameters. Its ``loss`` depends only on them, on the index and on torch's
+    global random numbers, which the loop seeds before every call. So a checkpoint needs no more than the step number
+    to continue with the same samples, and any number of processes see the same ones.
     """
 
     @property
     def module(self) -> nn.Module:
-        """What is trained: its parameters that require gradients, in float32. Others stay as they are, in any dtype.
+        """The module to train: its parameters that require gradients, in float32. Others stay fixed, in any dtype.
 
-        The loop puts it in training mode, and in evaluation mode to validate.
+        The loop sets training mode, and evaluation mode for validation.
         """
 
     @property
     def num_samples(self) -> int | None:
-        """Samples of an epoch, which the loop shuffles for each; None is a stream without end, in its own order."""
+        """Number of samples of an epoch, which the loop shuffles; None is an endless stream in its own order."""
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
-        """Prepare one sample and return named scalars of it, the same names each time.
+        """Return the loss of one sample as named scalars, with the same names in every call.
 
-        ``"loss"`` is minimised, ``"tokens"``, if there, is added up; the others are parts to look at.
+        ``"loss"`` is minimised, the optional ``"tokens"`` is summed, and the others are averaged for the record.
 
         Args:
-            index: Below ``num_samples``; of a stream, the number of samples before this one.
+            index: Below ``num_samples``; for a stream, the number of samples before this one.
         """
 
     def validate(self) -> Mapping[str, float]:
-        """Return figures on data that is not trained on. Called without gradients, seeded alike each time.
+        """Return figures on held-out data. The loop calls it without gradients and with the same seed each time.
 
-        Every process computes all of them.
+        Every process computes all figures.
         """
 
     def identity(self) -> Mapping[str, Any]:
-        """Return what a checkpoint must have in common with this task to be gone on with, as JSON values.
+        """Return JSON values that a checkpoint must share with this task in order to be resumed.
 
-        Name what cannot be seen in the parameters: model id, config hash, data, sizes.
+        Include what the parameters do not show: model id, config hash, data, sizes.
         """
 
 
-def identity_of(model: PreTrainedModel) -> dict[str, str]:
-    """Return the part of an identity that says which model is read: its weights, and the dtype it computes in."""
+def identify_model(model: PreTrainedModel) -> dict[str, str]:
+    """Return the part of an identity that names the frozen model: its weights, and its dtype."""
     return {"model": check(model).fingerprint(), "dtype": str(model.dtype)}
 
 
-def trainables(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name.
+def find_trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, by name.
 
     Raises:
         InputError: There is none, or one is not float32.
@@ -78,22 +78,22 @@ def trainables(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def checked(parts: Mapping[str, Tensor]) -> Mapping[str, Float[Tensor, ""]]:
-    """Return the parts of a loss, or raise an InputError if they are no scalars or nothing can be learned from them."""
+def check_parts(parts: Mapping[str, Tensor]) -> Mapping[str, Float[Tensor, ""]]:
+    """Return the parts of a loss as scalars, or raise an InputError if they are not usable."""
     if LOSS not in parts:
         raise InputError(f"a task must return a part named {LOSS!r}, got {', '.join(parts) or 'nothing'}")
     for name, value in parts.items():
         if value.numel() != 1 or (not value.is_floating_point() and name != TOKENS):
-            raise InputError(f"part {name!r} of a loss must be one floating-point number, got {_kind(value)}")
+            raise InputError(f"part {name!r} of a loss must be one floating-point number, got {_describe(value)}")
     if not parts[LOSS].requires_grad:
         raise InputError("the loss depends on no parameter that is trained: is it computed under no_grad, or detached?")
     return {name: value.reshape(()) for name, value in parts.items()}
 
 
-def plain(value: float) -> float | None:
-    """Return a number as JSON can hold it: None for NaN and infinities."""
+def finite_or_none(value: float) -> float | None:
+    """Return a number, or None instead of NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
-def _kind(value: Tensor) -> str:
+def _describe(value: Tensor) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}"

@@ -1,4 +1,4 @@
-"""What every training command does around the loop: it trains, and leaves the weights with their card."""
+"""What every training command does: read and split documents, train, write the weights and their card."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -6,24 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.training.config import LoopConfig
-from vestige.training.data.documents import Document, read, split
-from vestige.training.data.sentences import usable
+from vestige.training.data.documents import Document, read_documents, split_documents
+from vestige.training.data.sentences import require_long_documents
 from vestige.training.distributed import Processes
-from vestige.training.loop import Outcome, Tell, train
+from vestige.training.loop import OnStep, Outcome, train
 from vestige.training.model_card import write_card
 from vestige.training.task import Task
 
 HELD_OUT = 0.1
-"""Share of the documents to validate on."""
+"""Share of the documents that is held out for validation."""
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """What is trained, and can be kept."""
+    """Trained weights that can be written to a folder."""
 
     def save(self, folder: Path) -> None:
         """Write safetensors and JSON into a folder that may not exist yet."""
@@ -32,82 +33,41 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Where a training writes, under which names, and who works on it.
+    """The folder of a training, the names for its card, and its processes.
 
     Args:
-        out: A folder for checkpoints, ``metrics.jsonl``, and in the end a folder of weights.
-        name: Of the model, for the card.
-        command: That does the same again, for the card.
-        resume: Go on with what is in ``out``.
-        among: This process among several.
-        tell: Hears of every step.
+        out: Folder for checkpoints, ``metrics.jsonl``, and finally a folder of weights.
+        name: Name of the model.
+        command: Command that repeats the training.
+        resume: Whether to continue the run in ``out``.
+        world: This process and the number of processes, if there are several.
+        on_step: Called after every step.
     """
 
     out: Path
     name: str
     command: str
     resume: bool = False
-    among: Processes | None = None
-    tell: Tell | None = None
-
-    def carry_out(
-        self,
-        task: Task,
-        loop: LoopConfig,
-        weights: Weights,
-        folder: str,
-        *,
-        what: str,
-        documents: Sequence[Document],
-        **more: Any,
-    ) -> Outcome:
-        """Train, and once all steps are done write the weights and their card.
-
-        Args:
-            task: What to train on.
-            loop: For how long.
-            weights: Those that the task trains.
-            folder: Within ``out``, for the weights.
-            what: The weights do, and whose method that is.
-            documents: They are trained or validated on.
-            more: For the card, as JSON values.
-
-        Raises:
-            InputError: The data or the folder cannot be used.
-            VestigeError: The loss is not finite; the last checkpoint is kept.
-        """
-        done = train(task, loop, self.out, resume=self.resume, among=self.among, tell=self.tell)
-        if done.finished and (self.among is None or self.among.main):
-            weights.save(self.out / folder)
-            write_card(
-                self.out / folder,
-                self.out,
-                what=what,
-                model=self.name,
-                documents=documents,
-                loop=loop,
-                command=self.command,
-                **more,
-            )
-        return done
+    world: Processes | None = None
+    on_step: OnStep | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(ABC):
-    """What is trained, on what, for how long: what a training command makes of its options.
+    """Options of a training command.
 
     Args:
-        data: Files, folders or sets, as :func:`vestige.training.read` takes them.
-        field: Of JSONL lines.
-        loop: Steps, batch, learning rate, ...
-        validation: Samples to validate on.
+        data: Sources, as :func:`~vestige.training.data.documents.read_documents` takes them.
+        field: Text field of JSONL lines.
+        loop: Options of the loop.
+        validation: Number of validation samples.
 
     Raises:
-        InputError: No data, or a number out of range.
+        InputError: There is no data, or a number is out of range.
     """
 
     weights: ClassVar[str]
-    """What is made, as it is called; and the folder for it."""
+    """Name of the weights, and of their folder."""
     data: tuple[str, ...]
     field: str = "text"
     loop: LoopConfig
@@ -120,23 +80,44 @@ class Training(ABC):
             raise InputError("validation must be at least 1")
 
     def require_whole_steps(self, sequences: int, what: str) -> None:
-        """Raise an InputError unless the first so many sequences, learned from otherwise, fill their steps."""
+        """Raise an InputError unless the sequences of a first phase fill whole steps."""
         if sequences % self.loop.batch:
             raise InputError(f"the {sequences} sequences of {what} must be whole steps of {self.loop.batch}")
 
-    def sides(self) -> tuple[list[Document], list[Document]]:
-        """Return the documents to train and to validate on.
+    @abstractmethod
+    def make_task(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+    ) -> tuple[Task, Weights, dict[str, Any]]:
+        """Return the task, the weights that it trains, and JSON values for their card.
+
+        Args:
+            model: Becomes frozen.
+            tokenizer: The model's tokenizer.
+            documents: Training documents.
+            held_out: Validation documents.
 
         Raises:
             InputError: The data cannot be used.
         """
-        return split(usable(read(self.data, field=self.field)), share=HELD_OUT)
 
-    @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        """Train, and write the weights with their card once all steps are done; the model is frozen by this.
+        """Train, and write the weights with their card after the last step; the model becomes frozen.
 
         Raises:
             InputError: The data or the folder cannot be used.
             VestigeError: The loss is not finite; the last checkpoint is kept.
         """
+        read = require_long_documents(read_documents(self.data, field=self.field))
+        documents, held_out = split_documents(read, share=HELD_OUT)
+        torch.manual_seed(self.loop.seed)
+        task, weights, card = self.make_task(model, tokenizer, documents, held_out)
+        outcome = train(task, self.loop, job.out, resume=job.resume, world=job.world, on_step=job.on_step)
+        if outcome.finished and (job.world is None or job.world.main):
+            folder, read = job.out / self.weights, [*documents, *held_out]
+            weights.save(folder)
+            write_card(folder, job.out, model=job.name, documents=read, loop=self.loop, command=job.command, **card)
+        return outcome

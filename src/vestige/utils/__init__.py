@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of caches: files, options in names, registries, timing."""
+"""Small helpers that do not depend on caches: files, options in names, registries, timing."""

@@ -1,4 +1,4 @@
-"""Files and folders that are there completely or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from vestige.errors import InputError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: it is there completely or as it was."""
+    """Write a file under another name and rename it, so that it is never seen half written."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         work.write_text(text, encoding="utf-8")
@@ -24,11 +24,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def require_new(path: Path, hint: str = "") -> None:
-    """Raise an InputError unless nothing, or an empty folder, is in the place of a new folder.
+    """Raise an InputError unless a new folder can be made: nothing exists at its path, or an empty folder.
 
     Args:
-        path: The place.
-        hint: What the folder is for, such as " for --save".
+        path: Path of the new folder.
+        hint: Purpose of the folder, for the message, such as " for --save".
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not empty; name a new folder{hint}")
@@ -36,14 +36,14 @@ def require_new(path: Path, hint: str = "") -> None:
 
 @contextmanager
 def new_folder(path: Path, what: str) -> Iterator[Path]:
-    """Give a folder to fill, which takes its place once all is in it.
+    """Yield a temporary folder to fill, which is moved to its path at the end.
 
     Args:
-        path: Its place; folders above are made.
-        what: Is written, for the message.
+        path: Path of the folder; parent folders are made.
+        what: Name of the contents, for the message.
 
     Raises:
-        InputError: The place is taken, or cannot be written. Nothing is left behind.
+        InputError: The path is taken, or cannot be written. No file is left.
     """
     require_new(path)
     work, made = None, [folder for folder in path.parents if not folder.exists()]

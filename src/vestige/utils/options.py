@@ -1,4 +1,4 @@
-"""Names with options, ``snapkv(kernel=7, share=layer)``: read, never run."""
+"""Names with options, ``snapkv(kernel=7, share=layer)``: parsed without running any code."""
 
 import ast
 import dataclasses
@@ -26,12 +26,12 @@ def split(text: str) -> list[str]:
 
 
 def parse_options(text: str, kind: str, error: type[VestigeError]) -> tuple[str, dict[str, Any]]:
-    """Return a name and its options; a value is a Python literal, or else text: a word, a path, a hub id.
+    """Return a name and its options. A value is a Python literal, or else text: a word, a path, a hub id.
 
     Args:
-        text: What was written.
-        kind: What it names, for messages: "policy".
-        error: Raised where the text cannot be read.
+        text: Name with options.
+        kind: Kind of the named thing in messages, such as "policy".
+        error: Exception for a text that cannot be read.
     """
     name, bracket, rest = (part.strip() for part in text.partition("("))
     if not bracket:
@@ -39,7 +39,7 @@ def parse_options(text: str, kind: str, error: type[VestigeError]) -> tuple[str,
     problem = error(f"cannot read {kind} {text!r}: write it like {name or kind}(option=value)")
     parts = split(rest.removesuffix(")"))
     try:
-        options = dict(map(_option, parts))
+        options = dict(map(_parse_option, parts))
     except ValueError:
         raise problem from None
     if not name.isidentifier() or not rest.endswith(")") or len(options) < len(parts):
@@ -50,15 +50,15 @@ def parse_options(text: str, kind: str, error: type[VestigeError]) -> tuple[str,
 def coerce_options(
     options: dict[str, Any], cls: Any, name: str, kind: str, error: type[VestigeError], *, taken: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Return options as the fields of a dataclass want them: known, of the field's type, whole numbers as floats.
+    """Return options converted to the types of a dataclass's fields.
 
     Args:
-        options: By name.
+        options: Value of each option.
         cls: A dataclass.
-        name: Of the class, for messages.
-        kind: What it is, for messages.
-        error: Raised where an option does not fit.
-        taken: Fields that are given in another way.
+        name: Name of the class in messages.
+        kind: Kind of the class in messages.
+        error: Exception for an unknown option or a value of another type.
+        taken: Fields that cannot be options, because the caller sets them.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in taken}
     found = {}
@@ -67,7 +67,7 @@ def coerce_options(
             raise error(f"{kind} {name!r} has no option {option!r}; available: {', '.join(sorted(fields))}")
         wanted = fields[option].type
         try:
-            found[option] = _as(value, wanted)
+            found[option] = _convert(value, wanted)
         except ValueError:
             if get_origin(wanted) is Literal:
                 raise error(f"{kind} {name!r}: {unknown_name_message(option, str(value), get_args(wanted))}") from None
@@ -75,22 +75,22 @@ def coerce_options(
     return found
 
 
-_SAID = {bool: "True or False", int: "a whole number", float: "a number", str: "text", NoneType: "None"}
+_TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", NoneType: "None"}
 
 
-def _as(value: Any, wanted: Any) -> Any:
-    """Return a value that was written down as one of a type; a whole number is a number, too.
+def _convert(value: Any, wanted: Any) -> Any:
+    """Return a parsed value as a type; a whole number becomes a float where a float is wanted.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not of that type.
     """
     args = get_args(wanted)
     if get_origin(wanted) is tuple and isinstance(value, tuple):
-        return tuple(_as(one, args[0]) for one in value)
+        return tuple(_convert(item, args[0]) for item in value)
     if isinstance(wanted, UnionType):
-        for one in args:
+        for alternative in args:
             with suppress(ValueError):
-                return _as(value, one)
+                return _convert(value, alternative)
     if type(value) is wanted or (get_origin(wanted) is Literal and value in args):
         return value
     if wanted is float and type(value) is int:
@@ -99,33 +99,33 @@ def _as(value: Any, wanted: Any) -> Any:
 
 
 def _type_name(wanted: Any) -> str:
-    """Return what a type is called, of a union what can be written down."""
+    """Return the name of a type for messages; of a union, those types that an option can have."""
     if get_origin(wanted) is tuple:
         return f"several in brackets, each {_type_name(get_args(wanted)[0])}"
-    alternatives = [one for one in get_args(wanted) or (wanted,) if one in _SAID or get_origin(one) is tuple]
-    return " or ".join(_SAID.get(one) or _type_name(one) for one in alternatives)
+    parts = [part for part in get_args(wanted) or (wanted,) if part in _TYPE_NAMES or get_origin(part) is tuple]
+    return " or ".join(_TYPE_NAMES.get(part) or _type_name(part) for part in parts)
 
 
-def _tupled(value: Any) -> Any:
-    """Return tuples for lists."""
-    return tuple(map(_tupled, value)) if isinstance(value, tuple | list) else value
+def _lists_to_tuples(value: Any) -> Any:
+    """Return a value with tuples in place of lists."""
+    return tuple(map(_lists_to_tuples, value)) if isinstance(value, tuple | list) else value
 
 
 _CONSTANTS = {"true": "True", "false": "False", "none": "None"}
-"""As JSON and many a shell write them."""
+"""Python's constants by their spelling in JSON and shells."""
 
 
-def _option(part: str) -> tuple[str, Any]:
-    """Return an option and its value.
+def _parse_option(part: str) -> tuple[str, Any]:
+    """Return the name and the value of an option.
 
     Raises:
-        ValueError: They cannot be told.
+        ValueError: The text is not ``name=value``.
     """
     option, _, value = (word.strip() for word in part.partition("="))
     if not option.isidentifier():
         raise ValueError(option)
     try:
-        return option, _tupled(ast.literal_eval(_CONSTANTS.get(value, value)))
+        return option, _lists_to_tuples(ast.literal_eval(_CONSTANTS.get(value, value)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         if re.fullmatch(r"[\w./:~@+-]+", value):
             return option, value

@@ -1,36 +1,92 @@
-"""Classes that have a short name: listed as ``module:Class``, imported when they are first used."""
+"""Registries: classes with a short name, listed as ``module:Class`` and imported on first use."""
 
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from vestige.errors import VestigeError, unknown_name_message
+from vestige.utils.options import coerce_options, parse_options
 
-Paths = Mapping[str, str | None]
-"""``module:Class`` by name; None names nothing."""
+Class = TypeVar("Class")
+"""Type of a resolved name: ``type[Policy]``, or ``type[Memory] | None`` where a name may have no class."""
+Made = TypeVar("Made")
+"""Type of the objects: ``Policy``, or ``Memory | None``."""
 
 
-def resolve(name: str, paths: Paths, kind: str, error: type[VestigeError]) -> Any:
-    """Return the class behind a name, or None if the name stands for nothing.
+class Registry(Generic[Class, Made]):
+    """Named classes of one kind, whose package offers them as attributes; listing the names imports nothing.
 
-    Raises:
-        VestigeError: No such name (the error that was given); the message gives the nearest and all valid ones.
+    Args:
+        kind: Kind of the classes in messages, such as "policy".
+        paths: ``module:Class`` by name; None for a name without a class.
+        error: Exception for an unknown name or an option that does not fit.
+        package: Name of the package that offers the classes.
+        unnamed: Further ``module:name`` paths that the package offers, which have no short name.
     """
-    if name not in paths:
-        raise error(unknown_name_message(kind, name, paths))
-    path = paths[name]
-    return path and load(path)
 
+    def __init__(
+        self,
+        kind: str,
+        paths: Mapping[str, str | None],
+        error: type[VestigeError],
+        package: str,
+        *,
+        unnamed: Iterable[str] = (),
+    ) -> None:
+        self.kind, self.paths, self.error, self.package = kind, paths, error, package
+        self.members = {path.partition(":")[2]: path for path in (*paths.values(), *unnamed) if path}
+        """Path of each attribute of the package."""
 
-def name_of(made: object, paths: Paths) -> str:
-    """Return the name under which an object's class is listed, or the class's own."""
-    home = f"{type(made).__module__}:{type(made).__name__}"
-    return next((name for name, path in paths.items() if path == home), type(made).__name__)
+    def resolve(self, name: str) -> Class:
+        """Return the class of a name; None for a name without a class.
 
+        Raises:
+            VestigeError: An unknown name, raised as the registry's error; the message gives the nearest and all valid
+                names.
+        """
+        if name not in self.paths:
+            raise self.error(unknown_name_message(self.kind, name, self.paths))
+        path = self.paths[name]
+        found: Class = path and load(path)  # type: ignore[assignment]  # None is part of Class where a path is None
+        return found
 
-def members(paths: Iterable[str | None]) -> dict[str, str]:
-    """Return the paths by what they end in: what a package that lists them offers as attributes."""
-    return {path.partition(":")[2]: path for path in paths if path}
+    def parse(self, text: str, *, given: tuple[str, ...] = ()) -> tuple[str, Class, dict[str, Any]]:
+        """Return the name, the class and the options of a text such as ``"snapkv(kernel=7)"``.
+
+        Args:
+            text: Name with options.
+            given: Fields of the class that the caller sets itself, so that they are no options.
+
+        Raises:
+            VestigeError: An unknown name or option, or a value of another type, raised as the registry's error.
+        """
+        name, options = parse_options(text, self.kind, self.error)
+        cls = self.resolve(name)
+        if cls is None and options:
+            raise self.error(f"{self.kind} {name!r} takes no options, got {', '.join(options)}")
+        return name, cls, coerce_options(options, cls, name, self.kind, self.error, taken=given) if options else {}
+
+    def make(self, text: str) -> Made:
+        """Return a new object of a named class, with options if the text has any; None for a name without a class.
+
+        Args:
+            text: A name, with options if wanted: ``"repair(share=0.3)"``, ``"moments(mass=4, dtype=float32)"``.
+
+        Raises:
+            VestigeError: An unknown name or option, or a value out of range.
+        """
+        _, cls, options = self.parse(text)
+        made: Made = cls(**options) if callable(cls) else None  # type: ignore[assignment]
+        return made
+
+    def name_of(self, made: Made) -> str:
+        """Return the short name of an object's class, or the name of the class itself if it has none."""
+        home = None if made is None else f"{type(made).__module__}:{type(made).__name__}"
+        return next((name for name, path in self.paths.items() if path == home), type(made).__name__)
+
+    def attribute(self, name: str) -> Any:
+        """Return a class by its own name: the ``__getattr__`` of the package."""
+        return member(name, self.members, self.package)
 
 
 def member(name: str, offered: Mapping[str, str], package: str) -> Any:
@@ -41,6 +97,6 @@ def member(name: str, offered: Mapping[str, str], package: str) -> Any:
 
 
 def load(path: str) -> Any:
-    """Return what ``module:Name`` names."""
+    """Import the object of a ``module:name`` path."""
     module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""Seconds that are true on devices that work ahead."""
+"""Clocks for devices that work asynchronously."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Return a clock in seconds that waits for what the device was given."""
+    """Return the time in seconds after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -18,12 +18,12 @@ from vestige.bench.erasing.latency import LatencyConfig, latency
 from vestige.bench.erasing.runner import bench_erase
 from vestige.bench.erasing.sample import EraseSample, Question, erased, unmarked, what_is
 from vestige.bench.erasing.scoring import passes, promises
-from vestige.bench.erasing.story_templates import Plot, depths, each, sentences
+from vestige.bench.erasing.story_templates import StoryTemplate, draw_depths, draw_sentences, make_each
 from vestige.bench.tasks import Order
 from vestige.bench.tokenization import Renderer
 from vestige.errors import CacheError
 from vestige.testing import tiny
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 pytest.importorskip("wonderwords")
 
@@ -48,7 +48,7 @@ def texts(tmp_path_factory) -> Path:
     return root
 
 
-def lamps(order: Order, rng: random.Random) -> Plot:
+def lamps(order: Order, rng: random.Random) -> StoryTemplate:
     """Return a plot with few letters and short replies: a tiny model is soon done with it."""
     wrong, right, other, empty = map(str, rng.sample(range(100, 1000), 4))
     lines = [erased(f"Lamp {wrong} is lit."), f"Lamp {right} is lit.", f"Lamp {other} is red."]
@@ -57,12 +57,13 @@ def lamps(order: Order, rng: random.Random) -> Plot:
         what_is("retained", "red", other, room=3),
         Question(kind="leak", text="What is gone?", forbidden=(wrong, empty), max_new_tokens=4),
     )
-    return Plot(opening="", lines=lines, depths=depths(rng, 3), filler=sentences(order, rng), questions=questions)
+    filler = draw_sentences(order, rng)
+    return StoryTemplate(opening="", lines=lines, depths=draw_depths(rng, 3), filler=filler, questions=questions)
 
 
 @pytest.fixture(autouse=True)
 def lamps_are_a_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "lamps", each(lamps))
+    monkeypatch.setitem(tasks.TASKS, "lamps", make_each(lamps))
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_passages_are_found_in_the_one_tokenisation_and_the_clean_prompt_is_the_
     ):
         said = [tokenizer.decode(item.context[0, span.start : span.end].tolist()).strip() for span in item.spans]
         assert said == [item.sample.context[start:end] for start, end in item.sample.passages]
-        assert torch.equal(item.context, Frame(tokenizer).context(item.sample.context))
+        assert torch.equal(item.context, ChatTemplate(tokenizer).context(item.sample.context))
         gone = {i for span in item.spans for i in range(span.start, span.end)}
         assert item.clean[0].tolist() == [x for i, x in enumerate(item.context[0].tolist()) if i not in gone]
         assert item.tokens <= 1400 < item.tokens + 120
@@ -364,7 +365,7 @@ def test_a_passage_between_words_takes_whole_tokens_and_nothing_else(talker):
     sample = EraseSample(
         task="t", index=0, length=9, context=context, passages=passages, questions=(Question(kind="leak", text="?"),)
     )
-    item = as_item(sample, Frame(talker[1]))
+    item = as_item(sample, ChatTemplate(talker[1]))
     left = talker[1].decode(item.clean[0].tolist(), skip_special_tokens=True)
     assert "One is here." in left and "Three stays." in left and "Two" not in left and "gone" not in left
 

@@ -208,10 +208,12 @@ def test_a_distractor_is_the_answer_sentence_with_another_answer_behind_the_righ
 
 def test_the_answer_sentence_is_the_one_nearest_to_the_question():
     text = "Ann came in May. Bo was born in May and left. Dismay was great."
-    found = distractors.answer_sentence(Asked(question="When was Bo born?", answers=("May.",), gold=(text,), near=()))
+    found = distractors.find_answer_sentence(
+        Asked(question="When was Bo born?", answers=("May.",), gold=(text,), near=())
+    )
     assert found == ("Bo was born in May and left.", "May")
     none = Asked(question="When was Bo born?", answers=("June",), gold=(text,), near=())
-    assert distractors.answer_sentence(none) is None
+    assert distractors.find_answer_sentence(none) is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_the_answer_sentence_is_the_one_nearest_to_the_question():
     ],
 )
 def test_answers_are_exchanged_for_others_of_their_shape(answer, look):
-    assert distractors.shape(answer) == look
+    assert distractors.find_shape(answer) == look
 
 
 def test_questions_that_run_out_are_counted(texts):

@@ -17,7 +17,7 @@ from vestige.bench.methods.conversation import Job, TurnIds
 from vestige.bench.methods.peers import PeerError, open_peer, presses
 from vestige.bench.methods.peers.presses import PressPeer, find_python
 from vestige.cache.prefill import finish, prefill
-from vestige.models.loading import is_cached
+from vestige.models.gguf_wheels import is_cached
 from vestige.testing import full_layers, held_mask
 
 pytestmark = pytest.mark.peers

@@ -16,7 +16,7 @@ from vestige.pipelines.answer import answer
 from vestige.policies import POLICIES
 from vestige.policies.base import NeedsReplay
 from vestige.testing import random_ids, tiny
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 
 ROWS = 4  # two layers of two KV heads
 SMALL = {"sink": 2, "window": 3}
@@ -233,7 +233,7 @@ def test_a_long_question_stays_whole_however_small_the_chunks(monkeypatch):
 
 def test_full_answers_as_answer_does(chatter, story):
     model, tokenizer = chatter
-    frame = Frame(tokenizer)
+    frame = ChatTemplate(tokenizer)
     context, question = frame.context(story), frame.question("Who keeps lamp 16?")
     given = TurnIds(context=tuple(context[0].tolist()), question=tuple(question[0].tolist()), max_new_tokens=6)
     with attach(model):

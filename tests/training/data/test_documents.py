@@ -12,14 +12,15 @@ from tests.conftest import byte_level_tokenizer
 from vestige import InputError
 from vestige.bench import hub, sources
 from vestige.bench.tasks import Order
-from vestige.training import Document, generator_of, lines_of, read, split, windows
 from vestige.training.data import documents as module
+from vestige.training.data.documents import Document, draw_windows, read_documents, split_documents, split_lines
+from vestige.training.sampler import make_generator
 
 
 @pytest.fixture
 def notices(monkeypatch) -> list[str]:
     heard: list[str] = []
-    monkeypatch.setattr(module, "_say", heard.append)
+    monkeypatch.setattr(module, "_print_error", heard.append)
     return heard
 
 
@@ -46,7 +47,7 @@ def test_texts_markdown_folders_and_jsonl_are_documents(tmp_path, notices):
     (folder / "notes.md").write_text("# notes")
     (folder / "data.csv").write_text("not read")
     lines = jsonl(tmp_path / "more.jsonl", [{"text": "one\u2028line"}, {"text": " \n"}, {"text": "last"}])
-    found = read([folder, str(tmp_path / "texts" / "t00.txt"), lines])
+    found = read_documents([folder, str(tmp_path / "texts" / "t00.txt"), lines])
     assert [Path(d.name).name for d in found[:4]] == ["notes.md", "t00.txt", "t01.txt", "t00.txt"]
     assert [d.text for d in found] == ["# notes", "text 0", "text 1", "text 0", "one\u2028line", "last"]
     assert found[-1].name == f"{lines}, line 3" and notices == []
@@ -54,7 +55,7 @@ def test_texts_markdown_folders_and_jsonl_are_documents(tmp_path, notices):
 
 def test_another_field_can_be_named(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"body": "b", "text": "t"}])
-    assert [d.text for d in read([path], field="body")] == ["b"]
+    assert [d.text for d in read_documents([path], field="body")] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_another_field_can_be_named(tmp_path):
 def test_a_bad_line_is_refused_with_file_and_line(tmp_path, content, words):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(InputError, match=words) as error:
-        read([tmp_path / "a.jsonl"])
+        read_documents([tmp_path / "a.jsonl"])
     assert "\n" not in str(error.value)
 
 
@@ -80,20 +81,20 @@ def test_missing_empty_and_other_files_are_refused(tmp_path):
     (tmp_path / "a.bin").write_text("x")
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(InputError, match="no such file or folder: .*nowhere"):
-        read([tmp_path / "nowhere"])
+        read_documents([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="there is nothing to train on in .*empty"):
-        read([tmp_path / "empty"])
+        read_documents([tmp_path / "empty"])
     with pytest.raises(InputError, match="a.bin is not a kind of file to train on: .txt, .md, .jsonl, or a folder"):
-        read([tmp_path / "a.bin"])
+        read_documents([tmp_path / "a.bin"])
     with pytest.raises(InputError, match="a.txt is empty"):
-        read([tmp_path / "a.txt"])
+        read_documents([tmp_path / "a.txt"])
     with pytest.raises(InputError, match="name data to train on"):
-        read([])
+        read_documents([])
 
 
 def test_training_texts_and_benchmark_essays_share_nothing_and_miss_nothing(tmp_path, notices):
     folder = filled(tmp_path / "essays", 49)
-    trained = {d.text for d in read([folder])}
+    trained = {d.text for d in read_documents([folder])}
     used = {
         text
         for side in ("dev", "test")
@@ -107,25 +108,28 @@ def test_training_texts_and_benchmark_essays_share_nothing_and_miss_nothing(tmp_
 def test_a_file_named_alone_is_judged_by_its_place_in_its_folder(tmp_path, monkeypatch, notices):
     folder = filled(tmp_path / "essays", 12)
     monkeypatch.chdir(folder)
-    assert [d.text for d in read(["t03.txt", "t04.txt", folder / "t09.txt", "t10.txt"])] == ["text 3", "text 10"]
+    assert [d.text for d in read_documents(["t03.txt", "t04.txt", folder / "t09.txt", "t10.txt"])] == [
+        "text 3",
+        "text 10",
+    ]
     assert len(notices) == 2 and notices[0].startswith("t04.txt: 1 of 1 documents are left out")
     with pytest.raises(InputError, match="nothing to train on in t04.txt: no text, or only what is for benchmarks"):
-        read(["t04.txt"])
+        read_documents(["t04.txt"])
 
 
 def test_markdown_and_folders_of_few_texts_lose_nothing(tmp_path, notices):
-    assert len(read([filled(tmp_path / "few", 9)])) == 9
-    assert len(read([filled(tmp_path / "md", 20, ".md")])) == 20
+    assert len(read_documents([filled(tmp_path / "few", 9)])) == 9
+    assert len(read_documents([filled(tmp_path / "md", 20, ".md")])) == 20
     mixed = filled(filled(tmp_path / "mixed", 10), 10, ".md")
-    assert len(read([mixed])) == 18 and len(notices) == 1
+    assert len(read_documents([mixed])) == 18 and len(notices) == 1
 
 
 def test_the_second_half_of_each_longbench_set_is_left_out(tmp_path, notices):
     path = jsonl(tmp_path / "multi_news.jsonl", longbench(200))
-    assert [d.text for d in read([path], field="context")] == [f"context {n}" for n in range(100)]
+    assert [d.text for d in read_documents([path], field="context")] == [f"context {n}" for n in range(100)]
     assert notices == [f"{path}: 100 of 200 documents are left out, they are for benchmarks only"]
     both = longbench(3) + longbench(4, dataset="qmsum_e", context="q")
-    counts = Counter(d.text for d in read([jsonl(tmp_path / "both.jsonl", both)], field="context"))
+    counts = Counter(d.text for d in read_documents([jsonl(tmp_path / "both.jsonl", both)], field="context"))
     assert counts == {"context 0": 1, "context 1": 1, "q": 2}
 
 
@@ -146,15 +150,15 @@ def test_whole_benchmarks_are_refused(tmp_path):
         (second, "v2.jsonl, line 1: a sample in LongBench v2's format"),
     ):
         with pytest.raises(InputError, match=words):
-            read([path], field="input")
+            read_documents([path], field="input")
 
 
 def test_what_is_left_out_is_said_on_stderr_or_to_the_caller(tmp_path, capsys):
     folder = filled(tmp_path / "essays", 10)
     heard: list[str] = []
-    read([folder], notice=heard.append)
+    read_documents([folder], notice=heard.append)
     assert capsys.readouterr() == ("", "") and len(heard) == 1
-    read([folder])
+    read_documents([folder])
     said = capsys.readouterr()
     assert said.out == "" and said.err == f"{heard[0]}\n" and "2 of 10" in said.err
 
@@ -174,7 +178,7 @@ def fetched(monkeypatch) -> list[tuple]:
 
 def test_a_set_on_the_hub_is_rows_of_a_config_and_split(fetched, notices):
     for source in ("hub:owner/name", "hub:owner/name:small", "hub:owner/name::train[:20]", "hub:owner/name:small:test"):
-        found = read([source])
+        found = read_documents([source])
         assert len(found) == 19 and found[2] == Document("owner/name, row 3", "row 3")
     assert [words[1:] for words in fetched] == [
         (None, "train"),
@@ -193,11 +197,11 @@ def test_the_benchmarks_sets_on_the_hub_are_refused_before_they_are_fetched(fetc
         ("hub:Xnhyacinth/LongBench:lcc:test", "test"),
     ):
         with pytest.raises(InputError, match=f"the {split_name} split of .* is for benchmarks only"):
-            read([source])
+            read_documents([source])
     with pytest.raises(InputError, match="every fifth text of .* take the split train, not 'train.:9.'"):
-        read([f"hub:{sources.ESSAYS_SET}::train[:9]"])
+        read_documents([f"hub:{sources.ESSAYS_SET}::train[:9]"])
     assert fetched == []
-    kept = [d.text for d in read([f"hub:{sources.ESSAYS_SET}"])]
+    kept = [d.text for d in read_documents([f"hub:{sources.ESSAYS_SET}"])]
     assert not {"row 4", "row 9", "row 14", "row 19"} & set(kept) and len(kept) == 20 - 4 - 1
     assert "4 of 20 documents are left out" in notices[0]
 
@@ -207,7 +211,7 @@ def test_without_datasets_the_pip_line_is_given(monkeypatch):
     with pytest.raises(
         InputError, match=r'fetching owner/name needs datasets: pip install "vestige\[bench\]"; or give'
     ):
-        read(["hub:owner/name"])
+        read_documents(["hub:owner/name"])
 
 
 def texts(count: int) -> list[Document]:
@@ -215,42 +219,42 @@ def texts(count: int) -> list[Document]:
 
 
 def test_sides_follow_from_the_text_whatever_the_order_and_what_else_is_there():
-    train_on, validate_on = split(texts(400), share=0.2)
+    train_on, validate_on = split_documents(texts(400), share=0.2)
     assert 50 < len(validate_on) < 110 and sorted(d.name for d in train_on + validate_on) == sorted(
         d.name for d in texts(400)
     )
-    backwards = split(texts(400)[::-1], share=0.2)
+    backwards = split_documents(texts(400)[::-1], share=0.2)
     assert set(backwards[0]) == set(train_on) and backwards[0] == train_on[::-1]
-    more = split([*texts(600), Document("other name", "text 7")], share=0.2)
+    more = split_documents([*texts(600), Document("other name", "text 7")], share=0.2)
     assert set(train_on) <= set(more[0]) and set(validate_on) <= set(more[1])
 
 
 def test_equal_texts_are_one_document_so_that_no_side_has_the_others():
-    train_on, validate_on = split([Document(f"d{n}", f"text {n % 5}") for n in range(20)], share=0.5)
+    train_on, validate_on = split_documents([Document(f"d{n}", f"text {n % 5}") for n in range(20)], share=0.5)
     assert sorted(d.name for d in train_on + validate_on) == ["d0", "d1", "d2", "d3", "d4"]
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_no_side_is_empty_if_there_are_two_documents(share):
     for start in range(20):
-        train_on, validate_on = split([Document("", f"{start}"), Document("", f"{start} too")], share=share)
+        train_on, validate_on = split_documents([Document("", f"{start}"), Document("", f"{start} too")], share=share)
         assert len(train_on) == len(validate_on) == 1
-    assert split(texts(1), share=share) == (texts(1), [])
+    assert split_documents(texts(1), share=share) == (texts(1), [])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_a_share_out_of_range_is_refused(share):
     with pytest.raises(InputError, match="must lie between 0 and 1, got"):
-        split(texts(3), share=share)
+        split_documents(texts(3), share=share)
 
 
 def test_nothing_cannot_be_split():
     with pytest.raises(InputError, match="there are no documents to split"):
-        split([])
+        split_documents([])
 
 
 def test_lines_can_be_documents():
-    lines = lines_of(Document("reviews.txt", "good\n\nbad\u2028still\n"))
+    lines = split_lines(Document("reviews.txt", "good\n\nbad\u2028still\n"))
     assert lines == [Document("reviews.txt, line 1", "good"), Document("reviews.txt, line 3", "bad\u2028still")]
 
 
@@ -262,21 +266,21 @@ def tokenizer():
 def test_windows_are_pieces_at_random_places_that_follow_from_the_generator(tokenizer):
     document = Document("d", " ".join(map(str, range(300))))
     ids = tokenizer(document.text)["input_ids"]
-    cut = windows(document, tokenizer, size=20, count=50, generator=generator_of(0))
+    cut = draw_windows(document, tokenizer, size=20, count=50, generator=make_generator(0))
     assert cut.shape == (50, 20) and cut.dtype == torch.long
     starts = [next(i for i in range(len(ids)) if ids[i : i + 20] == row) for row in cut.tolist()]
     assert len(set(starts)) > 25 and min(starts) < len(ids) / 5 and max(starts) > len(ids) * 3 / 5
-    again, other = (windows(document, tokenizer, size=20, count=50, generator=generator_of(n)) for n in (0, 1))
+    again, other = (draw_windows(document, tokenizer, size=20, count=50, generator=make_generator(n)) for n in (0, 1))
     assert cut.equal(again) and not cut.equal(other)
 
 
 def test_a_window_may_be_the_whole_document_and_no_more(tokenizer):
     document = Document("short.txt", "A short text.")
     ids = tokenizer(document.text)["input_ids"]
-    assert windows(document, tokenizer, size=len(ids), generator=generator_of(0)).tolist() == [ids]
+    assert draw_windows(document, tokenizer, size=len(ids), generator=make_generator(0)).tolist() == [ids]
     with pytest.raises(InputError, match=f"short.txt has {len(ids)} tokens, fewer than a window of {len(ids) + 1}"):
-        windows(document, tokenizer, size=len(ids) + 1, generator=generator_of(0))
+        draw_windows(document, tokenizer, size=len(ids) + 1, generator=make_generator(0))
     with pytest.raises(InputError, match="windows need a size and a count of at least 1, got 0 and 1"):
-        windows(document, tokenizer, size=0, generator=generator_of(0))
+        draw_windows(document, tokenizer, size=0, generator=make_generator(0))
     with pytest.raises(InputError, match="x has 0 tokens"):
-        windows(Document("x", ""), tokenizer, size=1, generator=generator_of(0))
+        draw_windows(Document("x", ""), tokenizer, size=1, generator=make_generator(0))

@@ -56,7 +56,7 @@ def test_no_statement_question_or_reply_is_phrased_like_a_benchmarks(essays, nam
 def test_what_is_asked_of_a_setting_stands_in_the_text_word_for_word():
     quoted = 0
     for seed in range(60):
-        text, asked = tales.assignments(random.Random(seed), ["One.", "Two.", "Three.", "Four."])
+        text, asked = tales.make_assignments(random.Random(seed), ["One.", "Two.", "Three.", "Four."])
         assert all(f"{one.prefix} {one.answer}" in text for one in asked)
         quoted += '"' in asked[0].answer
     assert 0 < quoted < 60
@@ -81,4 +81,4 @@ def test_no_name_or_value_has_the_shape_of_a_benchmarks():
     for seed in range(300):
         rng = random.Random(seed)
         values = [relation.value(rng) for relation in vocabulary.RELATIONS]
-        assert not [one for one in (*values, vocabulary.subject(rng)) if shapes.match(one)]
+        assert not [one for one in (*values, vocabulary.draw_subject(rng)) if shapes.match(one)]

@@ -11,29 +11,29 @@ import pytest
 from vestige.bench.erasing import stories, tasks
 from vestige.bench.tasks import Order
 from vestige.training.data import vocabulary
-from vestige.training.data.sentences import sentences
+from vestige.training.data.sentences import split_sentences
 from vestige.training.data.vocabulary import RELATIONS
-from vestige.training.eraser.facts import KINDS, facts
-from vestige.training.eraser.quotations import altered, neighbour
+from vestige.training.eraser.facts import KINDS, draft_facts
+from vestige.training.eraser.quotations import draft_altered, draft_neighbour
 
 PROSE = [f"Sentence number {i} says that the calm year {1000 + 7 * i} was good for Alice." for i in range(16)]
 OTHER = [f"Strange words {i} stand here for no reason at all, says Rupert to {i + 50} men." for i in range(6)]
 
 
 def drafts(number: int = 120):
-    return [facts(random.Random(i), PROSE) for i in range(number)]
+    return [draft_facts(random.Random(i), PROSE) for i in range(number)]
 
 
 def count(text: str) -> int:
     return len(text.split())
 
 
-def side(draft, *, gone: bool) -> list[str]:
-    return [passage.text for passage in draft.passages if passage.gone == gone]
+def side(draft, *, is_erased: bool) -> list[str]:
+    return [passage.text for passage in draft.passages if passage.is_erased == is_erased]
 
 
 def clean(draft) -> str:
-    return draft.joint.join(side(draft, gone=False))
+    return draft.joint.join(side(draft, is_erased=False))
 
 
 # Statements.
@@ -45,7 +45,7 @@ def test_every_kind_comes_and_its_spans_are_the_passages_that_are_gone():
     assert {one.joint for one in made} == {" ", "\n", "\n\n"}
     for one in made:
         erased = one.joint.join(one.text[start:end] for start, end in one.spans)
-        assert erased == one.joint.join(side(one, gone=True)) != ""
+        assert erased == one.joint.join(side(one, is_erased=True)) != ""
         main = one.queries[0]
         assert main.answer in clean(one) and (main.kind == "alone") == (main.answer == "")
 
@@ -53,7 +53,7 @@ def test_every_kind_comes_and_its_spans_are_the_passages_that_are_gone():
 def test_what_is_erased_contradicts_commands_or_has_nothing_to_do_with_the_answer():
     for one in drafts():
         kind, answer = one.queries[0].kind, one.queries[0].answer
-        stated = [passage.states for passage in one.passages if passage.gone and passage.states]
+        stated = [passage.states for passage in one.passages if passage.is_erased and passage.states]
         expected = {"conflict": 1, "remark": 1, "order": 0, "retained": 0, "alone": 1}
         assert len(stated) == expected.get(kind, len(stated)) and answer not in stated
         assert kind != "several" or len(stated) in (2, 3)
@@ -62,9 +62,9 @@ def test_what_is_erased_contradicts_commands_or_has_nothing_to_do_with_the_answe
 
 def test_a_remark_on_what_is_erased_stays_right_behind_it():
     one = next(draft for draft in drafts() if draft.queries[0].kind == "remark")
-    at = next(i for i, passage in enumerate(one.passages) if passage.gone)
+    at = next(i for i, passage in enumerate(one.passages) if passage.is_erased)
     follows = one.passages[at + 1]
-    assert not follows.gone and one.passages[at].states not in follows.text
+    assert not follows.is_erased and one.passages[at].states not in follows.text
     assert any(re.fullmatch(pattern(form), follows.text) for form in vocabulary.REMARKS)
 
 
@@ -76,7 +76,7 @@ def test_what_somebody_else_has_is_asked_for_too_and_everything_about_a_conflict
 
 
 def test_often_it_is_asked_with_nothing_that_opens_the_reply_too():
-    drafts = [facts(random.Random(i), PROSE) for i in range(100)]
+    drafts = [draft_facts(random.Random(i), PROSE) for i in range(100)]
     free = [one for draft in drafts for one in draft.queries[1:] if not one.prefix]
     assert 30 < len(free) < 70 and {one.kind for one in free} == {"free"}
     assert all(draft.queries[0].prefix for draft in drafts)
@@ -90,7 +90,7 @@ def test_a_conflict_can_be_erased_either_way():
 
 
 def test_the_same_seed_gives_the_same_text():
-    assert drafts(5) == drafts(5) and facts(random.Random(1), PROSE) != facts(random.Random(2), PROSE)
+    assert drafts(5) == drafts(5) and draft_facts(random.Random(1), PROSE) != draft_facts(random.Random(2), PROSE)
 
 
 # Quotations.
@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_text():
 
 def test_a_quotation_goes_on_behind_its_anchor_in_the_clean_text():
     for seed in range(20):
-        one = neighbour(random.Random(seed), PROSE, OTHER)
+        one = draft_neighbour(random.Random(seed), PROSE, OTHER)
         assert [query.kind for query in one.queries] == ["across", "elsewhere"]
         for query in one.queries:
             assert f"{query.prefix} {query.answer}" in clean(one) and query.verbatim
@@ -109,23 +109,23 @@ def test_a_quotation_goes_on_behind_its_anchor_in_the_clean_text():
 
 def test_an_altered_sentence_differs_by_a_name_or_a_number_and_is_erased():
     for seed in range(40):
-        one = altered(random.Random(seed), PROSE, OTHER)
+        one = draft_altered(random.Random(seed), PROSE, OTHER)
         assert one is not None
         main = one.queries[0]
-        (gone,) = (passage for passage in one.passages if passage.gone and passage.states)
-        (kept,) = (passage for passage in one.passages if not passage.gone and passage.states)
-        assert f"{main.prefix} {main.answer}" in kept.text and f"{main.prefix} {gone.states}" in gone.text
-        assert gone.states != main.answer == kept.states and gone.text != kept.text
-        assert one.flipped().queries[0].answer == gone.states
+        (is_erased,) = (passage for passage in one.passages if passage.is_erased and passage.states)
+        (kept,) = (passage for passage in one.passages if not passage.is_erased and passage.states)
+        assert f"{main.prefix} {main.answer}" in kept.text and f"{main.prefix} {is_erased.states}" in is_erased.text
+        assert is_erased.states != main.answer == kept.states and is_erased.text != kept.text
+        assert one.flipped().queries[0].answer == is_erased.states
 
 
 def test_prose_without_names_and_numbers_cannot_be_altered():
-    assert altered(random.Random(0), ["there is nothing in here that has a name, or counts."] * 8, OTHER) is None
+    assert draft_altered(random.Random(0), ["there is nothing in here that has a name, or counts."] * 8, OTHER) is None
 
 
 def test_sentences_are_cut_at_their_ends_and_rubbish_is_left_out():
     text = "One sentence stands here alone.  Another\none follows it now! Short. " + "x" * 500 + "."
-    assert sentences(text) == ["One sentence stands here alone.", "Another one follows it now!"]
+    assert split_sentences(text) == ["One sentence stands here alone.", "Another one follows it now!"]
 
 
 # What benchmarks say must not be learnt.

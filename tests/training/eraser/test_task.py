@@ -11,15 +11,17 @@ from vestige.erasers.erase import erase
 from vestige.erasers.learned import Learned
 from vestige.nn.lora import Adapter
 from vestige.testing import random_ids, tiny
-from vestige.training import Document, LoopConfig, train
-from vestige.training.data.sentences import prose_of, usable
+from vestige.training.config import LoopConfig
+from vestige.training.data.documents import Document
+from vestige.training.data.sentences import require_long_documents, split_all_sentences
 from vestige.training.eraser import differentiable_cache
-from vestige.training.eraser.facts import facts
-from vestige.training.eraser.samples import EraserOptions, SampleMaker, Texts
+from vestige.training.eraser.facts import draft_facts
+from vestige.training.eraser.samples import EraserOptions, SampleMaker, Sources
 from vestige.training.eraser.task import EraserTask
+from vestige.training.loop import train
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
-TEXTS = Texts(prose=[PROSE, PROSE[::-1]])
+TEXTS = Sources(texts=[PROSE, PROSE[::-1]])
 SMALL = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2)
 
 
@@ -28,7 +30,7 @@ SMALL = EraserOptions(neighbours=2, least=100, most=200, reply=4, tries=2)
 
 def test_steering_writes_what_the_eraser_writes_into_a_live_cache():
     model = tiny("llama")
-    adapter, draw = Adapter.fresh(model, rank=4), torch.Generator().manual_seed(0)
+    adapter, draw = Adapter.initialize(model, rank=4), torch.Generator().manual_seed(0)
     for weight in (*adapter.down, *adapter.up):
         weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
     ids, spans = random_ids(model, 1, 40), [Span(8, 12), Span(20, 27)]
@@ -51,7 +53,7 @@ def test_the_reply_is_that_of_generate(chatter):
     whole = torch.cat([ids, question], 1)
     out = model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False)
     expected = out[0, 35:].tolist()
-    said = differentiable_cache.reply(model, layers, question, 6, (tokenizer.eos_token_id,))
+    said = differentiable_cache.greedy_reply(model, layers, question, 6, (tokenizer.eos_token_id,))
     end = expected.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in expected else 6
     assert said == expected[:end]
 
@@ -63,23 +65,23 @@ def test_the_reply_is_that_of_generate(chatter):
 def task(chatter):
     model, tokenizer = chatter
     torch.manual_seed(0)
-    adapter = Adapter.fresh(model, rank=4)
+    adapter = Adapter.initialize(model, rank=4)
     return EraserTask(model, tokenizer, adapter, TEXTS, TEXTS, SMALL, validation=3)
 
 
 def test_a_sample_is_a_function_of_its_index(task):
-    one, again, other = (task.maker.sample(("train", i), task.texts, neighbours=False) for i in (3, 3, 4))
+    one, again, other = (task.maker.make_sample(("train", i), task.sources, neighbours=False) for i in (3, 3, 4))
     assert torch.equal(one.ids, again.ids) and one.spans == again.spans
-    assert torch.equal(one.asked[0].target, again.asked[0].target)
+    assert torch.equal(one.queries[0].target, again.queries[0].target)
     assert one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids)
 
 
 def test_an_untrained_adapter_is_as_wrong_as_the_text_with_the_passage(task):
-    sample = task.maker.sample(("train", 0), task.texts, neighbours=True)
+    sample = task.maker.make_sample(("train", 0), task.sources, neighbours=True)
     dirty = differentiable_cache.read(task.model, sample.ids)
     with torch.no_grad():
-        for one, logits in task._answered(sample):
-            expected = differentiable_cache.logits_over(task.model, dirty, one.fed, one.fed.shape[1])
+        for one, logits in task._answer(sample):
+            expected = differentiable_cache.compute_logits(task.model, dirty, one.input_ids, one.input_ids.shape[1])
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -92,25 +94,25 @@ def test_the_loss_reaches_the_adapter_and_nothing_else(task):
 
 
 def test_twenty_steps_on_few_samples_lower_the_loss(task, tmp_path, monkeypatch):
-    samples = [task.maker.sample(("train", i), task.texts, neighbours=False) for i in range(2)]
-    monkeypatch.setattr(task.maker, "sample", lambda name, texts, *, neighbours: samples[name[1] % 2])
+    samples = [task.maker.make_sample(("train", i), task.sources, neighbours=False) for i in range(2)]
+    monkeypatch.setattr(task.maker, "make_sample", lambda name, sources, *, neighbours: samples[name[1] % 2])
     losses = []
     config = LoopConfig(steps=20, batch=2, lr=5e-3, save_every=100)
-    train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))
+    train(task, config, tmp_path / "out", on_step=lambda done, total, record: losses.append(record["loss"]))
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_samples_of_a_pool_are_made_once_and_trained_on_in_several_passes(chatter, task, monkeypatch):
     options = replace(SMALL, passes=3, pool=2)
-    assert [options.taken(i) for i in range(9)] == [0, 1, 0, 1, 0, 1, 2, 3, 2]
+    assert [options.sample_number(i) for i in range(9)] == [0, 1, 0, 1, 0, 1, 2, 3, 2]
     other, made = EraserTask(*chatter, task.adapter, TEXTS, TEXTS, options), []
-    make = other.maker.sample
+    make = other.maker.make_sample
 
     def counted(name, texts, *, neighbours):
         made.append((name[1], neighbours))
         return make(name, texts, neighbours=neighbours)
 
-    monkeypatch.setattr(other.maker, "sample", counted)
+    monkeypatch.setattr(other.maker, "make_sample", counted)
     with torch.no_grad():
         losses = [float(other.loss(i)["loss"]) for i in range(7)]
         once = [float(task.loss(i)["loss"]) for i in range(2)]
@@ -126,10 +128,10 @@ def test_the_loss_weighs_the_reply_and_the_divergence_from_the_clean_text(chatte
         parts = other.loss(3)
         figures = parts["nll"], parts["kl"], parts["question_kl"]
         sample = other._sample(3)
-        own = [logits for _, logits in other._answered(sample)]
+        own = [logits for _, logits in other._answer(sample)]
     torch.testing.assert_close(parts["loss"], sum(w * x for w, x in zip(weights, figures, strict=True)))
     replies, questions = [], []
-    for one, edited in zip(sample.asked, own, strict=True):
+    for one, edited in zip(sample.queries, own, strict=True):
         clean = one.clean.float().log_softmax(-1)
         divergences = (clean.exp() * (clean - edited.log_softmax(-1))).sum(-1)
         replies.append(divergences[-len(one.target) :].mean())
@@ -147,10 +149,10 @@ def test_validation_tells_exact_match_by_kind(task):
 
 def test_texts_without_sentences_are_refused():
     long, other, short = Document("a", " ".join(PROSE)), Document("c", " ".join(PROSE[::-1])), Document("b", "no end")
-    assert prose_of(usable([long, short, other])) == [PROSE, PROSE[::-1]]
+    assert split_all_sentences(require_long_documents([long, short, other])) == [PROSE, PROSE[::-1]]
     for few, count in (([short], "none among 1"), ([long, short], "1 among 2"), ([long, long], "1 among 2")):
         with pytest.raises(InputError, match=f"two texts of 12 sentences or more.*{count}"):
-            usable(few)
+            require_long_documents(few)
 
 
 @pytest.mark.parametrize(
@@ -173,17 +175,17 @@ def test_options_out_of_range_are_refused(wrong):
 def test_a_model_that_says_nothing_is_told(chatter, monkeypatch):
     maker = SampleMaker(*chatter, SMALL)
     maker.stop = (7,)
-    monkeypatch.setattr(differentiable_cache, "reply", lambda *args: [7])
+    monkeypatch.setattr(differentiable_cache, "greedy_reply", lambda *args: [7])
     with pytest.raises(InputError, match="says nothing"):
-        maker.sample(("x", 0), TEXTS, neighbours=False)
+        maker.make_sample(("x", 0), TEXTS, neighbours=False)
 
 
 def test_when_to_stop_is_part_of_what_is_learned(chatter):
     maker = SampleMaker(*chatter, SMALL)
-    usual = maker.sample(("x", 0), TEXTS, neighbours=False).asked[0].target.tolist()
+    usual = maker.make_sample(("x", 0), TEXTS, neighbours=False).queries[0].target.tolist()
     assert len(usual) == SMALL.reply
     maker.stop = (usual[1],)
-    assert maker.sample(("x", 0), TEXTS, neighbours=False).asked[0].target.tolist() == usual[:2]
+    assert maker.make_sample(("x", 0), TEXTS, neighbours=False).queries[0].target.tolist() == usual[:2]
 
 
 # What the model says.
@@ -198,64 +200,66 @@ def test_reading_on_behind_what_was_read_is_reading_it_all():
 
 
 def test_a_reply_that_is_guessed_right_is_the_greedy_one(task):
-    maker, draft = task.maker, facts(random.Random(0), PROSE)
+    maker, draft = task.maker, draft_facts(random.Random(0), PROSE)
     layers = differentiable_cache.read(maker.model, maker._ids(draft))
     main = draft.queries[0]
     with torch.no_grad():
-        greedy = differentiable_cache.reply(maker.model, layers, maker._question(main), 4, maker.stop)
+        greedy = differentiable_cache.greedy_reply(maker.model, layers, maker._question(main), 4, maker.stop)
         answer = maker.tokenizer.decode(greedy[:3]).removeprefix(" ")
         for guess in (answer, "nothing of the kind", ""):
-            said = maker._said(replace(main, answer=guess), layers)
+            said = maker._greedy_answer(replace(main, answer=guess), layers)
             assert said == greedy[: len(said)] and said
 
 
 def test_the_clean_reply_is_that_of_a_text_that_never_had_the_passage(task):
-    sample = task.maker.sample(("train", 1), task.texts, neighbours=False)
+    sample = task.maker.make_sample(("train", 1), task.sources, neighbours=False)
     kept = torch.ones(sample.ids.shape[1], dtype=torch.bool)
     for span in sample.spans:
         kept[span.start : span.end] = False
     clean = differentiable_cache.read(task.model, sample.ids[:, kept])
-    for one in sample.asked:
+    for one in sample.queries:
         with torch.no_grad():
-            logits = differentiable_cache.logits_over(task.model, clean, one.fed, len(one.target))
+            logits = differentiable_cache.compute_logits(task.model, clean, one.input_ids, len(one.target))
         torch.testing.assert_close(one.clean[-len(one.target) :], logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(logits.argmax(-1), one.target)
 
 
 def test_only_a_right_reply_that_the_passage_spoils_is_worth_training_on(task, monkeypatch):
-    draft = next(one for one in (facts(random.Random(i), PROSE) for i in range(40)) if one.queries[0].kind == "order")
+    draft = next(
+        one for one in (draft_facts(random.Random(i), PROSE) for i in range(40)) if one.queries[0].kind == "order"
+    )
     rights = iter([True])  # the dirty text gives the right answer: nothing to learn
-    monkeypatch.setattr(task.maker, "_right", lambda query, said: next(rights))
-    assert task.maker._worth(draft) is None
+    monkeypatch.setattr(task.maker, "_is_right", lambda query, said: next(rights))
+    assert task.maker._find_worthwhile(draft) is None
 
 
 def test_a_wrong_reply_teaches_too_if_that_is_asked_for_as_long_as_the_passage_changes_it(chatter, task):
-    query = replace(facts(random.Random(0), PROSE).queries[0], misled=True)
-    sample = task.maker.sample(("train", 0), task.texts, neighbours=False)
+    query = replace(draft_facts(random.Random(0), PROSE).queries[0], misled=True)
+    sample = task.maker.make_sample(("train", 0), task.sources, neighbours=False)
     lenient = SampleMaker(*chatter, replace(SMALL, right=False))
     for right, fooled, expected in (
         (True, True, (True, True)),
         (False, True, (False, True)),
         (True, False, (False, False)),
     ):
-        asked = replace(sample.asked[0], right=right, fooled=fooled)
-        assert tuple(maker._teaches(query, asked) for maker in (task.maker, lenient)) == expected
+        asked = replace(sample.queries[0], right=right, fooled=fooled)
+        assert tuple(maker._is_worthwhile(query, asked) for maker in (task.maker, lenient)) == expected
 
 
 def test_a_reply_that_nothing_opens_may_be_longer(chatter):
     maker = SampleMaker(*chatter, replace(SMALL, free_reply=9, right=False))
     maker.stop = ()
-    drafts = (facts(random.Random(i), PROSE) for i in range(40))
+    drafts = (draft_facts(random.Random(i), PROSE) for i in range(40))
     draft = next(one for one in drafts if any(query.kind == "free" for query in one.queries))
     layers = differentiable_cache.read(maker.model, ids := maker._ids(draft))
-    made = maker._asked(draft, ids, layers, worth=False)
-    lengths = {one.kind: len(one.target) for one in made.asked}
+    made = maker._make_sample(draft, ids, layers, worth=False)
+    lengths = {one.kind: len(one.target) for one in made.queries}
     assert lengths["free"] == 9 and lengths[draft.queries[0].kind] == SMALL.reply
 
 
 def test_a_sample_kept_for_long_lets_its_pairs_go(task):
-    sample = task.maker.sample(("train", 0), task.texts, neighbours=True)
-    assert sample.layers is not None and sample.light().layers is None
+    sample = task.maker.make_sample(("train", 0), task.sources, neighbours=True)
+    assert sample.layers is not None and sample.without_layers().layers is None
     with torch.no_grad():
-        for (_, one), (_, other) in zip(task._answered(sample), task._answered(sample.light()), strict=True):
+        for (_, one), (_, other) in zip(task._answer(sample), task._answer(sample.without_layers()), strict=True):
             torch.testing.assert_close(one, other)

@@ -14,10 +14,11 @@ from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
 from vestige.policies.selection import parse_share
 from vestige.testing import random_ids, tiny
-from vestige.training import LoopConfig, train
+from vestige.training.config import LoopConfig
+from vestige.training.loop import train
 from vestige.training.retention import soft_topk
-from vestige.training.retention.eviction_loss import Fading, asked_behind, read
-from vestige.training.retention.soft_topk import competing, log_kept
+from vestige.training.retention.eviction_loss import SoftEviction, answer_log_probs, read_text
+from vestige.training.retention.soft_topk import competing_rows, log_kept
 from vestige.training.retention.task import RetentionTask
 
 AT_ONCE = replace(SMALL, forgets="at_once")
@@ -36,8 +37,8 @@ def task(chatter):
 @pytest.mark.parametrize(("share", "groups"), [("model", (6,)), ("layer", (2, 2, 2)), ("head", (1,) * 6)])
 def test_so_many_are_kept_of_each_group(share, groups, monkeypatch):
     model = tiny("llama", num_hidden_layers=3)
-    config = Gates.fresh(model).config
-    assert competing(config, share) == groups
+    config = Gates.initialize(model).config
+    assert competing_rows(config, share) == groups
     monkeypatch.setattr(soft_topk, "SOFTNESS", 1e-4)
     log_beta = -torch.rand(6, 40, generator=torch.Generator().manual_seed(0))
     kept = log_kept(log_beta, 0.25, groups).exp()
@@ -64,14 +65,14 @@ def test_a_share_has_one_of_three_names():
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma4"])
 def test_with_everything_kept_answers_are_the_full_model_s(name):
     model = tiny(name, sliding_window=64) if "gemma" in name else tiny(name)
-    gates, ids, at = Gates.fresh(model), random_ids(model, 1, 24), torch.tensor([0, 3, 7])
-    text = read(model, ids[:, :16])
+    gates, ids, at = Gates.initialize(model), random_ids(model, 1, 24), torch.tensor([0, 3, 7])
+    text = read_text(model, ids[:, :16])
     rows = dict(zip(gates.config.layers, gates.config.kv_heads, strict=True))
-    all_kept = Fading({layer_idx: torch.zeros(heads, 16) for layer_idx, heads in rows.items()})
+    all_kept = SoftEviction({layer_idx: torch.zeros(heads, 16) for layer_idx, heads in rows.items()})
     with torch.no_grad():
         expected = model(ids).logits[0, 16 + at].float().log_softmax(-1)
-        torch.testing.assert_close(asked_behind(model, text, ids[:, 16:], at), expected, atol=1e-4, rtol=1e-4)
-        found = asked_behind(model, text, ids[:, 16:], at, all_kept)
+        torch.testing.assert_close(answer_log_probs(model, text, ids[:, 16:], at), expected, atol=1e-4, rtol=1e-4)
+        found = answer_log_probs(model, text, ids[:, 16:], at, all_kept)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert text.cache.get_seq_length() == 16
 
@@ -86,13 +87,13 @@ def test_a_hard_limit_is_the_eviction_that_the_policy_does(block, monkeypatch):
     with attach(model), torch.no_grad():
         prefill(model, ids[:, :40], cache)
         expected = model(input_ids=ids[:, 40:], **cache_argument(cache)).logits[0].float().log_softmax(-1)
-    text = read(model, ids[:, :40])
+    text = read_text(model, ids[:, :40])
     with torch.no_grad():
-        log_beta = soft_topk.said(gates, text.states)
+        log_beta = soft_topk.gate_log_beta(gates, text.states)
         kept = log_kept(log_beta, 0.3, [len(log_beta)])
         kept[kept < -0.1] = -1e4  # the pair at the limit goes
-        fading = Fading(dict(zip(gates.config.layers, kept.split(list(gates.config.kv_heads)), strict=True)))
-        found = asked_behind(model, text, ids[:, 40:], torch.arange(8), fading)
+        fading = SoftEviction(dict(zip(gates.config.layers, kept.split(list(gates.config.kv_heads)), strict=True)))
+        found = answer_log_probs(model, text, ids[:, 40:], torch.arange(8), fading)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -113,7 +114,7 @@ def test_a_bfloat16_model_teaches_float32_gates(chatter, forgets):
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny("llama", dtype=dtype, **small)
         torch.manual_seed(0)
-        gates, options = Gates.fresh(model, width=16), replace(SMALL, forgets=forgets)
+        gates, options = Gates.initialize(model, width=16), replace(SMALL, forgets=forgets)
         one = RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], options, validation=2)
         loss = one.loss(0)["loss"]
         loss.backward()
@@ -123,12 +124,12 @@ def test_a_bfloat16_model_teaches_float32_gates(chatter, forgets):
 
 
 def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
-    packed = task.maker.sequence(("train", 0), task.prose)
-    monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
-    monkeypatch.setattr("vestige.training.retention.task.drawn_share", lambda: 0.1)
+    packed = task.maker.make_sequence(("train", 0), task.texts)
+    monkeypatch.setattr(task.maker, "make_sequence", lambda name, texts: packed)
+    monkeypatch.setattr("vestige.training.retention.task.draw_share", lambda: 0.1)
     losses = []
     config = LoopConfig(steps=20, batch=1, lr=3e-3, save_every=100)
-    train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))
+    train(task, config, tmp_path / "out", on_step=lambda done, total, record: losses.append(record["loss"]))
     assert losses[-1] < losses[0] - 0.01, losses
 
 
@@ -145,7 +146,12 @@ def test_other_ways_to_forget_are_refused():
 def test_pairs_of_a_layer_or_head_can_compete_among_themselves(task, share, options):
     wide, narrow = (
         RetentionTask(
-            task.model, task.maker.tokenizer, task.gates, task.prose, task.held, replace(SMALL, share=one, **options)
+            task.model,
+            task.maker.tokenizer,
+            task.gates,
+            task.texts,
+            task.held_out,
+            replace(SMALL, share=one, **options),
         )
         for one in ("model", share)
     )

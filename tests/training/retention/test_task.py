@@ -12,17 +12,24 @@ from vestige import Budget, InputError, PolicyError
 from vestige.nn.retention_gates import Gates
 from vestige.policies import Retention
 from vestige.testing import attention, random_ids, tiny
-from vestige.training import LoopConfig, train
+from vestige.training.config import LoopConfig
 from vestige.training.data.synthetic_qa.sequences import SequenceMaker
-from vestige.training.data.synthetic_qa.story import KINDS, tale
+from vestige.training.data.synthetic_qa.story import KINDS, make_story
 from vestige.training.indexmem.task import IndexMemOptions
 from vestige.training.indexmem.training import IndexMemTraining
+from vestige.training.loop import train
 from vestige.training.retention import soft_topk
 from vestige.training.retention.capacity_loss import expected_kept, over_capacity
-from vestige.training.retention.soft_attention import Gating, gated
+from vestige.training.retention.soft_attention import GatedAttention, use_gates
 from vestige.training.retention.task import RetentionOptions, RetentionTask
 from vestige.training.retention.training import RetentionTraining
-from vestige.training.retention.warm_start import asked, lives, ranking, regression, replayed
+from vestige.training.retention.warm_start import (
+    measure_answers,
+    measure_replay,
+    ranking_loss,
+    regression_loss,
+    target_lifetimes,
+)
 
 PROSE = [f"Sentence number {i} says that the year {1000 + 7 * i} was calm." for i in range(16)]
 SMALL = RetentionOptions(
@@ -41,8 +48,8 @@ class Fixed(Gates):
         return self.log_beta
 
 
-def logits_of(model, gating: Gating, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), gated(model, gating):
+def logits_of(model, gating: GatedAttention, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), use_gates(model, gating):
         return model(input_ids=ids, position_ids=gating.positions, use_cache=False).logits
 
 
@@ -63,7 +70,7 @@ def test_gated_attention_adds_age_times_log_beta_to_the_logits(name):
         mask = {"full_attention": mask, "sliding_attention": plain}
     with torch.no_grad(), attention(model, "eager"):
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    gating = Gating(torch.zeros(tokens, dtype=torch.long), Fixed(model, log_beta))
+    gating = GatedAttention(torch.zeros(tokens, dtype=torch.long), Fixed(model, log_beta))
     torch.testing.assert_close(logits_of(model, gating, ids), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -72,7 +79,7 @@ def test_without_gates_each_document_is_read_as_if_alone(monkeypatch):
     model = tiny("llama")
     ids = random_ids(model, 1, 40)
     starts = torch.tensor([0] * 13 + [13] * 20 + [33] * 7)
-    found = logits_of(model, Gating(starts), ids)
+    found = logits_of(model, GatedAttention(starts), ids)
     for start, end in ((0, 13), (13, 33), (33, 40)):
         with torch.no_grad():
             alone = model(input_ids=ids[:, start:end], use_cache=False).logits
@@ -84,7 +91,7 @@ def test_log_beta_is_what_the_gates_say_and_the_model_is_left_as_it_was():
     gates, ids = random_gates(model), random_ids(model, 1, 12)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-    gating = Gating(torch.zeros(12, dtype=torch.long), gates)
+    gating = GatedAttention(torch.zeros(12, dtype=torch.long), gates)
     logits_of(model, gating, ids)
     entered = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
     torch.testing.assert_close(gating.log_beta[0], gates(0, entered))
@@ -129,11 +136,11 @@ def test_with_room_for_everything_there_is_no_price():
 
 
 def test_every_kind_comes_and_its_answers_stand_in_the_text():
-    tales = [tale(random.Random(i), PROSE) for i in range(150)]
+    tales = [make_story(random.Random(i), PROSE) for i in range(150)]
     assert {one.kind for one in tales} == KINDS.keys()
     for one in tales:
-        assert one.asked and all(asked.answer in one.text for asked in one.asked), one
-    assert tales[3] == tale(random.Random(3), PROSE)
+        assert one.questions and all(question.answer in one.text for question in one.questions), one
+    assert tales[3] == make_story(random.Random(3), PROSE)
 
 
 @pytest.fixture
@@ -144,7 +151,7 @@ def maker(chatter):
 def test_a_sequence_is_documents_behind_each_other_and_its_answers_are_marked(maker, chatter):
     tokenizer = chatter[1]
     for index in range(12):
-        packed = maker.sequence(("train", index), [PROSE])
+        packed = maker.make_sequence(("train", index), [PROSE])
         total = packed.ids.shape[1]
         assert total <= 800 and len(packed.starts) == len(packed.sizes) == total
         begins = packed.starts.unique().tolist()
@@ -159,35 +166,35 @@ def test_a_sequence_is_documents_behind_each_other_and_its_answers_are_marked(ma
 
 
 def test_a_sequence_is_a_function_of_its_name(maker):
-    one, again, other = (maker.sequence(("train", i), [PROSE]) for i in (3, 3, 4))
+    one, again, other = (maker.make_sequence(("train", i), [PROSE]) for i in (3, 3, 4))
     assert torch.equal(one.ids, again.ids) and torch.equal(one.others, again.others)
     assert one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids)
 
 
 def test_a_talk_of_several_messages_is_asked_about_once_all_are_told(maker, chatter):
     tokenizer = chatter[1]
-    talks = [one for i in range(40) if (one := maker.fitting(random.Random(i), [PROSE], 3000))]
+    talks = [one for i in range(40) if (one := maker.fit_conversation(random.Random(i), [PROSE], 3000))]
     assert {len(one.texts) for one in talks} == {1, 2, 3}
     for one in talks:
-        assert len(one.between) == len(one.texts) - 1 and not set(one.between) & set(one.asked)
-        made, said = maker.tokens(one), tokenizer.decode(maker.context(one))
-        assert list(made.ids[: made.context]) == maker.context(one)
+        assert len(one.interim) == len(one.texts) - 1 and not set(one.interim) & set(one.questions)
+        made, said = maker.tokenize(one), tokenizer.decode(maker.context_ids(one))
+        assert made.ids[0, : made.text].tolist() == maker.context_ids(one)
         assert said.endswith(tokenizer.decode(tokenizer(one.texts[-1])["input_ids"], skip_special_tokens=True)[-40:])
-        assert all(asked.question in said and f"{asked.prefix} {asked.answer}" in said for asked in one.between)
-        assert all(any(asked.answer in text for text in one.texts) for asked in one.asked)
+        assert all(asked.question in said and f"{asked.prefix} {asked.answer}" in said for asked in one.interim)
+        assert all(any(asked.answer in text for text in one.texts) for asked in one.questions)
 
 
 def test_a_length_that_no_tale_fits_is_no_reason_to_stop(chatter):
     maker = SequenceMaker(chatter[1], length=800, least=96, others=8, seed=0)
-    assert maker.fitting(random.Random(0), [PROSE], 100) is None
-    assert all(maker.sequence(("train", index), [PROSE]).ids.shape[1] <= 800 for index in range(12))
+    assert maker.fit_conversation(random.Random(0), [PROSE], 100) is None
+    assert all(maker.make_sequence(("train", index), [PROSE]).ids.shape[1] <= 800 for index in range(12))
 
 
 def test_sequences_too_short_for_any_tale_are_refused(chatter):
     with pytest.raises(InputError, match="96 <= least"):
         SequenceMaker(chatter[1], length=90, least=90, others=4, seed=0)
     with pytest.raises(InputError, match="no tale fits into 100 tokens"):
-        SequenceMaker(chatter[1], length=100, least=100, others=4, seed=0).sequence(("a",), [PROSE])
+        SequenceMaker(chatter[1], length=100, least=100, others=4, seed=0).make_sequence(("a",), [PROSE])
 
 
 # The warm start.
@@ -195,7 +202,7 @@ def test_sequences_too_short_for_any_tale_are_refused(chatter):
 
 def test_lives_are_in_the_order_of_worth_and_so_many_outlive_the_text():
     worth = torch.rand(4, 50, generator=torch.Generator().manual_seed(0))
-    found = lives(worth, 0.1)
+    found = target_lifetimes(worth, 0.1)
     assert bool((found.flatten()[worth.flatten().argsort()].diff() >= 0).all())
     assert int((found > torch.tensor(50.0).log()).sum()) == 20
 
@@ -204,12 +211,14 @@ def test_pairs_live_by_their_worth_among_those_that_they_compete_with():
     """Where each head has room of its own, the best of a head that nobody looks at outlives the text, too."""
     model = tiny("llama")
     gates, ids = random_gates(model), random_ids(model, 1, 40)
-    worth, entered = asked(model, ids, 30)
+    worth, entered = measure_answers(model, ids, 30)
     worth = worth * torch.logspace(0, -3, len(worth))[:, None]
-    alone = [regression(gates, (worth, entered), 0.2, groups).detach() for groups in ((len(worth),), (1,) * len(worth))]
-    lasting = soft_topk.log_lives(soft_topk.said(gates, entered)).detach()
+    alone = [
+        regression_loss(gates, (worth, entered), 0.2, groups).detach() for groups in ((len(worth),), (1,) * len(worth))
+    ]
+    lasting = soft_topk.log_lifetimes(soft_topk.gate_log_beta(gates, entered)).detach()
     expected = [
-        torch.nn.functional.smooth_l1_loss(row, lives(paid[None], 0.2)[0])
+        torch.nn.functional.smooth_l1_loss(row, target_lifetimes(paid[None], 0.2)[0])
         for row, paid in zip(lasting, worth, strict=True)
     ]
     assert float(alone[1]) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
@@ -219,7 +228,7 @@ def test_pairs_live_by_their_worth_among_those_that_they_compete_with():
 def test_a_replay_is_what_kvzip_looks_at_and_its_states_are_those_of_the_text():
     model = tiny("llama")
     ids = random_ids(model, 1, 20)
-    worth, entered = replayed(model, ids)
+    worth, entered = measure_replay(model, ids)
     assert worth.shape == (sum(random_gates(model).config.kv_heads), 20) and bool((worth > 0).all())
     torch.testing.assert_close(entered[0], model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)))
     assert all(x.shape[1] == 20 for x in entered.values())
@@ -228,7 +237,7 @@ def test_a_replay_is_what_kvzip_looks_at_and_its_states_are_those_of_the_text():
 def test_what_is_asked_about_is_what_the_tokens_behind_the_text_attend_to():
     model = tiny("llama")
     ids = random_ids(model, 1, 20)
-    worth, entered = asked(model, ids, 14)
+    worth, entered = measure_answers(model, ids, 14)
     assert all(x.shape[1] == 14 for x in entered.values())
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -248,7 +257,7 @@ def test_a_ranking_loses_the_worth_of_what_lives_shorter_for_its_age(monkeypatch
     counts = looked[0].flatten().sqrt()
     kept = order > order.sort(descending=True).values[rows * 3]  # three of ten, and the one at the limit by half
     lost = 1 - counts[kept].sum() / counts.sum()
-    assert abs(float(ranking(gates, looked, 0.3, [rows])) - float(lost)) < 0.05
+    assert abs(float(ranking_loss(gates, looked, 0.3, [rows])) - float(lost)) < 0.05
 
 
 def test_to_let_everything_live_longer_gains_nothing():
@@ -257,7 +266,7 @@ def test_to_let_everything_live_longer_gains_nothing():
     gates = Fixed(model, log_beta)
     entered = dict.fromkeys(gates.config.layers, torch.zeros(1, 10, 1))
     worth = torch.rand(2 * len(entered), 10, generator=torch.Generator().manual_seed(4))
-    ranking(gates, (worth, entered), 0.3, [len(worth)]).backward()
+    ranking_loss(gates, (worth, entered), 0.3, [len(worth)]).backward()
     assert log_beta.grad is not None and float(log_beta.grad.abs().max()) > 1e-3
     together = (log_beta.grad * log_beta.detach()).sum()  # along equal steps of all logarithms
     assert abs(float(together)) < 1e-6
@@ -266,15 +275,15 @@ def test_to_let_everything_live_longer_gains_nothing():
 @pytest.mark.parametrize("kind", ["answers", "replay"])
 def test_gates_learn_what_later_tokens_look_at_without_gradients_through_the_model(kind):
     model = tiny("llama")
-    gates, ids = Gates.fresh(model, width=16), random_ids(model, 1, 20)
-    looked = replayed(model, ids) if kind == "replay" else asked(model, ids, 14)
-    first = regression(gates, looked, 0.2, (len(looked[0]),))
+    gates, ids = Gates.initialize(model, width=16), random_ids(model, 1, 20)
+    looked = measure_replay(model, ids) if kind == "replay" else measure_answers(model, ids, 14)
+    first = regression_loss(gates, looked, 0.2, (len(looked[0]),))
     first.backward()
     assert all(weight.grad is None for weight in model.parameters())
     step = torch.optim.Adam(gates.parameters(), lr=0.02)
     for _ in range(30):
         step.zero_grad()
-        last = regression(gates, looked, 0.2, (len(looked[0]),))
+        last = regression_loss(gates, looked, 0.2, (len(looked[0]),))
         last.backward()
         step.step()
     assert float(last.detach()) < 0.5 * float(first.detach())
@@ -288,7 +297,7 @@ def task(chatter):
     tokenizer = chatter[1]
     model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
     torch.manual_seed(0)
-    gates = Gates.fresh(model, width=16, bias=2.0)
+    gates = Gates.initialize(model, width=16, bias=2.0)
     return RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], SMALL, validation=2)
 
 
@@ -350,25 +359,25 @@ def test_gates_that_keep_everything_say_what_the_model_says(task):
 @pytest.mark.parametrize("loss", ["lives", "ranking"])
 def test_the_first_sequences_learn_what_later_tokens_look_at(task, kind, loss):
     first = replace(SMALL, warm=2, warm_by=kind, warm_loss=loss, asked=8)
-    other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.prose, task.held, first)
+    other = RetentionTask(task.model, task.maker.tokenizer, task.gates, task.texts, task.held_out, first)
     assert other.loss(1).keys() == {"loss", "tokens"} and "kl" in other.loss(2)
     other.loss(0)["loss"].backward()
     assert all(parameter.grad is not None for parameter in other.gates.parameters())
 
 
 def test_twenty_steps_on_one_sequence_lower_the_loss(task, tmp_path, monkeypatch):
-    packed = task.maker.sequence(("train", 0), task.prose)
-    monkeypatch.setattr(task.maker, "sequence", lambda name, prose: packed)
+    packed = task.maker.make_sequence(("train", 0), task.texts)
+    monkeypatch.setattr(task.maker, "make_sequence", lambda name, texts: packed)
     losses = []
     config = LoopConfig(steps=20, batch=1, lr=3e-2, save_every=100)
-    train(task, config, tmp_path / "out", tell=lambda done, total, record: losses.append(record["loss"]))
+    train(task, config, tmp_path / "out", on_step=lambda done, total, record: losses.append(record["loss"]))
     assert losses[-1] < 0.9 * losses[0], losses
 
 
 def test_sequences_longer_than_the_model_are_refused(chatter):
     model, tokenizer = chatter
     with pytest.raises(InputError, match="800 tokens.*512 positions"):
-        RetentionTask(model, tokenizer, Gates.fresh(model), [PROSE], [PROSE], SMALL)
+        RetentionTask(model, tokenizer, Gates.initialize(model), [PROSE], [PROSE], SMALL)
 
 
 def test_a_share_of_nobody_is_refused(unchecked):
@@ -379,11 +388,11 @@ def test_a_share_of_nobody_is_refused(unchecked):
 def test_validation_really_evicts(task, monkeypatch):
     from vestige.training.data.synthetic_qa import validation as telling
 
-    monkeypatch.setattr(telling, "_known", lambda model, made: made.asked)  # the tiny model knows nothing
+    monkeypatch.setattr(telling, "_find_known", lambda model, made: made.questions)  # the tiny model knows nothing
     with torch.no_grad():
         half = task.validate()
-        task._to_validate, held = [], task._to_validate
-        whole = telling.judged(task.model, Retention(gates=task.gates, budget=Budget.fraction(1.0)), held)
+        task._validation_samples, held = [], task._validation_samples
+        whole = telling.evaluate(task.model, Retention(gates=task.gates, budget=Budget.fraction(1.0)), held)
     assert half["answers"] == whole["answers"] > 0 and half["loss"] != whole["loss"]
 
 
@@ -394,11 +403,11 @@ def test_the_flat_trainer_comes_to_the_same_losses(chatter):
     for kind in ("flat", "full"):
         model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024, seed=6)
         torch.manual_seed(0)
-        gates = Gates.fresh(model, width=16, bias=2.0)
+        gates = Gates.initialize(model, width=16, bias=2.0)
         task = RetentionTask(model, tokenizer, gates, [PROSE], [PROSE[::-1]], options)
         if kind == "flat":
             model.set_attn_implementation("eager")
-            sequences = [task.maker.sequence(("train", i), task.prose) for i in range(3)]
+            sequences = [task.maker.make_sequence(("train", i), task.texts) for i in range(3)]
             losses.append(train_retention_flat.train(model, gates, sequences, lr=1e-2, capacity=options.capacity))
             continue
         optimizer, found = torch.optim.AdamW(gates.parameters(), lr=1e-2, weight_decay=0.0), []

@@ -13,9 +13,9 @@ from vestige.bench.erasing.config import EraseBenchConfig
 from vestige.bench.erasing.sample import EraseSample
 from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.spans import Span, within
-from vestige.text.chat_template import Frame
+from vestige.text.chat_template import ChatTemplate
 from vestige.text.locate import tokens_at
 
 
@@ -58,7 +58,7 @@ def collect(config: EraseBenchConfig, renderer: Renderer) -> list[Item]:
 
 
 def _collect(config: EraseBenchConfig, renderer: Renderer) -> Iterator[Item]:
-    limit, frame = check(renderer.model).max_positions, Frame(renderer.tokenizer)
+    limit, frame = check(renderer.model).max_positions, ChatTemplate(renderer.tokenizer)
     for length in dict.fromkeys(config.lengths):
         if limit is not None and length > limit:
             raise InputError(f"--length {length} is more than the model's {limit} positions")
@@ -67,7 +67,7 @@ def _collect(config: EraseBenchConfig, renderer: Renderer) -> Iterator[Item]:
                 yield as_item(sample, frame)
 
 
-def as_item(sample: EraseSample, frame: Frame) -> Item:
+def as_item(sample: EraseSample, frame: ChatTemplate) -> Item:
     """Return a sample as ids."""
     offsets = frame.offsets(sample.context)
     spans = tuple(tokens_at(sample.context, start, end, offsets) for start, end in sample.passages)

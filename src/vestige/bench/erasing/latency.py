@@ -22,7 +22,7 @@ from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers.erase import erase
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.policies import Full
 from vestige.spans import Span
 

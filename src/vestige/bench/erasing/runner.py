@@ -25,7 +25,7 @@ from vestige.cache.kv_cache import KVCache
 from vestige.erasers.base import Erased
 from vestige.erasers.erase import erase
 from vestige.errors import VestigeError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.policies import Full
 from vestige.spans import Span
 

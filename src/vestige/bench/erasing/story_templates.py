@@ -1,4 +1,4 @@
-"""From a plot, lines that stand somewhere in a filler, to a sample that is as long as fits."""
+"""Size a template, lines placed in filler that can grow, to the longest sample that fits."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,21 +12,22 @@ from vestige.bench.tasks.fitting import key, largest, named_length
 from vestige.bench.tasks.ruler.needles import DEPTHS, NEEDLES, draw_pairs, haystack
 from vestige.errors import InputError
 
-_FORM = NEEDLES["niah_single_2"]  # essays, keys of an adjective and a noun, numbers of seven digits
+FORM = NEEDLES["niah_single_2"]
+"""Needles in essays: keys of an adjective and a noun, numbers of seven digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A sample whose filler has not been sized yet.
+class StoryTemplate:
+    """A sample whose filler has no size yet.
 
     Args:
-        opening: Stands before everything.
-        lines: In the order in which they stand; passages to erase are marked (``sample.erased``).
-        depths: Where each line stands among the filler, from 0 to 1, ascending.
-        filler: What grows; it goes round, unless ``once``.
-        questions: Asked afterwards.
-        joint: Between lines and pieces of filler.
-        once: Whether each piece of filler stands once at most.
+        opening: Stands before everything else.
+        lines: Planted lines, in order; passages to erase are marked (``sample.erased``).
+        depths: Place of each line among the filler, from 0 to 1, ascending.
+        filler: Pieces that make up the rest; they repeat, unless ``once``.
+        questions: Asked after the erase.
+        joint: Separator of lines and pieces of filler.
+        once: Whether each piece of filler occurs at most once.
         tags: As in samples.
     """
 
@@ -40,7 +41,7 @@ class Plot:
     tags: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def text(self, size: int) -> str:
-        """Return the marked text with so many pieces of filler."""
+        """Return the marked text with ``size`` pieces of filler."""
         pieces = [self.filler[i % len(self.filler)] for i in range(size)]
         for line, depth in reversed(list(zip(self.lines, self.depths, strict=True))):
             pieces.insert(int(size * depth), line)
@@ -48,59 +49,55 @@ class Plot:
 
 
 Maker = Callable[[Order, str], Iterator[EraseSample]]
-"""From an order and the name of a task to its samples, one after the other and without end, or until texts run out."""
+"""Yields the samples of a task, by an order and the task's name, without end or until texts run out."""
 
 
-def each(plot: Callable[[Order, random.Random], Plot]) -> Maker:
-    """Return the maker whose every sample is drawn on its own: sample 7 does not depend on how many are made."""
+def make_each(make_template: Callable[[Order, random.Random], StoryTemplate]) -> Maker:
+    """Return the maker that draws every sample on its own: sample 7 does not depend on the number of samples."""
 
     def make(order: Order, task: str) -> Iterator[EraseSample]:
         for index in count():
-            yield fit(order, plot(order, seeded(order, task, index)), task, index)
+            rng = random.Random(key(order, f"erase/{task}", index))
+            yield fit(order, make_template(order, rng), task, index)
 
     return make
 
 
-def seeded(order: Order, task: str, index: int) -> random.Random:
-    """Return what draws one sample: it follows from seed, split, task, length and index alone."""
-    return random.Random(key(order, f"erase/{task}", index))
-
-
-def fit(order: Order, plot: Plot, task: str, index: int) -> EraseSample:
+def fit(order: Order, template: StoryTemplate, task: str, index: int) -> EraseSample:
     """Return the sample with the most filler that fits the order's length.
 
     Raises:
-        InputError: No length, or even the shortest text does not fit; the message has both numbers.
+        InputError: There is no length, or even the shortest text does not fit; the message has both numbers.
     """
-    length, measure = named_length(order, task), _measured(order, plot)
-    size = largest(measure, length, 1, len(plot.filler) if plot.once else length)
+    length, measure = named_length(order, task), _make_measure(order, template)
+    size = largest(measure, length, 1, len(template.filler) if template.once else length)
     if size is None:
         raise InputError(f"{task} needs at least {measure(1)} tokens, but --length is {length}")
-    context, passages = unmarked(plot.text(size))
+    context, passages = unmarked(template.text(size))
     return EraseSample(
         task=task,
         index=index,
         length=length,
         context=context,
         passages=passages,
-        questions=plot.questions,
-        tags=plot.tags,
+        questions=template.questions,
+        tags=template.tags,
     )
 
 
-def shortest(order: Order, plot: Plot) -> int:
+def count_least_tokens(order: Order, template: StoryTemplate) -> int:
     """Return the tokens of the sample with the least filler."""
-    return _measured(order, plot)(1)
+    return _make_measure(order, template)(1)
 
 
-def _measured(order: Order, plot: Plot) -> Callable[[int], int]:
-    """Return the function from a size to tokens, of the question that takes most."""
-    widest = max(plot.questions, key=lambda question: order.measure((as_turn("", question),)))
-    return lambda size: order.measure((as_turn(unmarked(plot.text(size))[0], widest),))
+def _make_measure(order: Order, template: StoryTemplate) -> Callable[[int], int]:
+    """Return the function from a size to the tokens of the sample with its longest question."""
+    longest = max(template.questions, key=lambda question: order.measure((as_turn("", question),)))
+    return lambda size: order.measure((as_turn(unmarked(template.text(size))[0], longest),))
 
 
 def as_turn(context: str, question: Question) -> Turn:
-    """Return a context and one question as the rest of the benchmark has them."""
+    """Return a context and one question as a turn of the other benchmarks."""
     return Turn(
         context=context,
         question=question.text,
@@ -110,29 +107,30 @@ def as_turn(context: str, question: Question) -> Turn:
     )
 
 
-def depths(rng: random.Random, number: int) -> list[float]:
-    """Return where lines stand, ascending, each elsewhere."""
+def draw_depths(rng: random.Random, number: int) -> list[float]:
+    """Return distinct depths, ascending."""
     return sorted(rng.sample(DEPTHS, number))
 
 
-def facts(order: Order, rng: random.Random, keys: int, values: int = 1) -> list[tuple[str, list[str]]]:
+def draw_facts(order: Order, rng: random.Random, keys: int, values: int = 1) -> list[tuple[str, list[str]]]:
     """Return distinct keys, each with distinct numbers."""
-    drawn = draw_pairs(_FORM, keys * values, order, rng)
+    drawn = draw_pairs(FORM, keys * values, order, rng)
     names, numbers = list(drawn), [numbers[0] for numbers in drawn.values()]
     return [(names[i], numbers[i * values : (i + 1) * values]) for i in range(keys)]
 
 
-def sentences(order: Order, rng: random.Random, avoid: Sequence[str] = ()) -> list[str]:
-    """Return the essays' sentences from a random one on, without those that say what must not be said elsewhere."""
+def draw_sentences(order: Order, rng: random.Random, avoid: Sequence[str] = ()) -> list[str]:
+    """Return the essays' sentences from a random one on, without those that contain a word of ``avoid``."""
     unwanted = [word.lower() for word in avoid]
-    return [one for one in haystack(_FORM, order, rng, taken={}) if not any(word in one.lower() for word in unwanted)]
+    sentences = haystack(FORM, order, rng, taken={})
+    return [sentence for sentence in sentences if not any(word in sentence.lower() for word in unwanted)]
 
 
-def reaching(order: Order, lines: Sequence[str], tokens: int) -> int:
-    """Return how many lines, joined by spaces, reach so many tokens.
+def count_lines(order: Order, lines: Sequence[str], tokens: int) -> int:
+    """Return the number of lines that, joined by spaces, reach ``tokens``.
 
     Raises:
-        InputError: All of them do not.
+        InputError: All of them together are shorter.
     """
     for number in range(len(lines) + 1):
         if order.count(" ".join(lines[:number])) >= tokens:
@@ -140,6 +138,6 @@ def reaching(order: Order, lines: Sequence[str], tokens: int) -> int:
     raise InputError(f"the essays of {order.split} are too short: a passage of {tokens} tokens is needed")
 
 
-def grouped(lines: Sequence[str], size: int) -> list[str]:
-    """Return lines joined by so many, in order."""
+def group_lines(lines: Sequence[str], size: int) -> list[str]:
+    """Return the lines in groups of ``size``, each joined by spaces."""
     return [" ".join(lines[i : i + size]) for i in range(0, len(lines), size)]

@@ -3,25 +3,25 @@
 from collections.abc import Iterator
 from itertools import islice
 
-from vestige.bench.erasing import derived_facts, distractors, needles, stories
+from vestige.bench.erasing import distractors, needles, stories
 from vestige.bench.erasing.sample import EraseSample
-from vestige.bench.erasing.story_templates import Maker, each
+from vestige.bench.erasing.story_templates import Maker, make_each
 from vestige.bench.tasks import Order
 from vestige.errors import InputError, unknown_name_message
 
 TASKS: dict[str, Maker] = {
-    "needles_early": each(needles.early),
-    "needles_late": each(needles.late),
-    "distractor_qa": distractors.samples,
-    "tool_result": each(stories.tool_result),
-    "injection": each(stories.injection),
-    "preference": each(stories.preference),
-    "derived_0": derived_facts.after(0),
-    "derived_250": derived_facts.after(250),
-    "derived_1500": derived_facts.after(1500),
-    "several_spans": each(needles.several),
-    "harmless": each(needles.harmless),
-    "repeat": each(needles.repeat),
+    "needles_early": make_each(needles.make_early),
+    "needles_late": make_each(needles.make_late),
+    "distractor_qa": distractors.make_samples,
+    "tool_result": make_each(stories.make_tool_result),
+    "injection": make_each(stories.make_injection),
+    "preference": make_each(stories.make_preference),
+    "derived_0": stories.derived_fact_samples(0),
+    "derived_250": stories.derived_fact_samples(250),
+    "derived_1500": stories.derived_fact_samples(1500),
+    "several_spans": make_each(needles.make_several),
+    "harmless": make_each(needles.make_harmless),
+    "repeat": make_each(needles.make_repeat),
 }
 QA_TASKS = frozenset({"distractor_qa"})
 """Which need a file of questions."""

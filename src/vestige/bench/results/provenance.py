@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import vestige
+from vestige.version import __version__
 
 
 def provenance(model: PreTrainedModel) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def provenance(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "revision": revision(),
         "versions": {
-            "vestige": vestige.__version__,
+            "vestige": __version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -31,7 +31,7 @@ def revision() -> str | None:
     """Return the commit of the checkout that this code runs from, ``-dirty`` if the code was changed; None outside."""
     try:
         _git("ls-files", "--error-unmatch", __file__)  # fails if installed below somebody else's checkout
-        changed = _git("status", "--porcelain", "--", str(Path(vestige.__file__).parent))  # results may differ
+        changed = _git("status", "--porcelain", "--", str(Path(__file__).parents[2]))  # results may differ
         return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

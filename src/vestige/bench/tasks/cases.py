@@ -17,8 +17,8 @@ from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import Order
 from vestige.errors import InputError, unknown_name_message
-from vestige.utils import jsonl
-from vestige.utils.jsonl import Entry
+from vestige.text import jsonl
+from vestige.text.jsonl import Entry
 
 _TURN = ("context", "question", "answer_prefix", "answer", "metric", "max_new_tokens", "choices")
 _EVERY_ANSWER = ("contains", "string_match_all")  # metrics that want all answers in one reply

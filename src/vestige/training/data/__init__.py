@@ -1,1 +1,1 @@
-"""Texts to train on."""
+"""Training data: documents, decontamination, synthetic questions and their vocabulary."""

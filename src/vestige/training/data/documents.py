@@ -1,4 +1,4 @@
-"""Texts to learn from: files, folders, JSONL and sets on the hub as documents; split by document, cut to windows."""
+"""Read training documents from files, folders, JSONL and hub data sets; split them by document, cut windows."""
 
 import hashlib
 import sys
@@ -14,48 +14,48 @@ from torch import Tensor
 from vestige.bench import hub
 from vestige.bench.config import require_path
 from vestige.errors import InputError
-from vestige.text.chat_template import read_text
+from vestige.text import jsonl
+from vestige.text.files import read_text
+from vestige.text.jsonl import Entry
 from vestige.training.data import decontamination
-from vestige.utils import jsonl
-from vestige.utils.jsonl import Entry
 
 HUB_PREFIX = "hub:"
 TEXTS = (".txt", ".md")
 
 Notice = Callable[[str], None]
-"""Hears a line about what was left out."""
+"""Called with a line about the documents that were left out."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and its origin."""
 
     name: str
-    """File, file and line, or set and row."""
+    """File, file and line, or data set and row."""
     text: str
 
 
-def read(sources: Sequence[str | Path], *, field: str = "text", notice: Notice | None = None) -> list[Document]:
-    """Return the documents of all sources, without those that are for benchmarks only.
-
-    Texts of white space alone are passed over.
+def read_documents(
+    sources: Sequence[str | Path], *, field: str = "text", notice: Notice | None = None
+) -> list[Document]:
+    """Return the documents of all sources, without empty ones and without those reserved for benchmarks.
 
     Args:
-        sources: Text files; folders, of which the ``*.txt`` and ``*.md`` are read; ``*.jsonl`` files; or sets on the
-            hub, ``hub:owner/name``, ``hub:owner/name:config`` or ``hub:owner/name:config:split``.
-        field: Which field of a line of JSON or of a row is the text.
-        notice: Hears what was left out; by default it is said on stderr.
+        sources: Text files; folders, whose ``*.txt`` and ``*.md`` are read; ``*.jsonl`` files; or hub data sets,
+            ``hub:owner/name``, ``hub:owner/name:config`` or ``hub:owner/name:config:split``.
+        field: Text field of a JSONL line or a row.
+        notice: Called with a line about what was left out; the default prints it to stderr.
 
     Raises:
         InputError: A source is missing, malformed (the message has file and line), a benchmark, or cannot be fetched;
-            or nothing is left of them.
+            or no document is left.
     """
     documents = []
     for source in sources:
-        if _on_hub(source) or _is_jsonl(Path(source)):
-            documents += _of_entries(entries(source, notice=notice), field)
+        if _is_on_hub(source) or _is_jsonl(Path(source)):
+            documents += _make_documents(read_entries(source, notice=notice), field)
         else:
-            documents += _of_path(Path(source), notice)
+            documents += _read_path(Path(source), notice)
     if not documents:
         named = ", ".join(map(str, sources))
         hint = f"there is nothing to train on in {named}: no text, or only what is for benchmarks"
@@ -66,22 +66,22 @@ def read(sources: Sequence[str | Path], *, field: str = "text", notice: Notice |
 def require_sources(sources: Sequence[str | Path]) -> None:
     """Raise an InputError if a file or folder among sources is missing."""
     for source in sources:
-        if not _on_hub(source):
+        if not _is_on_hub(source):
             require_path(Path(source))
 
 
-def entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
-    """Return the lines of a ``*.jsonl`` file or the rows of a set on the hub, without those for benchmarks only.
+def read_entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
+    """Return the lines of a ``*.jsonl`` file or the rows of a hub data set, without those reserved for benchmarks.
 
     Args:
-        source: As :func:`read` takes it.
-        notice: Hears what was left out; by default it is said on stderr.
+        source: As :func:`read_documents` takes it.
+        notice: Called with a line about what was left out; the default prints it to stderr.
 
     Raises:
-        InputError: As :func:`read`; or it is another kind of source.
+        InputError: As :func:`read_documents`; or the source is of another kind.
     """
-    if _on_hub(source):
-        return _of_hub(source, notice)
+    if _is_on_hub(source):
+        return _fetch_entries(source, notice)
     path = Path(source)
     require_path(path)
     decontamination.refuse(path)
@@ -93,21 +93,21 @@ def entries(source: str | Path, *, notice: Notice | None = None) -> list[Entry]:
     return kept
 
 
-def lines_of(document: Document) -> list[Document]:
-    """Return the lines of a text that holds one document a line; empty ones are passed over."""
+def split_lines(document: Document) -> list[Document]:
+    """Return the lines of a text as documents, without empty ones."""
     lines = enumerate(document.text.split("\n"), 1)
     return [Document(f"{document.name}, line {n}", line) for n, line in lines if line.strip()]
 
 
-def split(documents: Sequence[Document], *, share: float = 0.05) -> tuple[list[Document], list[Document]]:
-    """Return the documents to train on and those to validate on.
+def split_documents(documents: Sequence[Document], *, share: float = 0.05) -> tuple[list[Document], list[Document]]:
+    """Return the documents for training and those for validation.
 
-    A document's side follows from its text alone, so that neither order nor new files move another. Equal texts are
-    one document. A side that would be empty gets the document that comes nearest; a single document is trained on.
+    A document's side depends on its text alone, so it is stable under another order or new files. Equal texts count as
+    one document. An empty side gets the nearest document; a single document is for training.
 
     Args:
         documents: In any order, which each side keeps.
-        share: Of the documents to validate on, about.
+        share: Approximate share of the validation documents.
 
     Raises:
         InputError: The share is not between 0 and 1, or there are no documents.
@@ -118,25 +118,25 @@ def split(documents: Sequence[Document], *, share: float = 0.05) -> tuple[list[D
         raise InputError("there are no documents to split")
     places: dict[float, Document] = {}
     for document in documents:
-        places.setdefault(_place(document), document)
-    held = {place for place in places if place < share} or {min(places)}
-    if len(held) == len(places):
-        held.remove(max(held))
-    sides = [[one for place, one in places.items() if (place in held) == side] for side in (False, True)]
+        places.setdefault(_hash_to_unit(document), document)
+    held_out = {place for place in places if place < share} or {min(places)}
+    if len(held_out) == len(places):
+        held_out.remove(max(held_out))
+    sides = [[one for place, one in places.items() if (place in held_out) == side] for side in (False, True)]
     return sides[0], sides[1]
 
 
-def windows(
+def draw_windows(
     document: Document, tokenizer: Any, *, size: int, count: int = 1, generator: torch.Generator
 ) -> Int[Tensor, "count size"]:
-    """Return token windows of a document at random places; they may overlap.
+    """Return token windows at random positions of a document; they may overlap.
 
     Args:
-        document: Tokenised on its own, without special tokens.
-        tokenizer: Of transformers.
+        document: Tokenized without special tokens.
+        tokenizer: A tokenizer of transformers.
         size: Tokens of a window.
-        count: Windows.
-        generator: Says where they begin: :func:`vestige.training.sampler.generator_of`.
+        count: Number of windows.
+        generator: Draws the positions, as from :func:`~vestige.training.sampler.make_generator`.
 
     Raises:
         InputError: The document has fewer tokens than a window, or the numbers are not above 0.
@@ -150,7 +150,7 @@ def windows(
     return ids[starts[:, None] + torch.arange(size)]  # (count, size)
 
 
-def _on_hub(source: str | Path) -> TypeGuard[str]:
+def _is_on_hub(source: str | Path) -> TypeGuard[str]:
     return isinstance(source, str) and source.startswith(HUB_PREFIX)
 
 
@@ -158,7 +158,7 @@ def _is_jsonl(path: Path) -> bool:
     return path.suffix == ".jsonl" and not path.is_dir()
 
 
-def _of_path(path: Path, notice: Notice | None) -> list[Document]:
+def _read_path(path: Path, notice: Notice | None) -> list[Document]:
     require_path(path)
     decontamination.refuse(path)
     files = sorted(p for p in path.iterdir() if p.suffix in TEXTS) if path.is_dir() else [path]
@@ -169,11 +169,11 @@ def _of_path(path: Path, notice: Notice | None) -> list[Document]:
     return [Document(str(file), read_text(file)) for file in allowed]
 
 
-def _of_hub(source: str, notice: Notice | None) -> list[Entry]:
+def _fetch_entries(source: str, notice: Notice | None) -> list[Entry]:
     name, _, rest = source.removeprefix(HUB_PREFIX).partition(":")
     config, _, part = rest.partition(":")
     part = part or "train"
-    decontamination.allowed_rows((), name, part)  # what is refused should not be downloaded
+    decontamination.allowed_rows((), name, part)  # before a download
     rows = hub.fetch(name, config or None, part, "files or folders of texts")
     allowed = decontamination.allowed_rows(rows, name, part)
     found = [jsonl.entry(dict(row), f"{name}, row {i}") for i, row in enumerate(allowed)]
@@ -182,24 +182,24 @@ def _of_hub(source: str, notice: Notice | None) -> list[Entry]:
     return kept
 
 
-def _of_entries(found: Sequence[Entry], field: str) -> list[Document]:
+def _make_documents(found: Sequence[Entry], field: str) -> list[Document]:
     documents = [Document(entry.where, entry.text(field)) for entry in found]
     return [document for document in documents if document.text.strip()]
 
 
 def _report(source: str | Path, there: int, kept: int, notice: Notice | None) -> None:
-    """Say how many documents of a source were left out, if any."""
+    """Report the number of documents of a source that were left out, if any."""
     if there == kept:
         return
     line = f"{source}: {there - kept} of {there} documents are left out, they are for benchmarks only"
-    (notice or _say)(line)
+    (notice or _print_error)(line)
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _place(document: Document) -> float:
-    """Return a number from 0 to 1 that follows from the text alone."""
+def _hash_to_unit(document: Document) -> float:
+    """Return a number from 0 to 1 that depends on the text alone."""
     digest = hashlib.sha256(document.text.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

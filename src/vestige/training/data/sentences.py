@@ -1,4 +1,4 @@
-"""Sentences of documents: what made-up texts are put among."""
+"""Sentences of documents, used as filler in synthetic samples."""
 
 import random
 import re
@@ -7,52 +7,52 @@ from collections.abc import Callable, Sequence
 from vestige.errors import InputError
 from vestige.training.data.documents import Document
 
-SHORTEST = 12
+MIN_SENTENCES = 12
 """Sentences that a document must have."""
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
-def sentences(text: str) -> list[str]:
-    """Return the sentences of a text, white space made single, without very short and very long ones."""
-    found = _SENTENCE.split(" ".join(text.split()))
-    return [one for one in found if 20 <= len(one) <= 400]
+def split_sentences(text: str) -> list[str]:
+    """Return the sentences of 20 to 400 characters, with single spaces."""
+    sentences = _SENTENCE_END.split(" ".join(text.split()))
+    return [sentence for sentence in sentences if 20 <= len(sentence) <= 400]
 
 
-def usable(documents: Sequence[Document]) -> list[Document]:
+def split_all_sentences(documents: Sequence[Document]) -> list[list[str]]:
+    """Return the sentences of every document."""
+    return [split_sentences(document.text) for document in documents]
+
+
+def require_long_documents(documents: Sequence[Document]) -> list[Document]:
     """Return the documents that have enough sentences.
 
     Raises:
-        InputError: Fewer than two different ones have, and one is to validate on.
+        InputError: Fewer than two different documents have enough: one is needed for training, one for validation.
     """
-    long = [one for one in documents if len(sentences(one.text)) >= SHORTEST]
-    if (count := len({one.text for one in long})) < 2:
+    long = [document for document in documents if len(split_sentences(document.text)) >= MIN_SENTENCES]
+    if (count := len({document.text for document in long})) < 2:
         raise InputError(
-            f"training takes two texts of {SHORTEST} sentences or more, one of them to validate on; there is "
+            f"training takes two texts of {MIN_SENTENCES} sentences or more, one of them to validate on; there is "
             f"{count or 'none'} among {len(documents)}"
         )
     return long
 
 
-def stretch(
-    rng: random.Random, text: Sequence[str], room: int, count: Callable[[str], int], *, fewest: int
+def draw_sentences(
+    rng: random.Random, sentences: Sequence[str], tokens: int, count: Callable[[str], int], *, fewest: int
 ) -> list[str]:
-    """Return sentences of a text from a random one on, going round.
+    """Return consecutive sentences from a random one on, starting over at the end of the text.
 
     Args:
-        rng: Says where to begin.
-        text: Its sentences.
-        room: So many tokens in all, or a sentence more.
-        count: Says how many tokens a sentence has.
-        fewest: Sentences, whatever they have.
+        rng: Draws the first sentence.
+        sentences: Sentences of one text.
+        tokens: Length to reach; the last sentence may exceed it.
+        count: Returns the tokens of a sentence.
+        fewest: Least number of sentences, whatever their length.
     """
-    at, total, found = rng.randrange(len(text)), 0, list[str]()
-    while len(found) < fewest or total < room:
-        found.append(text[at])
-        total += count(text[at])
-        at = (at + 1) % len(text)
-    return found
-
-
-def prose_of(documents: Sequence[Document]) -> list[list[str]]:
-    """Return the sentences of every document."""
-    return [sentences(document.text) for document in documents]
+    at, total, drawn = rng.randrange(len(sentences)), 0, list[str]()
+    while len(drawn) < fewest or total < tokens:
+        drawn.append(sentences[at])
+        total += count(sentences[at])
+        at = (at + 1) % len(sentences)
+    return drawn

@@ -1,1 +1,1 @@
-"""Training the learned eraser: made-up texts with a passage to erase, what the model says without it, and the loss."""
+"""Training of the learned eraser: drafts of texts with passages to erase, samples with target replies, the loss."""

@@ -1,7 +1,7 @@
-"""The surrogate cache with gradients: plain tensors, one model for reading, erasing and answering.
+"""The surrogate cache with gradients, as plain tensors: read a text, erase spans, answer questions.
 
-What :mod:`vestige.cache.overlay` does on a live cache, done on keys and values that nothing was evicted from, fast
-enough to train through. Attention is eager where gradients flow: fused kernels are slow in their backward pass on CPUs.
+It does what :mod:`vestige.cache.overlay` does on a live cache, on full keys and values, fast enough for training.
+Attention is eager where gradients flow, because the backward passes of fused kernels are slow on CPUs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ Layer = tuple[Float[Tensor, "1 kv_heads _seen head_dim"], Float[Tensor, "1 kv_he
 
 
 def read(model: PreTrainedModel, ids: Int[Tensor, "1 seen"], before: Sequence[Layer] = ()) -> list[Layer]:
-    """Return the keys and values of all layers after reading ids. No gradients.
+    """Return the keys and values of all layers for some ids, without gradients.
 
     Args:
         model: Without an adapter.
         ids: At least one.
-        before: What was read before them, if anything.
+        before: Keys and values of the ids before them.
     """
     cache = _cache(model, before)
     with torch.no_grad():
@@ -39,19 +39,19 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "1 seen"], before: Sequence[La
 def steer(
     model: PreTrainedModel, adapter: Adapter, ids: Int[Tensor, "1 seen"], layers: Sequence[Layer], spans: Sequence[Span]
 ) -> list[Layer]:
-    """Return the layers with the spans' pairs replaced by what the adapter writes. Gradients reach the adapter.
+    """Return the layers with the spans' pairs replaced by the adapter's. Gradients reach the adapter.
 
     Args:
         model: Frozen.
-        adapter: Switched on while the spans are run.
-        ids: What was read.
+        adapter: Active while the spans are run.
+        ids: The text.
         layers: From :func:`read`.
-        spans: Ascending and disjoint; each reads what the ones before it wrote.
+        spans: Ascending and disjoint; each span sees the replaced pairs of those before it.
     """
     current = list(layers)
     for span in spans:
         cache = _cache(model, [(keys[:, :, : span.start], values[:, :, : span.start]) for keys, values in current])
-        with attention(model, "eager"), adapter.applied(model):
+        with use_attention(model, "eager"), adapter.applied(model):
             model.base_model(input_ids=ids[:, span.start : span.end], **cache_argument(cache))
         current = [
             (
@@ -63,46 +63,46 @@ def steer(
     return current
 
 
-def logits_over(
+def compute_logits(
     model: PreTrainedModel, layers: Sequence[Layer], ids: Int[Tensor, "1 new"], last: int
 ) -> Float[Tensor, "last vocab"]:
-    """Return the logits of the last of some ids that are fed behind what the layers hold, with gradients.
+    """Return the logits of the last few ids that follow the layers' tokens, with gradients.
 
     Args:
         model: Without an adapter.
-        layers: Left as they are.
-        ids: A question and all of a reply but its last token.
-        last: Logits wanted.
+        layers: Not changed.
+        ids: A question, and a reply without its last token.
+        last: Number of ids whose logits are returned.
     """
-    with attention(model, "eager"):
+    with use_attention(model, "eager"):
         out = model(input_ids=ids, **cache_argument(_cache(model, layers)), logits_to_keep=last)
     logits: Tensor = out.logits[0]
     return logits.float()
 
 
-def reply(
+def greedy_reply(
     model: PreTrainedModel,
     layers: Sequence[Layer],
     question: Int[Tensor, "1 question"],
     limit: int,
     stop: Sequence[int],
 ) -> list[int]:
-    """Return the greedy reply to a question, up to a limit or the first of ``stop``, which is part of it."""
-    cache, fed = _cache(model, layers), question
-    said: list[int] = []
+    """Return the greedy reply to a question, up to ``limit`` tokens or the first of ``stop``, which it includes."""
+    cache, ids = _cache(model, layers), question
+    tokens: list[int] = []
     with torch.no_grad():
-        while len(said) < limit:
-            token = int(model(input_ids=fed, **cache_argument(cache), logits_to_keep=1).logits[0, -1].argmax())
-            said.append(token)
+        while len(tokens) < limit:
+            token = int(model(input_ids=ids, **cache_argument(cache), logits_to_keep=1).logits[0, -1].argmax())
+            tokens.append(token)
             if token in stop:
                 break
-            fed = question.new_tensor([[token]])
-    return said
+            ids = question.new_tensor([[token]])
+    return tokens
 
 
 @contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Use another attention of transformers for a while."""
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Use another attention implementation of transformers within the block."""
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -118,7 +118,7 @@ def _layers(cache: DynamicCache) -> list[Layer]:
 
 
 def _cache(model: PreTrainedModel, layers: Sequence[Layer]) -> DynamicCache:
-    """Return a cache that holds these tensors; it concatenates what is fed and changes none of them."""
+    """Return a cache that holds these tensors and never changes them in place."""
     cache = DynamicCache(config=model.config)
     for i, (keys, values) in enumerate(layers):
         cache.update(keys, values, i)

@@ -1,133 +1,111 @@
-"""Drafts of statements about made-up people and things, put among the sentences of some prose.
+"""Drafts with statements about made-up people and things, placed among sentences.
 
-The erased statement contradicts another, gives orders about it, stands alone, or has nothing to do with the question.
+The erased statement contradicts another one, gives orders about it, stands alone, or is unrelated to the query.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from vestige.training.data.vocabulary import (
-    ASK,
     ASK_ALL,
+    JOINTS,
     ORDERS,
     RELATIONS,
     REMARKS,
-    REPLY,
     REPLY_ALL,
     STATED,
-    Relation,
-    subject,
+    Topic,
+    draw_distinct,
+    draw_subject,
+    draw_weighted,
 )
 from vestige.training.eraser.templates import Draft, Passage, Query
 
 KINDS = {"conflict": 0.42, "remark": 0.16, "order": 0.14, "several": 0.14, "retained": 0.08, "alone": 0.06}
-"""How often each comes. A remark is a conflict whose erased statement has a consequence behind it, which stays."""
+"""Probability of each kind. A remark is a conflict with a consequence of the erased statement, which stays."""
 ALIKE = 0.4
-"""How often others have the same, said in the same words: what is left must not be mistaken for theirs."""
+"""Probability that all subjects share the relation and its phrasing, so that the model must tell them apart."""
 FREE = 0.5
-"""How often it is asked, too, with nothing that opens the reply."""
-JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
+"""Probability of a further query whose reply nothing opens."""
 
 
-@dataclass(frozen=True)
-class _Topic:
-    """Who has what, and how it is said in one text."""
-
-    who: str
-    relation: Relation
-    phrase: str | None
-    """How it is stated, if always alike."""
-
-    def says(self, rng: random.Random, value: str, forms: Sequence[str] = STATED) -> str:
-        form = self.phrase if self.phrase and forms is STATED else rng.choice(forms)
-        return form.format(what=self.relation.what, s=self.who, v=value)
-
-    def asked(self, rng: random.Random, kind: str, answer: str, *, misled: bool = False) -> Query:
-        forms = (ASK_ALL, REPLY_ALL) if kind == "all" else (ASK, REPLY)
-        question, prefix = (rng.choice(some).format(what=self.relation.what, s=self.who) for some in forms)
-        return Query(kind=kind, question=question, prefix=prefix, answer=answer, misled=misled)
-
-
-def facts(rng: random.Random, prose: Sequence[str]) -> Draft:
+def draft_facts(rng: random.Random, sentences: Sequence[str]) -> Draft:
     """Return a text with statements, some of which are erased.
 
     Args:
-        rng: Says which and where.
-        prose: Sentences to put them among, in order, at least eight.
+        rng: Source of all random choices.
+        sentences: Filler for the statements, in order; at least eight sentences.
     """
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    topic = _topic(rng, ())
-    side, *others = _others(rng, topic)
-    right, *wrong, alike = topic.relation.values(rng, 5)
-    beside = alike if side.relation is topic.relation else side.relation.value(rng)
-    placed = [Passage(text=side.says(rng, beside))]
-    placed += [Passage(text=one.says(rng, one.relation.value(rng))) for one in others]
+    kind = draw_weighted(rng, KINDS)
+    topic = _draw_topic(rng)
+    side, *others = _draw_others(rng, topic)
+    right, *wrong, alike = draw_distinct(rng, topic.relation.value, 5)
+    retained = alike if side.relation is topic.relation else side.relation.value(rng)
+    placed = [Passage(text=side.state(rng, retained))]
+    placed += [Passage(text=other.state(rng, other.relation.value(rng))) for other in others]
     if kind != "alone":
-        placed.append(Passage(text=topic.says(rng, right), states=right))
-    passages = _among(rng, prose, placed, _gone(rng, kind, topic, right, wrong))
-    main = topic.asked(rng, kind, "" if kind == "alone" else right, misled=kind != "retained")
-    taken_along = [side.asked(rng, "retained", beside)]
+        placed.append(Passage(text=topic.state(rng, right), states=right))
+    passages = _place(rng, sentences, placed, _draw_erased(rng, kind, topic, right, wrong))
+    main = Query(kind=kind, **topic.ask(rng), answer="" if kind == "alone" else right, misled=kind != "retained")
+    queries = [main, Query(kind="retained", **side.ask(rng), answer=retained)]
     if kind in ("conflict", "several"):
-        taken_along.append(topic.asked(rng, "all", right))
+        queries.append(Query(kind="all", **topic.ask(rng, ASK_ALL, REPLY_ALL), answer=right))
     if kind != "retained" and rng.random() < FREE:
-        taken_along.append(replace(topic.asked(rng, "free", right), prefix=""))
-    joint = rng.choices(list(JOINTS), list(JOINTS.values()))[0]
-    return Draft(passages=passages, queries=(main, *taken_along), joint=joint)
+        queries.append(Query(kind="free", question=topic.ask(rng)["question"], prefix="", answer=right))
+    return Draft(passages=passages, queries=tuple(queries), joint=draw_weighted(rng, JOINTS))
 
 
-def _gone(rng: random.Random, kind: str, topic: _Topic, right: str, wrong: Sequence[str]) -> list[list[Passage]]:
-    """Return what is erased, and what stands right behind each."""
-    stated = [Passage(text=topic.says(rng, value), states=value, gone=True) for value in wrong]
+def _draw_erased(rng: random.Random, kind: str, topic: Topic, right: str, wrong: Sequence[str]) -> list[list[Passage]]:
+    """Return groups of passages: an erased one, and those that directly follow it."""
+    stated = [Passage(text=topic.state(rng, value), states=value, is_erased=True) for value in wrong]
     if kind == "remark":
-        return [[stated[0], Passage(text=topic.says(rng, "", REMARKS))]]
+        return [[stated[0], Passage(text=topic.state(rng, "", REMARKS))]]
     if kind == "several":
-        return [[one] for one in stated[: rng.randint(2, 3)]]
+        return [[passage] for passage in stated[: rng.randint(2, 3)]]
     if kind == "order":
-        return [[Passage(text=topic.says(rng, wrong[0], ORDERS), gone=True)]]
+        return [[Passage(text=topic.state(rng, wrong[0], ORDERS), is_erased=True)]]
     if kind == "retained":
-        other = _topic(rng, (topic.who,))
-        return [[Passage(text=other.says(rng, other.relation.value(rng)), gone=True)]]
+        other = _draw_topic(rng, (topic.who,))
+        return [[Passage(text=other.state(rng, other.relation.value(rng)), is_erased=True)]]
     if kind == "alone":
-        return [[Passage(text=topic.says(rng, right), states=right, gone=True)]]
+        return [[Passage(text=topic.state(rng, right), states=right, is_erased=True)]]
     return [[stated[0]]]
 
 
-def _among(
-    rng: random.Random, prose: Sequence[str], placed: Sequence[Passage], gone: Sequence[Sequence[Passage]]
+def _place(
+    rng: random.Random, sentences: Sequence[str], placed: Sequence[Passage], erased: Sequence[Sequence[Passage]]
 ) -> tuple[Passage, ...]:
-    """Put statements among sentences at random places; what is erased may take sentences behind it along."""
-    groups = [[Passage(text=one)] for one in prose]
-    for one in placed:
-        groups.insert(rng.randrange(1, len(groups)), [one])
-    for some in gone:
-        at = rng.choice([i for i in range(1, len(groups)) if not groups[i][0].gone])
-        if len(some) == 1:
-            _take_along(groups, at, rng.choice((0, 0, 0, 1, 2)))
-        groups.insert(at, list(some))
+    """Return sentences with statements at random places; up to two sentences after an erased one are erased too."""
+    groups = [[Passage(text=sentence)] for sentence in sentences]
+    for passage in placed:
+        groups.insert(rng.randrange(1, len(groups)), [passage])
+    for group in erased:
+        at = rng.choice([i for i in range(1, len(groups)) if not groups[i][0].is_erased])
+        if len(group) == 1:
+            _erase_sentences(groups, at, rng.choice((0, 0, 0, 1, 2)))
+        groups.insert(at, list(group))
     return tuple(passage for group in groups for passage in group)
 
 
-def _take_along(groups: list[list[Passage]], at: int, count: int) -> None:
+def _erase_sentences(groups: list[list[Passage]], at: int, count: int) -> None:
     for i in range(at, min(at + count, len(groups))):
         if len(groups[i]) == 1 and not groups[i][0].states:
-            groups[i] = [replace(groups[i][0], gone=True)]
+            groups[i] = [replace(groups[i][0], is_erased=True)]
 
 
-def _topic(rng: random.Random, taken: Sequence[str]) -> _Topic:
-    """Return somebody with something, stated in one phrasing throughout, or in several."""
-    who = subject(rng)
-    while who in taken:
-        who = subject(rng)
-    phrase = rng.choice((STATED[0], rng.choice(STATED))) if rng.random() < 0.6 else None
-    return _Topic(who, rng.choice(RELATIONS), phrase)
+def _draw_topic(rng: random.Random, taken: Collection[str] = ()) -> Topic:
+    """Return a topic of a subject not in ``taken``; its statements have one form, or any."""
+    (who,) = draw_distinct(rng, draw_subject, 1, taken=taken)
+    forms = (rng.choice((STATED[0], rng.choice(STATED))),) if rng.random() < 0.6 else STATED
+    return Topic(who, rng.choice(RELATIONS), forms)
 
 
-def _others(rng: random.Random, topic: _Topic) -> list[_Topic]:
-    """Return one to three others, who often have the same, stated alike."""
+def _draw_others(rng: random.Random, topic: Topic) -> list[Topic]:
+    """Return topics of one to three other subjects, often with the same relation and phrasing."""
     found = [topic]
     alike = rng.random() < ALIKE
     for _ in range(rng.randint(1, 3)):
-        other = _topic(rng, [one.who for one in found])
-        found.append(replace(other, relation=topic.relation, phrase=topic.phrase) if alike else other)
+        other = _draw_topic(rng, [known.who for known in found])
+        found.append(replace(topic, who=other.who) if alike else other)
     return found[1:]

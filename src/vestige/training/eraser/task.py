@@ -1,8 +1,9 @@
-"""The learned eraser as something to train: the reply to the clean text, taught through the passage's own pairs.
+"""The task that trains the learned eraser to give the clean text's replies through the erased passages' own pairs.
 
 Source: KVEraser, arXiv 2606.17034: the loss is the negative log-likelihood of the reply over the surrogate cache, which
-is an option here. Differs: the loss is the divergence from what the model says of the clean text, over question and
-reply, since the other makes it surer than it is (LOG.md); several queries share an edit, as they will in use.
+is an option here. Differs: the loss is the divergence from the model's distribution over the clean text, on question
+and reply, because the likelihood makes replies surer than the model's own (LOG.md). Several queries share an edit, as
+in use.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,26 +18,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.nn.lora import Adapter
 from vestige.training.eraser import differentiable_cache
-from vestige.training.eraser.samples import Asked, EraserOptions, Sample, SampleMaker, Texts
-from vestige.training.sampler import seed_of
-from vestige.training.task import identity_of
+from vestige.training.eraser.samples import EraserOptions, Sample, SampleMaker, Sources, TokenizedQuery
+from vestige.training.sampler import derive_seed
+from vestige.training.task import identify_model
 
-Logits = Float[Tensor, "fed vocab"]
+Logits = Float[Tensor, "inputs vocab"]
 Figures = dict[str, Float[Tensor, ""]]
-"""Of a query: the reply's NLL, its divergence from the clean one, that of the question, and exact match."""
+"""Figures of a query: NLL of the reply, divergence over reply and question, exact match."""
 
 
 class EraserTask:
-    """The learned eraser as a :class:`vestige.training.Task`: a stream of samples, each a function of its index alone.
+    """A task that trains the learned eraser: a stream of samples, each a function of its index alone.
 
     Args:
-        model: Frozen by this.
-        tokenizer: The model's, a fast one.
-        adapter: What is trained.
-        texts: To train on.
-        held: To validate on.
-        options: Of samples and loss.
-        validation: Samples to validate on.
+        model: Frozen by the constructor.
+        tokenizer: The model's tokenizer, a fast one.
+        adapter: The trained weights.
+        sources: Training material.
+        held_out: Validation material.
+        options: Options of samples and loss.
+        validation: Number of validation samples.
     """
 
     def __init__(
@@ -44,18 +45,17 @@ class EraserTask:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         adapter: Adapter,
-        texts: Texts,
-        held: Texts,
+        sources: Sources,
+        held_out: Sources,
         options: EraserOptions,
         *,
         validation: int = 24,
     ) -> None:
         self.model, self.adapter, self.options = model.requires_grad_(False).eval(), adapter, options
         self.maker = SampleMaker(model, tokenizer, options)
-        self.texts, self.held = texts, held
-        self.validation = validation
+        self.sources, self.held_out, self.validation = sources, held_out, validation
         self._pool: dict[int, Sample] = {}
-        self._to_validate: list[Sample] = []
+        self._validation_samples: list[Sample] = []
 
     @property
     def module(self) -> nn.Module:
@@ -64,75 +64,76 @@ class EraserTask:
 
     @property
     def num_samples(self) -> None:
-        """Samples come in a stream."""
+        """None: the samples are an endless stream."""
         return None
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
-        """Return the loss of a sample over the surrogate cache, the mean over its queries."""
-        sample, options = self._sample(self.options.taken(index)), self.options
-        figures = _means([_compared(*one) for one in self._answered(sample)])
+        """Return the loss of a sample over the surrogate cache, averaged over its queries."""
+        sample, options = self._sample(self.options.sample_number(index)), self.options
+        figures = _average([_compare(query, logits) for query, logits in self._answer(sample)])
         weights = {"nll": options.nll, "kl": options.kl, "question_kl": options.question_kl}
         loss = torch.stack([weight * figures[name] for name, weight in weights.items()]).sum()
         return {"loss": loss, **figures, "tokens": loss.new_tensor(float(sample.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
-        """Return divergence and exact match on texts and statements that are not trained on, in all and by kind."""
-        if not self._to_validate:
-            self._to_validate = [
-                self.maker.sample(("held", i), self.held, neighbours=i % 4 == 0).light() for i in range(self.validation)
+        """Return divergence and exact match on held-out samples, overall and by kind."""
+        if not self._validation_samples:
+            self._validation_samples = [
+                self.maker.make_sample(("held", i), self.held_out, neighbours=i % 4 == 0).without_layers()
+                for i in range(self.validation)
             ]
         by_kind: dict[str, list[Figures]] = {}
-        for sample in self._to_validate:
-            for asked, logits in self._answered(sample):
-                by_kind.setdefault(asked.kind, []).append(_compared(asked, logits))
-        overall = _means([one for some in by_kind.values() for one in some])
-        exact = {f"exact_{kind}": float(_means(by_kind[kind])["exact"]) for kind in sorted(by_kind)}
+        for sample in self._validation_samples:
+            for query, logits in self._answer(sample):
+                by_kind.setdefault(query.kind, []).append(_compare(query, logits))
+        overall = _average([figures for listed in by_kind.values() for figures in listed])
+        exact = {f"exact_{kind}": float(_average(by_kind[kind])["exact"]) for kind in sorted(by_kind)}
         return {"kl": float(overall["kl"]), "exact": float(overall["exact"]), **exact}
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the model, the adapter's shape, the options and the data."""
-        config = self.adapter.config
+        """Return the identity of model and data, the adapter's shape and the options."""
+        config, sides = self.adapter.config, (self.sources, self.held_out)
         return {
-            **identity_of(self.model),
+            **identify_model(self.model),
             "rank": config.rank,
             "alpha": config.alpha,
             "modules": len(config.modules),
             "options": asdict(self.options),
-            "documents": [seed_of(*text) for text in (*self.texts.prose, *self.held.prose)],
-            "questions": [seed_of(one.text) for one in (*self.texts.questions, *self.held.questions)],
+            "documents": [derive_seed(*text) for side in sides for text in side.texts],
+            "questions": [derive_seed(question.text) for side in sides for question in side.questions],
         }
 
     def _sample(self, number: int) -> Sample:
-        """Return a sample to train on, from the pool if it is there."""
+        """Return a training sample, from the pool if it is there."""
         if number not in self._pool:
             first = number - number % self.options.pool
-            self._pool = {one: sample for one, sample in self._pool.items() if one >= first}
+            self._pool = {other: sample for other, sample in self._pool.items() if other >= first}
             neighbours = number < self.options.neighbours
-            self._pool[number] = self.maker.sample(("train", number), self.texts, neighbours=neighbours)
+            self._pool[number] = self.maker.make_sample(("train", number), self.sources, neighbours=neighbours)
         return self._pool[number]
 
-    def _answered(self, sample: Sample) -> list[tuple[Asked, Logits]]:
-        """Return what the edited cache says to each query, as logits behind all that is fed; one edit serves all."""
+    def _answer(self, sample: Sample) -> list[tuple[TokenizedQuery, Logits]]:
+        """Return each query with the edited cache's logits after its input tokens; all queries share one edit."""
         layers = sample.layers
         if layers is None:
             layers = differentiable_cache.read(self.model, sample.ids)
-        steered = differentiable_cache.steer(self.model, self.adapter, sample.ids, layers, sample.spans)
+        edited = differentiable_cache.steer(self.model, self.adapter, sample.ids, layers, sample.spans)
         return [
-            (one, differentiable_cache.logits_over(self.model, steered, one.fed, one.fed.shape[1]))
-            for one in sample.asked
+            (query, differentiable_cache.compute_logits(self.model, edited, query.input_ids, query.input_ids.shape[1]))
+            for query in sample.queries
         ]
 
 
-def _compared(asked: Asked, logits: Logits) -> Figures:
-    """Return how logits compare with those over the clean text."""
-    count = len(asked.target)
-    reply, clean = logits[-count:], asked.clean.float()
-    nll = cross_entropy(reply, asked.target)
+def _compare(query: TokenizedQuery, logits: Logits) -> Figures:
+    """Return figures that compare logits with those over the clean text."""
+    count = len(query.target)
+    reply, clean = logits[-count:], query.clean.float()
+    nll = cross_entropy(reply, query.target)
     return {
         "nll": nll,
         "kl": _divergence(reply, clean[-count:]),
         "question_kl": _divergence(logits[:-count], clean[:-count]) if len(logits) > count else nll.new_zeros(()),
-        "exact": (reply.argmax(-1) == asked.target).all().float(),
+        "exact": (reply.argmax(-1) == query.target).all().float(),
     }
 
 
@@ -140,5 +141,5 @@ def _divergence(logits: Logits, clean: Logits) -> Float[Tensor, ""]:
     return kl_div(logits.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
-def _means(all_figures: Sequence[Figures]) -> Figures:
-    return {name: torch.stack([one[name] for one in all_figures]).mean() for name in all_figures[0]}
+def _average(figures: Sequence[Figures]) -> Figures:
+    return {name: torch.stack([each[name] for each in figures]).mean() for name in figures[0]}

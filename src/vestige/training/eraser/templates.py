@@ -1,4 +1,4 @@
-"""A text with passages to erase and what is asked about it, before any model has seen it."""
+"""Drafts of samples: a text with passages to erase and queries about it, before a model has read it."""
 
 from dataclasses import dataclass, replace
 
@@ -9,26 +9,26 @@ class Passage:
 
     Args:
         text: The piece.
-        gone: Whether it is what is erased.
-        states: What it says of what is asked first, if anything.
+        is_erased: Whether the sample erases it.
+        states: The value it gives to the main query, or "" if it gives none.
     """
 
     text: str
-    gone: bool = False
+    is_erased: bool = False
     states: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """Something that is asked about a text.
+    """A query about a text.
 
     Args:
-        kind: What it trains, for the metrics.
-        question: Stands behind the text.
-        prefix: Opens the reply; empty leaves that to the model.
-        answer: What a right reply to the clean text has; empty takes whatever the model says.
-        misled: Whether the erased passages must change the reply, or it teaches nothing.
-        verbatim: Whether the reply is a quotation: it must begin with the answer's first words.
+        kind: Name of what it trains, for the metrics.
+        question: Follows the text.
+        prefix: Opens the reply; "" lets the model open it.
+        answer: Part of a right reply to the clean text; "" accepts any reply.
+        misled: Whether the query trains only if the erased passages change the reply.
+        verbatim: Whether the reply is a quotation, which must begin with the answer's first words.
     """
 
     kind: str
@@ -44,9 +44,9 @@ class Draft:
     """A text and its queries.
 
     Args:
-        passages: The text, piece by piece; those that are gone are erased.
-        queries: The first one decides whether the text is worth training on; the others are taken along.
-        joint: Stands between passages.
+        passages: The text, piece by piece.
+        queries: The first query decides whether the text is worth training on.
+        joint: Separator between passages.
     """
 
     passages: tuple[Passage, ...]
@@ -56,32 +56,33 @@ class Draft:
     @property
     def text(self) -> str:
         """The whole text."""
-        return self.joint.join(one.text for one in self.passages)
+        return self.joint.join(passage.text for passage in self.passages)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """The characters of the erased passages; those that follow each other are one."""
+        """Character ranges of the erased passages; adjacent passages make one range."""
         found: list[tuple[int, int]] = []
-        at = 0
-        for one in self.passages:
-            end = at + len(one.text)
-            if one.gone and found and found[-1][1] == at - len(self.joint):
+        start = 0
+        for passage in self.passages:
+            end = start + len(passage.text)
+            if passage.is_erased and found and found[-1][1] == start - len(self.joint):
                 found[-1] = (found[-1][0], end)
-            elif one.gone:
-                found.append((at, end))
-            at = end + len(self.joint)
+            elif passage.is_erased:
+                found.append((start, end))
+            start = end + len(self.joint)
         return found
 
     def flipped(self) -> "Draft | None":
-        """Return the same text with the statement that stays and the one that goes exchanged, if there is one of each.
+        """Return the draft that erases the kept statement instead of the erased one; None unless there is one of each.
 
-        Whichever of two the model believes, one of the drafts teaches it something.
+        Whichever statement the model believes, one of the two drafts trains it.
         """
-        kept, gone = (
-            [one.states for one in self.passages if one.states and one.gone == side] for side in (False, True)
-        )
-        if len(kept) != 1 or len(gone) != 1:
+        stating = [passage for passage in self.passages if passage.states]
+        erased = [passage.states for passage in stating if passage.is_erased]
+        if len(erased) != 1 or len(stating) != 2:
             return None
-        passages = tuple(replace(one, gone=not one.gone) if one.states else one for one in self.passages)
-        queries = (replace(self.queries[0], answer=gone[0]), *self.queries[1:])
+        passages = tuple(
+            replace(piece, is_erased=not piece.is_erased) if piece.states else piece for piece in self.passages
+        )
+        queries = (replace(self.queries[0], answer=erased[0]), *self.queries[1:])
         return replace(self, passages=passages, queries=queries)

@@ -1,35 +1,35 @@
-"""``vestige train eraser``: from texts to an adapter with its card, in a folder that ``learned(adapter=...)`` takes."""
+"""``vestige train eraser``: train an adapter on texts, and write it with its card for ``learned(adapter=...)``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.nn.lora import Adapter
-from vestige.training.data.sentences import prose_of
-from vestige.training.eraser import questions
-from vestige.training.eraser.samples import EraserOptions, Texts
+from vestige.training.data.documents import Document
+from vestige.training.data.sentences import split_all_sentences
+from vestige.training.eraser.questions import read_questions, split_questions
+from vestige.training.eraser.samples import EraserOptions, Sources
 from vestige.training.eraser.task import EraserTask
-from vestige.training.loop import Outcome
-from vestige.training.trainer import HELD_OUT, Job, Training
+from vestige.training.task import Task
+from vestige.training.trainer import HELD_OUT, Training, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class EraserTraining(Training):
-    """What an adapter is trained on, and how, beside what every training says.
+    """Options of ``vestige train eraser``, beside those of every training.
 
     Args:
-        qa: JSONL files and sets of questions with their paragraphs, as :func:`vestige.training.eraser.questions.read`
-            takes them; none is fine.
-        options: Of samples and loss.
-        rank: Of the adapter.
-        begin: A folder with an adapter to go on from; None begins with one that changes nothing.
+        qa: JSONL files and hub data sets of questions, as :func:`~.questions.read_questions` takes them; may be empty.
+        options: Options of samples and loss.
+        rank: Rank of the adapter.
+        begin: Folder of an adapter to start from; None starts with an adapter that changes nothing.
 
     Raises:
-        InputError: Those of :class:`~vestige.training.trainer.Training`, or a rank out of range.
+        InputError: As :class:`~vestige.training.trainer.Training`; or the rank is out of range.
     """
 
     weights: ClassVar[str] = "adapter"
@@ -44,24 +44,25 @@ class EraserTraining(Training):
         if self.rank < 1:
             raise InputError("rank must be at least 1")
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        sides = self.sides()
-        asked = questions.split(questions.read(self.qa), share=HELD_OUT)
-        texts, held = (Texts(prose=prose_of(side), questions=some) for side, some in zip(sides, asked, strict=True))
-        torch.manual_seed(self.loop.seed)
+    def make_task(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+    ) -> tuple[Task, Weights, dict[str, Any]]:
+        questions = split_questions(read_questions(self.qa), share=HELD_OUT)
+        sources = Sources(texts=split_all_sentences(documents), questions=questions[0])
+        unseen = Sources(texts=split_all_sentences(held_out), questions=questions[1])
         if self.begin is None:
-            adapter = Adapter.fresh(model, rank=self.rank, alpha=2.0 * self.rank)
+            adapter = Adapter.initialize(model, rank=self.rank, alpha=2.0 * self.rank)
         else:
             adapter = Adapter.load(self.begin, model)
-        task = EraserTask(model, tokenizer, adapter, texts, held, self.options, validation=self.validation)
-        return job.carry_out(
-            task,
-            self.loop,
-            adapter,
-            self.weights,
-            what="KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
-            documents=[one for side in sides for one in side],
-            qa=[Path(one).name for one in self.qa],
-            options=asdict(self.options),
-            rank=adapter.config.rank,
-        )
+        card = {
+            "what": "KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
+            "qa": [Path(source).name for source in self.qa],
+            "options": asdict(self.options),
+            "rank": adapter.config.rank,
+        }
+        task = EraserTask(model, tokenizer, adapter, sources, unseen, self.options, validation=self.validation)
+        return task, adapter, card

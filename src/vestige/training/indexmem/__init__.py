@@ -1,1 +1,1 @@
-"""Training IndexMem: an indexer that foretells what will be asked for, a memory that restores what was evicted."""
+"""Training of IndexMem: an indexer that predicts attention, and memories that restore evicted pairs."""

@@ -1,11 +1,11 @@
-"""The indexer's lesson: which tokens of a text will be looked at, as a distribution over them.
+"""The indexer's loss: its distribution over the tokens of a text against that of later attention.
 
-Source: IndexMem, arXiv 2605.25475: teacher and student are pooled over queries by their maximum, made distributions by
-a softmax over keys, and compared by ``KL(teacher || student)``; first tokens, which are always kept, take no part.
-Ours: a teacher of the queries behind the text, which are what reads pairs after an eviction, beside the paper's of the
-text's own; and the gradient of a maximum through its winner alone, so that nothing of all queries times all keys is
-held. Within a group of heads attention is added up before it is made a distribution, and what a question's reply looks
-at is foretold where the question was read.
+Source: IndexMem, arXiv 2605.25475: teacher and student are pooled over queries by their maximum, normalized by a
+softmax over keys, and compared by ``KL(teacher || student)``; the first tokens, which are always kept, do not count.
+Our own: a teacher of the queries after the text, since these read pairs after an eviction, beside the paper's teacher
+of the text's queries; and gradients that pass through the query of the maximum only, so that no matrix of all queries
+and keys is held. Attention is added up within a group of heads before it is normalized. If the indexer has read a
+question, it predicts the attention of that question's reply.
 """
 
 from typing import Literal, cast, get_args
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from vestige.errors import InputError, unknown_name_message
-from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, asked
-from vestige.training.indexmem.teacher_trace import Layer
+from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, index_scores
+from vestige.training.indexmem.teacher_trace import LayerTrace
 
 Teacher = Literal["answers", "text"]
 TEACHERS: tuple[str, ...] = get_args(Teacher)
@@ -28,77 +28,78 @@ def teacher_of(name: str) -> Teacher:
     """Return the teacher of that name.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such teacher.
     """
     if name not in TEACHERS:
         raise InputError(unknown_name_message("teacher", str(name), TEACHERS))
     return cast(Teacher, name)
 
 
-def foretelling(
-    indexer: Indexer, layers: list[Layer], text: int, told: slice, *, teacher: Teacher, sink: int
+def indexer_loss(
+    indexer: Indexer, layers: list[LayerTrace], text: int, predicted: slice, *, teacher: Teacher, sink: int
 ) -> Float[Tensor, ""]:
-    """Return how unlike what the indexer foretells is to what is looked at, the mean over layers and scores.
+    """Return KL(attention, indexer), averaged over layers and score groups.
 
     Args:
-        indexer: Gets the gradients.
-        layers: What each layer made of a text and what stands behind it.
-        text: Tokens of the text: what is told apart.
-        told: What is to be foretold, by the queries before it: a reply, or all that stands behind the text.
-        teacher: Whether that is what is foretold, or what those queries themselves look at.
-        sink: First tokens that take no part.
+        indexer: Receives the gradients.
+        layers: Traces of a text and the tokens after it.
+        text: Number of tokens of the text.
+        predicted: Tokens whose attention the indexer predicts from all queries before them: a reply, or all tokens
+            after the text.
+        teacher: Attention to predict: that of these tokens, or that of the queries before them.
+        sink: First tokens, which do not count.
     """
     losses = []
     for layer in layers:
         own = indexer.at(layer.layer_idx)
         if teacher == "answers":
-            paid = looked_at(layer, text, told, sink)
+            paid = attention_to_text(layer, text, predicted, sink)
         else:
-            paid = looked_at_within(layer, text, told.start, sink)
-        wanted = paid.view(own.groups, -1, paid.shape[1]).mean(1)  # a head that looks at sinks has little to say
+            paid = attention_within_text(layer, text, predicted.start, sink)
+        wanted = paid.view(own.groups, -1, paid.shape[1]).mean(1)  # heads that attend to sinks weigh little
         wanted = wanted / wanted.sum(-1, keepdim=True).clamp_min(1e-30)
-        said = asked_for(own, layer, text, told.start)[:, sink:].log_softmax(-1)
-        losses.append(kl_div(said, wanted, reduction="none").sum(-1).mean())
+        scores = max_index_scores(own, layer, text, predicted.start)[:, sink:].log_softmax(-1)
+        losses.append(kl_div(scores, wanted, reduction="none").sum(-1).mean())
     return torch.stack(losses).mean()
 
 
-def asked_for(indexer: LayerIndexer, layer: Layer, text: int, asking: int) -> Float[Tensor, "groups text"]:
-    """Return the most that any of the first ``asking`` queries asks for each token of a text, with its gradient."""
+def max_index_scores(indexer: LayerIndexer, layer: LayerTrace, text: int, asking: int) -> Float[Tensor, "groups text"]:
+    """Return the largest score of each token of a text over the first ``asking`` queries, with its gradient."""
     keys = indexer.index_keys(layer.hidden[:text])
     found = indexer.index_queries(layer.hidden[:asking])
     with torch.no_grad():
-        winner = _compared(found, keys).by_whom()
+        winner = _compared(found, keys).argmax()
     groups = torch.arange(len(keys), device=keys.device)[:, None]
-    chosen = IndexQueries(
+    best = IndexQueries(
         found.queries.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
         found.gates.transpose(1, 2)[groups, winner].flatten(0, 1)[:, :, None],
     )
-    return asked(chosen, keys.flatten(0, 1)[:, None]).view(len(keys), text)
+    return index_scores(best, keys.flatten(0, 1)[:, None]).view(len(keys), text)
 
 
 @torch.no_grad()
-def asked_most(indexer: LayerIndexer, layer: Layer, text: int) -> Float[Tensor, "groups text"]:
-    """Return the most that any query of a text asks for each of its tokens."""
+def max_index_scores_of_text(indexer: LayerIndexer, layer: LayerTrace, text: int) -> Float[Tensor, "groups text"]:
+    """Return the largest score of each token of a text over the text's own queries."""
     keys = indexer.index_keys(layer.hidden[:text])
-    return _compared(indexer.index_queries(layer.hidden[:text]), keys).most()
+    return _compared(indexer.index_queries(layer.hidden[:text]), keys).max()
 
 
 def _compared(asking: IndexQueries, keys: Float[Tensor, "groups text size"]) -> Comparison:
-    """Return queries beside the keys of the first of the tokens that ask."""
+    """Return a comparison of queries with the keys of a text, which is at the beginning of the queries' tokens."""
     at = torch.arange(asking.queries.shape[2], device=keys.device)
     return Comparison(asking, keys, at, at[: keys.shape[1]])
 
 
 @torch.no_grad()
-def looked_at(layer: Layer, text: int, told: slice, sink: int) -> Float[Tensor, "heads counted"]:
-    """Return the most attention that any of some later tokens pays to each token of a text but the first."""
-    logits = layer.logits(told)
-    return (logits - layer.weigh(logits)[..., None]).amax(1)[:, sink:text].exp()
+def attention_to_text(layer: LayerTrace, text: int, reading: slice, sink: int) -> Float[Tensor, "heads counted"]:
+    """Return the largest attention of a range of later tokens to each token of a text after the sinks."""
+    logits = layer.logits(reading)
+    return (logits - layer.log_normalizer(logits)[..., None]).amax(1)[:, sink:text].exp()
 
 
 @torch.no_grad()
-def looked_at_within(layer: Layer, text: int, asking: int, sink: int) -> Float[Tensor, "heads counted"]:
-    """Return the softmax over a text's tokens of the largest product of each with the first ``asking`` queries."""
+def attention_within_text(layer: LayerTrace, text: int, asking: int, sink: int) -> Float[Tensor, "heads counted"]:
+    """Return the softmax, over a text's tokens, of each token's largest logit for the first ``asking`` queries."""
     largest = torch.full((len(layer.queries), text), -torch.inf, device=layer.keys.device)
     for start in range(0, asking, _BLOCK):
         most = layer.logits(slice(start, min(start + _BLOCK, asking))).amax(1)[:, :text]

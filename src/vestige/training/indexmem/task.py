@@ -1,7 +1,7 @@
-"""IndexMem as something to train: first the indexer, then memories of what it would evict along with it.
+"""The task that trains IndexMem: first the indexer, then also memories of the pairs that it would evict.
 
-Source: IndexMem, arXiv 2605.25475: two stages, the model frozen. Nothing is backpropagated through the model, so a step
-costs one reading. Sequences are tales: texts with questions behind them.
+Source: IndexMem, arXiv 2605.25475: two stages, and a frozen model. No gradient passes through the model, so a step
+costs one reading. The sequences are synthetic texts with questions.
 """
 
 import math
@@ -15,51 +15,41 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
 from vestige.errors import InputError
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Latent
 from vestige.policies.indexmem import IndexMem
-from vestige.training.data.synthetic_qa.sequences import Alone
-from vestige.training.data.synthetic_qa.shares import drawn_share
-from vestige.training.data.synthetic_qa.task import TaleTask, over_documents
-from vestige.training.data.synthetic_qa.validation import judged
-from vestige.training.indexmem.indexer_loss import Teacher, foretelling, looked_at, teacher_of
-from vestige.training.indexmem.memory_loss import chosen, remembering, restoring
-from vestige.training.indexmem.teacher_trace import seen
+from vestige.training.data.synthetic_qa.sequences import TokenizedDocument
+from vestige.training.data.synthetic_qa.task import StoryOptions, StoryTask, Texts, average_over_documents, draw_share
+from vestige.training.data.synthetic_qa.validation import evaluate
+from vestige.training.indexmem.indexer_loss import Teacher, attention_to_text, indexer_loss, teacher_of
+from vestige.training.indexmem.memory_loss import make_memory, memory_loss, select_pairs
+from vestige.training.indexmem.teacher_trace import trace_text
 
 _MEASURED = 4
-"""Sequences on which the size of each KV head's output is measured."""
+"""Sequences on which the scale of each KV head is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexMemOptions:
-    """What sequences look like, and the loss.
+class IndexMemOptions(StoryOptions):
+    """Options of the sequences and the loss.
 
     Raises:
-        InputError: A number out of range, or an unknown teacher.
+        InputError: A number is out of range, or the teacher is unknown.
     """
 
-    length: int = 1024
-    """Most tokens of a sequence, of one document or of several."""
-    least: int = 160
-    """Fewest tokens that a document is given; lengths between are drawn evenly by their logarithm."""
-    asked: int = 4
-    """Most questions about one text."""
     teacher: Teacher = "answers"
-    """What the indexer foretells: what is behind a text looks at, or as in the paper what the text itself does."""
+    """Attention that the indexer predicts: of the tokens after a text, or as in the paper of the text itself."""
     aware: float = 0.5
-    """Share of the texts whose first question the indexer sees too, and then foretells its answer."""
+    """Share of the texts whose first question the indexer reads too; it then predicts the attention of its answer."""
     alone: int = 0
-    """Sequences, the first ones, that only the indexer learns from; a multiple of the batch."""
+    """First sequences, from which only the indexer learns; a multiple of the batch."""
     memory_weight: float = 0.3
-    """Of the memories' errors."""
+    """Weight of the memories' errors."""
     sink: int = 4
     """First tokens of a text, which are always kept."""
     window: int = 32
-    """Its latest tokens, which are always kept."""
-    budget: float = 0.1
-    """Share of the pairs that is kept when answers are validated."""
-    seed: int = 0
+    """Latest tokens of a text, which are always kept."""
 
     def __post_init__(self) -> None:
         teacher_of(self.teacher)
@@ -71,21 +61,21 @@ class IndexMemOptions:
             raise InputError("alone, sink, window and memory_weight must not be negative, and asked at least 1")
 
 
-class IndexMemTask(TaleTask):
-    """IndexMem as a :class:`vestige.training.Task`: a stream of sequences, each a function of its index alone.
+class IndexMemTask(StoryTask):
+    """A task that trains IndexMem: a stream of sequences, each a function of its index alone.
 
     Args:
-        model: Frozen by this.
-        tokenizer: The model's.
-        indexer: Is trained; its scales are measured here.
-        latents: Are trained, each of another kind.
-        prose: Sentences to train on, by document.
-        held: Sentences to validate on, by document.
-        options: Of sequences and loss.
-        validation: Tales to validate on.
+        model: Frozen by the constructor.
+        tokenizer: The model's tokenizer.
+        indexer: Trained; the constructor measures its scales.
+        latents: Trained weights of memories, each of another kind.
+        texts: Sentences of each training text.
+        held_out: Sentences of each validation text.
+        options: Options of sequences and loss.
+        validation: Number of validation samples.
 
     Raises:
-        InputError: Sequences would be longer than the model can read, or their numbers do not go together.
+        InputError: Sequences are longer than the model's context, or the options contradict each other.
     """
 
     def __init__(
@@ -94,28 +84,17 @@ class IndexMemTask(TaleTask):
         tokenizer: PreTrainedTokenizerBase,
         indexer: Indexer,
         latents: Sequence[Latent],
-        prose: Sequence[Sequence[str]],
-        held: Sequence[Sequence[str]],
+        texts: Texts,
+        held_out: Texts,
         options: IndexMemOptions,
         *,
         validation: int = 16,
     ) -> None:
-        super().__init__(
-            model,
-            tokenizer,
-            prose,
-            held,
-            length=options.length,
-            least=options.least,
-            others=0,
-            asked=options.asked,
-            seed=options.seed,
-            validation=validation,
-        )
+        super().__init__(model, tokenizer, texts, held_out, options, validation=validation)
         self.options, self.indexer = options, indexer
         self.latents = {latent.config.kind: latent for latent in latents}
         self._all = nn.ModuleDict({"indexer": indexer, **{str(kind): one for kind, one in self.latents.items()}})
-        self._measure()
+        self._measure_scales()
 
     @property
     def module(self) -> nn.Module:
@@ -123,16 +102,19 @@ class IndexMemTask(TaleTask):
         return self._all
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
-        """Return the loss of a sequence in its parts; a memory's is its error as a share of that without it, NaN while
-        it does not learn."""
+        """Return the loss of a sequence in its parts.
+
+        A memory's part is its error as a share of the error without it; NaN while it does not learn.
+        """
         packed = self.sequence("train", index)
-        parts = over_documents(packed, lambda one: self._of(one, remember=index >= self.options.alone))
+        with_memory = index >= self.options.alone
+        parts = average_over_documents(packed, lambda document: self._loss_of(document, with_memory=with_memory))
         loss = parts["index"] + self.options.memory_weight * parts.pop("memory")
         return {"loss": loss, **parts, "tokens": loss.new_tensor(float(packed.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
-        """Return how answers fare when pairs are really evicted, without and with the memory."""
-        options = self.options
+        """Return loss and accuracy of answers after a real eviction, without and with each memory."""
+        options, samples = self.options, self.validation_samples()
         policy = IndexMem(
             budget=Budget.fraction(options.budget),
             indexer=self.indexer,
@@ -140,15 +122,14 @@ class IndexMemTask(TaleTask):
             sink=options.sink,
             window=options.window,
         )
-        tales = self.to_validate()
-        found = dict(judged(self.model, policy, tales))
+        found = dict(evaluate(self.model, policy, samples))
         for kind, latent in self.latents.items():
-            with_memory = judged(self.model, policy, tales, remembering(latent))
+            with_memory = evaluate(self.model, policy, samples, make_memory(latent))
             found |= {f"{name}_{kind}": value for name, value in with_memory.items() if name != "answers"}
         return found
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the model, the shapes, the options and the data."""
+        """Return the identity of model and data, the shapes and the options."""
         return {
             **super().identity(),
             "indexer": asdict(self.indexer.config),
@@ -156,50 +137,52 @@ class IndexMemTask(TaleTask):
             "options": asdict(self.options),
         }
 
-    def _of(self, one: Alone, *, remember: bool) -> dict[str, Tensor]:
-        options, text = self.options, one.text
+    def _loss_of(self, document: TokenizedDocument, *, with_memory: bool) -> dict[str, Tensor]:
+        options, text = self.options, document.text
         sink = min(options.sink, text - 1)
         aware = bool(torch.rand(()) < options.aware)
-        told = _first_reply(one) if aware else slice(text, one.ids.shape[1])
-        fraction = drawn_share()
-        layers = seen(self.model, one.ids)
-        index = foretelling(self.indexer, layers, text, told, teacher=options.teacher, sink=sink)
+        predicted = _find_first_reply(document) if aware else slice(text, document.ids.shape[1])
+        fraction = draw_share()
+        layers = trace_text(self.model, document.ids)
+        index = indexer_loss(self.indexer, layers, text, predicted, teacher=options.teacher, sink=sink)
         latents = list(self.latents.values())
-        if not remember or not latents:  # every parameter has a gradient in every step
-            nothing = torch.stack([index.new_zeros(()), *map(_nothing, latents)]).sum()
+        if not with_memory or not latents:  # every parameter needs a gradient in every step
+            nothing = torch.stack([index.new_zeros(()), *map(_zero_loss, latents)]).sum()
             return {"index": index, "memory": nothing, **dict.fromkeys(self.latents, index.new_tensor(math.nan))}
-        kept = chosen(self.indexer, layers, text, fraction, sink=sink, window=options.window)
-        errors, without = restoring(latents, layers, kept)
-        left = (errors / without.clamp_min(1e-12)).detach()
-        return {"index": index, "memory": errors.sum(), **dict(zip(self.latents, left, strict=True))}
+        kept = select_pairs(self.indexer, layers, text, fraction, sink=sink, window=options.window)
+        errors, without = memory_loss(latents, layers, kept)
+        shares = (errors / without.clamp_min(1e-12)).detach()
+        return {"index": index, "memory": errors.sum(), **dict(zip(self.latents, shares, strict=True))}
 
     @torch.no_grad()
-    def _measure(self) -> None:
-        """Set the indexer's scales: what all shares of a KV head are worth together.
+    def _measure_scales(self) -> None:
+        """Set the indexer's scales: the total importance of the tokens of a KV head.
 
-        The log of how much attention is paid behind a text to all of it but its first tokens, each token counting with
-        the most that it gets, times the median norm of a value after the output projection.
+        A scale is the log of the attention to a text after its first tokens, each token counted with the largest that
+        any later token pays, times the median norm of a value after the output projection.
         """
         anatomy = check(self.model)
         norms: dict[int, list[Tensor]] = {}
         paid: dict[int, list[Tensor]] = {}
-        for one in (one for i in range(_MEASURED) for one in self.sequence("measured", i).documents()):
-            behind = slice(one.text, one.ids.shape[1])
-            for layer in seen(self.model, one.ids):
-                found = anatomy.output(layer.layer_idx).norms(layer.values[None])[0].mean(-1)  # over the query group
-                norms.setdefault(layer.layer_idx, []).append(found)
-                looked = looked_at(layer, one.text, behind, min(self.options.sink, one.text - 1)).sum(-1)
-                paid.setdefault(layer.layer_idx, []).append(looked.view(len(layer.keys), -1).mean(1))
+        for document in (one for i in range(_MEASURED) for one in self.sequence("measured", i).documents()):
+            following = slice(document.text, document.ids.shape[1])
+            for layer in trace_text(self.model, document.ids):
+                norm = anatomy.output(layer.layer_idx).norms(layer.values[None])[0].mean(-1)  # over the query group
+                norms.setdefault(layer.layer_idx, []).append(norm)
+                sink = min(self.options.sink, document.text - 1)
+                attention = attention_to_text(layer, document.text, following, sink).sum(-1)
+                paid.setdefault(layer.layer_idx, []).append(attention.view(len(layer.keys), -1).mean(1))
         for place, layer_idx in enumerate(self.indexer.config.layers):
-            worth = torch.cat(norms[layer_idx], 1).median(1).values * torch.stack(paid[layer_idx]).mean(0)
-            self.indexer.log_scales[place, : len(worth)] = worth.clamp_min(math.exp(-20)).log()
+            scales = torch.cat(norms[layer_idx], 1).median(1).values * torch.stack(paid[layer_idx]).mean(0)
+            self.indexer.log_scales[place, : len(scales)] = scales.clamp_min(math.exp(-20)).log()
 
 
-def _first_reply(one: Alone) -> slice:
-    """Return the places that say the answer to a document's first question."""
-    ends = [*(one.answers.diff() > 1).nonzero()[:1, 0].tolist(), len(one.answers) - 1]
-    return slice(int(one.answers[0]), int(one.answers[ends[0]]) + 1)
+def _find_first_reply(document: TokenizedDocument) -> slice:
+    """Return the positions that predict the answer to a document's first question."""
+    answers = document.answers
+    ends = [*(answers.diff() > 1).nonzero()[:1, 0].tolist(), len(answers) - 1]
+    return slice(int(answers[0]), int(answers[ends[0]]) + 1)
 
 
-def _nothing(module: nn.Module) -> Tensor:
+def _zero_loss(module: nn.Module) -> Tensor:
     return torch.stack([0 * parameter.sum() for parameter in module.parameters()]).sum()

@@ -1,4 +1,4 @@
-"""One reading of a text by the frozen model: all that an indexer and a memory are trained on."""
+"""Record the queries, keys, values and hidden states of a text: the training data of an indexer and a memory."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,16 +17,16 @@ from vestige.policies.observation import LayerView
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What one layer made of a text, in float32.
+class LayerTrace:
+    """The tensors of one layer for a text, in float32.
 
     Args:
         layer_idx: Index of the layer in the model.
-        queries: Of all heads, after RoPE.
-        hidden: What entered attention.
-        keys: After RoPE.
-        values: As they are stored.
-        scale: Of all heads.
+        queries: Queries of all heads, after RoPE.
+        hidden: Hidden states that entered attention.
+        keys: Keys after RoPE.
+        values: Values as a cache stores them.
+        scale: Attention scale of all heads.
     """
 
     layer_idx: int
@@ -37,30 +37,30 @@ class Layer:
     scale: AttentionScale
 
     def logits(self, asking: slice) -> Float[Tensor, "heads asking stop"]:
-        """Return scaled products of some queries with all keys up to theirs, causally."""
+        """Return the causally masked logits of a range of queries over all keys up to its end."""
         keys = self.keys[:, : asking.stop].repeat_interleave(len(self.queries) // len(self.keys), 0)
         found = self.scale.capped(self.queries[:, asking] @ keys.mT * self.scale.scaling)
         places = torch.arange(asking.stop, device=keys.device)
         return found.masked_fill(places > places[asking, None], -torch.inf)
 
-    def weigh(self, logits: Float[Tensor, "heads asking stop"]) -> Float[Tensor, "heads asking"]:
-        """Return the log of what the softmax of some logits divides by, sinks included."""
+    def log_normalizer(self, logits: Float[Tensor, "heads asking stop"]) -> Float[Tensor, "heads asking"]:
+        """Return the log of the softmax denominator of some logits, sinks included."""
         lse = logits.logsumexp(-1)
         return lse if self.scale.sinks is None else torch.logaddexp(lse, self.scale.sinks[:, None])
 
 
 @torch.no_grad()
-def seen(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[Layer]:
-    """Return what every evictable layer made of some ids."""
+def trace_text(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> list[LayerTrace]:
+    """Return the trace of every evictable layer for some ids."""
     recorder = _Recorder()
     with attach(model):
         prefill(model, ids, KVCache(model, recorder), chunk=ids.shape[1])
-    return [_layer(glance) for glance in recorder.glances]
+    return [_trace_layer(glance) for glance in recorder.glances]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Recorder(Full):
-    """Keeps all pairs, and what it is shown."""
+    """A policy that keeps all pairs, and records what it observes."""
 
     glances: list[LayerView] = field(default_factory=list, compare=False)
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
@@ -69,16 +69,16 @@ class _Recorder(Full):
         self.glances.append(glance)
 
 
-def _layer(glance: LayerView) -> Layer:
-    assert glance.hidden is not None, "it was asked for"
+def _trace_layer(glance: LayerView) -> LayerTrace:
+    assert glance.hidden is not None, "the recorder needs hidden states"
     keys, values = (torch.stack([getattr(row, name) for row in glance.rows]).float() for name in ("keys", "values"))
-    whole = [row.attention for row in glance.rows]
-    sinks = None if whole[0].sinks is None else torch.cat([one.sinks for one in whole if one.sinks is not None])
-    return Layer(
+    scales = [row.attention for row in glance.rows]
+    sinks = None if scales[0].sinks is None else torch.cat([scale.sinks for scale in scales if scale.sinks is not None])
+    return LayerTrace(
         layer_idx=glance.layer_idx,
         queries=glance.queries.float(),
         hidden=glance.hidden.float(),
         keys=keys,
         values=values,
-        scale=AttentionScale(whole[0].scaling, whole[0].softcap, None if sinks is None else sinks.detach().float()),
+        scale=AttentionScale(scales[0].scaling, scales[0].softcap, None if sinks is None else sinks.detach().float()),
     )

@@ -1,31 +1,33 @@
-"""``vestige train indexmem``: from texts to an indexer and memories with their card, in one folder that all take."""
+"""``vestige train indexmem``: train an indexer and memories on texts, and write them with their card to one folder."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.nn.indexer import Indexer
 from vestige.nn.latent_memory import Kind, Latent
-from vestige.training.data.sentences import prose_of
+from vestige.training.data.documents import Document
+from vestige.training.data.sentences import split_all_sentences
 from vestige.training.indexmem.task import IndexMemOptions, IndexMemTask
-from vestige.training.loop import Outcome
-from vestige.training.trainer import Job, Training
+from vestige.training.task import Task
+from vestige.training.trainer import Training, Weights
+
+_WHAT = "IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was"
 
 
 @dataclass(frozen=True)
-class Halves:
-    """Both halves of IndexMem, an indexer and memories, written side by side."""
+class IndexMemWeights:
+    """The indexer and the memories, written to one folder."""
 
     indexer: Indexer
     latents: Sequence[Latent]
 
     def save(self, folder: Path) -> None:
-        """Write safetensors and JSON of all."""
+        """Write safetensors and JSON of both."""
         self.indexer.save(folder)
         for latent in self.latents:
             latent.save(folder)
@@ -33,17 +35,17 @@ class Halves:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexMemTraining(Training):
-    """What an indexer and memories are trained on, and how, beside what every training says; it validates on tales.
+    """Options of ``vestige train indexmem``, beside those of every training; it validates on synthetic questions.
 
     Args:
-        options: Of sequences and loss.
+        options: Options of sequences and loss.
         heads: Index heads for each KV head.
         dim: Size of each KV head's part of the index key.
         apart: Whether each KV head has scores of its own.
         memories: Kinds of memories.
-        width: Of their projections; None takes each kind's own.
-        decays: Whether older pairs count less in them.
-        asks: Whether the linear one's gate looks at the query.
+        width: Width of their projections; None takes each kind's default.
+        decays: Whether older pairs count less in the memories.
+        asks: Whether the linear memory's gate sees the query.
     """
 
     weights: ClassVar[str] = "indexmem"
@@ -66,25 +68,25 @@ class IndexMemTraining(Training):
                 f"and there are {self.loop.steps * self.loop.batch}"
             )
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Outcome:
-        sides = self.sides()
-        prose, held = (prose_of(side) for side in sides)
-        torch.manual_seed(self.loop.seed)
+    def make_task(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+    ) -> tuple[Task, Weights, dict[str, Any]]:
+        texts, unseen = split_all_sentences(documents), split_all_sentences(held_out)
         shapes: dict[str, dict[str, Any]] = {
             "indexer": {"heads": self.heads, "dim": self.dim, "apart": self.apart},
             "memory": {"width": self.width, "decays": self.decays, "asks": self.asks},
         }
-        indexer = Indexer.fresh(model, **shapes["indexer"])
-        latents = [Latent.fresh(model, kind, **shapes["memory"]) for kind in self.memories]
-        task = IndexMemTask(model, tokenizer, indexer, latents, prose, held, self.options, validation=self.validation)
-        return job.carry_out(
-            task,
-            self.loop,
-            Halves(indexer, latents),
-            self.weights,
-            what="IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was",
-            documents=[one for side in sides for one in side],
-            options=asdict(self.options),
-            memories=list(self.memories),
+        indexer = Indexer.initialize(model, **shapes["indexer"])
+        latents = [Latent.initialize(model, kind=kind, **shapes["memory"]) for kind in self.memories]
+        task = IndexMemTask(model, tokenizer, indexer, latents, texts, unseen, self.options, validation=self.validation)
+        card = {
+            "what": _WHAT,
+            "options": asdict(self.options),
+            "memories": list(self.memories),
             **shapes,
-        )
+        }
+        return task, IndexMemWeights(indexer, latents), card

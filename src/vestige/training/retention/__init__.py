@@ -1,1 +1,1 @@
-"""Training retention gates: attention that forgets softly, what that would keep, texts with questions, the loss."""
+"""Training of retention gates: soft attention, soft eviction, the capacity loss and the warm start."""

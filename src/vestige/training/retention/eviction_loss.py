@@ -1,8 +1,7 @@
-"""Answers after a soft eviction, to train gates by: what is asked behind a text pays for what gates gave away of it.
+"""Answer probabilities after a soft eviction: the training signal of gates for evictions at the end of a text.
 
-Our own, beside the attention that fades with age, which the papers train by. Gates are used by evicting once a text is
-read, so nothing before the questions changes: the text is read without gradients, and the backward pass runs through
-the questions alone, a small part of the tokens.
+Our own alternative to attention that fades with age, which the papers use. An eviction after a text changes nothing
+before the questions. So the text is read without gradients, and the backward pass runs through the questions only.
 """
 
 import copy
@@ -19,8 +18,8 @@ from transformers.cache_utils import Cache
 
 from vestige.kernels import AttentionScale, reference
 from vestige.models.compat import CACHE_NAME
-from vestige.training.retention.hidden_states import entering
-from vestige.training.retention.soft_attention import BLOCK, Attended, Keys, Queries, Values, attending
+from vestige.training.retention.hidden_states import record_hidden_states
+from vestige.training.retention.soft_attention import BLOCK, AttentionOutput, Keys, Queries, Values, use_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Text:
 
     Args:
         cache: Its pairs.
-        states: What entered each evictable layer.
+        states: Hidden states that entered each evictable layer.
     """
 
     cache: Cache
@@ -37,17 +36,19 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
-class Fading:
-    """Attention that looks at the pairs of a text as far as they are kept: ``softmax(q.k + log kept)``.
+class SoftEviction:
+    """Attention in which each pair of a text counts as far as it is kept: ``softmax(q.k + log kept)``.
 
     Args:
-        log_kept: Of each evictable layer.
+        log_kept: Log of the kept degree of each pair, by evictable layer.
     """
 
     log_kept: Mapping[int, Float[Tensor, "_kv_heads text"]]
 
-    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
-        """Attend causally, in blocks of queries that are computed again for the backward pass."""
+    def attend(
+        self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
+    ) -> AttentionOutput:
+        """Attend causally, in blocks of queries that the backward pass recomputes."""
         log_kept = self.log_kept[layer_idx].repeat_interleave(query.shape[1] // keys.shape[1], 0)
         before = keys.shape[2] - query.shape[2]
         blocks = [
@@ -67,34 +68,34 @@ def _block(query: Tensor, keys: Tensor, values: Tensor, log_kept: Tensor, start:
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Text:
-    """Read a text."""
-    with entering(model) as states:
+def read_text(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Text:
+    """Return a text with its pairs and hidden states."""
+    with record_hidden_states(model) as states:
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     return Text(cache=out[CACHE_NAME], states=states)
 
 
-def asked_behind(
+def answer_log_probs(
     model: PreTrainedModel,
     text: Text,
-    ids: Int[Tensor, "1 behind"],
-    at: Int[Tensor, " some"],
-    fading: Fading | None = None,
-) -> Float[Tensor, "some vocab"]:
-    """Return log probabilities of the next token at some places behind a text, which stays as it was.
+    ids: Int[Tensor, "1 following"],
+    at: Int[Tensor, " positions"],
+    eviction: SoftEviction | None = None,
+) -> Float[Tensor, "positions vocab"]:
+    """Return log probabilities of the next token at some positions after a text. The text's cache is not changed.
 
     Args:
-        model: Frozen; gradients go through it all the same.
+        model: Frozen; gradients pass through it.
         text: Read by this model.
-        ids: What stands behind.
-        at: Places in ``ids``.
-        fading: What is left of the text; None is all.
+        ids: Tokens after the text.
+        at: Positions in ``ids``.
+        eviction: Soft eviction of the text's pairs; None keeps all.
     """
-    given: dict[str, Any] = {"input_ids": ids, CACHE_NAME: copy.deepcopy(text.cache), "logits_to_keep": at}
-    if fading is None:
-        out = model(**given, use_cache=True)
+    inputs: dict[str, Any] = {"input_ids": ids, CACHE_NAME: copy.deepcopy(text.cache), "logits_to_keep": at}
+    if eviction is None:
+        out = model(**inputs, use_cache=True)
     else:
-        with attending(model, fading):
-            out = model(**given, use_cache=True)
+        with use_attention(model, eviction):
+            out = model(**inputs, use_cache=True)
     logits: Tensor = out.logits[0]
     return logits.float().log_softmax(-1)

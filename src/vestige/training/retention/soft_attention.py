@@ -1,7 +1,7 @@
-"""Attention that forgets as gates say, softly, so that they can be trained: ``softmax(q.k + (t - i) log beta_i)``.
+"""Differentiable attention that fades with a pair's age, to train gates: ``softmax(q.k + (t - i) log beta_i)``.
 
-For training alone: afterwards attention is the ordinary one over the pairs that are kept. Several documents may lie
-behind each other in one sequence; in full-attention layers, which are the ones that gates are for, none sees another.
+It is for training only; in use, attention is ordinary and runs over the kept pairs. A sequence may hold several
+documents. Gates belong to full-attention layers, and there no document sees another one.
 
 Source: TRIM-KV, arXiv 2512.03324: retention is added to the logits.
 """
@@ -20,44 +20,46 @@ from transformers.masking_utils import sdpa_mask
 
 from vestige.cache.attention import vestige_attention
 from vestige.kernels import AttentionScale, reference
-from vestige.models.anatomy import ModelLayout, attention_input, check
+from vestige.models.layout import ModelLayout, attention_input, check
 from vestige.nn.retention_gates import Gates
 
 NAME = "vestige_gated"
 BLOCK = 256
-"""Queries whose logits exist at a time."""
+"""Queries computed together."""
 
 Queries = Float[Tensor, "1 heads new head_dim"]
 Keys = Float[Tensor, "1 kv_heads tokens head_dim"]
 Values = Float[Tensor, "1 kv_heads tokens value_dim"]
-Attended = Float[Tensor, "1 heads new value_dim"]
+AttentionOutput = Float[Tensor, "1 heads new value_dim"]
 
 
 @runtime_checkable
-class Attends(Protocol):
-    """How the full-attention layers of a model attend for a while."""
+class SoftAttention(Protocol):
+    """An attention function for the full-attention layers of a model."""
 
-    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
+    def attend(
+        self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
+    ) -> AttentionOutput:
         """Return the attention of queries over pairs, ``1 heads new value_dim``.
 
         Args:
-            query: The new tokens'.
-            keys: Of all tokens, the new ones last.
-            values: The same.
-            layer_idx: Of the layer that wrote the pairs.
+            query: Queries of the new tokens.
+            keys: Keys of all tokens, the new ones last.
+            values: Values of the same tokens.
+            layer_idx: Index of the layer that wrote the pairs.
             scale: Factor, softcap and sinks.
         """
         ...
 
 
 @dataclass(eq=False)
-class Gating:
-    """What the attention modules of a model need to know of each other while gates are at work.
+class GatedAttention:
+    """Attention that fades by the gates, over several documents.
 
     Args:
-        starts: Where the document of each token begins.
-        gates: None forgets nothing.
-        log_beta: Of the pairs of each evictable layer, filled as the model runs, ``1 kv_heads tokens``.
+        starts: Position at which the document of each token begins.
+        gates: The gates; None forgets nothing.
+        log_beta: Log beta of the pairs of each evictable layer, filled while the model runs, ``1 kv_heads tokens``.
     """
 
     starts: Int[Tensor, " tokens"]
@@ -66,15 +68,17 @@ class Gating:
 
     @property
     def positions(self) -> Int[Tensor, "1 tokens"]:
-        """The place of each token in its document: the model's ``position_ids``."""
+        """Position of each token in its document: the model's ``position_ids``."""
         return (torch.arange(len(self.starts), device=self.starts.device) - self.starts)[None]
 
     def packed_log_beta(self) -> Float[Tensor, "rows tokens"]:
-        """Return log beta of every row of all layers."""
+        """Return log beta of the rows of all layers."""
         return torch.cat([self.log_beta[layer_idx][0] for layer_idx in sorted(self.log_beta)])
 
-    def attend(self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale) -> Attended:
-        """Attend causally within each document, in blocks of queries that are computed again for the backward pass."""
+    def attend(
+        self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
+    ) -> AttentionOutput:
+        """Attend causally within each document, in blocks of queries that the backward pass recomputes."""
         log_beta = self.log_beta.get(layer_idx)
         blocks = [
             checkpoint(self._block, query, keys, values, log_beta, start, scale, use_reentrant=False)
@@ -99,25 +103,25 @@ class Gating:
 
 
 @contextmanager
-def gated(model: PreTrainedModel, gating: Gating) -> Iterator[None]:
-    """Have a model's full-attention layers attend as gates say, for as long as the block lasts.
+def use_gates(model: PreTrainedModel, gating: GatedAttention) -> Iterator[None]:
+    """Fade the attention of a model's full-attention layers by gates within the block.
 
     Args:
-        model: Given ids of one row, ``position_ids=gating.positions``, and no cache.
-        gating: Its ``log_beta`` is filled.
+        model: Call it with the ids of one row, ``position_ids=gating.positions``, and no cache.
+        gating: The model's calls fill its ``log_beta``.
     """
     with ExitStack() as stack:
         if gating.gates is not None:
             for layer_idx, module in check(model).attentions.items():
                 hook = module.register_forward_pre_hook(_gate(gating, gating.gates, layer_idx), with_kwargs=True)
                 stack.callback(hook.remove)
-        stack.enter_context(attending(model, gating))
+        stack.enter_context(use_attention(model, gating))
         yield
 
 
 @contextmanager
-def attending(model: PreTrainedModel, how: Attends) -> Iterator[None]:
-    """Have a model's full-attention layers attend in some way, for as long as the block lasts."""
+def use_attention(model: PreTrainedModel, attention: SoftAttention) -> Iterator[None]:
+    """Replace the attention of a model's full-attention layers within the block."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     anatomy = check(model)
@@ -125,19 +129,19 @@ def attending(model: PreTrainedModel, how: Attends) -> Iterator[None]:
     before = config._attn_implementation_internal
     with ExitStack() as stack:
         for module, layer_idx in _readers(anatomy):
-            _running[module] = how, layer_idx
+            _running[module] = attention, layer_idx
             stack.callback(_running.pop, module, None)
         config._attn_implementation_internal = NAME
         stack.callback(setattr, config, "_attn_implementation_internal", before)
         yield
 
 
-_running: dict[nn.Module, tuple[Attends, int]] = {}
-"""By attention module: what is at work, and the layer whose pairs it reads."""
+_running: dict[nn.Module, tuple[SoftAttention, int]] = {}
+"""Replacement by attention module, with the index of the layer whose pairs the module reads."""
 
 
 def _readers(anatomy: ModelLayout) -> Iterator[tuple[nn.Module, int]]:
-    """Yield the modules that read evictable pairs, with the layer that writes these: the last one if it is shared."""
+    """Yield the modules that read evictable pairs, each with the layer that writes them; the last one if shared."""
     yield from ((module, layer_idx) for layer_idx, module in anatomy.attentions.items())
     config: Any = anatomy.decoder.config
     for module in anatomy.decoder.modules():
@@ -147,7 +151,7 @@ def _readers(anatomy: ModelLayout) -> Iterator[tuple[nn.Module, int]]:
                 yield module, max(anatomy.evictable)
 
 
-def _gate(gating: Gating, gates: Gates, layer_idx: int) -> Any:
+def _gate(gating: GatedAttention, gates: Gates, layer_idx: int) -> Any:
     def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gating.log_beta[layer_idx] = gates(layer_idx, attention_input(args, kwargs))
 
@@ -166,11 +170,11 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, as transformers asks for it; layers that are never evicted attend as they always do."""
+    """Attend with transformers' signature; layers without a replacement attend as usual."""
     if (found := _running.get(module)) is None:
         return vestige_attention(
             module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    how, layer_idx = found
-    return how.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None
+    attention, layer_idx = found
+    return attention.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None

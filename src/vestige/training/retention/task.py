@@ -1,14 +1,15 @@
-"""Retention gates as something to train: answer like the full cache while attention forgets, and forget a lot.
+"""The task that trains retention gates: answer like the full cache while attention forgets, and forget a lot.
 
 Source: TRIM-KV, arXiv 2512.03324 (forward KL to the same model with full attention, plus the next token's cross
-entropy); DBTrimKV, arXiv 2605.09649 (one limit over all layers and heads). Differs: answers count for themselves, and
-beside them only some places of the texts; the two parts of their loss are added, where the paper takes the mean; the
-limit is a share of each document's length unless it is given in tokens.
-Our own: a warm start (:mod:`~vestige.training.retention.warm_start`), and forgetting at once (``evicted.py``). What the
-papers do, ``forgets="gradually"``, stands in one function in ``flat.py``.
+entropy); DBTrimKV, arXiv 2605.09649 (one limit over all layers and heads). Differs: answers have a weight of their own,
+and beside them only some positions of the texts count; the two parts of their loss are added, where the paper averages
+them; the limit is a share of each document's length unless it is given in tokens.
+Our own: a warm start (:mod:`~vestige.training.retention.warm_start`), and forgetting at once
+(:mod:`~vestige.training.retention.eviction_loss`). :mod:`examples.train_retention_flat` does what the papers do,
+``forgets="gradually"``, in one function.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,19 +22,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
 from vestige.errors import InputError, unknown_name_message
-from vestige.models.anatomy import check
+from vestige.models.layout import check
 from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
 from vestige.policies.selection import Share, parse_share
-from vestige.training.data.synthetic_qa.sequences import Alone, Packed
-from vestige.training.data.synthetic_qa.shares import drawn_share
-from vestige.training.data.synthetic_qa.task import Parts, TaleTask, over_documents
-from vestige.training.data.synthetic_qa.validation import judged
+from vestige.training.data.synthetic_qa.sequences import PackedSequence, TokenizedDocument
+from vestige.training.data.synthetic_qa.task import (
+    Parts,
+    StoryOptions,
+    StoryTask,
+    Texts,
+    average_over_documents,
+    draw_share,
+)
+from vestige.training.data.synthetic_qa.validation import evaluate
 from vestige.training.retention.capacity_loss import expected_kept, over_capacity
-from vestige.training.retention.eviction_loss import Fading, asked_behind, read
-from vestige.training.retention.soft_attention import Gating, gated
-from vestige.training.retention.soft_topk import competing, log_kept, said
-from vestige.training.retention.warm_start import asked, ranking, regression, replayed
+from vestige.training.retention.eviction_loss import SoftEviction, answer_log_probs, read_text
+from vestige.training.retention.soft_attention import GatedAttention, use_gates
+from vestige.training.retention.soft_topk import competing_rows, gate_log_beta, log_kept
+from vestige.training.retention.warm_start import measure_answers, measure_replay, ranking_loss, regression_loss
 
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")
@@ -41,44 +48,35 @@ FORGETS = ("gradually", "at_once")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetentionOptions:
-    """What sequences look like, and the loss.
+class RetentionOptions(StoryOptions):
+    """Options of the sequences and the loss.
 
     Raises:
-        InputError: A number out of range.
+        InputError: A number is out of range.
     """
 
-    length: int = 1024
-    """Most tokens of a sequence, of one document or of several."""
-    least: int = 160
-    """Fewest tokens that a document is given; lengths between are drawn evenly by their logarithm."""
     others: int = 64
-    """Places of the texts, beside the answers, at which the model must go on as the full one does."""
+    """Text positions, beside the answers, at which the model must continue like the full one."""
     capacity: float = 0.05
     """Pairs that a row may keep on average: below 1 a share of the document, else tokens."""
     capacity_weight: float = 1.0
-    """Of the price of keeping more."""
+    """Weight of the loss for keeping more."""
     text_weight: float = 0.25
-    """Of the places of the texts, against answers."""
+    """Weight of the text positions, against answers."""
     moments: int = 128
-    """Moments of a sequence at which what is kept is counted."""
-    budget: float = 0.1
-    """Share of the pairs that is kept when answers are validated."""
+    """Moments of a sequence at which kept pairs are counted."""
     warm: int = 0
-    """First sequences, from which gates learn what later tokens look at, without gradients through the model. A
+    """First sequences, on which gates learn the attention of later tokens, without gradients through the model. A
     multiple of the batch."""
     warm_by: str = "answers"
-    """Which later tokens: those of the questions and answers, or of a replay of the text, as in KVzip."""
+    """The later tokens: those of the questions and answers, or of a replay of the text, as in KVzip."""
     warm_loss: str = "ranking"
-    """How: by regression on lives that follow from what is looked at, or by what a ranking of all pairs loses."""
-    asked: int = 4
-    """Most questions about one text."""
+    """Regression on lifetimes that follow from the attention ("lives"), or the importance that a ranking loses."""
     forgets: str = "at_once"
-    """How attention forgets while it is trained: gradually, with age, as in the papers; or at once behind a text, as an
-    eviction does, to any of several budgets. Capacity, others, moments and text_weight are of the former alone."""
+    """How attention forgets in training: gradually, with age, as in the papers; or at once after a text, like an
+    eviction to a random budget. Capacity, others, moments and text_weight belong to the former alone."""
     share: Share = "model"
-    """Whose pairs compete for room: those of the model, of each layer or of each head."""
-    seed: int = 0
+    """Which pairs compete for room: those of the model, of each layer or of each head."""
 
     def __post_init__(self) -> None:
         if not self.capacity > 0 or not 0 < self.budget <= 1:
@@ -98,20 +96,20 @@ class RetentionOptions:
         parse_share(self.share)
 
 
-class RetentionTask(TaleTask):
-    """Retention gates as a :class:`vestige.training.Task`: a stream of sequences, each a function of its index alone.
+class RetentionTask(StoryTask):
+    """A task that trains retention gates: a stream of sequences, each a function of its index alone.
 
     Args:
-        model: Frozen by this.
-        tokenizer: The model's.
-        gates: What is trained.
-        prose: Sentences to train on, by document.
-        held: Sentences to validate on, by document.
-        options: Of sequences and loss.
-        validation: Tales to validate on.
+        model: Frozen by the constructor.
+        tokenizer: The model's tokenizer.
+        gates: The trained weights.
+        texts: Sentences of each training text.
+        held_out: Sentences of each validation text.
+        options: Options of sequences and loss.
+        validation: Number of validation samples.
 
     Raises:
-        InputError: Sequences would be longer than the model can read, or their numbers do not go together.
+        InputError: Sequences are longer than the model's context, or the options contradict each other.
     """
 
     def __init__(
@@ -119,26 +117,15 @@ class RetentionTask(TaleTask):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         gates: Gates,
-        prose: Sequence[Sequence[str]],
-        held: Sequence[Sequence[str]],
+        texts: Texts,
+        held_out: Texts,
         options: RetentionOptions,
         *,
         validation: int = 16,
     ) -> None:
-        super().__init__(
-            model,
-            tokenizer,
-            prose,
-            held,
-            length=options.length,
-            least=options.least,
-            others=options.others,
-            asked=options.asked,
-            seed=options.seed,
-            validation=validation,
-        )
+        super().__init__(model, tokenizer, texts, held_out, options, others=options.others, validation=validation)
         self.gates, self.options = gates, options
-        self._groups = competing(gates.config, options.share)
+        self._groups = competing_rows(gates.config, options.share)
 
     @property
     def module(self) -> nn.Module:
@@ -149,87 +136,87 @@ class RetentionTask(TaleTask):
         """Return the loss of a sequence in its parts, and the share of pairs that the gates would keep."""
         packed = self.sequence("train", index)
         if index < self.options.warm:
-            parts = over_documents(packed, self._looked_at)
+            parts = average_over_documents(packed, self._warm_loss)
         elif self.options.forgets == "at_once":
-            parts = over_documents(packed, self._evicted)
+            parts = average_over_documents(packed, self._eviction_loss)
         else:
-            parts = self._faded(packed)
+            parts = self._fading_loss(packed)
         return {**parts, "tokens": parts["loss"].new_tensor(float(packed.ids.shape[1]))}
 
     def validate(self) -> Mapping[str, float]:
-        """Return how answers fare when pairs are really evicted: on tales about texts that are not trained on.
+        """Return loss and accuracy of answers about held-out texts, after a real eviction.
 
-        The gates compute as they do in use, in the model's dtype.
+        The gates compute in the model's dtype, as they do in use.
         """
         budget = Budget.fraction(self.options.budget)
         policy = Retention(gates=self.gates.for_inference(self.model.dtype), budget=budget, share=self.options.share)
-        return judged(self.model, policy, self.to_validate())
+        return evaluate(self.model, policy, self.validation_samples())
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the model, the shape of the gates, the options and the data."""
+        """Return the identity of model and data, the shape of the gates and the options."""
         return {
             **super().identity(),
             "gates": asdict(self.gates.config),
             "options": asdict(self.options),
         }
 
-    def _looked_at(self, one: Alone) -> Parts:
-        """Return how far the gates are from what is looked at in a text."""
-        ids, text = one.ids, one.text
+    def _warm_loss(self, document: TokenizedDocument) -> Parts:
+        """Return the distance of the gates from the importance of a text's pairs."""
+        ids, text = document.ids, document.text
         by_replay = self.options.warm_by == "replay"
-        looked = replayed(self.model, ids[:, :text]) if by_replay else asked(self.model, ids, text)
+        target = measure_replay(self.model, ids[:, :text]) if by_replay else measure_answers(self.model, ids, text)
         if self.options.warm_loss == "ranking":
-            return {"loss": ranking(self.gates, looked, drawn_share(), self._groups)}
-        share = self.options.capacity
-        return {"loss": regression(self.gates, looked, share if share < 1 else min(share / text, 1.0), self._groups)}
+            return {"loss": ranking_loss(self.gates, target, draw_share(), self._groups)}
+        capacity = self.options.capacity if self.options.capacity < 1 else min(self.options.capacity / text, 1.0)
+        return {"loss": regression_loss(self.gates, target, capacity, self._groups)}
 
-    def _evicted(self, one: Alone) -> Parts:
-        """Return how far answers are from the full model's once some of a text is forgotten, at once."""
-        whole = read(self.model, one.ids[:, : one.text])
-        behind, at = one.ids[:, one.text :], one.answers - one.text
+    def _eviction_loss(self, document: TokenizedDocument) -> Parts:
+        """Return the distance of the answers after a soft eviction from the full model's."""
+        text = read_text(self.model, document.ids[:, : document.text])
+        following, at = document.ids[:, document.text :], document.answers - document.text
         with torch.no_grad():
-            wanted = asked_behind(self.model, whole, behind, at)
-        kept = log_kept(said(self.gates, whole.states), drawn_share(), self._groups)
+            wanted = answer_log_probs(self.model, text, following, at)
+        kept = log_kept(gate_log_beta(self.gates, text.states), draw_share(), self._groups)
         rows = kept.split(list(self.gates.config.kv_heads))
-        fading = Fading(dict(zip(self.gates.config.layers, rows, strict=True)))
-        logits = asked_behind(self.model, whole, behind, at, fading)
-        parts = _unlike(logits, wanted, behind[0, at + 1])
+        eviction = SoftEviction(dict(zip(self.gates.config.layers, rows, strict=True)))
+        logits = answer_log_probs(self.model, text, following, at, eviction)
+        parts = _answer_losses(logits, wanted, following[0, at + 1])
         return {"loss": parts["kl"] + parts["ce"], **parts, "kept": kept.detach().exp().mean()}
 
-    def _faded(self, packed: Packed) -> Parts:
-        """Return how far answers and texts are from the full model's while attention fades with age, and its price."""
+    def _fading_loss(self, packed: PackedSequence) -> Parts:
+        """Return the distance of answers and texts from the full model's under fading attention, with the capacity."""
         at = torch.cat([packed.answers, packed.others])
         with torch.no_grad():
             wanted, _ = self._logits(packed, at, None)
         logits, log_beta = self._logits(packed, at, self.gates)
         count = len(packed.answers)
-        parts = _unlike(logits[:count], wanted[:count], packed.ids[0, packed.answers + 1])
+        parts = _answer_losses(logits[:count], wanted[:count], packed.ids[0, packed.answers + 1])
         over, kept = self._capacity(packed, log_beta)
         text = _divergence(logits[count:], wanted[count:]) if len(packed.others) else over.new_zeros(())
         loss = parts["kl"] + parts["ce"] + self.options.text_weight * text + self.options.capacity_weight * over
         return {"loss": loss, **parts, "text": text, "capacity": over, "kept": kept}
 
     def _logits(
-        self, packed: Packed, at: Int[Tensor, " some"], gates: Gates | None
-    ) -> tuple[Float[Tensor, "some vocab"], Float[Tensor, "rows tokens"] | None]:
-        """Return log probabilities of the next token at some places, and log beta of all pairs."""
+        self, packed: PackedSequence, at: Int[Tensor, " positions"], gates: Gates | None
+    ) -> tuple[Float[Tensor, "positions vocab"], Float[Tensor, "rows tokens"] | None]:
+        """Return log probabilities of the next token at some positions, and log beta of all pairs."""
         logits, log_beta, places = [], [], []
-        for begin, end in self._readings(packed):
+        for begin, end in self._find_chunks(packed):
             inside = ((at >= begin) & (at < end)).nonzero()[:, 0]
-            gating = Gating(packed.starts[begin:end] - begin, gates)
-            given = {"position_ids": gating.positions, "use_cache": False, "logits_to_keep": at[inside] - begin}
-            with gated(self.model, gating):
-                out = self.model(input_ids=packed.ids[:, begin:end], **given)
+            gating = GatedAttention(packed.starts[begin:end] - begin, gates)
+            inputs = {"position_ids": gating.positions, "use_cache": False, "logits_to_keep": at[inside] - begin}
+            with use_gates(self.model, gating):
+                out = self.model(input_ids=packed.ids[:, begin:end], **inputs)
             logits.append(out.logits[0].float().log_softmax(-1))
             places.append(inside)
             if gates is not None:
                 log_beta.append(gating.packed_log_beta())
         return torch.cat(logits)[torch.cat(places).argsort()], torch.cat(log_beta, 1) if log_beta else None
 
-    def _readings(self, packed: Packed) -> list[tuple[int, int]]:
-        """Return from where to where to read at once: all, or where layers look across documents, each of these.
+    def _find_chunks(self, packed: PackedSequence) -> list[tuple[int, int]]:
+        """Return the ranges to read at once: the whole sequence, or each document if layers would see others.
 
-        Attention that gates are trained for never does; whether sliding and linear layers do is up to each model.
+        Attention with gates never does; sliding and linear layers may, depending on the model.
         """
         begins = packed.starts.unique_consecutive().tolist()
         anatomy = check(self.model)
@@ -237,25 +224,27 @@ class RetentionTask(TaleTask):
             begins = begins[:1]
         return list(pairwise([*begins, len(packed.starts)]))
 
-    def _capacity(self, packed: Packed, log_beta: Tensor | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Return the price of keeping more than there is room for, and the share of all pairs that is kept."""
-        assert log_beta is not None, "gates were at work"
+    def _capacity(self, packed: PackedSequence, log_beta: Tensor | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Return the capacity loss, and the share of all pairs that is kept."""
+        assert log_beta is not None, "gates were used"
         at = torch.randperm(log_beta.shape[1])[: self.options.moments].sort().values.to(log_beta.device)
         seen = at - packed.starts[at] + 1
         share = self.options.capacity
         room = share * packed.sizes[at] if share < 1 else torch.full_like(seen, share, dtype=torch.float)
         kept = [expected_kept(rows, packed.starts, at) for rows in log_beta.split(list(self._groups))]
-        over = [over_capacity(one, seen, rows, room) for one, rows in zip(kept, self._groups, strict=True)]
-        left = torch.stack(kept).sum(0).detach() / (seen * len(log_beta))
-        return torch.stack(over).mean(), left.mean()
+        over = [over_capacity(group, seen, rows, room) for group, rows in zip(kept, self._groups, strict=True)]
+        kept_share = torch.stack(kept).sum(0).detach() / (seen * len(log_beta))
+        return torch.stack(over).mean(), kept_share.mean()
 
 
-def _unlike(
-    logits: Float[Tensor, "answers vocab"], wanted: Float[Tensor, "answers vocab"], following: Int[Tensor, " answers"]
+def _answer_losses(
+    logits: Float[Tensor, "answers vocab"], wanted: Float[Tensor, "answers vocab"], tokens: Int[Tensor, " answers"]
 ) -> Parts:
-    """Return how unlike two distributions are, and how unlikely what follows."""
-    return {"kl": _divergence(logits, wanted), "ce": cross_entropy(logits, following)}
+    """Return the divergence from the wanted distributions, and the cross entropy of the answers' tokens."""
+    return {"kl": _divergence(logits, wanted), "ce": cross_entropy(logits, tokens)}
 
 
-def _divergence(logits: Float[Tensor, "some vocab"], wanted: Float[Tensor, "some vocab"]) -> Float[Tensor, ""]:
+def _divergence(
+    logits: Float[Tensor, "positions vocab"], wanted: Float[Tensor, "positions vocab"]
+) -> Float[Tensor, ""]:
     return kl_div(logits, wanted, log_target=True, reduction="none").sum(-1).mean()

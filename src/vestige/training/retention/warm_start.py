@@ -1,8 +1,8 @@
-"""A warm start without a backward pass through the model: gates learn what later tokens look at.
+"""A warm start of gates by the attention of later tokens, without a backward pass through the model.
 
-Source: the idea of KVzap and FastKVzip: regress a cheap score on KVzip's (arXiv 2505.23416), the attention of a replay
-of the text. Our own: the attention of questions about the text and their answers instead, which is all that reads
-pairs after an eviction; and how a score becomes a retention.
+Source: the idea of KVzap and FastKVzip: regress a cheap score on KVzip's (arXiv 2505.23416), the attention that a
+replay of the text pays. Our own: the attention of questions about the text and their answers, since only these read
+pairs after an eviction; and the map from importance to lifetime.
 """
 
 from collections.abc import Iterable
@@ -23,89 +23,89 @@ from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
 from vestige.policies.observation import RowView
 from vestige.policies.scoring import compute_attention
-from vestige.training.retention.hidden_states import entering
-from vestige.training.retention.soft_topk import log_kept, log_lives, said
+from vestige.training.retention.hidden_states import record_hidden_states
+from vestige.training.retention.soft_topk import gate_log_beta, log_kept, log_lifetimes
 
 STEEPNESS = 2.0
-"""How fast a life grows with what a pair is worth, both logarithmic: above 1 worth counts for more than youth."""
-_LEAST_WORTH, _SHORTEST, _LONGEST = 1e-5, -2.0, 14.0
+"""Slope of log lifetime over log importance; above 1 importance outweighs youth."""
+_MIN_IMPORTANCE, _SHORTEST, _LONGEST = 1e-5, -2.0, 14.0
 
 
-Looked = tuple[Float[Tensor, "rows text"], dict[int, Float[Tensor, "1 text hidden"]]]
-"""What each pair of a text is worth, and what entered each layer when it was read."""
+WarmTarget = tuple[Float[Tensor, "rows text"], dict[int, Float[Tensor, "1 text hidden"]]]
+"""Importance of each pair of a text, and the hidden states that entered each layer."""
 
 
-def regression(gates: Gates, looked: Looked, capacity: float, groups: Iterable[int]) -> Float[Tensor, ""]:
-    """Return how far the logarithms of lives, ``-log(-log beta)``, are from what pairs are worth.
+def regression_loss(gates: Gates, target: WarmTarget, capacity: float, groups: Iterable[int]) -> Float[Tensor, ""]:
+    """Return the smooth L1 distance of the gates' log lifetimes, ``-log(-log beta)``, from those of the importance.
 
     Args:
-        gates: Get the gradients.
-        looked: Of :func:`replayed` or :func:`asked`.
-        capacity: Share of the pairs of a group that shall outlive the text.
-        groups: Rows that compete with each other, as in :func:`~vestige.training.retention.soft_topk.log_kept`.
+        gates: Receive the gradients.
+        target: From :func:`measure_replay` or :func:`measure_answers`.
+        capacity: Share of a group's pairs that shall outlive the text.
+        groups: Number of rows in each group that competes.
     """
-    worth, entered = looked
-    wanted = torch.cat([lives(rows, capacity) for rows in worth.split(list(groups))])
-    return smooth_l1_loss(log_lives(said(gates, entered)), wanted)
+    importance, states = target
+    wanted = torch.cat([target_lifetimes(rows, capacity) for rows in importance.split(list(groups))])
+    return smooth_l1_loss(log_lifetimes(gate_log_beta(gates, states)), wanted)
 
 
-def lives(worth: Float[Tensor, "rows tokens"], capacity: float) -> Float[Tensor, "rows tokens"]:
-    """Return log lives in the order of worth: the share ``capacity`` lives longer than the text.
+def target_lifetimes(importance: Float[Tensor, "rows tokens"], capacity: float) -> Float[Tensor, "rows tokens"]:
+    """Return log lifetimes in the order of importance; the share ``capacity`` exceeds the length of the text.
 
     Args:
-        worth: Not negative.
+        importance: Not negative.
         capacity: In (0, 1).
     """
-    logs = worth.clamp_min(_LEAST_WORTH).log()
+    logs = importance.clamp_min(_MIN_IMPORTANCE).log()
     middle = logs.flatten().kthvalue(max(round((1 - capacity) * logs.numel()), 1)).values
-    text = torch.tensor(float(worth.shape[1])).log()
+    text = torch.tensor(float(importance.shape[1])).log()
     return (text + STEEPNESS * (logs - middle)).clamp(_SHORTEST, _LONGEST)
 
 
-def ranking(gates: Gates, looked: Looked, share: float, groups: Iterable[int]) -> Float[Tensor, ""]:
-    """Return how much of all worth is lost if a share of the pairs is kept: those that live longest for their age.
+def ranking_loss(gates: Gates, target: WarmTarget, share: float, groups: Iterable[int]) -> Float[Tensor, ""]:
+    """Return the share of importance lost if the gates keep a share of the pairs: those with most lifetime left.
 
     Args:
-        gates: Get the gradients.
-        looked: Of :func:`replayed` or :func:`asked`.
-        share: Of the pairs that are kept, in (0, 1).
-        groups: Rows that compete with each other, as in :func:`~vestige.training.retention.soft_topk.log_kept`.
+        gates: Receive the gradients.
+        target: From :func:`measure_replay` or :func:`measure_answers`.
+        share: Share of the pairs that are kept, in (0, 1).
+        groups: Number of rows in each group that competes.
     """
-    worth, entered = looked
-    kept = log_kept(said(gates, entered), share, groups).exp()
-    counts = worth.clamp_min(_LEAST_WORTH).sqrt()
-    return 1 - (kept * counts).sum() / counts.sum()
+    importance, states = target
+    kept = log_kept(gate_log_beta(gates, states), share, groups).exp()
+    weights = importance.clamp_min(_MIN_IMPORTANCE).sqrt()
+    return 1 - (kept * weights).sum() / weights.sum()
 
 
 @torch.no_grad()
-def replayed(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> Looked:
-    """Return the most attention that a replay of a text pays to each pair."""
+def measure_replay(model: PreTrainedModel, ids: Int[Tensor, "1 text"]) -> WarmTarget:
+    """Return the largest attention that a replay of a text pays to each pair."""
     cache = KVCache(model, KVzip(budget=Budget.fraction(1.0), sink=0, window=0))
-    with attach(model), entering(model) as entered:
+    with attach(model), record_hidden_states(model) as states:
         prefill(model, ids, cache, chunk=ids.shape[1])
-    worth = torch.cat([layer.view("asked")[0] for layer in cache.evictable])
-    return worth.float(), {layer_idx: x[:, : ids.shape[1]] for layer_idx, x in entered.items()}
+    importance = torch.cat([layer.view("asked")[0] for layer in cache.evictable])
+    return importance.float(), {layer_idx: x[:, : ids.shape[1]] for layer_idx, x in states.items()}
 
 
 @torch.no_grad()
-def asked(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"], text: int) -> Looked:
-    """Return the most attention that what stands behind a text, its questions and answers, pays to each pair of it.
+def measure_answers(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"], text: int) -> WarmTarget:
+    """Return the largest attention that the questions and answers after a text pay to each of its pairs.
 
     Args:
         model: Frozen.
-        ids: The text and what stands behind.
-        text: Tokens of the text.
+        ids: The text, questions and answers.
+        text: Number of tokens of the text.
     """
     cache = KVCache(model, Full())
-    worth: dict[int, list[Tensor]] = {}
+    importance: dict[int, list[Tensor]] = {}
 
     def watch(glance: RowView) -> None:
         paid = compute_attention(
             glance.queries, glance.query_positions, glance.keys, glance.positions, glance.attention
         )
-        worth.setdefault(glance.layer_idx, []).append(paid.amax((0, 1))[:text])
+        importance.setdefault(glance.layer_idx, []).append(paid.amax((0, 1))[:text])
 
-    with attach(model), entering(model) as entered:
+    with attach(model), record_hidden_states(model) as states:
         prefill(model, ids[:, :text], cache, chunk=text)
         replay(model, ids[:, text:], cache, watch)
-    return torch.stack([row for layer_idx in sorted(worth) for row in worth[layer_idx]]), entered
+    return torch.stack([row for layer_idx in sorted(importance) for row in importance[layer_idx]]), states

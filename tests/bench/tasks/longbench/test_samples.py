@@ -17,7 +17,7 @@ from vestige.bench.sample import Turn
 from vestige.bench.tasks import TASKS, Order, make
 from vestige.bench.tasks.longbench import prompts as prompts
 from vestige.bench.tasks.longbench.samples import DATASETS, DATASETS_E, chosen, ends, most
-from vestige.utils.jsonl import Entry
+from vestige.text.jsonl import Entry
 
 
 def words(text: str) -> int:

@@ -8,7 +8,7 @@ from vestige.bench.methods.peers.base import Peer, PeerError
 from vestige.bench.methods.peers.names import AVAILABLE, parse
 from vestige.budget import Budget
 from vestige.cache.state import expected_footprint
-from vestige.models.anatomy import check as anatomy_of
+from vestige.models.layout import check as anatomy_of
 
 __all__ = [
     "AVAILABLE",

@@ -13,8 +13,8 @@ from vestige.bench.methods.peers.base import Peer, PeerError
 from vestige.bench.methods.peers.names import BACKENDS, PeerName
 from vestige.bench.metrics.byte_meter import Scales
 from vestige.errors import InputError, VestigeError
-from vestige.models.anatomy import check
 from vestige.models.compat import cache_argument
+from vestige.models.layout import check
 from vestige.utils.timing import synchronized_time
 
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from vestige.bench import hub
 from vestige.errors import InputError, unknown_name_message
-from vestige.utils import jsonl
-from vestige.utils.jsonl import Entry
+from vestige.text import jsonl
+from vestige.text.jsonl import Entry
 
 HUB, HUB_V2 = "Xnhyacinth/LongBench", "zai-org/LongBench-v2"
 """The first is a copy in parquet files with prompt columns (the one that kvpress evaluates on): the original,

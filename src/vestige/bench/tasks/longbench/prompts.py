@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import unknown_name_message
-from vestige.utils.jsonl import Entry, entry, read_whole
+from vestige.text.jsonl import Entry, entry, read_whole
 
 _PLACE = re.compile(r"\{(\w+)\}")
 _V2_PLACES = ("question", "choice_A", "choice_B", "choice_C", "choice_D")

@@ -19,7 +19,7 @@ from vestige.bench.tasks import SPLITS, Order
 from vestige.bench.tasks.longbench import prompts as prompts
 from vestige.bench.tasks.longbench.data import HUB, HUB_V2, of_hub, of_path, of_path_v2
 from vestige.errors import InputError, unknown_name_message
-from vestige.utils.jsonl import Entry
+from vestige.text.jsonl import Entry
 
 Tags = dict[str, str | int | float]
 

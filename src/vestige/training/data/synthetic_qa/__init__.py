@@ -1,1 +1,1 @@
-"""Texts with questions about them: what eviction is trained and validated on."""
+"""Synthetic texts with questions: training and validation data of retention gates and IndexMem."""

@@ -1,4 +1,4 @@
-"""Tales as token ids: documents with questions and answers, several behind each other in one sequence."""
+"""Tokenize stories as conversations, and pack several of them into one training sequence."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,64 +11,60 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vestige.errors import InputError
-from vestige.text.chat_template import Frame
-from vestige.text.turns import Turns
-from vestige.training.data.sentences import stretch
-from vestige.training.data.synthetic_qa.story import Asked, tale
-from vestige.training.sampler import seed_of
+from vestige.text.chat_template import ChatTemplate
+from vestige.training.data.sentences import draw_sentences
+from vestige.training.data.synthetic_qa.story import Question, make_story
+from vestige.training.sampler import derive_seed
 
 _TRIES = 8
-_FEWEST = 4
-"""Sentences that a tale needs."""
-_TEXT = 0.5, 0.9
-"""Share of a document that is tried for its text: what is left is for questions, and one reading serves all of them."""
-
-
+_FEWEST_SENTENCES = 4
+_TEXT_SHARE = 0.5, 0.9
+"""Range of the share of a document that its texts get; the rest is for questions, and one reading serves them all."""
 _MESSAGES = (1, 1, 1, 2, 3)
-"""Over how many messages a talk is spread, drawn evenly."""
+"""Numbers of messages of a conversation, each equally likely."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talk:
-    """Texts, each in a message of its own, and what is asked.
+class Conversation:
+    """Texts, each in a message of its own, and questions about them.
 
     Args:
         texts: In order.
-        between: Asked, and answered, behind each text but the last.
-        asked: Behind all of them, about any.
+        interim: A question, with its answer, after each text but the last.
+        questions: Questions after the last text, about any of them.
     """
 
     texts: tuple[str, ...]
-    between: tuple[Asked, ...]
-    asked: tuple[Asked, ...]
+    interim: tuple[Question, ...]
+    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
-    """A talk in tokens.
+class TokenizedDocument:
+    """A conversation in tokens.
 
     Args:
-        ids: Texts, questions and answers, turn by turn.
-        context: Tokens up to the end of the last text: what is evicted before any question behind it is seen.
-        answers: Places whose next token belongs to an answer, or ends one.
+        ids: Texts, questions and answers.
+        text: Number of tokens up to the end of the last text; evictions happen there, before any later question.
+        answers: Positions whose next token belongs to an answer or ends it.
     """
 
-    ids: tuple[int, ...]
-    context: int
-    answers: tuple[int, ...]
+    ids: Int[Tensor, "1 tokens"]
+    text: int
+    answers: Int[Tensor, " answers"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
-    """Documents behind each other.
+class PackedSequence:
+    """Several documents in one sequence.
 
     Args:
-        ids: Of all.
-        starts: Where the document of each token begins.
-        sizes: Tokens of the document of each token.
-        texts: Tokens of each document's text, which stands before its questions.
-        answers: Places whose next token belongs to an answer.
-        others: Some places of the texts.
+        ids: Tokens of all documents.
+        starts: Position at which the document of each token begins.
+        sizes: Length of the document of each token.
+        texts: Length of each document's text, which its questions follow.
+        answers: Positions whose next token belongs to an answer.
+        others: Randomly drawn positions in the texts.
     """
 
     ids: Int[Tensor, "1 tokens"]
@@ -78,46 +74,31 @@ class Packed:
     answers: Int[Tensor, " answers"]
     others: Int[Tensor, " others"]
 
-    def to(self, device: torch.device) -> "Packed":
-        """Return the same on a device."""
-        return Packed(**{name: x.to(device) for name, x in vars(self).items()})
+    def to(self, device: torch.device) -> "PackedSequence":
+        """Return the sequence on a device."""
+        return PackedSequence(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
-    def documents(self) -> Iterator["Alone"]:
-        """Yield each document by itself."""
+    def documents(self) -> Iterator[TokenizedDocument]:
+        """Yield the documents; their positions count from the document's own start."""
         for start, text in zip(self.starts.unique_consecutive().tolist(), self.texts.tolist(), strict=True):
             end = start + int(self.sizes[start])
             answers = self.answers[(self.answers >= start) & (self.answers < end)] - start
-            yield Alone(ids=self.ids[:, start:end], text=text, answers=answers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alone:
-    """One of the documents of a sequence, its places counted from its begin.
-
-    Args:
-        ids: Text, questions and answers.
-        text: Tokens of the text.
-        answers: Places whose next token belongs to an answer.
-    """
-
-    ids: Int[Tensor, "1 tokens"]
-    text: int
-    answers: Int[Tensor, " answers"]
+            yield TokenizedDocument(ids=self.ids[:, start:end], text=text, answers=answers)
 
 
 class SequenceMaker:
-    """Makes sequences of tales about prose, each a function of its name alone.
+    """Make sequences of stories, each a function of its name alone.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         length: Most tokens of a sequence.
-        least: Fewest tokens that a document is given.
-        others: Places of the texts to look at, beside the answers.
-        asked: Most questions about one text.
-        seed: Everything that is drawn follows from it and a name.
+        least: Fewest tokens planned for a document.
+        others: Number of text positions to train on, beside the answers.
+        asked: Most questions after the last text of a conversation.
+        seed: All random choices follow from it and the sequence's name.
 
     Raises:
-        InputError: The numbers do not go together.
+        InputError: The numbers contradict each other.
     """
 
     def __init__(
@@ -125,111 +106,111 @@ class SequenceMaker:
     ) -> None:
         if not 96 <= least <= length or others < 0:
             raise InputError(f"need 96 <= least <= length and others >= 0, got {least}, {length} and {others}")
-        self.tokenizer, self.frame, self.turns = tokenizer, Frame(tokenizer), Turns(tokenizer)
+        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer)
         self.length, self.least, self.others, self.asked, self.seed = length, least, others, asked, seed
 
-    def sequence(self, name: tuple[str | int, ...], prose: Sequence[Sequence[str]]) -> Packed:
-        """Return a sequence.
+    def make_sequence(self, name: tuple[str | int, ...], texts: Sequence[Sequence[str]]) -> PackedSequence:
+        """Return the sequence of a name.
 
         Args:
-            name: What everything that is drawn follows from.
-            prose: Sentences by document.
+            name: Determines all random choices, together with the seed.
+            texts: Sentences of each source text.
 
         Raises:
-            InputError: Not even one tale fits.
+            InputError: Not even one story fits.
         """
-        rng = random.Random(seed_of(self.seed, *name))
-        documents: list[Document] = []
+        rng = random.Random(derive_seed(self.seed, *name))
+        documents: list[TokenizedDocument] = []
         room = self.length
         while room >= self.least:
             size = round(self.least * (self.length / self.least) ** rng.random())
-            told = self.fitting(rng, prose, min(size, room))
-            if told is None and not documents:
-                told = self.fitting(rng, prose, room)
-            if told is None:
+            conversation = self.fit_conversation(rng, texts, min(size, room))
+            if conversation is None and not documents:
+                conversation = self.fit_conversation(rng, texts, room)
+            if conversation is None:
                 break
-            documents.append(self.tokens(told))
-            room -= len(documents[-1].ids)
+            documents.append(self.tokenize(conversation))
+            room -= documents[-1].ids.shape[1]
         if not documents:
             raise InputError(f"no tale fits into {self.length} tokens: give --length more")
-        return self._packed(rng, documents)
+        return self._pack(rng, documents)
 
-    def fitting(self, rng: random.Random, prose: Sequence[Sequence[str]], size: int) -> Talk | None:
-        """Return a talk that fits so many tokens, most of them its texts'; None if none of some does."""
-        text = rng.choice(prose)
-        room = round(size * rng.uniform(*_TEXT))
+    def fit_conversation(self, rng: random.Random, texts: Sequence[Sequence[str]], size: int) -> Conversation | None:
+        """Return a conversation of at most ``size`` tokens, most of them in its texts; None if no attempt fits."""
+        sentences = rng.choice(texts)
+        room = round(size * rng.uniform(*_TEXT_SHARE))
         for _ in range(_TRIES):
-            talk = self.talk(rng, text, room)
-            for count in range(len(talk.asked), 0, -1):
-                fewer = replace(talk, asked=talk.asked[:count])
-                if len(self.tokens(fewer).ids) <= size:
-                    return fewer
+            conversation = self.make_conversation(rng, sentences, room)
+            for count in range(len(conversation.questions), 0, -1):
+                shorter = replace(conversation, questions=conversation.questions[:count])
+                if self.tokenize(shorter).ids.shape[1] <= size:
+                    return shorter
             room -= size // 6
         return None
 
-    def talk(self, rng: random.Random, text: Sequence[str], room: int) -> Talk:
-        """Return a talk about sentences of so many tokens in all, about."""
+    def make_conversation(self, rng: random.Random, sentences: Sequence[str], room: int) -> Conversation:
+        """Return a conversation whose texts have about ``room`` tokens in all."""
         messages = rng.choice(_MESSAGES)
-        tales = [tale(rng, self.cut(rng, text, room // messages)) for _ in range(messages)]
-        between = [one for told in tales[:-1] for one in told.asked[:1]]
-        asked = [one for told in tales for one in told.asked if one not in between]
-        rng.shuffle(asked)
-        return Talk(
-            texts=tuple(told.text for told in tales),
-            between=tuple(between),
-            asked=tuple(asked[: self.asked]) if all(told.asked for told in tales) else (),
+        stories = [make_story(rng, self._draw_sentences(rng, sentences, room // messages)) for _ in range(messages)]
+        interim = [question for story in stories[:-1] for question in story.questions[:1]]
+        questions = [question for story in stories for question in story.questions if question not in interim]
+        rng.shuffle(questions)
+        return Conversation(
+            texts=tuple(story.text for story in stories),
+            interim=tuple(interim),
+            questions=tuple(questions[: self.asked]) if all(story.questions for story in stories) else (),
         )
 
-    def tokens(self, talk: Talk) -> Document:
-        """Return a talk in tokens, every question a turn of its own, the first behind a text in its message."""
-        ids = self.context(talk)
-        context, answers = len(ids), list[int]()
-        for number, asked in enumerate(talk.asked):
-            ids += self.question(asked, first=number == 0)
-            reply = [*self.answer(asked), self.turns.next_opening()[0]]
+    def tokenize(self, conversation: Conversation) -> TokenizedDocument:
+        """Return a conversation in tokens; the first question continues the last text's message."""
+        ids = self.context_ids(conversation)
+        text, answers = len(ids), list[int]()
+        for number, question in enumerate(conversation.questions):
+            ids += self.question_ids(question, first=number == 0)
+            reply = [*self.answer_ids(question), self.template.next_opening()[0]]
             answers += range(len(ids) - 1, len(ids) + len(reply) - 1)
             ids += reply
-        return Document(ids=tuple(ids), context=context, answers=tuple(answers))
+        return TokenizedDocument(ids=torch.tensor([ids]), text=text, answers=torch.tensor(answers, dtype=torch.long))
 
-    def context(self, talk: Talk) -> list[int]:
-        """Return everything up to the end of the last text."""
-        ids = list(self.frame.context(talk.texts[0])[0].tolist())
-        for asked, text in zip(talk.between, talk.texts[1:], strict=True):
-            ids += [*self.question(asked, first=True), *self.answer(asked)]
-            ids += self.frame.next_context(text)[0].tolist()
+    def context_ids(self, conversation: Conversation) -> list[int]:
+        """Return the ids up to the end of the last text."""
+        ids = list(self.template.context(conversation.texts[0])[0].tolist())
+        for question, text in zip(conversation.interim, conversation.texts[1:], strict=True):
+            ids += [*self.question_ids(question, first=True), *self.answer_ids(question)]
+            ids += self.template.next_context(text)[0].tolist()
         return ids
 
-    def question(self, asked: Asked, *, first: bool) -> list[int]:
-        """Return what stands between the text, or the answer before, and an answer."""
+    def question_ids(self, question: Question, *, first: bool) -> list[int]:
+        """Return the ids between the text, or the previous answer, and the answer to a question."""
         if first:
-            return list(self.frame.question(asked.question, asked.prefix)[0].tolist())
-        after_end = self.turns.next_opening()[1:]
-        return [*after_end, *self.turns.message(asked.question)[0], *self.turns.asking(), *self._ids(asked.prefix)]
+            return list(self.template.question(question.question, question.prefix)[0].tolist())
+        opening = self.template.next_opening()[1:]  # the end of the previous reply is there already
+        return [
+            *opening,
+            *self.template.message(question.question)[0],
+            *self.template.reply_opening(),
+            *self._ids(question.prefix),
+        ]
 
-    def answer(self, asked: Asked) -> list[int]:
-        """Return an answer behind its prefix."""
-        return self._ids(f" {asked.answer}")
+    def answer_ids(self, question: Question) -> list[int]:
+        """Return the ids of an answer, without its prefix."""
+        return self._ids(f" {question.answer}")
 
-    def cut(self, rng: random.Random, text: Sequence[str], room: int) -> list[str]:
-        """Return sentences from a random one on, going round, of so many tokens in all, about."""
-        return stretch(rng, text, room, lambda one: len(self._ids(one)), fewest=_FEWEST)
+    def _draw_sentences(self, rng: random.Random, sentences: Sequence[str], room: int) -> list[str]:
+        return draw_sentences(rng, sentences, room, lambda text: len(self._ids(text)), fewest=_FEWEST_SENTENCES)
 
-    def _packed(self, rng: random.Random, documents: Sequence[Document]) -> Packed:
-        starts, sizes, answers, texts = list[int](), list[int](), list[int](), list[int]()
-        for one in documents:
-            start = len(starts)
-            starts += [start] * len(one.ids)
-            sizes += [len(one.ids)] * len(one.ids)
-            answers += [start + at for at in one.answers]
-            texts += range(start, start + one.context)
-        others = sorted(rng.sample(texts, min(self.others, len(texts))))
-        ids = [token for one in documents for token in one.ids]
-        return Packed(
-            ids=torch.tensor([ids]),
-            starts=torch.tensor(starts),
-            sizes=torch.tensor(sizes),
-            texts=torch.tensor([one.context for one in documents]),
-            answers=torch.tensor(answers),
+    def _pack(self, rng: random.Random, documents: Sequence[TokenizedDocument]) -> PackedSequence:
+        sizes = torch.tensor([document.ids.shape[1] for document in documents])
+        starts = sizes.cumsum(0) - sizes
+        texts = torch.tensor([document.text for document in documents])
+        inside = [i for start, text in zip(starts, texts, strict=True) for i in range(int(start), int(start + text))]
+        others = sorted(rng.sample(inside, min(self.others, len(inside))))
+        return PackedSequence(
+            ids=torch.cat([document.ids for document in documents], 1),
+            starts=starts.repeat_interleave(sizes),
+            sizes=sizes.repeat_interleave(sizes),
+            texts=texts,
+            answers=torch.cat([start + document.answers for start, document in zip(starts, documents, strict=True)]),
             others=torch.tensor(others, dtype=torch.long),
         )
 

@@ -1,7 +1,8 @@
-"""Made-up texts in which a few things matter later: stated in prose, in tables, lists, code or talk, then asked for.
+"""Synthetic texts with facts to remember, and questions about them.
 
-What is asked must be remembered over everything that stands behind it, and nothing tells in advance what it will be. No
-template of a benchmark of ours is among these, and no value or name that one draws; tests compare both sides.
+Facts stand in sentences, tables, lists, code or dialogue. A model must remember each of them over the rest of the text,
+because nothing in it tells which one a question will ask for. The templates and words are none of our benchmarks';
+tests compare both sides.
 """
 
 import random
@@ -9,148 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vestige.training.data.vocabulary import (
-    ASK,
+    JOINTS,
     RELATIONS,
-    REPLY,
-    STATED,
     Relation,
-    made_up,
-    subject,
+    Topic,
+    draw_distinct,
+    draw_name,
+    draw_subject,
+    draw_weighted,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A question about a tale: what opens the reply, and how that goes on."""
-
-    question: str
-    prefix: str
-    answer: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tale:
-    """A text, and questions that its parts answer, in random order."""
-
-    kind: str
-    text: str
-    asked: tuple[Asked, ...]
-
-
-def tale(rng: random.Random, prose: Sequence[str]) -> Tale:
-    """Return a tale of a random kind.
-
-    Args:
-        rng: Everything that is drawn follows from it.
-        prose: Sentences to put things among, in order, at least four.
-    """
-    kind = rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
-    make, _ = KINDS[kind]
-    text, asked = make(rng, prose)
-    rng.shuffle(asked)
-    return Tale(kind=kind, text=text, asked=tuple(asked))
-
-
-Made = tuple[str, list[Asked]]
-
-
-def statements(rng: random.Random, prose: Sequence[str]) -> Made:
-    """State who has what, each once, among the sentences."""
-    topics = _topics(rng, _some(rng, min(12, len(prose))))
-    lines = list(prose)
-    for who, relation, value in topics:
-        line = rng.choice(STATED).format(s=who, what=relation.what, v=value)
-        lines.insert(rng.randrange(len(lines) + 1), line)
-    return _joined(rng, lines), [_about(rng, *topic) for topic in topics]
-
-
-def noise(rng: random.Random, prose: Sequence[str]) -> Made:
-    """State who has what among a few sentences that come again and again."""
-    few = rng.sample(list(prose), min(rng.randint(2, 5), len(prose)))
-    lines = [rng.choice(few) if rng.random() < 0.3 else few[i % len(few)] for i in range(len(prose))]
-    return statements(rng, lines)
-
-
-def table(rng: random.Random, prose: Sequence[str]) -> Made:
-    """Put a table between the sentences: a row for each name, a column for each relation."""
-    names = _distinct(rng, subject, rng.randint(3, 10))
-    columns = rng.sample(RELATIONS, rng.randint(1, 3))
-    cells = {name: [column.value(rng) for column in columns] for name in names}
-    bar = rng.choice((" | ", ", ", "\t", "; "))
-    rows = [bar.join(["name", *(column.what for column in columns)])]
-    rows += [bar.join([name, *values]) for name, values in cells.items()]
-    asked = [
-        _about(rng, name, column, value)
-        for name, values in cells.items()
-        for column, value in zip(columns, values, strict=True)
-    ]
-    return _between(rng, prose, "\n".join(rows)), asked
-
-
-def assignments(rng: random.Random, prose: Sequence[str]) -> Made:
-    """Put lines of a settings file or a program among the sentences."""
-    form = rng.choice(ASSIGNED)
-    names = [name.lower() for name in _distinct(rng, made_up, rng.randint(2, min(10, len(prose))))]
-    values = {name: rng.choice(RELATIONS).value(rng) for name in names}
-    lines = list(prose)
-    at = sorted((rng.randrange(len(lines) + 1) for _ in names), reverse=True)
-    for place, (name, value) in zip(at, values.items(), strict=True):
-        lines.insert(place, form.format(n=name, v=value))
-    question = rng.choice(ASK_ASSIGNED)
-    before, quote = form.split("{v}")[0].rstrip(' "'), '"' if '"' in form else ""
-    asked = [
-        Asked(question=question.format(n=n), prefix=before.format(n=n), answer=f"{quote}{v}{quote}")
-        for n, v in values.items()
-    ]
-    return "\n".join(lines), asked
-
-
-def talk(rng: random.Random, prose: Sequence[str]) -> Made:
-    """Have two people talk; one tells something now and then."""
-    one, other = rng.sample(("Guest", "Host", "Caller", "Clerk", "Pupil", "Tutor"), 2)
-    topics = _topics(rng, _some(rng, min(8, len(prose))))
-    lines = [f"{(one, other)[i % 2]}: {said}" for i, said in enumerate(prose)]
-    for who, relation, value in topics:
-        told = rng.choice(TOLD).format(s=who, what=relation.what, v=value)
-        place = rng.randrange(len(lines) + 1)
-        lines[place:place] = [f"{one}: {told}", f"{other}: {rng.choice(HEARD)}"]
-    return "\n".join(lines), [_about(rng, *topic) for topic in topics]
-
-
-def listing(rng: random.Random, prose: Sequence[str]) -> Made:
-    """Put named entries between the sentences, each a few lines long."""
-    names = _distinct(rng, made_up, rng.randint(2, 6))
-    columns = rng.sample(RELATIONS, rng.randint(1, 3))
-    blocks, asked = [], []
-    for name in names:
-        values = [(column, column.value(rng)) for column in columns]
-        blocks.append("\n".join([f"[{name}]", *(f"  {column.what}: {value}" for column, value in values)]))
-        asked += [_about(rng, name, column, value) for column, value in values]
-    return _between(rng, prose, "\n".join(blocks)), asked
-
-
-def quotation(rng: random.Random, prose: Sequence[str]) -> Made:
-    """Ask for what follows some words of the text, which makes every sentence matter a little."""
-    asked = []
-    for sentence in rng.sample(list(prose), min(2, len(prose))):
-        words = sentence.split()
-        half = len(words) // 2
-        if half >= 4:
-            anchor, rest = " ".join(words[:half]), " ".join(words[half : half + 10])
-            asked.append(Asked(question=rng.choice(QUOTE), prefix=anchor, answer=rest))
-    return _joined(rng, list(prose)), asked
-
-
-KINDS: dict[str, tuple[Callable[[random.Random, Sequence[str]], Made], float]] = {
-    "statements": (statements, 0.4),
-    "noise": (noise, 0.15),
-    "table": (table, 0.1),
-    "assignments": (assignments, 0.1),
-    "talk": (talk, 0.1),
-    "listing": (listing, 0.1),
-    "quotation": (quotation, 0.05),
-}
-"""How to make each kind, and how often it comes."""
 
 ASSIGNED = ("{n} = {v}", "set {n} to {v}", "{n}: {v}", 'const {n} = "{v}";', "let {n} be {v}", "{n} := {v};")
 ASK_ASSIGNED = ("What is {n} set to?", "What does {n} hold?", "Give the value of {n}.")
@@ -163,36 +31,158 @@ TOLD = (
 HEARD = ("I see.", "Good, I have noted it.", "Thank you, go on.", "I will keep that in mind.")
 QUOTE = ("Go on with these words as the text does.", "How does the text go on here?")
 
-_JOINTS = {" ": 0.7, "\n": 0.2, "\n\n": 0.1}
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question about a text, the words that open the reply, and the answer that continues them."""
+
+    question: str
+    prefix: str
+    answer: str
 
 
-def _some(rng: random.Random, most: int) -> int:
-    """Return a count from 1 on, few more often than many: evenly by its logarithm."""
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """A text of one kind, and questions about it in random order."""
+
+    kind: str
+    text: str
+    questions: tuple[Question, ...]
+
+
+TextWithQuestions = tuple[str, list[Question]]
+
+
+def make_story(rng: random.Random, sentences: Sequence[str]) -> Story:
+    """Return a story of a random kind.
+
+    Args:
+        rng: Source of all random choices.
+        sentences: Filler among which the facts are placed, in order; at least four.
+    """
+    kind = draw_weighted(rng, {kind: weight for kind, (_, weight) in KINDS.items()})
+    text, questions = KINDS[kind][0](rng, sentences)
+    rng.shuffle(questions)
+    return Story(kind=kind, text=text, questions=tuple(questions))
+
+
+def make_statements(rng: random.Random, sentences: Sequence[str]) -> TextWithQuestions:
+    """State each fact once, at random places among the sentences."""
+    lines, topics = list(sentences), _draw_topics(rng, _draw_count(rng, min(12, len(sentences))))
+    for topic, value in topics:
+        statement = topic.state(rng, value)
+        lines.insert(rng.randrange(len(lines) + 1), statement)
+    return _join(rng, lines), [_ask(rng, *topic) for topic in topics]
+
+
+def make_noise(rng: random.Random, sentences: Sequence[str]) -> TextWithQuestions:
+    """State facts among a few sentences that are repeated many times."""
+    few = rng.sample(list(sentences), min(rng.randint(2, 5), len(sentences)))
+    lines = [rng.choice(few) if rng.random() < 0.3 else few[i % len(few)] for i in range(len(sentences))]
+    return make_statements(rng, lines)
+
+
+def make_table(rng: random.Random, sentences: Sequence[str]) -> TextWithQuestions:
+    """Place a table between the sentences: a row for each name, a column for each relation."""
+    names = draw_distinct(rng, draw_subject, rng.randint(3, 10))
+    columns = rng.sample(RELATIONS, rng.randint(1, 3))
+    cells = {name: [column.value(rng) for column in columns] for name in names}
+    bar = rng.choice((" | ", ", ", "\t", "; "))
+    rows = [["name", *(column.what for column in columns)], *([name, *values] for name, values in cells.items())]
+    questions = [question for name, values in cells.items() for question in _ask_row(rng, name, columns, values)]
+    return _place_block(rng, sentences, "\n".join(map(bar.join, rows))), questions
+
+
+def make_listing(rng: random.Random, sentences: Sequence[str]) -> TextWithQuestions:
+    """Place named entries of a few lines each between the sentences."""
+    names = draw_distinct(rng, draw_name, rng.randint(2, 6))
+    columns = rng.sample(RELATIONS, rng.randint(1, 3))
+    lines, questions = list[str](), list[Question]()
+    for name in names:
+        values = [column.value(rng) for column in columns]
+        lines += [f"[{name}]", *(f"  {column.what}: {v}" for column, v in zip(columns, values, strict=True))]
+        questions += _ask_row(rng, name, columns, values)
+    return _place_block(rng, sentences, "\n".join(lines)), questions
+
+
+def make_assignments(rng: random.Random, sentences: Sequence[str]) -> TextWithQuestions:
+    """Place lines of a settings file or a program among the sentences."""
+    form = rng.choice(ASSIGNED)
+    names = [name.lower() for name in draw_distinct(rng, draw_name, rng.randint(2, min(10, len(sentences))))]
+    values = {name: rng.choice(RELATIONS).value(rng) for name in names}
+    lines = list(sentences)
+    places = sorted((rng.randrange(len(lines) + 1) for _ in names), reverse=True)
+    for place, (name, value) in zip(places, values.items(), strict=True):
+        lines.insert(place, form.format(n=name, v=value))
+    question = rng.choice(ASK_ASSIGNED)
+    before, quote = form.split("{v}")[0].rstrip(' "'), '"' if '"' in form else ""
+    questions = [
+        Question(question=question.format(n=name), prefix=before.format(n=name), answer=f"{quote}{value}{quote}")
+        for name, value in values.items()
+    ]
+    return "\n".join(lines), questions
+
+
+def make_dialogue(rng: random.Random, sentences: Sequence[str]) -> TextWithQuestions:
+    """Make the sentences a dialogue in which one speaker states a fact now and then."""
+    teller, hearer = rng.sample(("Guest", "Host", "Caller", "Clerk", "Pupil", "Tutor"), 2)
+    topics = _draw_topics(rng, _draw_count(rng, min(8, len(sentences))))
+    lines = [f"{(teller, hearer)[i % 2]}: {sentence}" for i, sentence in enumerate(sentences)]
+    for topic, value in topics:
+        statement = topic.state(rng, value, TOLD)
+        place = rng.randrange(len(lines) + 1)
+        lines[place:place] = [f"{teller}: {statement}", f"{hearer}: {rng.choice(HEARD)}"]
+    return "\n".join(lines), [_ask(rng, *topic) for topic in topics]
+
+
+def make_quotations(rng: random.Random, sentences: Sequence[str]) -> TextWithQuestions:
+    """Ask how sentences continue after their first words, so that every sentence matters a little."""
+    questions = []
+    for sentence in rng.sample(list(sentences), min(2, len(sentences))):
+        words = sentence.split()
+        half = len(words) // 2
+        if half >= 4:
+            prefix, answer = " ".join(words[:half]), " ".join(words[half : half + 10])
+            questions.append(Question(question=rng.choice(QUOTE), prefix=prefix, answer=answer))
+    return _join(rng, sentences), questions
+
+
+KINDS: dict[str, tuple[Callable[[random.Random, Sequence[str]], TextWithQuestions], float]] = {
+    "statements": (make_statements, 0.4),
+    "noise": (make_noise, 0.15),
+    "table": (make_table, 0.1),
+    "assignments": (make_assignments, 0.1),
+    "talk": (make_dialogue, 0.1),
+    "listing": (make_listing, 0.1),
+    "quotation": (make_quotations, 0.05),
+}
+"""Function and probability of each kind."""
+
+
+def _draw_count(rng: random.Random, most: int) -> int:
+    """Return a count from 1 to ``most``, uniform in its logarithm."""
     return int((most + 1) ** rng.random())
 
 
-def _topics(rng: random.Random, count: int) -> list[tuple[str, Relation, str]]:
-    """Return who has what: nobody twice."""
-    return [(who, one := rng.choice(RELATIONS), one.value(rng)) for who in _distinct(rng, subject, count)]
+def _draw_topics(rng: random.Random, count: int) -> list[tuple[Topic, str]]:
+    """Return topics of distinct subjects, each with a value."""
+    subjects = draw_distinct(rng, draw_subject, count)
+    return [(topic := Topic(who, rng.choice(RELATIONS)), topic.relation.value(rng)) for who in subjects]
 
 
-def _about(rng: random.Random, who: str, relation: Relation, value: str) -> Asked:
-    question, prefix = (rng.choice(some).format(s=who, what=relation.what) for some in (ASK, REPLY))
-    return Asked(question=question, prefix=prefix, answer=value)
+def _ask(rng: random.Random, topic: Topic, value: str) -> Question:
+    return Question(**topic.ask(rng), answer=value)
 
 
-def _distinct(rng: random.Random, make: Callable[[random.Random], str], count: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[make(rng)] = None
-    return list(found)
+def _ask_row(rng: random.Random, name: str, columns: Sequence[Relation], values: Sequence[str]) -> list[Question]:
+    return [_ask(rng, Topic(name, column), value) for column, value in zip(columns, values, strict=True)]
 
 
-def _joined(rng: random.Random, lines: Sequence[str]) -> str:
-    return rng.choices(list(_JOINTS), list(_JOINTS.values()))[0].join(lines)
+def _join(rng: random.Random, lines: Sequence[str]) -> str:
+    return draw_weighted(rng, JOINTS).join(lines)
 
 
-def _between(rng: random.Random, prose: Sequence[str], block: str) -> str:
-    place = rng.randrange(len(prose) + 1)
-    before, after = " ".join(prose[:place]), " ".join(prose[place:])
+def _place_block(rng: random.Random, sentences: Sequence[str], block: str) -> str:
+    place = rng.randrange(len(sentences) + 1)
+    before, after = " ".join(sentences[:place]), " ".join(sentences[place:])
     return "\n\n".join(part for part in (before, block, after) if part)

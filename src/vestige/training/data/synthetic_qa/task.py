@@ -1,6 +1,8 @@
-"""What all tasks on tales have in common: a stream of sequences, and tales to validate on."""
+"""What the trainers on stories share: options, a stream of sequences, validation samples, random shares to keep."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,82 +10,101 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
-from vestige.models.anatomy import check
-from vestige.training.data.synthetic_qa.sequences import Alone, Packed, SequenceMaker
-from vestige.training.data.synthetic_qa.validation import Held, held_tales
-from vestige.training.sampler import seed_of
-from vestige.training.task import identity_of
+from vestige.models.layout import check
+from vestige.training.data.synthetic_qa.sequences import PackedSequence, SequenceMaker, TokenizedDocument
+from vestige.training.data.synthetic_qa.validation import ValidationSample, find_validation_samples
+from vestige.training.sampler import derive_seed
+from vestige.training.task import identify_model
 
+MIN_SHARE, MAX_SHARE = 0.02, 0.4
+Texts = Sequence[Sequence[str]]
+"""Sentences of each text."""
 Parts = dict[str, Tensor]
-"""Of a loss, by name: ``loss`` is what is learned by."""
+"""Parts of a loss by name; ``loss`` is minimised."""
 
 
-class TaleTask:
-    """A stream of sequences of tales, each a function of its name alone, about a model that stays as it is.
+@dataclass(frozen=True, kw_only=True)
+class StoryOptions:
+    """Options of the sequences and of validation."""
+
+    length: int = 1024
+    """Most tokens of a sequence, which holds one document or several."""
+    least: int = 160
+    """Fewest tokens planned for a document; lengths are drawn uniformly in their logarithm."""
+    asked: int = 4
+    """Most questions about a text."""
+    budget: float = 0.1
+    """Share of the pairs kept in validation."""
+    seed: int = 0
+
+
+class StoryTask:
+    """A stream of sequences of stories, each a function of its name alone; the model stays frozen.
 
     Args:
-        model: Frozen by this.
-        tokenizer: The model's.
-        prose: Sentences to train on, by document.
-        held: Sentences to validate on, by document.
-        length: Most tokens of a sequence, of one document or of several.
-        least: Fewest tokens that a document is given.
-        others: Places of the texts to look at, beside the answers.
-        asked: Most questions about one text.
-        seed: Everything that is drawn follows from it and a name.
-        validation: Tales to validate on.
+        model: Frozen by the constructor.
+        tokenizer: The model's tokenizer.
+        texts: Sentences of each training text.
+        held_out: Sentences of each validation text.
+        options: Options of the sequences.
+        others: Number of text positions to train on, beside the answers.
+        validation: Number of validation samples.
 
     Raises:
-        InputError: Sequences would be longer than the model can read, or their numbers do not go together.
+        InputError: Sequences are longer than the model's context, or the options contradict each other.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prose: Sequence[Sequence[str]],
-        held: Sequence[Sequence[str]],
+        texts: Texts,
+        held_out: Texts,
+        options: StoryOptions,
         *,
-        length: int,
-        least: int,
-        others: int,
-        asked: int,
-        seed: int,
-        validation: int,
+        others: int = 0,
+        validation: int = 16,
     ) -> None:
-        limit = check(model).max_positions
+        length, limit = options.length, check(model).max_positions
         if limit is not None and length > limit:
             raise InputError(f"sequences of {length} tokens do not fit the model's {limit} positions")
         self.model = model.requires_grad_(False).eval()
-        self.maker = SequenceMaker(tokenizer, length=length, least=least, others=others, asked=asked, seed=seed)
-        self.prose, self.held, self.validation = prose, held, validation
-        self._to_validate: list[Held] | None = None
+        self.maker = SequenceMaker(
+            tokenizer, length=length, least=options.least, others=others, asked=options.asked, seed=options.seed
+        )
+        self.texts, self.held_out, self.validation = texts, held_out, validation
+        self._validation_samples: list[ValidationSample] | None = None
 
     @property
     def num_samples(self) -> None:
-        """Sequences come in a stream."""
+        """None: the sequences are an endless stream."""
         return None
 
-    def sequence(self, *name: str | int) -> Packed:
-        """Return the sequence of a name."""
-        return self.maker.sequence(name, self.prose).to(self.model.device)
+    def sequence(self, *name: str | int) -> PackedSequence:
+        """Return the sequence of a name, on the model's device."""
+        return self.maker.make_sequence(name, self.texts).to(self.model.device)
 
-    def to_validate(self) -> list[Held]:
-        """Return tales about texts that are not trained on; looked for once."""
-        if self._to_validate is None:
-            self._to_validate = held_tales(self.maker, self.model, self.held, self.validation)
-        return self._to_validate
+    def validation_samples(self) -> list[ValidationSample]:
+        """Return samples about held-out texts; the first call makes them."""
+        if self._validation_samples is None:
+            self._validation_samples = find_validation_samples(self.maker, self.model, self.held_out, self.validation)
+        return self._validation_samples
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the model and the data; tasks add their shapes and options."""
+        """Return the identity of the model and the data; tasks add their shapes and options."""
         return {
-            **identity_of(self.model),
-            "documents": [seed_of(*text) for text in (*self.prose, *self.held)],
+            **identify_model(self.model),
+            "documents": [derive_seed(*text) for text in (*self.texts, *self.held_out)],
         }
 
 
-def over_documents(packed: Packed, of: Callable[[Alone], Mapping[str, Tensor]]) -> Parts:
-    """Return the parts of a loss over the documents of a sequence, the mean over the tokens of their texts."""
-    found = [of(one) for one in packed.documents()]
-    shares = packed.texts / packed.texts.sum()
-    return {name: (torch.stack([parts[name] for parts in found]) * shares).sum() for name in found[0]}
+def average_over_documents(packed: PackedSequence, loss: Callable[[TokenizedDocument], Mapping[str, Tensor]]) -> Parts:
+    """Return the parts of a loss of each document, averaged with the lengths of their texts as weights."""
+    found = [loss(document) for document in packed.documents()]
+    weights = packed.texts / packed.texts.sum()
+    return {name: (torch.stack([parts[name] for parts in found]) * weights).sum() for name in found[0]}
+
+
+def draw_share() -> float:
+    """Return a share of the pairs to keep, uniform in its logarithm, drawn from torch's global generator."""
+    return MIN_SHARE * math.exp(float(torch.rand(())) * math.log(MAX_SHARE / MIN_SHARE))

