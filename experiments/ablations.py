@@ -14,7 +14,7 @@ from experiments.retention import ANSWER_ROOM, MODEL
 from experiments.runner import Dev, Essays, Out, Parts, benched, chosen, records_of, split_of
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
-from vestige.bench.results.aggregate import Record, resampled
+from vestige.bench.results.aggregate import Record, bootstrap_interval
 from vestige.training.model_card import CARD
 
 STEPS, WARM, LENGTH, LEAST, ASKED = 300, 100, 1536, 500, 16
@@ -91,7 +91,7 @@ def compared(policies: Iterable[str], essays: Path | None, split: str) -> BenchC
     """Return the run of all gates that are done, beside the full cache."""
     return BenchConfig(
         tasks=TASKS,
-        arms=(*cross(("full",), ()), *cross(tuple(policies), BUDGETS)),
+        methods=(*cross(("full",), ()), *cross(tuple(policies), BUDGETS)),
         lengths=(2048,),
         samples=SAMPLES,
         split=split,
@@ -127,7 +127,7 @@ def _cell(scores: Mapping[Any, float], baseline: Mapping[Any, float]) -> str:
     above = [score - baseline[key] for key, score in scores.items() if key in baseline]
     if not above:
         return f"{mean(scores.values()):.2f}"
-    low, high = resampled(above) or (0.0, 0.0)
+    low, high = bootstrap_interval(above) or (0.0, 0.0)
     return f"{mean(scores.values()):.2f}, {mean(above):+.2f} ({low:+.2f} to {high:+.2f})"
 
 

@@ -10,7 +10,7 @@ import typer
 
 from experiments.runner import Dev, Essays, Out, benched
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 
 MODEL = "smollm2-135m"
 CANDIDATES = (
@@ -37,7 +37,7 @@ def comparison(length: int, essays: Path | None = None) -> BenchConfig:
     """Return the published run at one length."""
     return BenchConfig(
         tasks=TASKS,
-        arms=arms(BUDGETS[length]),
+        methods=arms(BUDGETS[length]),
         lengths=(length,),
         samples=SAMPLES,
         split="test",
@@ -50,7 +50,7 @@ def choosing(length: int, essays: Path | None = None) -> BenchConfig:
     """Return the run by which tasks are chosen: the full cache alone, on the dev split."""
     return BenchConfig(
         tasks=tuple(f"ruler/{name}" for name in CANDIDATES),
-        arms=cross(("full",), ()),
+        methods=cross(("full",), ()),
         lengths=(length,),
         samples=SAMPLES,
         answer_room=ANSWER_ROOM,
@@ -58,13 +58,13 @@ def choosing(length: int, essays: Path | None = None) -> BenchConfig:
     )
 
 
-def arms(budgets: tuple[str, ...]) -> tuple[Arm, ...]:
+def arms(budgets: tuple[str, ...]) -> tuple[Method, ...]:
     """Return all methods at these budgets; KVzip, which reads the text three times, on half of the samples."""
     own = cross(("full", *METHODS), budgets, shares=("head",))
     wide = cross(MODEL_WIDE, budgets, shares=("model",))
     peers = ("transformers:dynamic", "transformers:quantized", *(f"kvpress:{name}Press" for name in PRESSES))
     slow = tuple(
-        Arm(policy=name, peer=name, budget=budget, samples=SLOW_SAMPLES)
+        Method(policy=name, peer=name, budget=budget, samples=SLOW_SAMPLES)
         for name in ("kvpress:KVzipPress",)
         for budget in budgets
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vestige.bench.report.methods import Method
-from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.results.aggregate import Record, Row, bootstrap_interval
 
 
 def verdict(records: Iterable[Record], ours: str, budget_of: Callable[[Record], str]) -> list[Row]:
@@ -43,11 +43,11 @@ def _row(cell: dict[Any, Record], full: dict[Any, Record], ours: dict[Any, Recor
         "n": len(scores),
         "kv_bytes": sum(record["kv_bytes"] for record in cell.values()) / len(cell),
         "score": mean,
-        "score_ci95": resampled(list(scores.values())),
+        "score_ci95": bootstrap_interval(list(scores.values())),
         "full": whole,
         "of_full": mean / whole if whole else None,
         "ours_above": sum(above) / len(above) if above else None,
-        "ours_above_ci95": resampled(above),
+        "ours_above_ci95": bootstrap_interval(above),
     }
 
 

@@ -22,7 +22,7 @@ from vestige.bench.config import BenchConfig
 from vestige.bench.items import Item
 from vestige.bench.methods import vestige_runner
 from vestige.bench.metrics.scores import METRICS
-from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.results.aggregate import Record, Row, bootstrap_interval
 from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
@@ -111,7 +111,7 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
         rows.append(
             {"task": task, "method": method, "budget": budget, "n": len(group)}
             | means
-            | {"gain": sum(gains) / len(gains), "gain_ci95": resampled(gains)}
+            | {"gain": sum(gains) / len(gains), "gain_ci95": bootstrap_interval(gains)}
         )
     return rows
 
@@ -163,7 +163,7 @@ def main(
 
     config = BenchConfig(
         tasks=TASKS,
-        arms=(),
+        methods=(),
         lengths=(LENGTH,),
         samples=samples,
         split=split_of(dev),

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vestige import memory as memories
 from vestige import policies
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 from vestige.bench.results.aggregate import Record
 from vestige.budget import Budget
 from vestige.cache.attach import attach
@@ -116,7 +116,7 @@ def part(
         memories: Each beside each policy.
         config: What else :class:`BenchConfig` takes.
     """
-    plain, found, impossible = plain_pair(model), dict[Key, tuple[Arm, str]](), []
+    plain, found, impossible = plain_pair(model), dict[Key, tuple[Method, str]](), []
     for name, memory in product(names, memories):
         own = weight(model, name, memory)
         for fraction in fractions:
@@ -128,7 +128,7 @@ def part(
             found[name, memory, budget] = arm, fraction
     arms = (*cross(("full",), ()), *(arm for arm, _ in found.values()))
     return Part(
-        config=BenchConfig(arms=arms, lengths=(length,), **config),
+        config=BenchConfig(methods=arms, lengths=(length,), **config),
         fractions={key: fraction for key, (_, fraction) in found.items()},
         impossible=tuple(impossible),
     )

@@ -16,7 +16,7 @@ import typer
 from experiments.runner import Dev, Essays, Out, benched, records_of, split_of
 from vestige import memory
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 from vestige.bench.results.aggregate import Record, Row, gain
 
 MODEL = "smollm2-135m"
@@ -41,7 +41,7 @@ def comparison(length: int, *, aware: bool, essays: Path | None = None, split: s
     """Return the run at one length, with the question read before eviction or after."""
     return BenchConfig(
         tasks=TASKS,
-        arms=(*cross(("full",), ()), *_arms(length, (AWARE if aware else AGNOSTIC)[length])),
+        methods=(*cross(("full",), ()), *_arms(length, (AWARE if aware else AGNOSTIC)[length])),
         lengths=(length,),
         samples=SAMPLES,
         split=split,
@@ -58,15 +58,15 @@ def weight(name: str) -> int:
     return math.ceil(made.state_bytes(HEAD_DIM, HEAD_DIM) / PAIR_BYTES)
 
 
-def _arms(length: int, policies: tuple[str, ...]) -> Iterator[Arm]:
+def _arms(length: int, policies: tuple[str, ...]) -> Iterator[Method]:
     for policy in policies:
         share = "model" if "model" in policy else "head"
         for fraction in FRACTIONS:
             pairs = int(length * fraction)
-            yield Arm(policy=policy, share=share, budget=str(pairs))
+            yield Method(policy=policy, share=share, budget=str(pairs))
             for name in MEMORIES:
                 for budget in (pairs, pairs - weight(name)):
-                    yield Arm(policy=policy, share=share, budget=str(budget), memory=name)
+                    yield Method(policy=policy, share=share, budget=str(budget), memory=name)
 
 
 def gains(records: Iterable[Record]) -> list[Row]:

@@ -21,7 +21,7 @@ from vestige.bench import items
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods import vestige_runner
 from vestige.bench.methods.method import cross
-from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.results.aggregate import Record, Row, bootstrap_interval
 from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
@@ -55,10 +55,10 @@ def measure(
             whether that was measured.
     """
     renderer = Renderer(tokenizer, model)
-    trained = {arm: arm.weights(model) for arm in config.arms}
+    trained = {arm: arm.weights(model) for arm in config.methods}
     for item in items.collect(config, renderer):
         task, length, index = item.sample.task, item.sample.length, item.sample.index
-        left = [arm for arm in config.arms if not known(task, length, index, arm.key, item.digest, trained[arm])]
+        left = [arm for arm in config.methods if not known(task, length, index, arm.key, item.digest, trained[arm])]
         if not left:
             continue
         turn = item.job.turns[0]
@@ -114,7 +114,7 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
                 left = [one["error"] / max(other["error"], _SMALL) for one, other in both]
                 means = {name: sum(one[name] for one, _ in both) / len(both) for name in ("lost", "error")}
                 row = {"policy": policy, "budget": budget, "memory": kind, "n": len(both), **means}
-                rows.append(row | {"left": sum(left) / len(left), "left_ci95": resampled(left)})
+                rows.append(row | {"left": sum(left) / len(left), "left_ci95": bootstrap_interval(left)})
     return rows
 
 
@@ -144,7 +144,7 @@ def compared(essays: Path | None = None, split: str = "test") -> BenchConfig:
     """Return the samples and arms: all hold as many pairs, memories come on top."""
     return BenchConfig(
         tasks=TASKS[1:3],
-        arms=cross(METHODS, FRACTIONS, memories=MEMORIES),
+        methods=cross(METHODS, FRACTIONS, memories=MEMORIES),
         lengths=(LONG,),
         samples=SAMPLES,
         split=split,
@@ -164,7 +164,7 @@ def main(out: Out, essays: Essays = None, dev: Dev = False, dtype: Dtype = None)
     books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}
     books |= {"weights": check(model).fingerprint()}
     store = Store(out / "restored", books, resume=True)
-    left = len(config.tasks) * SAMPLES * len(config.arms) - len(store.records)
+    left = len(config.tasks) * SAMPLES * len(config.methods) - len(store.records)
     for record in track(measure(config, model, tokenizer, known=store.known), "restored", left):
         store.append(record)
     rows = rows_of(store.records.values())

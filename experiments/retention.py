@@ -74,7 +74,7 @@ def parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, equal
         arms = [
             replace(arm, samples=n) for name, n in PRESSES.items() for arm in cross((), budgets, peers=(_press(name),))
         ]
-        pressed = BenchConfig(arms=tuple(arms), lengths=(length,), **common | {"tasks": PRESSED})
+        pressed = BenchConfig(methods=tuple(arms), lengths=(length,), **common | {"tasks": PRESSED})
         made[f"{length}-presses"] = equal_bytes.Part(config=pressed, fractions={})
     return made
 
@@ -84,7 +84,7 @@ def choosing(essays: Path | None = None) -> dict[str, BenchConfig]:
     policies = cross(("full", *CANDIDATES), CHOOSING_BUDGETS, shares=("head", "model"))
     presses = cross(("full",), CHOOSING_BUDGETS, peers=tuple(map(_press, CANDIDATE_PRESSES)))
     return {
-        name: BenchConfig(arms=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_common(essays, "dev"))
+        name: BenchConfig(methods=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_common(essays, "dev"))
         for name, arms in (("policies", policies), ("presses", presses))
     }
 

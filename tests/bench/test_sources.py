@@ -9,11 +9,11 @@ import pytest
 
 from vestige import InputError
 from vestige.bench import sources
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 
 
-def order(split="dev", **changes) -> Order:
-    return Order(count=lambda text: len(text.split()), measure=lambda turns: 0, split=split, **changes)
+def order(split="dev", **changes) -> TaskSpec:
+    return TaskSpec(count=lambda text: len(text.split()), measure=lambda turns: 0, split=split, **changes)
 
 
 def folder(tmp_path: Path, number: int) -> Path:

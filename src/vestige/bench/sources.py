@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from vestige.bench import hub
 from vestige.bench.questions import Questions, Source, parse, take_turns
-from vestige.bench.tasks import SPLITS, Order, Split
+from vestige.bench.tasks import SPLITS, Split, TaskSpec
 from vestige.errors import InputError
 from vestige.text.chat_template import read_text
 
@@ -46,16 +46,16 @@ class Words:
         return tuple(sorted({*self.nouns, *self.adjectives, *self.verbs}))
 
 
-def essays(order: Order) -> tuple[str, ...]:
+def essays(spec: TaskSpec) -> tuple[str, ...]:
     """Return the essays of the order's split, from its folder or online.
 
     Raises:
         InputError: The folder has no ``*.txt``, a file cannot be used, or the essays cannot be fetched.
     """
-    listed = _fetched_essays() if order.essays is None else _essay_files(order.essays)
+    listed = _fetched_essays() if spec.essays is None else _essay_files(spec.essays)
     if len(listed) == 1:
-        return (_half(_text(listed[0]), order.split),)
-    return tuple(_text(essay) for essay in take_turns(reserved(listed), order.split))
+        return (_half(_text(listed[0]), spec.split),)
+    return tuple(_text(essay) for essay in take_turns(reserved(listed), spec.split))
 
 
 def reserved(essays: Sequence[T]) -> Sequence[T]:
@@ -111,7 +111,7 @@ def _word_lists() -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(sorted({word.lower() for word in some if " " not in word})) for some in listed)
 
 
-def qa(order: Order, wanted: Source) -> Questions:
+def qa(spec: TaskSpec, wanted: Source) -> Questions:
     """Return the questions of the order's split.
 
     Args:
@@ -121,11 +121,11 @@ def qa(order: Order, wanted: Source) -> Questions:
     Raises:
         InputError: The file is malformed, with the place; a set cannot be fetched; or the split is empty.
     """
-    if order.qa is not None:
-        data, where = _read_json(order.qa), str(order.qa)
+    if spec.qa is not None:
+        data, where = _read_json(spec.qa), str(spec.qa)
     else:
         data, where = _fetched_squad() if wanted == "squad" else _fetched_hotpot(), wanted
-    return parse(data, order.split, where)
+    return parse(data, spec.split, where)
 
 
 def _read_json(path: Path) -> Any:

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vestige import memory, policies
 from vestige.bench.methods import peers
 from vestige.bench.methods.conversation import Job, Outcome, TurnIds
-from vestige.bench.results.provenance import provenance
+from vestige.bench.results.provenance import collect_provenance
 from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
@@ -107,7 +107,7 @@ def _steps(policy: Policy) -> int:
 
 
 @dataclass
-class Arm:
+class TimedMethod:
     """One thing to time: how to read the ids, the tokens of a block, and what came out."""
 
     read: Callable[[Tensor], Cache]
@@ -118,7 +118,7 @@ class Arm:
 
 
 @dataclass
-class PeerArm:
+class TimedPeer:
     """A peer at one budget: a run of it reads, compresses and decodes, so it gives both figures at once."""
 
     name: str
@@ -156,7 +156,7 @@ def speed(
         progress: Called with (readings and turns done, those in all).
         name: What rows call the model.
     """
-    facts = {"model": name or model.config.name_or_path, "seed": config.seed, **provenance(model)}
+    facts = {"model": name or model.config.name_or_path, "seed": config.seed, **collect_provenance(model)}
     rows, done = [], 0
     cells = [(length, batch) for length in config.lengths for batch in config.batches]
     own, foreign = len(list(config.arms())) + 2, len(list(config.peer_arms()))
@@ -210,11 +210,12 @@ def _cell(
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, length), generator=generator)
     ids = ids.to(model.device).expand(batch, -1)
     listed = list(config.arms())
-    floor = Arm(lambda _: DynamicCache(config=model.config), config.steps)
-    full = Arm(lambda x: _read_plain(model, x, config.chunk), config.steps)
-    arms = [Arm(_reader(model, policy, kind, config.chunk), _steps(policy)) for _, _, kind, policy in listed]
+    floor = TimedMethod(lambda _: DynamicCache(config=model.config), config.steps)
+    full = TimedMethod(lambda x: _read_plain(model, x, config.chunk), config.steps)
+    arms = [TimedMethod(_reader(model, policy, kind, config.chunk), _steps(policy)) for _, _, kind, policy in listed]
     foreign = [
-        PeerArm(name, budget, _peer_job(model, ids, name, budget, config.steps)) for name, budget in config.peer_arms()
+        TimedPeer(name, budget, _peer_job(model, ids, name, budget, config.steps))
+        for name, budget in config.peer_arms()
     ]
     everyone = [floor, full, *arms]
     _time_prefills(everyone, foreign, ids, config.rounds(length), peer, advance)
@@ -247,7 +248,7 @@ def _cell(
         yield head | timed | {"evict_s": other.median("evict_s"), "kept_fraction": last.held / last.full} | measured
 
 
-def _ratios(prefill_s: float, decode_ms: float, floor: Arm, full: Arm) -> dict[str, float]:
+def _ratios(prefill_s: float, decode_ms: float, floor: TimedMethod, full: TimedMethod) -> dict[str, float]:
     return {
         "decode_ms": decode_ms,
         "floor_ms": floor.decode_ms,
@@ -286,7 +287,12 @@ def _read_plain(model: PreTrainedModel, ids: Int[Tensor, "batch length"], chunk:
 
 
 def _time_prefills(
-    arms: list[Arm], foreign: list[PeerArm], ids: Tensor, rounds: int, peer: _Peers, advance: Callable[[], None]
+    arms: list[TimedMethod],
+    foreign: list[TimedPeer],
+    ids: Tensor,
+    rounds: int,
+    peer: _Peers,
+    advance: Callable[[], None],
 ) -> None:
     """Read with each arm in turn; the first round warms up if there are more. Peers decode in their turn as well."""
     seconds: list[list[float]] = [[] for _ in arms]
@@ -305,7 +311,7 @@ def _time_prefills(
 
 
 def _time_decodes(
-    arms: list[Arm], model: PreTrainedModel, token: Tensor, rounds: int, advance: Callable[[], None]
+    arms: list[TimedMethod], model: PreTrainedModel, token: Tensor, rounds: int, advance: Callable[[], None]
 ) -> None:
     """Time blocks of greedy steps, arms in turn, after a short warm-up of each."""
     for arm in arms:

@@ -117,7 +117,7 @@ def tasks(
         peers=words(peer or ""),
     )  # fmt: skip
     config = BenchConfig(
-        tasks=names, arms=arms, lengths=numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
+        tasks=names, methods=arms, lengths=numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
         question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa, cases=cases,
         longbench=longbench, prompts=prompts, seed=seed,
     )  # fmt: skip
@@ -166,7 +166,7 @@ def speed(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
-    from vestige.bench.results.store import check_folder, keep_speed
+    from vestige.bench.results.store import check_folder, write_speed
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
     from vestige.cli import render
@@ -183,7 +183,7 @@ def speed(
     with render.reading_bar(err, "timing") as advance:
         rows = timed(config, network, advance, name=model)
     if folder is not None:
-        keep_speed(folder, rows)
+        write_speed(folder, rows)
     if any(row["random_weights"] for row in rows):
         err.print("beyond the model's positions: timed its architecture with random weights and stretched positions")
     if as_json:
@@ -277,7 +277,7 @@ def erase_speed(
 ) -> None:
     """Time edits by length, all methods alternating: the edit, the first token behind it and decoding, apart."""
     from vestige.bench.erasing.latency import LatencyConfig, latency
-    from vestige.bench.results.store import check_speed_folder, keep_speed
+    from vestige.bench.results.store import check_speed_folder, write_speed
     from vestige.cli import render
     from vestige.models.loading import load
 
@@ -290,7 +290,7 @@ def erase_speed(
     with render.reading_bar(err, "timing") as advance:
         rows = latency(config, network, name=model, progress=advance)
     if folder is not None:
-        keep_speed(folder, rows)
+        write_speed(folder, rows)
     if as_json:
         return print_json({"rows": rows})
     columns = {"length": "d", "method": "s", "edit_s": ".3f", "first_token_s": ".3f", "decode_ms": ".1f"}

@@ -18,7 +18,7 @@ from vestige.bench.methods.conversation import Job, Outcome, TurnIds
 from vestige.bench.methods.kvpress_worker import match, ratio_for
 from vestige.bench.methods.peers import PeerError, open_peer, presses
 from vestige.bench.methods.peers.names import parse
-from vestige.bench.metrics.byte_meter import Scales, storage_bytes
+from vestige.bench.metrics.byte_meter import ByteMeter, storage_bytes
 from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
 from vestige.utils import options
@@ -432,13 +432,13 @@ def test_what_points_at_itself_is_weighed():
 
 def test_scales_leave_the_cache_as_it_was_and_keep_the_peak():
     model = tiny("llama")
-    cache, scales = DynamicCache(config=model.config), Scales([0, 2])
-    with scales.on(cache):
+    cache, meter = DynamicCache(config=model.config), ByteMeter([0, 2])
+    with meter.watch(cache):
         model(random_ids(model, 1, 12), **cache_argument(cache))
-        assert scales.weigh(cache, torch.zeros(1000)) == 2 * 2 * 12 * 2 * 16 * 4 + 4000
+        assert meter.measure(cache, torch.zeros(1000)) == 2 * 2 * 12 * 2 * 16 * 4 + 4000
     assert "update" not in vars(cache)
-    assert scales.heads == {0: 2, 2: 2} and scales.pair_bytes == {0: 256, 2: 256}
-    assert scales.peak_bytes == 2 * 2 * 12 * 2 * 16 * 4 + 4000
+    assert meter.heads == {0: 2, 2: 2} and meter.pair_bytes == {0: 256, 2: 256}
+    assert meter.peak_bytes == 2 * 2 * 12 * 2 * 16 * 4 + 4000
 
 
 def test_the_worker_stands_alone():

@@ -9,7 +9,7 @@ import random
 
 from vestige.bench.erasing.sample import NUMBER_ROOM, Question, erased, what_is
 from vestige.bench.erasing.story_templates import Maker, Plot, depths, each, facts, reaching, sentences
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 
 
 def after(distance: int) -> Maker:
@@ -17,7 +17,7 @@ def after(distance: int) -> Maker:
     return each(lambda order, rng: _plot(order, rng, distance))
 
 
-def _plot(order: Order, rng: random.Random, distance: int) -> Plot:
+def _plot(order: TaskSpec, rng: random.Random, distance: int) -> Plot:
     (name, (right, gone, badge)), (other, others) = facts(order, rng, 2, 3)
     essay = sentences(order, rng, [gone])
     between = reaching(order, essay, distance)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 from vestige.bench.erasing.sample import NUMBER_ROOM, Kind, Question, erased
 from vestige.bench.erasing.story_templates import Plot, depths, facts, reaching, sentences
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 
 OPENING = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
@@ -15,22 +15,22 @@ HARMLESS_TOKENS = 100
 """A harmless passage is as many whole sentences as reach this length."""
 
 
-def early(order: Order, rng: random.Random) -> Plot:
+def early(order: TaskSpec, rng: random.Random) -> Plot:
     """Return two conflicting needles, of which the earlier one is erased."""
     return _conflicting(order, rng, values=2, wrong={0})
 
 
-def late(order: Order, rng: random.Random) -> Plot:
+def late(order: TaskSpec, rng: random.Random) -> Plot:
     """Return two conflicting needles, of which the later one is erased."""
     return _conflicting(order, rng, values=2, wrong={1})
 
 
-def several(order: Order, rng: random.Random) -> Plot:
+def several(order: TaskSpec, rng: random.Random) -> Plot:
     """Return four conflicting needles, of which three are erased in one call."""
     return _conflicting(order, rng, values=4, wrong={0, 1, 2, 3} - {rng.randrange(4)})
 
 
-def _conflicting(order: Order, rng: random.Random, *, values: int, wrong: Collection[int]) -> Plot:
+def _conflicting(order: TaskSpec, rng: random.Random, *, values: int, wrong: Collection[int]) -> Plot:
     (name, numbers), (other, others) = facts(order, rng, 2, values)
     gone = [numbers[i] for i in sorted(wrong)]
     lines = [needle(name, number) for number in numbers]
@@ -50,7 +50,7 @@ def _conflicting(order: Order, rng: random.Random, *, values: int, wrong: Collec
     return _hidden(lines, rng, sentences(order, rng, gone), questions)
 
 
-def harmless(order: Order, rng: random.Random) -> Plot:
+def harmless(order: TaskSpec, rng: random.Random) -> Plot:
     """Return a text of which a paragraph is erased that no question asks about: nothing may change."""
     (first, one), (second, two) = facts(order, rng, 2)
     essay = sentences(order, rng)
@@ -60,7 +60,7 @@ def harmless(order: Order, rng: random.Random) -> Plot:
     return _hidden(lines, rng, essay[count:], questions)
 
 
-def repeat(order: Order, rng: random.Random) -> Plot:
+def repeat(order: TaskSpec, rng: random.Random) -> Plot:
     """Return a text of which the only needle of a key is erased, and three ways of asking for it."""
     (name, gone), (other, others) = facts(order, rng, 2)
     lines = [erased(needle(name, gone[0])), needle(other, others[0])]

@@ -5,7 +5,7 @@ import random
 from vestige.bench.erasing.sample import NUMBER_ROOM, Question, erased, what_is
 from vestige.bench.erasing.story_templates import Plot, depths, facts, grouped, sentences
 from vestige.bench.questions import take_turns
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 
 _WORD_ROOM = 10
 _PAGE_SENTENCES = 3
@@ -28,7 +28,7 @@ PEOPLE = (
 """Who has favourites; each split takes every other one."""
 
 
-def tool_result(order: Order, rng: random.Random) -> Plot:
+def tool_result(order: TaskSpec, rng: random.Random) -> Plot:
     """Return the log of an agent that asked a tool the same thing twice; the wrong result is erased."""
     (name, numbers), (other, others) = facts(order, rng, 2, 2)
     wrong = rng.randrange(2)
@@ -62,7 +62,7 @@ def _call(name: str, number: str, *, wrong: bool = False) -> str:
     return f'Call: get_stock("{name}")\nResult: {erased(result) if wrong else result}'
 
 
-def injection(order: Order, rng: random.Random) -> Plot:
+def injection(order: TaskSpec, rng: random.Random) -> Plot:
     """Return a document with facts, and an instruction behind one of them that says what to answer; it is erased."""
     (name, (right, gone)), (other, others) = facts(order, rng, 2, 2)
     lines = [
@@ -88,7 +88,7 @@ def injection(order: Order, rng: random.Random) -> Plot:
     )
 
 
-def preference(order: Order, rng: random.Random) -> Plot:
+def preference(order: TaskSpec, rng: random.Random) -> Plot:
     """Return notes on people with a preference that is stated and later retracted; the first statement is erased."""
     who, other = rng.sample(take_turns(PEOPLE, order.split), 2)
     (what, values), (kind, others) = rng.sample(HABITS, 2)

@@ -7,9 +7,9 @@ from itertools import count
 
 from vestige.bench.erasing.sample import EraseSample, Question, unmarked
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, largest, named_length
-from vestige.bench.tasks.ruler.needles import DEPTHS, NEEDLES, draw_pairs, haystack
+from vestige.bench.tasks.ruler.needles import DEPTHS, NEEDLES, draw_pairs, make_haystack
 from vestige.errors import InputError
 
 _FORM = NEEDLES["niah_single_2"]  # essays, keys of an adjective and a noun, numbers of seven digits
@@ -47,26 +47,26 @@ class Plot:
         return self.opening + self.joint.join(pieces)
 
 
-Maker = Callable[[Order, str], Iterator[EraseSample]]
+Maker = Callable[[TaskSpec, str], Iterator[EraseSample]]
 """From an order and the name of a task to its samples, one after the other and without end, or until texts run out."""
 
 
-def each(plot: Callable[[Order, random.Random], Plot]) -> Maker:
+def each(plot: Callable[[TaskSpec, random.Random], Plot]) -> Maker:
     """Return the maker whose every sample is drawn on its own: sample 7 does not depend on how many are made."""
 
-    def make(order: Order, task: str) -> Iterator[EraseSample]:
+    def make(order: TaskSpec, task: str) -> Iterator[EraseSample]:
         for index in count():
             yield fit(order, plot(order, seeded(order, task, index)), task, index)
 
     return make
 
 
-def seeded(order: Order, task: str, index: int) -> random.Random:
+def seeded(order: TaskSpec, task: str, index: int) -> random.Random:
     """Return what draws one sample: it follows from seed, split, task, length and index alone."""
     return random.Random(key(order, f"erase/{task}", index))
 
 
-def fit(order: Order, plot: Plot, task: str, index: int) -> EraseSample:
+def fit(order: TaskSpec, plot: Plot, task: str, index: int) -> EraseSample:
     """Return the sample with the most filler that fits the order's length.
 
     Raises:
@@ -88,12 +88,12 @@ def fit(order: Order, plot: Plot, task: str, index: int) -> EraseSample:
     )
 
 
-def shortest(order: Order, plot: Plot) -> int:
+def shortest(order: TaskSpec, plot: Plot) -> int:
     """Return the tokens of the sample with the least filler."""
     return _measured(order, plot)(1)
 
 
-def _measured(order: Order, plot: Plot) -> Callable[[int], int]:
+def _measured(order: TaskSpec, plot: Plot) -> Callable[[int], int]:
     """Return the function from a size to tokens, of the question that takes most."""
     widest = max(plot.questions, key=lambda question: order.measure((as_turn("", question),)))
     return lambda size: order.measure((as_turn(unmarked(plot.text(size))[0], widest),))
@@ -115,20 +115,22 @@ def depths(rng: random.Random, number: int) -> list[float]:
     return sorted(rng.sample(DEPTHS, number))
 
 
-def facts(order: Order, rng: random.Random, keys: int, values: int = 1) -> list[tuple[str, list[str]]]:
+def facts(order: TaskSpec, rng: random.Random, keys: int, values: int = 1) -> list[tuple[str, list[str]]]:
     """Return distinct keys, each with distinct numbers."""
     drawn = draw_pairs(_FORM, keys * values, order, rng)
     names, numbers = list(drawn), [numbers[0] for numbers in drawn.values()]
     return [(names[i], numbers[i * values : (i + 1) * values]) for i in range(keys)]
 
 
-def sentences(order: Order, rng: random.Random, avoid: Sequence[str] = ()) -> list[str]:
+def sentences(order: TaskSpec, rng: random.Random, avoid: Sequence[str] = ()) -> list[str]:
     """Return the essays' sentences from a random one on, without those that say what must not be said elsewhere."""
     unwanted = [word.lower() for word in avoid]
-    return [one for one in haystack(_FORM, order, rng, taken={}) if not any(word in one.lower() for word in unwanted)]
+    return [
+        one for one in make_haystack(_FORM, order, rng, taken={}) if not any(word in one.lower() for word in unwanted)
+    ]
 
 
-def reaching(order: Order, lines: Sequence[str], tokens: int) -> int:
+def reaching(order: TaskSpec, lines: Sequence[str], tokens: int) -> int:
     """Return how many lines, joined by spaces, reach so many tokens.
 
     Raises:

@@ -22,7 +22,7 @@ def contains(reply: str, turn: Turn) -> float:
 
 def exact(reply: str, turn: Turn) -> float:
     """Return 1 if the reply is one of the answers, as SQuAD compares them."""
-    return float(any(text_overlap.normalized(reply) == text_overlap.normalized(answer) for answer in turn.answers))
+    return float(any(text_overlap.normalize(reply) == text_overlap.normalize(answer) for answer in turn.answers))
 
 
 def string_match_all(reply: str, turn: Turn) -> float:

@@ -21,14 +21,14 @@ _CJK_MARKS = (
 _CJK_PUNCTUATION = str.maketrans("", "", string.punctuation + _CJK_MARKS)
 
 
-def normalized(text: str) -> str:
+def normalize(text: str) -> str:
     """Return a text as SQuAD compares it: lower case, no ASCII punctuation, no English articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def token_f1(reply: str, answer: str) -> float:
-    """Return the F1 of the tokens that both texts have, counted with repeats, after :func:`normalized`."""
-    return _f1(normalized(reply).split(), normalized(answer).split())
+    """Return the F1 of the tokens that both texts have, counted with repeats, after :func:`normalize`."""
+    return _f1(normalize(reply).split(), normalize(answer).split())
 
 
 def token_f1_zh(reply: str, answer: str) -> float:

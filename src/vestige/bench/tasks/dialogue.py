@@ -10,9 +10,17 @@ import random
 from dataclasses import dataclass
 
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, largest, named_length
-from vestige.bench.tasks.ruler.needles import DEPTHS, MAX_NEW_TOKENS, NEEDLES, draw_pairs, haystack, insert, needle_text
+from vestige.bench.tasks.ruler.needles import (
+    DEPTHS,
+    MAX_NEW_TOKENS,
+    NEEDLES,
+    draw_pairs,
+    insert,
+    make_haystack,
+    make_needle,
+)
 from vestige.errors import InputError, unknown_name_message
 
 PARTS = ("retrieval", "recall")
@@ -32,7 +40,7 @@ class _Plan:
     asked: tuple[str, ...]
 
 
-def samples(order: Order) -> list[Sample]:
+def samples(order: TaskSpec) -> list[Sample]:
     """Return conversations of one part, or of both; all turns together fit the length.
 
     Raises:
@@ -45,20 +53,20 @@ def samples(order: Order) -> list[Sample]:
     return [_sample(order, part, index) for part in parts for index in range(number)]
 
 
-def _sample(order: Order, part: str, index: int) -> Sample:
+def _sample(order: TaskSpec, part: str, index: int) -> Sample:
     task, length = f"dialogue/{part}", named_length(order, "dialogue")
     rng = random.Random(key(order, task, index))
     values = draw_pairs(_FORM, TURNS if part == "retrieval" else 2 * TURNS, order, rng)
     plan = _retrieval(list(values)) if part == "retrieval" else _recall(list(values), rng)
     depths = [sorted(rng.sample(DEPTHS, len(names))) for names in plan.told]
-    sentences = haystack(_FORM, order, rng, taken=values)
+    sentences = make_haystack(_FORM, order, rng, taken=values)
 
     def build(size: int) -> tuple[Turn, ...]:
         """Return the turns with so many sentences in each that tells something."""
         texts = []
         for t, (names, places) in enumerate(zip(plan.told, depths, strict=True)):
             lines = [sentences[(t * size + i) % len(sentences)] for i in range(size)]
-            needles = [needle_text(_FORM, name, values[name][0]) for name in names]
+            needles = [make_needle(_FORM, name, values[name][0]) for name in names]
             texts.append(" ".join(insert(lines, needles, places)) if names else "")
         return tuple(
             _turn(order, (_MORE if t else _OPENING) + text if text else "", name, values[name][0])
@@ -84,7 +92,7 @@ def _recall(names: list[str], rng: random.Random) -> _Plan:
     return _Plan(told=told, asked=tuple(asked))
 
 
-def _turn(order: Order, context: str, name: str, value: str) -> Turn:
+def _turn(order: TaskSpec, context: str, name: str, value: str) -> Turn:
     return Turn(
         context=context,
         question=f"What is the special magic number for {name}?",

@@ -49,7 +49,7 @@ def find_python() -> str:
     """
     named = os.environ.get(_PYTHON)
     inside = Path("Scripts", "python.exe") if sys.platform == "win32" else Path("bin", "python")
-    homes = (Path.cwd(), *_SCRIPT.parents[3:4])  # the repository, when run from a checkout
+    homes = (Path.cwd(), *_SCRIPT.parents[4:5])  # the repository, when run from a checkout
     for python in [Path(named)] if named else [home / ".venv-peers" / inside for home in homes]:
         if python.is_file():
             return str(python.absolute())

@@ -1,0 +1,123 @@
+"""A resumable run of a benchmark: which records there are, which methods failed, and how far the run is."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from vestige.bench.config import RunConfig
+from vestige.bench.erasing.items import Item as EraseItem
+from vestige.bench.items import Item
+from vestige.bench.methods.method import Method
+from vestige.bench.results.aggregate import Record, Row
+from vestige.bench.results.provenance import collect_provenance
+from vestige.bench.results.store import Store, run_all
+from vestige.cache.attach import attach
+from vestige.errors import VestigeError
+from vestige.models.anatomy import check
+
+AnyItem = Item | EraseItem
+Cell = tuple[str, int, Method]
+"""The task, length and method of a row."""
+Progress = Callable[[int, int, str], None]
+T = TypeVar("T")
+
+
+class Run:
+    """The records and failures of one run, in one folder.
+
+    Args:
+        config: What to measure.
+        model: The model, which is attached during :meth:`execute`.
+        name: What rows call the model.
+        out: The folder for records and rows; a finished record is on disk before the next begins.
+        resume: Continue with the records that are there.
+        progress: Called with (samples x methods done, in all, what is next).
+        total: Samples x methods.
+
+    Raises:
+        InputError: The folder cannot be used, or its run had other settings.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        *,
+        name: str,
+        out: Path,
+        resume: bool,
+        progress: Progress,
+        total: int,
+    ) -> None:
+        self.model, self.origin = model, collect_provenance(model)
+        self.facts = {"model": name, **config.fixed_settings()}
+        settings = self.facts | {"weights": check(model).fingerprint(), "dtype": self.origin["dtype"]}
+        self.store = Store(out, settings, resume=resume)
+        self.progress, self.done, self.total = progress, 0, total
+        self.failures: dict[Cell, Record] = {}
+        self._trained: dict[Method, str] = {}
+
+    def execute(
+        self,
+        groups: Iterable[T],
+        run_group: Callable[[T], None],
+        make_rows: Callable[[], list[Row]],
+        command: str | None,
+    ) -> list[Row]:
+        """Run all groups and return the rows; they are written now and then, and at the end, even after an error."""
+
+        def write() -> list[Row]:
+            rows = make_rows()
+            self.store.finish(rows, command)
+            return rows
+
+        try:
+            with torch.no_grad(), attach(self.model):
+                return run_all(groups, run_group, write)
+        finally:
+            self.store.close()
+
+    def report(self, what: str) -> None:
+        """Report the progress and what is next."""
+        self.progress(self.done, self.total, what)
+
+    def find(self, item: AnyItem, method: Method) -> Record | None:
+        """Return the record of a sample and method, or None if there is none.
+
+        Raises:
+            InputError: It was made from other data or with other weights.
+        """
+        sample, weights = item.sample, self.find_weights(method)
+        return self.store.known(sample.task, sample.length, sample.index, method.key, item.digest, weights)
+
+    def find_weights(self, method: Method) -> str:
+        """Return the hash of a method's trained weights; empty if there are none, or they cannot be found."""
+        if method not in self._trained:
+            try:
+                self._trained[method] = method.weights(self.model)
+            except VestigeError:
+                self._trained[method] = ""  # running the method raises the error
+        return self._trained[method]
+
+    def fail(self, item: AnyItem, method: Method, error: VestigeError) -> None:
+        """Record that a method failed on a sample."""
+        self.failures[cell_of(item, method)] = self.describe_failure(item, method, error)
+
+    def describe_failure(self, item: AnyItem, method: Method, error: VestigeError) -> Record:
+        """Return the record of a method that failed on a sample."""
+        return identify(item, method) | {"error": str(error)} | self.origin
+
+
+def cell_of(item: AnyItem, method: Method) -> Cell:
+    """Return the cell of a sample and method."""
+    return item.sample.task, item.sample.length, method
+
+
+def identify(item: AnyItem, method: Method) -> Record:
+    """Return the keys that tell a record from all others."""
+    sample = item.sample
+    head: Record = {"task": sample.task, "length": sample.length, "index": sample.index, "arm": method.key}
+    return head if method.eraser is None else head | {"method": method.eraser}
