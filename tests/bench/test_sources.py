@@ -30,7 +30,7 @@ def hub(monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
 
     def forget() -> None:
-        for fetched in (sources._fetched_essays, sources._fetched_squad, sources._fetched_hotpot):
+        for fetched in (sources._fetch_essays, sources._fetch_squad, sources._fetch_hotpot):
             fetched.cache_clear()
 
     forget()

@@ -1,4 +1,4 @@
-"""What a benchmark run measures, checked before anything is loaded."""
+"""Configs of benchmark runs, checked before anything is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,14 @@ class RunConfig:
     fixed: ClassVar[tuple[str, ...]] = ("split", "seed")
     """Options that a resumed run may not change."""
 
+    def check_texts(self) -> None:
+        """Raise an InputError for an unknown split, a number of samples below 1, or a file that is missing."""
+        if self.split not in SPLITS:
+            raise InputError(f"--split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        require_positive("samples", self.samples)
+        for path in (self.essays, self.qa):
+            require_path(path)
+
     def task_spec(self, renderer: Renderer, length: int | None, **options: Any) -> TaskSpec:
         """Return the specification that a task makes its samples from; ``options`` are further fields of it."""
         return TaskSpec(
@@ -50,7 +58,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(RunConfig):
-    """What a benchmark of policies, memories and peers measures. No length leaves the length to the task.
+    """The config of a benchmark of policies, memories and peers. No length leaves the length to the task.
 
     Raises:
         InputError: An unknown task or split, a file that is missing, or a number out of range.
@@ -74,19 +82,13 @@ class BenchConfig(RunConfig):
             raise InputError(f"name at least one task: {', '.join(tasks.TASKS)}")
         for name in self.tasks:
             tasks.check(name)
-        require_split(self.split)
         if any(n < 1 for n in self.lengths):
             raise InputError(f"--length must be positive whole numbers, got {self.lengths}")
-        for path in (self.essays, self.qa, self.cases, self.longbench, self.prompts):
+        self.check_texts()
+        for path in (self.cases, self.longbench, self.prompts):
             require_path(path)
-        for name in ("samples", "chunk", "batch", "answer_room"):
+        for name in ("chunk", "batch", "answer_room"):
             require_positive(name, getattr(self, name))
-
-
-def require_split(split: str) -> None:
-    """Raise an InputError if no split has this name."""
-    if split not in SPLITS:
-        raise InputError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def require_positive(name: str, value: int | None) -> None:

@@ -26,16 +26,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """The records and failures of one run, in one folder.
-
-    Args:
-        config: What to measure.
-        model: The model, which is attached during :meth:`execute`.
-        name: What rows call the model.
-        out: The folder for records and rows; a finished record is on disk before the next begins.
-        resume: Continue with the records that are there.
-        progress: Called with (samples x methods done, in all, what is next).
-        total: Samples x methods.
+    """The records and failures of one run; arguments as for :func:`vestige.bench.runner.bench`.
 
     Raises:
         InputError: The folder cannot be used, or its run had other settings.
@@ -80,9 +71,9 @@ class Run:
         finally:
             self.store.close()
 
-    def report(self, what: str) -> None:
-        """Report the progress and what is next."""
-        self.progress(self.done, self.total, what)
+    def report(self, following: str) -> None:
+        """Report the progress and what follows."""
+        self.progress(self.done, self.total, following)
 
     def find(self, item: AnyItem, method: Method) -> Record | None:
         """Return the record of a sample and method, or None if there is none.
@@ -104,11 +95,7 @@ class Run:
 
     def fail(self, item: AnyItem, method: Method, error: VestigeError) -> None:
         """Record that a method failed on a sample."""
-        self.failures[cell_of(item, method)] = self.describe_failure(item, method, error)
-
-    def describe_failure(self, item: AnyItem, method: Method, error: VestigeError) -> Record:
-        """Return the record of a method that failed on a sample."""
-        return identify(item, method) | {"error": str(error)} | self.origin
+        self.failures[cell_of(item, method)] = identify(item, method) | {"error": str(error)} | self.origin
 
 
 def cell_of(item: AnyItem, method: Method) -> Cell:

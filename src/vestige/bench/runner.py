@@ -35,10 +35,10 @@ def bench(
     """Run every sample through every method and return the rows, which ``out/rows.json`` has too.
 
     Args:
-        config: What to measure.
+        config: Tasks, samples and methods.
         model: Attached for as long as this runs.
         tokenizer: The model's.
-        name: What rows call the model.
+        name: The model's name in rows.
         out: The folder for records and rows; a finished sample is on disk before the next begins.
         resume: Continue with the records that are there. Methods, tasks and samples may have been added since.
         command: The command that makes these results, for the report.
@@ -113,7 +113,8 @@ class _Runner:
         """Count a sample that is too short for a budget; longer samples still run."""
         cell = cell_of(item, method)
         before = self.left_out.get(cell, {}).get("left_out", 0)
-        self.left_out[cell] = self.run.describe_failure(item, method, error) | {"left_out": before + 1}
+        failure = identify(item, method) | {"error": str(error)} | self.run.origin
+        self.left_out[cell] = failure | {"left_out": before + 1}
 
     def _yield_outcomes(
         self, method: Method, items: list[Item], reading: vestige_runner.Reading | None

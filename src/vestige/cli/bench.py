@@ -107,26 +107,28 @@ def tasks(
     from vestige.bench.config import BenchConfig
     from vestige.bench.methods.method import cross
     from vestige.bench.results.store import check_folder
-    from vestige.bench.runner import bench as job
+    from vestige.bench.runner import bench as run_bench
     from vestige.cli import render
     from vestige.models.loading import load
 
     names, cases = _tasks_and_cases(task)
-    arms = cross(
+    methods = cross(
         words(policy), words(budget or ""), shares=words(share or ""), memories=words(memory),
         peers=words(peer or ""),
     )  # fmt: skip
     config = BenchConfig(
-        tasks=names, methods=arms, lengths=numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
-        question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa, cases=cases,
-        longbench=longbench, prompts=prompts, seed=seed,
+        tasks=names, methods=methods, lengths=numbers("--length", length or ""), samples=samples, split=split,
+        chunk=chunk, question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa,
+        cases=cases, longbench=longbench, prompts=prompts, seed=seed,
     )  # fmt: skip
     if folder is None:
         raise typer.BadParameter("name a new folder for the results with --out DIR")
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err, "bench") as advance:
-        rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
+        rows = run_bench(
+            config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance
+        )
     if as_json:
         return print_json({"rows": rows})
     out.print(render.bench_table(rows))
@@ -233,7 +235,7 @@ def erase(
 ) -> None:
     """Take passages out of caches by every method and ask: is the answer that of a text which never had them?"""
     from vestige.bench.erasing.config import EraseBenchConfig
-    from vestige.bench.erasing.runner import bench_erase as job
+    from vestige.bench.erasing.runner import bench_erase as run_bench
     from vestige.bench.results.store import check_folder
     from vestige.cli import render
     from vestige.models.loading import load
@@ -247,7 +249,9 @@ def erase(
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err, "bench erase") as advance:
-        rows = job(config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance)
+        rows = run_bench(
+            config, network, tokenizer, name=model, out=folder, resume=resume, command=typed(), progress=advance
+        )
     if as_json:
         return print_json({"rows": rows})
     out.print(render.erase_bench_table(rows))

@@ -1,11 +1,11 @@
-"""What a run of the benchmark of erasers measures, checked before anything is loaded."""
+"""The config of the benchmark of erasers, checked before anything is loaded."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from vestige import erasers, policies
-from vestige.bench.config import RunConfig, require_path, require_positive, require_split
+from vestige.bench.config import RunConfig
 from vestige.bench.erasing import tasks
 from vestige.bench.methods.method import Method
 from vestige.budget import Budget
@@ -28,7 +28,7 @@ def add_bounds(methods: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class EraseBenchConfig(RunConfig):
-    """What to measure. No task names all tasks that a length and the files allow.
+    """The config of the benchmark of erasers. No task stands for all tasks that a length and the files allow.
 
     Raises:
         InputError: An unknown task, method or split, a task without its file, a file that is missing, or a number out
@@ -40,7 +40,7 @@ class EraseBenchConfig(RunConfig):
     methods: tuple[str, ...] = ()
     """Erasers, with options if wanted: ``repair(share=0.3)``. The bounds are run whatever is named."""
     policy: str = "full"
-    """The policy that evicts before the erase, when nothing was asked yet."""
+    """The policy that evicts before the erase, before any question."""
     budget: str | None = None
     """Pairs that stay, as the command line takes it; None for ``full``."""
     kept_only: bool = False
@@ -54,10 +54,7 @@ class EraseBenchConfig(RunConfig):
             tasks.check(name)
             if name in tasks.QA_TASKS and self.qa is None:
                 raise InputError(f"{name} needs --qa FILE, questions in SQuAD's format")
-        require_split(self.split)
-        require_positive("samples", self.samples)
-        for path in (self.essays, self.qa):
-            require_path(path)
+        self.check_texts()
         add_bounds(self.methods)
         if self.policy == "full" and self.budget is not None:
             raise PolicyError(f"policy 'full' keeps everything, so it takes no budget, got {self.budget}")

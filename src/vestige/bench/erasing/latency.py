@@ -80,7 +80,7 @@ def latency(
     Args:
         config: The lengths and methods.
         model: Attached for as long as this runs.
-        name: What rows call the model.
+        name: The model's name in rows.
         progress: Called with (edits done, in all, what is next).
 
     Raises:

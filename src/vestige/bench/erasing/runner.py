@@ -42,18 +42,9 @@ def bench_erase(
     command: str | None = None,
     progress: Progress = lambda done, of, what: None,
 ) -> list[Row]:
-    """Run every sample through every eraser and return the rows, which ``out/rows.json`` has too.
+    """Run every sample through every eraser and return the rows; arguments as for :func:`vestige.bench.runner.bench`.
 
-    Args:
-        config: What to measure.
-        model: Attached for as long as this runs.
-        tokenizer: The model's.
-        name: What rows call the model.
-        out: The folder for records and rows; a finished record is on disk before the next begins.
-        resume: Continue with the records that are there. Erasers, tasks, lengths, samples and policies may have been
-            added since.
-        command: The command that makes these results.
-        progress: Called with (samples x erasers done, in all, what is next).
+    A resumed run may add erasers, tasks, lengths, samples and policies.
 
     Raises:
         VestigeError: Bad input, an eraser that cannot work with this model, or results that cannot be written. An
@@ -82,7 +73,7 @@ def try_out(config: EraseBenchConfig, model: PreTrainedModel, item: Item) -> Non
 
 
 class _Runner:
-    """Runs samples through all methods, of which the first is ``noop``, and writes records."""
+    """Runs samples through all methods, ``noop`` first, and writes records."""
 
     def __init__(self, config: EraseBenchConfig, methods: tuple[Method, ...], renderer: Renderer, run: Run) -> None:
         self.config, self.methods, self.renderer, self.run, self.store = config, methods, renderer, run, run.store

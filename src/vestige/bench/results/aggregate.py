@@ -67,7 +67,7 @@ def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapp
     Args:
         records: Finished samples.
         failures: Methods that failed: ``task, length, arm, error, revision``. One with ``left_out``, a count, failed on
-            so many samples only: the other samples make a row, whose note says so.
+            as many samples: the other samples make a row, whose note has the count.
         facts: Columns that all rows share: model, split, seed, versions, ...
     """
     rows = {key: dict(facts) | _make_row(key, group) for key, group in group_by(records, _key).items()}
@@ -78,12 +78,8 @@ def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapp
             note = f"{count} of {count + row['n']} samples left out: {failure['error']}"
             row["note"] = "; ".join(filter(None, (row["note"], note)))
             continue
-        rows[key] = (
-            dict(facts)
-            | _head(key)
-            | {"score": None, "score_ci95": None, "n": 0}
-            | {name: failure[name] for name in ("error", "revision")}
-        )
+        rows[key] = {**facts, **_head(key), "score": None, "score_ci95": None, "n": 0}
+        rows[key] |= {name: failure[name] for name in ("error", "revision")}
     return list(rows.values())
 
 
@@ -155,9 +151,7 @@ def find_median(values: Iterable[float | None]) -> float | None:
 
 def _parts(group: list[Record], same: Mapping[str, Any]) -> list[Row]:
     """Return scores by the tags in which the samples differ."""
-    parts = group_by(
-        group, lambda record: tuple(item for item in sorted(record["tags"].items()) if item[0] not in same)
-    )
+    parts = group_by(group, lambda record: tuple(tag for tag in sorted(record["tags"].items()) if tag[0] not in same))
     return [
         {"tags": dict(tags), **_score([record["score"] for record in records])}
         for tags, records in sorted(parts.items(), key=lambda part: str(part[0]))

@@ -51,7 +51,7 @@ class Store:
         except OSError as error:
             raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
 
-    def has(self, task: str, length: int, index: int, arm: Mapping[str, Any]) -> Record | None:
+    def find(self, task: str, length: int, index: int, arm: Mapping[str, Any]) -> Record | None:
         """Return the record of a sample and method, or None if it is missing."""
         return self.records.get(_make_key(task, length, index, arm))
 
@@ -63,7 +63,7 @@ class Store:
         Raises:
             InputError: It was made from data with another digest, or with other trained weights.
         """
-        record = self.has(task, length, index, arm)
+        record = self.find(task, length, index, arm)
         if record is not None and record["digest"] != digest:
             raise InputError(
                 f"sample {index} of {task} in {self.folder} was made from another text "

@@ -45,7 +45,7 @@ def choose(dataset: str, sample: Entry, given: Mapping[str, Prompt]) -> tuple[Pr
 
     Args:
         dataset: A key of :func:`load_shipped_prompts`.
-        sample: One with columns ``question`` and ``answer_prefix``, as in kvpress's data, has the data set's own prompt.
+        sample: One with columns ``question`` and ``answer_prefix``, as in kvpress's data, has its data set's prompt.
         given: The user's prompts, by data set.
     """
     if dataset in given:
