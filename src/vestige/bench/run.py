@@ -1,5 +1,7 @@
-"""A resumable run of a benchmark: which records there are, which methods failed, and how far the run is."""
+"""A resumable run of a benchmark: its records, its failures, and its progress."""
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -13,15 +15,18 @@ from vestige.bench.items import Item
 from vestige.bench.methods.method import Method
 from vestige.bench.results.aggregate import Record, Row
 from vestige.bench.results.provenance import collect_provenance
-from vestige.bench.results.store import Store, run_all
+from vestige.bench.results.store import Store
 from vestige.cache.attach import attach
-from vestige.errors import VestigeError
+from vestige.errors import InputError, VestigeError
 from vestige.models.anatomy import check
 
 AnyItem = Item | EraseItem
 Cell = tuple[str, int, Method]
 """The task, length and method of a row."""
 Progress = Callable[[int, int, str], None]
+ROWS_EVERY_S = 60.0
+"""Seconds between writes of the rows, so that a user can follow a run."""
+
 T = TypeVar("T")
 
 
@@ -65,11 +70,19 @@ class Run:
             self.store.finish(rows, command)
             return rows
 
-        try:
-            with torch.no_grad(), attach(self.model):
-                return run_all(groups, run_group, write)
-        finally:
-            self.store.close()
+        written = time.monotonic()
+        with contextlib.closing(self.store), torch.no_grad(), attach(self.model):
+            try:
+                for group in groups:
+                    run_group(group)
+                    if time.monotonic() - written > ROWS_EVERY_S:
+                        write()
+                        written = time.monotonic()
+            except BaseException:
+                with contextlib.suppress(InputError):  # the disk may be full; the first error counts
+                    write()
+                raise
+            return write()
 
     def report(self, following: str) -> None:
         """Report the progress and what follows."""

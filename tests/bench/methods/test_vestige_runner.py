@@ -261,7 +261,7 @@ def test_clocks_and_peaks():
 def test_a_decode_step_is_timed_per_forward(monkeypatch):
     clock = iter(range(1000))
     for module in (vestige_runner, decode):
-        monkeypatch.setattr(module, "now", lambda device: float(next(clock)))
+        monkeypatch.setattr(module, "synchronized_time", lambda device: float(next(clock)))
     (outcome,) = vestige_runner.run(MODEL, [job(turn(60, new=5))], policy("full"))
     assert outcome.decode_ms == 1e3 / 4  # one tick for four steps: the first token comes from the question
     assert outcome.prefill_s == 1.0

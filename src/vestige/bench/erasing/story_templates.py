@@ -9,7 +9,7 @@ from vestige.bench.erasing.sample import EraseSample, Question, unmarked
 from vestige.bench.sample import Turn
 from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, largest, named_length
-from vestige.bench.tasks.ruler.needles import DEPTHS, NEEDLES, draw_pairs, make_haystack
+from vestige.bench.tasks.ruler.needles import DEPTHS, NEEDLES, draw_pairs, haystack
 from vestige.errors import InputError
 
 _FORM = NEEDLES["niah_single_2"]  # essays, keys of an adjective and a noun, numbers of seven digits
@@ -125,9 +125,7 @@ def facts(order: TaskSpec, rng: random.Random, keys: int, values: int = 1) -> li
 def sentences(order: TaskSpec, rng: random.Random, avoid: Sequence[str] = ()) -> list[str]:
     """Return the essays' sentences from a random one on, without those that say what must not be said elsewhere."""
     unwanted = [word.lower() for word in avoid]
-    return [
-        one for one in make_haystack(_FORM, order, rng, taken={}) if not any(word in one.lower() for word in unwanted)
-    ]
+    return [one for one in haystack(_FORM, order, rng, taken={}) if not any(word in one.lower() for word in unwanted)]
 
 
 def reaching(order: TaskSpec, lines: Sequence[str], tokens: int) -> int:

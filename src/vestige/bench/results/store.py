@@ -8,20 +8,15 @@ import contextlib
 import errno
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vestige.bench.results.aggregate import Record, Row
 from vestige.errors import InputError
 from vestige.utils.files import write_atomically
 
 BOOKS, SAMPLES, ROWS, SPEED = "bench.json", "samples.jsonl", "rows.json", "speed.json"
-ROWS_EVERY_S = 60.0
-"""Seconds between writes of the rows, so that a user can follow a run."""
-
-T = TypeVar("T")
 
 
 class Store:
@@ -136,22 +131,6 @@ class Store:
                 self.records[_make_record_key(record)] = record
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{path} is damaged: line {number} is not a record") from None
-
-
-def run_all(items: Iterable[T], run: Callable[[T], None], write: Callable[[], list[Row]]) -> list[Row]:
-    """Run all items and return the rows; they are written now and then, and at the end, even after an error."""
-    written = time.monotonic()
-    try:
-        for item in items:
-            run(item)
-            if time.monotonic() - written > ROWS_EVERY_S:
-                write()
-                written = time.monotonic()
-    except BaseException:
-        with contextlib.suppress(InputError):  # the disk may be full; the first error counts
-            write()
-        raise
-    return write()
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:

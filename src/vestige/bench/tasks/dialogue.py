@@ -12,15 +12,7 @@ from dataclasses import dataclass
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, largest, named_length
-from vestige.bench.tasks.ruler.needles import (
-    DEPTHS,
-    MAX_NEW_TOKENS,
-    NEEDLES,
-    draw_pairs,
-    insert,
-    make_haystack,
-    make_needle,
-)
+from vestige.bench.tasks.ruler.needles import DEPTHS, MAX_NEW_TOKENS, NEEDLES, draw_pairs, haystack, insert, needle_text
 from vestige.errors import InputError, unknown_name_message
 
 PARTS = ("retrieval", "recall")
@@ -59,14 +51,14 @@ def _sample(order: TaskSpec, part: str, index: int) -> Sample:
     values = draw_pairs(_FORM, TURNS if part == "retrieval" else 2 * TURNS, order, rng)
     plan = _retrieval(list(values)) if part == "retrieval" else _recall(list(values), rng)
     depths = [sorted(rng.sample(DEPTHS, len(names))) for names in plan.told]
-    sentences = make_haystack(_FORM, order, rng, taken=values)
+    sentences = haystack(_FORM, order, rng, taken=values)
 
     def build(size: int) -> tuple[Turn, ...]:
         """Return the turns with so many sentences in each that tells something."""
         texts = []
         for t, (names, places) in enumerate(zip(plan.told, depths, strict=True)):
             lines = [sentences[(t * size + i) % len(sentences)] for i in range(size)]
-            needles = [make_needle(_FORM, name, values[name][0]) for name in names]
+            needles = [needle_text(_FORM, name, values[name][0]) for name in names]
             texts.append(" ".join(insert(lines, needles, places)) if names else "")
         return tuple(
             _turn(order, (_MORE if t else _OPENING) + text if text else "", name, values[name][0])

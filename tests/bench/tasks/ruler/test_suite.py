@@ -422,7 +422,7 @@ def test_multikey_3_has_as_many_distinct_uuids_as_the_original_at_the_same_size(
     lines = {lines for lines, _ in shown}
     assert shown == {(51, 102)}
     size = lines.pop() - 1
-    draft = next(needles.generate(order(texts, length=4096), "niah_multikey_3"))
+    draft = next(PARTS["niah_multikey_3"](order(texts, length=4096), "niah_multikey_3"))
     turn = draft.build(size)
     assert numbers(turn.context) == (51, 102)
     (original,) = (o for o in originals if o["index"] == 0)

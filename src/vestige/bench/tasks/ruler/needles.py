@@ -12,15 +12,14 @@ of a sample are distinct.
 import random
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal
 
 from vestige.bench import sources
 from vestige.bench.sample import Turn
 from vestige.bench.tasks import TaskSpec
-from vestige.bench.tasks.fitting import SizedSample, key, named_length
+from vestige.bench.tasks.fitting import SizedSample, named_length
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = tuple(round(100 * i / 39) / 100 for i in range(40))
@@ -66,31 +65,22 @@ NEEDLES: dict[str, Needles] = {
 }
 
 
-def generate(spec: TaskSpec, name: str) -> Iterator[SizedSample]:
-    """Yield samples of one of RULER's needle tasks without end.
-
-    The depth of a single needle among noise or essays, rounded to a tenth, is a tag.
-    """
-    for index in count():
-        yield make_sized_sample(spec, NEEDLES[name], key(spec, f"ruler/{name}", index))
-
-
-def make_sized_sample(spec: TaskSpec, form: Needles, seed: str, depth: float | None = None) -> SizedSample:
-    """Return one needle sample.
+def make_sized_sample(spec: TaskSpec, seed: str, form: Needles, depth: float | None = None) -> SizedSample:
+    """Return one needle sample; the depth of a single needle among noise or essays is a tag.
 
     Args:
         order: Gives texts, words and the reply limit.
-        form: The needles and the kind of haystack.
         seed: Seeds all random choices.
+        form: The needles and the kind of haystack.
         depth: Depth of a single needle, from 0 (beginning) to 1 (end); None draws it and rounds its tag.
     """
     rng = random.Random(seed)
     hidden = draw_pairs(form, form.num_keys, spec, rng)
-    needles = [make_needle(form, name, value) for name, values in hidden.items() for value in values]
+    needles = [needle_text(form, name, value) for name, values in hidden.items() for value in values]
     rng.shuffle(needles)
     queried = rng.sample(list(hidden), form.num_queries)
     depths = [depth] if depth is not None else _depths(form, len(needles), rng)
-    lines = make_haystack(form, spec, rng, taken=hidden)
+    lines = haystack(form, spec, rng, taken=hidden)
 
     def build(size: int) -> Turn:
         pieces = insert([lines[i % len(lines)] for i in range(size)], needles, depths)
@@ -121,7 +111,7 @@ def _draw(kind: Kind, number: int, spec: TaskSpec, rng: random.Random) -> list[s
     return [f"{listed.adjectives[a]}-{listed.nouns[n]}" for a, n in splits]
 
 
-def make_needle(form: Needles, name: str, value: str) -> str:
+def needle_text(form: Needles, name: str, value: str) -> str:
     """Return the sentence that gives a key its value."""
     return f"One of the special magic {form.values} for {name} is: {value}."
 
@@ -133,7 +123,7 @@ def _depths(form: Needles, number: int, rng: random.Random) -> list[float]:
     return sorted(rng.random() for _ in range(number))
 
 
-def make_haystack(form: Needles, spec: TaskSpec, rng: random.Random, taken: dict[str, list[str]]) -> Sequence[str]:
+def haystack(form: Needles, spec: TaskSpec, rng: random.Random, taken: dict[str, list[str]]) -> Sequence[str]:
     """Return the haystack's lines or sentences; noise and essays may be repeated, other needles may not."""
     if form.haystack == "noise":
         return (NOISE,)
@@ -142,7 +132,7 @@ def make_haystack(form: Needles, spec: TaskSpec, rng: random.Random, taken: dict
         others = draw_pairs(form, number, spec, rng)
         used = {value for values in taken.values() for value in values}
         pairs = [(name, values[0]) for name, values in others.items() if name not in taken and values[0] not in used]
-        return [make_needle(form, name, value) for name, value in pairs]
+        return [needle_text(form, name, value) for name, value in pairs]
     sentences = [sentence for text in sources.essays(spec) for sentence in split_sentences(text)]
     first = rng.randrange(len(sentences))
     return sentences[first:] + sentences[:first]

@@ -30,4 +30,4 @@ def samples(spec: TaskSpec) -> list[Sample]:
 
 def _sample(spec: TaskSpec, index: int) -> Sample:
     depth = DEPTHS[index % len(DEPTHS)]
-    return fit(spec, make_sized_sample(spec, NEEDLES["niah_single_2"], key(spec, "niah", index), depth), "niah", index)
+    return fit(spec, make_sized_sample(spec, key(spec, "niah", index), NEEDLES["niah_single_2"], depth), "niah", index)

@@ -9,21 +9,33 @@ where RULER grows it in coarse steps once for all samples; spaces around an answ
 """
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 
 from vestige.bench.sample import Sample
 from vestige.bench.tasks import TaskSpec
-from vestige.bench.tasks.fitting import SizedSample, fit, named_length
+from vestige.bench.tasks.fitting import SizedSample, fit, key, named_length
 from vestige.bench.tasks.ruler import needles, qa, variable_tracking, word_counts
 from vestige.errors import InputError, unknown_name_message
 
 SAMPLES = 20
 """Samples of each part by default."""
+
+
+def _repeat(make: Callable[[TaskSpec, str], SizedSample]) -> Callable[[TaskSpec, str], Iterator[SizedSample]]:
+    """Return a function that yields samples without end, made of a specification and a seed each."""
+
+    def generate(spec: TaskSpec, name: str) -> Iterator[SizedSample]:
+        return (make(spec, key(spec, f"ruler/{name}", index)) for index in count())
+
+    return generate
+
+
 PARTS: dict[str, Callable[[TaskSpec, str], Iterator[SizedSample]]] = {
-    **dict.fromkeys(needles.NEEDLES, needles.generate),
-    "vt": variable_tracking.generate,
-    "cwe": word_counts.generate_common,
-    "fwe": word_counts.generate_frequent,
+    **{name: _repeat(partial(needles.make_sized_sample, form=form)) for name, form in needles.NEEDLES.items()},
+    "vt": _repeat(variable_tracking.make_sized_sample),
+    "cwe": _repeat(word_counts.make_common),
+    "fwe": _repeat(word_counts.make_frequent),
     **dict.fromkeys(qa.WANTED, qa.generate),
 }
 

@@ -7,12 +7,11 @@ of a sample are distinct; "assgined" in RULER's first version is spelt as in the
 
 import random
 import string
-from collections.abc import Iterator
-from itertools import count, pairwise
+from itertools import pairwise
 
 from vestige.bench.sample import Turn
 from vestige.bench.tasks import TaskSpec
-from vestige.bench.tasks.fitting import SizedSample, key, named_length
+from vestige.bench.tasks.fitting import SizedSample, named_length
 from vestige.bench.tasks.ruler.needles import NOISE
 
 HOPS = 4
@@ -23,13 +22,8 @@ _SMALLEST = HOPS + 2
 """Noise lines at least: more than there are assignments, so that each has its own place."""
 
 
-def generate(spec: TaskSpec, name: str) -> Iterator[SizedSample]:
-    """Yield samples without end."""
-    for index in count():
-        yield _make_sample(spec, key(spec, f"ruler/{name}", index))
-
-
-def _make_sample(spec: TaskSpec, seed: str) -> SizedSample:
+def make_sized_sample(spec: TaskSpec, seed: str) -> SizedSample:
+    """Return one sample; its units are noise lines."""
     rng = random.Random(seed)
     shown_value, value = (str(number) for number in rng.sample(range(10_000, 100_000), 2))
     shown, names = _names(3, rng), _names(5, rng)

@@ -10,14 +10,13 @@ length. Differs: no word of the example is in the list; words are distinct; the 
 import math
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from vestige.bench import sources
 from vestige.bench.sample import Turn
 from vestige.bench.tasks import TaskSpec
-from vestige.bench.tasks.fitting import SizedSample, key, named_length
+from vestige.bench.tasks.fitting import SizedSample, named_length
 
 COMMON = 10
 """Common words of a list."""
@@ -48,19 +47,8 @@ LONG = Repeats(common=30, uncommon=3, example_words=40, example_common=10, examp
 SHORT = Repeats(common=6, uncommon=1, example_words=20, example_common=3, example_uncommon=1)
 
 
-def generate_common(spec: TaskSpec, name: str) -> Iterator[SizedSample]:
-    """Yield samples of common words without end."""
-    for index in count():
-        yield _make_common(spec, key(spec, f"ruler/{name}", index))
-
-
-def generate_frequent(spec: TaskSpec, name: str) -> Iterator[SizedSample]:
-    """Yield samples of frequent words without end."""
-    for index in count():
-        yield _make_frequent(spec, key(spec, f"ruler/{name}", index))
-
-
-def _make_common(spec: TaskSpec, seed: str) -> SizedSample:
+def make_common(spec: TaskSpec, seed: str) -> SizedSample:
+    """Return one sample of common words; its units are uncommon words of the list."""
     rng = random.Random(seed)
     repeats = SHORT if named_length(spec, "ruler/cwe") < FULL_LENGTH else LONG
     pool = list(sources.words(spec.split).all())
@@ -103,7 +91,8 @@ def _numbered(words: Sequence[str]) -> list[str]:
     return [f"{i}. {word}" for i, word in enumerate(words, 1)]
 
 
-def _make_frequent(spec: TaskSpec, seed: str) -> SizedSample:
+def make_frequent(spec: TaskSpec, seed: str) -> SizedSample:
+    """Return one sample of frequent words; its units are words of the coded text."""
     rng = random.Random(seed)
     length = named_length(spec, "ruler/fwe")
     vocabulary: dict[str, None] = {"...": None}
