@@ -16,7 +16,7 @@ from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.report.tables import format_markdown
-from vestige.bench.results.aggregate import Record, resampled
+from vestige.bench.results.aggregate import Record, bootstrap_interval
 from vestige.training.model_card import CARD
 
 STEPS, WARM, LENGTH, LEAST, ASKED = 300, 100, 1536, 500, 16
@@ -93,7 +93,7 @@ def make_comparison(policies: Iterable[str], essays: Path | None, split: str) ->
     """Return the run of all complete gates, beside the full cache."""
     return BenchConfig(
         tasks=TASKS,
-        arms=(*cross(("full",), ()), *cross(tuple(policies), BUDGETS)),
+        methods=(*cross(("full",), ()), *cross(tuple(policies), BUDGETS)),
         lengths=(2048,),
         samples=SAMPLES,
         split=split,
@@ -130,7 +130,9 @@ def _format_cell(scores: Mapping[Any, float], baseline: Mapping[Any, float]) -> 
     above = [score - baseline[key] for key, score in scores.items() if key in baseline]
     if not above:
         return f"{mean(scores.values()):.2f}"
-    return f"{mean(scores.values()):.2f}, {runner.format_interval(mean(above), resampled(above) or (0.0, 0.0))}"
+    return (
+        f"{mean(scores.values()):.2f}, {runner.format_interval(mean(above), bootstrap_interval(above) or (0.0, 0.0))}"
+    )
 
 
 def main(

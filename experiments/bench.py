@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.runner import Dev, Essays, Out, choose_folder, run_bench, write_report
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 
 MODEL = "smollm2-135m"
 CANDIDATES = (
@@ -35,7 +35,7 @@ def make_comparison(length: int, essays: Path | None = None) -> BenchConfig:
     """Return the published run at one length."""
     return BenchConfig(
         tasks=TASKS,
-        arms=make_methods(BUDGETS[length]),
+        methods=make_methods(BUDGETS[length]),
         lengths=(length,),
         samples=SAMPLES,
         split="test",
@@ -48,7 +48,7 @@ def make_task_choice(length: int, essays: Path | None = None) -> BenchConfig:
     """Return the run that the tasks are chosen by: the full cache alone, on the dev split."""
     return BenchConfig(
         tasks=tuple(f"ruler/{name}" for name in CANDIDATES),
-        arms=cross(("full",), ()),
+        methods=cross(("full",), ()),
         lengths=(length,),
         samples=SAMPLES,
         answer_room=ANSWER_ROOM,
@@ -56,13 +56,13 @@ def make_task_choice(length: int, essays: Path | None = None) -> BenchConfig:
     )
 
 
-def make_methods(budgets: tuple[str, ...]) -> tuple[Arm, ...]:
+def make_methods(budgets: tuple[str, ...]) -> tuple[Method, ...]:
     """Return all methods at these budgets; KVzip, which reads the text three times, has half of the samples."""
     own = cross(("full", *METHODS), budgets, shares=("head",))
     wide = cross(MODEL_WIDE, budgets, shares=("model",))
     peers = ("transformers:dynamic", "transformers:quantized", *(f"kvpress:{name}Press" for name in PRESSES))
     slow = tuple(
-        Arm(policy=name, peer=name, budget=budget, samples=SLOW_SAMPLES)
+        Method(policy=name, peer=name, budget=budget, samples=SLOW_SAMPLES)
         for name in ("kvpress:KVzipPress",)
         for budget in budgets
     )

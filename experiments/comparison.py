@@ -6,7 +6,7 @@ from typing import Any
 from experiments.runner import format_interval
 from vestige.bench.report.methods import MethodKey
 from vestige.bench.report.tables import format_markdown
-from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.results.aggregate import Record, Row, bootstrap_interval
 
 
 def verdict(records: Iterable[Record], ours: str, budget_of: Callable[[Record], str]) -> list[Row]:
@@ -45,11 +45,11 @@ def _compare(cell: dict[Any, Record], full: dict[Any, Record], ours: dict[Any, R
         "n": len(scores),
         "kv_bytes": sum(record["kv_bytes"] for record in cell.values()) / len(cell),
         "score": mean,
-        "score_ci95": resampled(list(scores.values())),
+        "score_ci95": bootstrap_interval(list(scores.values())),
         "full": whole,
         "of_full": mean / whole if whole else None,
         "ours_above": sum(above) / len(above) if above else None,
-        "ours_above_ci95": resampled(above),
+        "ours_above_ci95": bootstrap_interval(above),
     }
 
 

@@ -22,7 +22,7 @@ from vestige.bench.items import Item
 from vestige.bench.methods import vestige_runner
 from vestige.bench.metrics.scores import METRICS
 from vestige.bench.report.tables import format_markdown
-from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.results.aggregate import Record, Row, bootstrap_interval
 from vestige.bench.tokenization import Renderer
 from vestige.budget import Budget
 from vestige.cache.attach import attach
@@ -125,7 +125,7 @@ def aggregate_records(records: Iterable[Record]) -> list[Row]:
         rows.append(
             {"task": task, "method": method, "budget": budget, "n": len(group)}
             | means
-            | {"gain": sum(gains) / len(gains), "gain_ci95": resampled(gains)}
+            | {"gain": sum(gains) / len(gains), "gain_ci95": bootstrap_interval(gains)}
         )
     return rows
 
@@ -177,7 +177,7 @@ def main(
     folder = runner.choose_folder(out, "dilution", results="retention", dev=dev)
     config = BenchConfig(
         tasks=TASKS,
-        arms=(),
+        methods=(),
         lengths=(LENGTH,),
         samples=samples,
         split=runner.choose_split(dev),
@@ -186,7 +186,7 @@ def main(
     )
     store = Store(folder / "dilution", {"split": config.split, "length": LENGTH, "samples": samples}, resume=True)
     left = len(TASKS) * samples * len(METHODS) * len(BUDGETS) - len(store.records)
-    for record in track(measure(config, *load(MODEL), done=store.has), "dilution", left):
+    for record in track(measure(config, *load(MODEL), done=store.find), "dilution", left):
         store.append(record)
     rows = runner.update_rows(folder / "dilution.json", aggregate_records(store.records.values()))
     runner.write_summary(folder / "dilution.md", "Dilution", COMMAND, format_table(rows))

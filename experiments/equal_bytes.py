@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vestige import memory as memories
 from vestige import policies
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 from vestige.bench.results.aggregate import Record
 from vestige.budget import Budget
 from vestige.cache.attach import attach
@@ -117,7 +117,7 @@ def make_part(
         config: Further options of :class:`BenchConfig`.
     """
     plain = measure_plain_pair(model)
-    found: dict[Key, tuple[Arm, str]] = {}
+    found: dict[Key, tuple[Method, str]] = {}
     impossible = []
     for name, memory in product(names, memories):
         own = weigh(model, name, memory)
@@ -130,7 +130,7 @@ def make_part(
             found[name, memory, budget] = arm, fraction
     arms = (*cross(("full",), ()), *(arm for arm, _ in found.values()))
     return Part(
-        config=BenchConfig(arms=arms, lengths=(length,), **config),
+        config=BenchConfig(methods=arms, lengths=(length,), **config),
         fractions={key: fraction for key, (_, fraction) in found.items()},
         impossible=tuple(impossible),
     )

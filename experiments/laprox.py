@@ -18,7 +18,7 @@ import typer
 from experiments import runner
 from experiments.runner import Dev, Essays, Out, Parts
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 
 TASKS = ("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1", "niah")
 """The four RULER tasks that the full cache answers best on the dev split at 2,048 tokens, and needles by depth."""
@@ -60,30 +60,30 @@ def make_parts(essays: Path | None = None, longbench: Path | None = None, split:
     pooling = tuple(f"{name}({POOLING})" for name in METHODS)
     ablated = tuple(f"laprox({POOLING}, {change})" for change in ABLATIONS)
     arms = cross((*CONTROLS, *pooling), BUDGETS)
-    slow = tuple(Arm(policy="kvzip", share="model", budget=budget, samples=KVZIP_SAMPLES) for budget in BUDGETS)
+    slow = tuple(Method(policy="kvzip", share="model", budget=budget, samples=KVZIP_SAMPLES) for budget in BUDGETS)
     common: dict[str, Any] = {"samples": SAMPLES, "split": split, "essays": essays}
     needles = common | {"lengths": (LENGTH,), "answer_room": ANSWER_ROOM}
     agnostic = (*arms, *cross(QUESTION_AGNOSTIC, BUDGETS), *slow)
     return {
         "aware": Part(
-            config=BenchConfig(tasks=TASKS, arms=(*arms, *cross(OTHERWISE, BUDGETS)), question_aware=True, **needles)
+            config=BenchConfig(tasks=TASKS, methods=(*arms, *cross(OTHERWISE, BUDGETS)), question_aware=True, **needles)
         ),
-        "agnostic": Part(config=BenchConfig(tasks=TASKS, arms=agnostic, **needles)),
+        "agnostic": Part(config=BenchConfig(tasks=TASKS, methods=agnostic, **needles)),
         "multi_news": Part(
             config=BenchConfig(
-                tasks=("longbench/multi_news",), arms=arms, question_aware=True, longbench=longbench, **common
+                tasks=("longbench/multi_news",), methods=arms, question_aware=True, longbench=longbench, **common
             )
         ),
         "ablations": Part(
             config=BenchConfig(
                 tasks=ABLATED_TASKS,
-                arms=cross(("full", *pooling[:2], *ablated), BUDGETS),
+                methods=cross(("full", *pooling[:2], *ablated), BUDGETS),
                 question_aware=True,
                 **needles,
             )
         ),
         "gemma": Part(
-            config=BenchConfig(tasks=ABLATED_TASKS, arms=arms, question_aware=True, **needles), model="gemma3-270m"
+            config=BenchConfig(tasks=ABLATED_TASKS, methods=arms, question_aware=True, **needles), model="gemma3-270m"
         ),
     }
 

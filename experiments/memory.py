@@ -14,7 +14,7 @@ from experiments import runner
 from experiments.runner import Dev, Essays, Out
 from vestige import memory
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 from vestige.bench.report.tables import format_markdown
 from vestige.bench.results.aggregate import Record, Row, gain
 
@@ -40,7 +40,7 @@ def make_comparison(length: int, *, aware: bool, essays: Path | None = None, spl
     """Return the run at one length, with the question read before eviction or after."""
     return BenchConfig(
         tasks=TASKS,
-        arms=(*cross(("full",), ()), *_make_methods(length, (AWARE if aware else AGNOSTIC)[length])),
+        methods=(*cross(("full",), ()), *_make_methods(length, (AWARE if aware else AGNOSTIC)[length])),
         lengths=(length,),
         samples=SAMPLES,
         split=split,
@@ -57,15 +57,15 @@ def count_memory_pairs(name: str) -> int:
     return math.ceil(made.state_bytes(HEAD_DIM, HEAD_DIM) / PAIR_BYTES)
 
 
-def _make_methods(length: int, policies: tuple[str, ...]) -> Iterator[Arm]:
+def _make_methods(length: int, policies: tuple[str, ...]) -> Iterator[Method]:
     for policy in policies:
         share = "model" if "model" in policy else "head"
         for fraction in FRACTIONS:
             pairs = int(length * fraction)
-            yield Arm(policy=policy, share=share, budget=str(pairs))
+            yield Method(policy=policy, share=share, budget=str(pairs))
             for name in MEMORIES:
                 for budget in (pairs, pairs - count_memory_pairs(name)):
-                    yield Arm(policy=policy, share=share, budget=str(budget), memory=name)
+                    yield Method(policy=policy, share=share, budget=str(budget), memory=name)
 
 
 def measure_gains(records: Iterable[Record]) -> list[Row]:

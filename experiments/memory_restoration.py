@@ -21,7 +21,7 @@ from vestige.bench.config import BenchConfig
 from vestige.bench.methods import vestige_runner
 from vestige.bench.methods.method import cross
 from vestige.bench.report.tables import format_markdown
-from vestige.bench.results.aggregate import Record, Row, resampled
+from vestige.bench.results.aggregate import Record, Row, bootstrap_interval
 from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
@@ -55,10 +55,10 @@ def measure(
             measured.
     """
     renderer = Renderer(tokenizer, model)
-    trained = {arm: arm.weights(model) for arm in config.arms}
+    trained = {arm: arm.weights(model) for arm in config.methods}
     for item in items.collect(config, renderer):
         task, length, index = item.sample.task, item.sample.length, item.sample.index
-        left = [arm for arm in config.arms if not known(task, length, index, arm.key, item.digest, trained[arm])]
+        left = [arm for arm in config.methods if not known(task, length, index, arm.key, item.digest, trained[arm])]
         if not left:
             continue
         turn = item.job.turns[0]
@@ -116,7 +116,7 @@ def aggregate_records(records: Iterable[Record]) -> list[Row]:
                 left = [record["error"] / max(without["error"], _SMALL) for record, without in both]
                 means = {name: sum(record[name] for record, _ in both) / len(both) for name in ("lost", "error")}
                 row = {"policy": policy, "budget": budget, "memory": kind, "n": len(both), **means}
-                rows.append(row | {"left": sum(left) / len(left), "left_ci95": resampled(left)})
+                rows.append(row | {"left": sum(left) / len(left), "left_ci95": bootstrap_interval(left)})
     return rows
 
 
@@ -142,7 +142,7 @@ def make_comparison(essays: Path | None = None, split: str = "test") -> BenchCon
     """Return the run: all arms of a budget hold the same number of pairs, memories come on top."""
     return BenchConfig(
         tasks=TASKS[1:3],
-        arms=cross(METHODS, FRACTIONS, memories=MEMORIES),
+        methods=cross(METHODS, FRACTIONS, memories=MEMORIES),
         lengths=(LONG,),
         samples=SAMPLES,
         split=split,
@@ -163,7 +163,7 @@ def main(out: Out = None, essays: Essays = None, dev: Dev = False, dtype: Dtype 
     books = {"split": config.split, "length": LONG, "samples": SAMPLES, "dtype": str(model.dtype)}
     books |= {"weights": check(model).fingerprint()}
     store = Store(folder / "restored", books, resume=True)
-    left = len(config.tasks) * SAMPLES * len(config.arms) - len(store.records)
+    left = len(config.tasks) * SAMPLES * len(config.methods) - len(store.records)
     for record in track(measure(config, model, tokenizer, known=store.known), "restored", left):
         store.append(record)
     rows = runner.update_rows(folder / "restored.json", aggregate_records(store.records.values()))

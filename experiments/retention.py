@@ -71,7 +71,7 @@ def make_parts(model: PreTrainedModel, essays: Path | None = None) -> dict[str, 
         made[str(length)] = equal_bytes.make_part(model, names, budgets, length, **common)
         presses = {name: cross((), budgets, peers=(_name_press(name),)) for name in PRESSES}
         arms = [replace(arm, samples=PRESSES[name]) for name, found in presses.items() for arm in found]
-        pressed = BenchConfig(arms=tuple(arms), lengths=(length,), **common | {"tasks": PRESSED})
+        pressed = BenchConfig(methods=tuple(arms), lengths=(length,), **common | {"tasks": PRESSED})
         made[f"{length}-presses"] = equal_bytes.Part(config=pressed, fractions={})
     return made
 
@@ -81,7 +81,7 @@ def make_rival_choice(essays: Path | None = None) -> dict[str, BenchConfig]:
     policies = cross(("full", *CANDIDATES), CHOOSING_BUDGETS, shares=("head", "model"))
     presses = cross(("full",), CHOOSING_BUDGETS, peers=tuple(map(_name_press, CANDIDATE_PRESSES)))
     return {
-        name: BenchConfig(arms=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_make_options(essays, "dev"))
+        name: BenchConfig(methods=arms, lengths=(2048,), samples=CHOOSING_SAMPLES, **_make_options(essays, "dev"))
         for name, arms in (("policies", policies), ("presses", presses))
     }
 

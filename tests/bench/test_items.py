@@ -10,9 +10,9 @@ import pytest
 from vestige import InputError
 from vestige.bench import tasks
 from vestige.bench.config import BenchConfig
-from vestige.bench.items import Item, batches, collect
+from vestige.bench.items import Item, collect, make_batches
 from vestige.bench.methods.conversation import Job, TurnIds
-from vestige.bench.methods.method import Arm
+from vestige.bench.methods.method import Method
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tokenization import Renderer
 
@@ -26,11 +26,11 @@ def sample(index: int, *turns: Turn, task: str = "lamps", length: int = 100) -> 
 
 
 @pytest.fixture
-def orders(monkeypatch) -> list[tasks.Order]:
+def orders(monkeypatch) -> list[tasks.TaskSpec]:
     """Return the orders that the tasks "first" and "second" were given."""
-    given: list[tasks.Order] = []
+    given: list[tasks.TaskSpec] = []
 
-    def samples(order: tasks.Order) -> list[Sample]:
+    def samples(order: tasks.TaskSpec) -> list[Sample]:
         given.append(order)
         return [sample(i, task=order.part or "lamps", length=order.length or 100) for i in range(order.samples or 2)]
 
@@ -47,7 +47,7 @@ def collected(chatter):
     """Collect the items of a configuration."""
 
     def call(*names: str, **options: Any) -> list[Item]:
-        config = BenchConfig(tasks=names, arms=(Arm(policy="full"),), **options)
+        config = BenchConfig(tasks=names, methods=(Method(policy="full"),), **options)
         return list(collect(config, Renderer(chatter[1], chatter[0], question_aware=config.question_aware)))
 
     return call
@@ -104,7 +104,7 @@ def test_a_sample_beyond_the_positions_is_refused_with_both_numbers(monkeypatch,
     renderer = Renderer(*reversed(chatter))
     room = 512 - renderer.measure([turn(max_new_tokens=0)])
 
-    def samples(order: tasks.Order) -> list[Sample]:
+    def samples(order: tasks.TaskSpec) -> list[Sample]:
         return [sample(7, turn(max_new_tokens=room + over))]
 
     monkeypatch.setattr(sys.modules["made_up_task"], "samples", samples)
@@ -123,16 +123,16 @@ def item(*widths: int, task: str = "a", length: int = 100, index: int = 0) -> It
 
 
 def grouped(items: list[Item], most: int) -> list[list[int]]:
-    return [[len(one.job.turns[0].context) for one in group] for group in batches(items, most)]
+    return [[len(one.job.turns[0].context) for one in group] for group in make_batches(items, most)]
 
 
 def test_batches_are_of_neighbours_at_most_so_many():
     items = [item(50, index=i) for i in range(7)]
-    groups = list(batches(items, 3))
+    groups = list(make_batches(items, 3))
     assert [len(group) for group in groups] == [3, 3, 1]
     assert [one for group in groups for one in group] == items
-    assert [len(group) for group in batches(items, 1)] == [1] * 7
-    assert list(batches([], 3)) == []
+    assert [len(group) for group in make_batches(items, 1)] == [1] * 7
+    assert list(make_batches([], 3)) == []
 
 
 def test_pads_stay_within_a_twentieth_of_the_text():
@@ -142,7 +142,7 @@ def test_pads_stay_within_a_twentieth_of_the_text():
 
 
 def test_even_batches_have_no_pads():  # pads would shift the borders of chunks
-    groups = batches([item(100), item(100), item(99), item(100)], 4, even=True)
+    groups = make_batches([item(100), item(100), item(99), item(100)], 4, even=True)
     assert [[len(one.job.turns[0].context) for one in group] for group in groups] == [[100, 100], [99], [100]]
 
 
@@ -184,4 +184,4 @@ def test_other_answers_under_the_same_text_are_another_digest(change):
 )
 def test_a_configuration_that_cannot_work_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        BenchConfig(**({"tasks": ("niah",), "arms": ()} | changes))
+        BenchConfig(**({"tasks": ("niah",), "methods": ()} | changes))

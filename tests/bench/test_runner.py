@@ -12,7 +12,7 @@ from vestige import InputError
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods import vestige_runner
 from vestige.bench.methods.conversation import Job, Outcome
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 from vestige.bench.methods.peers import Peer, PeerError
 from vestige.bench.runner import bench
 from vestige.bench.sample import Turn
@@ -37,11 +37,11 @@ def out(tmp_path) -> Path:
 def measure(tmp_path, out, chatter):
     """Run cases through arms and return the rows."""
 
-    def call(cases: list[dict[str, Any]], *arms: Arm, **options: Any) -> list[dict[str, Any]]:
+    def call(cases: list[dict[str, Any]], *arms: Method, **options: Any) -> list[dict[str, Any]]:
         file = tmp_path / "cases.jsonl"
         file.write_text("\n".join(map(json.dumps, cases)))
         given = {name: options.pop(name) for name in ("resume", "progress", "out") if name in options}
-        config = BenchConfig(tasks=("cases",), arms=arms, cases=file, **options)
+        config = BenchConfig(tasks=("cases",), methods=arms, cases=file, **options)
         return bench(config, *chatter, name="tiny", **({"out": out} | given))
 
     return call
@@ -62,9 +62,9 @@ def replies(out: Path) -> dict[tuple[Any, ...], list[str]]:
 
 
 FULL, SNAP, HALF = (
-    Arm(policy="full", share="head"),
-    Arm(policy="snapkv", budget="40"),
-    Arm(policy="random", budget="0.5"),
+    Method(policy="full", share="head"),
+    Method(policy="snapkv", budget="40"),
+    Method(policy="random", budget="0.5"),
 )
 CASES = [case(n) for n in (3, 40)]
 
@@ -129,7 +129,7 @@ TURN = {"question", "answer_prefix", "answers", "prediction", "metric", "max_new
 
 
 def test_rows_and_records_have_every_promised_field(measure, out, peer, chatter):
-    rows = measure(CASES, FULL, SNAP, HALF, Arm(policy=PRESS, budget="0.5", peer=PRESS), seed=3, question_aware=True)
+    rows = measure(CASES, FULL, SNAP, HALF, Method(policy=PRESS, budget="0.5", peer=PRESS), seed=3, question_aware=True)
     assert json.loads((out / "rows.json").read_text())["rows"] == json.loads(json.dumps(rows)) == rows
     for row in rows:
         for name, kind in ROW.items():
@@ -208,7 +208,7 @@ def interrupt_after(calls: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_interrupted_run_goes_on_without_repeating_anything(measure, out, tmp_path, ran, peer, batch):
-    cases, arms = [case(n) for n in (3, 40, 41)], (FULL, SNAP, Arm(policy=PRESS, budget="40", peer=PRESS), HALF)
+    cases, arms = [case(n) for n in (3, 40, 41)], (FULL, SNAP, Method(policy=PRESS, budget="40", peer=PRESS), HALF)
     expected = measure(cases, *arms, batch=batch, out=tmp_path / "whole")
     once, asked = Counter(ran), len(peer.jobs)
     assert asked == 3 and len(once) == 9 and set(once.values()) == {1}
@@ -224,7 +224,7 @@ def test_an_interrupted_run_goes_on_without_repeating_anything(measure, out, tmp
 
 def test_an_interrupt_within_a_peers_batch_loses_none_of_its_samples(measure, out, peer):
     peer.fails = lambda call: KeyboardInterrupt() if call == 3 else None
-    arm = Arm(policy=PRESS, budget="40", peer=PRESS)
+    arm = Method(policy=PRESS, budget="40", peer=PRESS)
     cases = [case(n) for n in (3, 4, 5)]
     with pytest.raises(KeyboardInterrupt):
         measure(cases, arm, batch=3)
@@ -266,7 +266,7 @@ def test_other_settings_are_refused(measure, out, change):
 
 
 def test_an_arm_that_fails_is_a_row_and_the_others_finish(measure, out, ran):
-    small = Arm(policy="snapkv", budget="0.1")
+    small = Method(policy="snapkv", budget="0.1")
     rows = measure(CASES, small, FULL, SNAP)
     assert {row["policy"] + row["budget"]: row["n"] for row in rows} == {"full1.0": 2, "snapkv40": 2, "snapkv0.1": 0}
     (failed,) = (row for row in rows if row["score"] is None)
@@ -278,7 +278,7 @@ def test_an_arm_that_fails_is_a_row_and_the_others_finish(measure, out, ran):
 
 def test_a_sample_too_short_for_a_budget_is_left_out_and_the_others_go_on(measure, out):
     brief = case(2, context="Line 1.", question="Who?")
-    tight = Arm(policy="snapkv", budget="0.4")
+    tight = Method(policy="snapkv", budget="0.4")
     rows = measure([CASES[0], brief, CASES[1]], tight, FULL)
     (row,) = (row for row in rows if row["policy"] == "snapkv")
     assert row["n"] == 2 and row["score"] is not None
@@ -292,7 +292,7 @@ def test_a_sample_too_short_for_a_budget_does_not_take_its_batch_along(measure, 
     (turn,) = (
         Renderer(tokenizer, model).job([Turn(context=long["context"], question=long["question"], answers=())]).turns
     )
-    tight = Arm(policy="snapkv", budget=f"{36 / (len(turn.context) + len(turn.question)):.4f}9")  # 36 are protected
+    tight = Method(policy="snapkv", budget=f"{36 / (len(turn.context) + len(turn.question)):.4f}9")  # 36 are protected
     (row,) = (one for one in measure([long, brief], tight, FULL, batch=2) if one["policy"] == "snapkv")
     assert row["n"] == 1 and row["note"].startswith("1 of 2 samples left out")
     assert {(r["arm"]["policy"], r["index"], r["batch"]) for r in records(out)} == {
@@ -304,7 +304,7 @@ def test_a_sample_too_short_for_a_budget_does_not_take_its_batch_along(measure, 
 def test_a_peer_that_fails_is_a_row_and_the_others_finish(measure, monkeypatch, error):
     fake = FakePeer(lambda call: error)
     monkeypatch.setattr("vestige.bench.runner.peers.open_peer", lambda name, **options: fake)
-    rows = measure(CASES, Arm(policy=PRESS, budget="40", peer=PRESS), FULL)
+    rows = measure(CASES, Method(policy=PRESS, budget="40", peer=PRESS), FULL)
     assert [(row["policy"], row["n"], row.get("error")) for row in rows] == [("full", 2, None), (PRESS, 0, str(error))]
     assert len(fake.jobs) == 1 and fake.closed == 1  # it is not asked again for this task
 
@@ -314,12 +314,12 @@ def test_a_peer_that_cannot_be_opened_is_a_row(measure, monkeypatch):
         raise InputError("kvpress is not installed: run `make peers`")
 
     monkeypatch.setattr("vestige.bench.runner.peers.open_peer", refuse)
-    rows = measure(CASES[:1], FULL, Arm(policy=PRESS, budget="40", peer=PRESS))
+    rows = measure(CASES[:1], FULL, Method(policy=PRESS, budget="40", peer=PRESS))
     assert rows[1]["error"].endswith("run `make peers`") and rows[0]["n"] == 1
 
 
 def test_an_arm_that_failed_is_tried_again_on_resume(measure, peer):
-    arm = Arm(policy=PRESS, budget="40", peer=PRESS)
+    arm = Method(policy=PRESS, budget="40", peer=PRESS)
     peer.fails = lambda call: PeerError("out of memory") if call == 2 else None
     assert measure(CASES, arm)[0]["score"] is None
     (row,) = measure(CASES, arm, resume=True)
@@ -328,8 +328,10 @@ def test_an_arm_that_failed_is_tried_again_on_resume(measure, peer):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_arm_runs_no_more_samples_than_it_is_for(measure, out, peer, batch):
-    few = Arm(policy=PRESS, budget="40", peer=PRESS, samples=1)
-    rows = measure([case(n) for n in (3, 4, 5)], FULL, few, Arm(policy="snapkv", budget="40", samples=2), batch=batch)
+    few = Method(policy=PRESS, budget="40", peer=PRESS, samples=1)
+    rows = measure(
+        [case(n) for n in (3, 4, 5)], FULL, few, Method(policy="snapkv", budget="40", samples=2), batch=batch
+    )
     assert {row["policy"]: row["n"] for row in rows} == {"full": 3, PRESS: 1, "snapkv": 2}
     assert len(peer.jobs) == 1
 
@@ -338,7 +340,7 @@ def test_an_arm_runs_no_more_samples_than_it_is_for(measure, out, peer, batch):
     ("budget", "pairs"), [("40", lambda seen, length: 40), ("0.5", lambda seen, length: length // 2)]
 )
 def test_a_peer_is_told_to_keep_what_our_own_arms_keep(measure, out, peer, budget, pairs):
-    measure(CASES, Arm(policy="knorm", budget=budget), Arm(policy=PRESS, budget=budget, peer=PRESS))
+    measure(CASES, Method(policy="knorm", budget=budget), Method(policy=PRESS, budget=budget, peer=PRESS))
     own = [one["held"] // 6 for one in records(out) if one["arm"]["peer"] is None]
     assert [job.keep for job in peer.jobs] == own
     turns = [job.turns[0] for job in peer.jobs]

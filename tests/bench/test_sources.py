@@ -9,11 +9,11 @@ import pytest
 
 from vestige import InputError
 from vestige.bench import sources
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 
 
-def order(split="dev", **changes) -> Order:
-    return Order(count=lambda text: len(text.split()), measure=lambda turns: 0, split=split, **changes)
+def order(split="dev", **changes) -> TaskSpec:
+    return TaskSpec(count=lambda text: len(text.split()), measure=lambda turns: 0, split=split, **changes)
 
 
 def folder(tmp_path: Path, number: int) -> Path:
@@ -30,7 +30,7 @@ def hub(monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
 
     def forget() -> None:
-        for fetched in (sources._fetched_essays, sources._fetched_squad, sources._fetched_hotpot):
+        for fetched in (sources._fetch_essays, sources._fetch_squad, sources._fetch_hotpot):
             fetched.cache_clear()
 
     forget()

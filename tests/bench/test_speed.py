@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vestige.bench import speed as speeds
+from vestige.bench import timing
 from vestige.bench.methods import peers
 from vestige.bench.speed import SpeedConfig, speed
 from vestige.errors import InputError, PolicyError
@@ -51,14 +52,14 @@ def test_a_memory_is_timed_beside_none_and_its_bytes_count():
 
 
 def test_arms_decode_a_few_tokens_in_turn_two_intervals_each(monkeypatch):
-    take, turns, told = speeds._Decoding.take_turn, [], []
+    take, turns, told = timing._Decoding.take_turn, [], []
 
     def watched(block, model):
         seen = block.cache.get_seq_length()
         take(block, model)
         turns.append((block, block.cache.get_seq_length() - seen))
 
-    monkeypatch.setattr("vestige.bench.speed._Decoding.take_turn", watched)
+    monkeypatch.setattr("vestige.bench.timing._Decoding.take_turn", watched)
     config = SpeedConfig(lengths=(60,), **SHORT | {"policies": tuple(f"streaming_llm(every={n})" for n in (5, 11))})
     speed(config, tiny("llama", max_position_embeddings=512), progress=lambda *figures: told.append(figures))
     warm, *rounds = [[(id(block), steps) for block, steps in turns[i : i + 4]] for i in (0, 4, 8, 12)]

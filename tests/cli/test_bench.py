@@ -100,7 +100,7 @@ def test_an_interrupt_is_one_line_and_what_is_done_stays(bench, here, monkeypatc
     from vestige.bench import runner
 
     asked = []
-    original = runner.ours.run
+    original = runner.vestige_runner.run
 
     def stopping(*args, **options):
         asked.append(1)
@@ -108,7 +108,7 @@ def test_an_interrupt_is_one_line_and_what_is_done_stays(bench, here, monkeypatc
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(runner.ours, "run", stopping)
+    monkeypatch.setattr(runner.vestige_runner, "run", stopping)
     result = bench(*GOOD, "--json")
     assert (result.code, result.out, result.err) == (130, "", "error: interrupted\n")
     assert len(Path("out", "samples.jsonl").read_text().splitlines()) == 1

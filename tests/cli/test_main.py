@@ -434,7 +434,7 @@ def an_eighth(block, model) -> None:
 
 
 def test_bench_speed_has_a_row_for_each_length_batch_policy_and_budget(vestige, folders, monkeypatch):
-    monkeypatch.setattr("vestige.bench.speed._Decoding.take_turn", an_eighth)
+    monkeypatch.setattr("vestige.bench.timing._Decoding.take_turn", an_eighth)
     lists = ("--length", "50,60", "--batch", "1,2", "--budget", "40,0.8", "--policy", "streaming_llm,full")
     rows = vestige(*SPEED, "--model", folders.chat, *lists, "--json").row["rows"]
     arms = [("streaming_llm", "40"), ("streaming_llm", "0.8"), ("full", "1.0")]
@@ -447,7 +447,7 @@ def test_bench_speed_has_a_row_for_each_length_batch_policy_and_budget(vestige, 
 
 
 def test_bench_speed_beyond_the_positions_uses_random_weights_and_says_so(vestige, folders, monkeypatch):
-    monkeypatch.setattr("vestige.bench.speed._Decoding.take_turn", an_eighth)
+    monkeypatch.setattr("vestige.bench.timing._Decoding.take_turn", an_eighth)
     words = (*SPEED, "--model", folders.chat, "--budget", "40", "--policy", "streaming_llm", "--length", "500")
     result = vestige(*words)
     assert result.code == 0

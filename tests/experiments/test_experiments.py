@@ -32,13 +32,13 @@ from vestige.testing import tiny
 def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
     config = bench.make_comparison(2048)
     assert config.split == "test" and config.samples == 20 and config.lengths == (2048,) and config.answer_room == 16
-    own = {(arm.policy, arm.share, arm.budget) for arm in config.arms if arm.peer is None}
+    own = {(arm.policy, arm.share, arm.budget) for arm in config.methods if arm.peer is None}
     budgets = ("0.5", "0.25", "0.1", "0.05")
     methods = ("random", "streaming_llm", "knorm", "keydiff", "tova", "snapkv")
     expected = {("full", "head", "1.0")} | {(name, "head", budget) for name in methods for budget in budgets}
     expected |= {(name, "model", budget) for name in ("keydiff", "snapkv") for budget in budgets}
     assert own == expected
-    peers = {(arm.policy, arm.budget, arm.samples) for arm in config.arms if arm.peer is not None}
+    peers = {(arm.policy, arm.budget, arm.samples) for arm in config.methods if arm.peer is not None}
     presses = ("Random", "StreamingLLM", "Knorm", "KeyDiff", "TOVA", "SnapKV")
     wanted = {(f"kvpress:{name}Press", budget, None) for name in presses for budget in budgets}
     wanted |= {("kvpress:KVzipPress", budget, 10) for budget in budgets}
@@ -46,12 +46,12 @@ def test_the_comparison_runs_every_method_beside_its_press_on_the_test_split():
 
 
 def test_the_shorter_texts_are_run_at_one_budget():
-    assert {arm.budget for arm in bench.make_comparison(1024).arms} == {"1.0", "0.25"}
+    assert {arm.budget for arm in bench.make_comparison(1024).methods} == {"1.0", "0.25"}
 
 
 def test_tasks_are_chosen_by_the_full_cache_alone_on_dev_from_candidates_that_have_them():
     config = bench.make_task_choice(2048)
-    assert config.split == "dev" and [arm.policy for arm in config.arms] == ["full"]
+    assert config.split == "dev" and [arm.policy for arm in config.methods] == ["full"]
     assert set(bench.TASKS) <= set(config.tasks) and len(bench.TASKS) <= 4
 
 
@@ -61,18 +61,18 @@ def test_tasks_are_chosen_by_the_full_cache_alone_on_dev_from_candidates_that_ha
 def test_laprox_meets_the_field_with_equal_pooling_on_the_test_split():
     aware = laprox.make_parts()["aware"].config
     assert aware.split == "test" and aware.question_aware and aware.samples == 20 and aware.lengths == (2048,)
-    pooled = {arm.policy for arm in aware.arms if "causal" in arm.policy}
+    pooled = {arm.policy for arm in aware.methods if "causal" in arm.policy}
     methods = ("laprox", "snapkv", "adakv", "pyramidkv", "criticalkv")
     assert pooled == {f"{name}(kernel=41, causal=True)" for name in methods}
-    assert {"snapkv(kernel=7)", "laprox(kernel=7)"} <= {arm.policy for arm in aware.arms}
-    assert {"full", "random", "streaming_llm"} <= {arm.policy for arm in aware.arms}
-    assert {arm.budget for arm in aware.arms} == {"1.0", "0.25", "0.1", "0.05"}
+    assert {"snapkv(kernel=7)", "laprox(kernel=7)"} <= {arm.policy for arm in aware.methods}
+    assert {"full", "random", "streaming_llm"} <= {arm.policy for arm in aware.methods}
+    assert {arm.budget for arm in aware.methods} == {"1.0", "0.25", "0.1", "0.05"}
 
 
 def test_without_the_question_kvzip_and_keydiff_are_there_too():
     agnostic = laprox.make_parts()["agnostic"].config
     assert not agnostic.question_aware
-    assert {"kvzip", "keydiff"} <= {arm.policy for arm in agnostic.arms}
+    assert {"kvzip", "keydiff"} <= {arm.policy for arm in agnostic.methods}
 
 
 def test_every_part_can_be_run_on_the_dev_split():
@@ -154,7 +154,7 @@ def test_a_span_is_found_among_tokens_that_cut_words():
 
 
 def test_a_memory_is_compared_at_equal_pairs_and_at_equal_bytes():
-    arms = [arm for arm in memory.make_comparison(4096, aware=True).arms if arm.policy != "full"]
+    arms = [arm for arm in memory.make_comparison(4096, aware=True).methods if arm.policy != "full"]
     found = {(arm.memory, arm.budget) for arm in arms}
     assert {("none", "409"), ("none", "204"), ("moments", "409"), ("moments", "375"), ("moments", "204")} <= found
     assert memory.count_memory_pairs("moments") == 34 and memory.count_memory_pairs("centroids") == 17
@@ -282,7 +282,7 @@ def test_gates_meet_kvzip_and_the_best_of_the_field_at_equal_bytes_on_the_test_s
             product(methods, budgets)
         )
         pressed = runs[f"{name}-presses"].config
-        peers = {(arm.policy, arm.budget) for arm in pressed.arms}
+        peers = {(arm.policy, arm.budget) for arm in pressed.methods}
         assert len(peers) == 3 * len(budgets) and {budget for _, budget in peers} == budgets
         assert "dialogue/recall" not in pressed.tasks  # whose later texts presses hold whole
         alike = ("split", "samples", "lengths", "essays", "answer_room", "seed")
@@ -293,7 +293,7 @@ def test_gates_meet_kvzip_and_the_best_of_the_field_at_equal_bytes_on_the_test_s
 def test_rivals_are_chosen_on_dev_from_all_that_need_no_question():
     runs = retention.make_rival_choice()
     assert {run.split for run in runs.values()} == {"dev"}
-    tried = {arm.policy for arm in runs["policies"].arms}
+    tried = {arm.policy for arm in runs["policies"].methods}
     learned = {"duo_attention", "indexmem"}  # need patterns, weights
     apart = {*learned, "retention", "kvzip", "random", "streaming_llm"}  # judged anyway
     assert tried == POLICIES.keys() - apart
@@ -378,11 +378,11 @@ def test_gates_are_compared_once_they_are_done(tmp_path):
     assert ablations.is_done(tmp_path / "at-once")
     names = [ablations.make_policy_name(way, tmp_path) for way in ("at-once", "per-head")]
     run = ablations.make_comparison(names, None, "test")
-    assert {(arm.share, arm.budget) for arm in run.arms[1:]} == {
+    assert {(arm.share, arm.budget) for arm in run.methods[1:]} == {
         (share, budget) for share in ("model", "head") for budget in ablations.BUDGETS
     }
     assert (
-        len({vestige_runner.company(arm.make_policy(seed=0)) for arm in run.arms}) == 3
+        len({vestige_runner.sharing_key(arm.make_policy(seed=0)) for arm in run.methods}) == 3
     )  # no gates read what others wrote
 
 
@@ -392,7 +392,7 @@ def test_gates_are_compared_once_they_are_done(tmp_path):
 def test_dilution_is_measured_beside_the_full_cache_of_the_same_sample(chatter):
     model, tokenizer = chatter
     config = BenchConfig(
-        tasks=("ruler/niah_multikey_2",), arms=(), lengths=(480,), samples=1, answer_room=retention.ANSWER_ROOM
+        tasks=("ruler/niah_multikey_2",), methods=(), lengths=(480,), samples=1, answer_room=retention.ANSWER_ROOM
     )
     seen = list(distractor_attention.measure(config, model, tokenizer))
     arms = {(one["arm"]["policy"], one["arm"]["budget"]) for one in seen}

@@ -61,7 +61,7 @@ def test_the_runs_are_what_was_asked_for():
         fractions = {"0.1"} if mapped else {"0.25", "0.1", "0.05"}
         wanted = {(*method, fraction) for method in methods for fraction in fractions}
         assert {(policy, name, fraction) for (policy, name, _), fraction in part.fractions.items()} == wanted
-        assert {(arm.policy, arm.memory, arm.budget) for arm in config.arms} == {*part.fractions, WHOLE}
+        assert {(arm.policy, arm.memory, arm.budget) for arm in config.methods} == {*part.fractions, WHOLE}
 
 
 def test_a_map_has_the_needles_of_each_length_and_depth():
@@ -152,7 +152,7 @@ def test_a_memory_that_keeps_each_pair_gives_back_what_an_eviction_took(chatter)
     model, tokenizer = chatter
     names = ("none", EXACT, "moments")
     arms = cross(("random", "retention"), ("0.4", "0.1"), memories=names)
-    config = BenchConfig(tasks=("ruler/niah_single_1",), arms=arms, lengths=(480,), samples=1, answer_room=16)
+    config = BenchConfig(tasks=("ruler/niah_single_1",), methods=arms, lengths=(480,), samples=1, answer_room=16)
     found = {arm_of(one): one for one in memory_restoration.measure(config, model, tokenizer)}
     assert len(found) == 12
     for policy in ("random", "retention"):
@@ -185,5 +185,5 @@ def arm_of(record: dict) -> tuple[str, str, str]:
 def test_the_better_and_the_worse_evictors_are_measured_beside_chance():
     config = memory_restoration.make_comparison()
     assert config.split == "test" and config.lengths == (4096,) and config.tasks == indexmem.TASKS[1:3]
-    assert {arm.policy for arm in config.arms} == {*indexmem.REMEMBERING, "random"}
-    assert {arm.memory for arm in config.arms} == set(indexmem.MEMORIES)
+    assert {arm.policy for arm in config.methods} == {*indexmem.REMEMBERING, "random"}
+    assert {arm.memory for arm in config.methods} == set(indexmem.MEMORIES)

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import random_gates, random_latent
 from vestige import Budget, CacheFileError, InputError, KVCache, attach, memory, policies, prefill
 from vestige.bench.config import BenchConfig
-from vestige.bench.methods.method import Arm
+from vestige.bench.methods.method import Method
 from vestige.bench.runner import bench
 from vestige.cache import serialization
 from vestige.nn import pretrained
@@ -71,8 +71,8 @@ def one_case(folder: Path) -> BenchConfig:
     """Return a run of one sample through the full cache and the gates that lie in the folder."""
     case = {"task": "lamps", "context": "The keeper is Ada. " * 9, "question": "Who?", "answer": "Ada", "length": 90}
     (folder / "cases.jsonl").write_text(json.dumps(case | {"max_new_tokens": 2}))
-    arms = (Arm(policy="full", share="head"), Arm(policy=f"retention(gates={folder}/made)", budget="0.5"))
-    return BenchConfig(tasks=("cases",), arms=arms, cases=folder / "cases.jsonl")
+    arms = (Method(policy="full", share="head"), Method(policy=f"retention(gates={folder}/made)", budget="0.5"))
+    return BenchConfig(tasks=("cases",), methods=arms, cases=folder / "cases.jsonl")
 
 
 def test_a_run_does_not_go_on_with_other_weights(tmp_path, chatter):

@@ -1,1 +1,1 @@
-"""Measurements: what eviction costs and saves."""
+"""Benchmarks of accuracy, bytes and time: of eviction, memories, peers and erasers."""

@@ -1,4 +1,4 @@
-"""Fetching public data sets: with ``datasets``, or one line that says what to give in place of a connection."""
+"""Public data sets, fetched with ``datasets``; an error names the option that takes a local copy."""
 
 import logging
 from typing import Any
@@ -13,23 +13,23 @@ def fetch(name: str, config: str | None, split: str, option: str) -> list[Any]:
 
     Args:
         name: Owner and name.
-        config: Which part of it, or None.
+        config: Name of a part, or None.
         split: ``test``, ``train``, ...
-        option: What the user can give in its place: ``--essays DIR``.
+        option: The option that takes a local copy: ``--essays DIR``.
 
     Raises:
-        InputError: They cannot be fetched, for whatever reason, or ``datasets`` is not installed.
+        InputError: The rows cannot be fetched, for whatever reason, or ``datasets`` is not installed.
     """
     try:
         from datasets import load_dataset
     except ImportError:
         raise InputError(f'fetching {name} needs datasets: pip install "vestige[bench]"; or give {option}') from None
-    told = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(logging.ERROR)  # a line for each retry would drown the one that says what to do
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)  # a line for each retry would hide the error message
     try:
         return list(load_dataset(name, config, split=split))
-    except Exception as error:  # whatever the hub's clients raise, the remedy is the same
+    except Exception as error:  # the remedy is the same for every error of the hub's clients
         reason = " ".join(str(error).split())[:200] or "no reason given"
         raise InputError(f"cannot fetch {name} ({type(error).__name__}: {reason}); give {option}") from None
     finally:
-        hub_logging.set_verbosity(told)
+        hub_logging.set_verbosity(verbosity)

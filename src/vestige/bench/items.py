@@ -16,7 +16,7 @@ from vestige.errors import InputError
 from vestige.models.layout import check
 
 PAD_SHARE = 0.05
-"""Samples share a batch while pads are at most this part of it."""
+"""Samples share a batch while its padding is at most this part of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,29 @@ class Item:
     sample: Sample
     job: Job
     rank: int
-    """Its place among the samples of its (task, length)."""
+    """Its index among the samples of its (task, length)."""
 
     @property
     def digest(self) -> str:
-        """What tells whether a record was made from these very ids, and scored by these answers."""
-        return sha256(repr((self.job.turns, self.job.stop, self.sample.turns)).encode()).hexdigest()[:16]
+        """A hash of the ids and the answers: a record with the same one was made from the same data."""
+        return hash_parts(self.job.turns, self.job.stop, self.sample.turns)
+
+
+def hash_parts(*parts: object) -> str:
+    """Return a short hash of the text of some values."""
+    return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
     """Yield every sample with its ids, each once.
 
     Raises:
-        InputError: A sample leaves no position for a reply, or could not be scored: before hours of work, not after.
+        InputError: A sample leaves no position for a reply, or cannot be scored. This is known before hours of work.
     """
     limit, counts, known = check(renderer.model).max_positions, Counter[tuple[str, int]](), set()
     for name in config.tasks:
         for length in config.lengths or (None,):
-            for sample in tasks.make(name, _order(config, renderer, name, length or _longest(name, limit))):
+            for sample in tasks.make(name, _make_spec(config, renderer, name, length, limit)):
                 job = renderer.job(sample.turns)
                 if limit is not None and job.tokens > limit:
                     raise InputError(
@@ -59,29 +64,27 @@ def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
                     counts[cell] += 1
 
 
-def _longest(name: str, limit: int | None) -> int | None:
-    """Return the length of a task that has none: LongBench cuts its texts to what the model can read."""
-    return limit if name.startswith("longbench") else None
-
-
-def _order(config: BenchConfig, renderer: Renderer, name: str, length: int | None) -> tasks.Order:
-    return tasks.Order(
-        count=renderer.count,
-        measure=renderer.measure,
-        length=length,
-        samples=config.samples,
-        split="dev" if config.split == "dev" else "test",
-        seed=config.seed,
+def _make_spec(
+    config: BenchConfig, renderer: Renderer, name: str, length: int | None, limit: int | None
+) -> tasks.TaskSpec:
+    """Return the specification of a task; LongBench without a length cuts its texts to the model's positions."""
+    return config.task_spec(
+        renderer,
+        length or (limit if name.startswith("longbench") else None),
         answer_room=config.answer_room,
-        essays=config.essays,
-        qa=config.qa,
         file={"cases": config.cases, "longbench": config.longbench}.get(re.split("[/-]", name)[0]),
         prompts=config.prompts,
     )
 
 
-def batches(items: Iterable[Item], most: int, *, even: bool = False) -> Iterator[list[Item]]:
-    """Yield neighbours of one (task, length) together, while they have one turn and pads stay few; none if ``even``."""
+def make_batches(items: Iterable[Item], most: int, *, even: bool = False) -> Iterator[list[Item]]:
+    """Yield batches of neighbours of one (task, length) that have one turn and need little padding.
+
+    Args:
+        items: All samples, in order.
+        most: Samples of a batch at most.
+        even: Allow no padding.
+    """
     group: list[Item] = []
     for item in items:
         if group and not (len(group) < most and _fits(group, item, 0.0 if even else PAD_SHARE)):
@@ -93,8 +96,10 @@ def batches(items: Iterable[Item], most: int, *, even: bool = False) -> Iterator
 
 
 def _fits(group: list[Item], item: Item, pad_share: float) -> bool:
+    """Return whether a sample can join a batch."""
     together = [*group, item]
-    if len({(i.sample.task, i.sample.length) for i in together}) > 1 or any(len(i.job.turns) > 1 for i in together):
+    rows = {(item.sample.task, item.sample.length) for item in together}
+    if len(rows) > 1 or any(len(item.job.turns) > 1 for item in together):
         return False
-    widths = [len(i.job.turns[0].context) for i in together]
+    widths = [len(item.job.turns[0].context) for item in together]
     return max(widths) * len(widths) - sum(widths) <= pad_share * sum(widths)

@@ -1,26 +1,24 @@
-"""How accurate, how small, how fast: every sample through every arm, ours and peers', in one resumable run."""
+"""The benchmark of accuracy, bytes and time: every sample goes through every method, vestige's and peers', in one
+resumable run."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.bench.config import BenchConfig
-from vestige.bench.items import Item, batches, collect
+from vestige.bench.items import Item, collect, make_batches
 from vestige.bench.methods import peers, vestige_runner
 from vestige.bench.methods.conversation import Outcome
-from vestige.bench.methods.method import Arm
+from vestige.bench.methods.method import Method
 from vestige.bench.metrics.scores import METRICS
 from vestige.bench.results.aggregate import Record, Row, aggregate
-from vestige.bench.results.provenance import provenance
-from vestige.bench.results.store import Store, run_all
+from vestige.bench.run import Cell, Progress, Run, cell_of, identify
 from vestige.bench.tokenization import Renderer
-from vestige.cache.attach import attach
 from vestige.errors import BudgetError, VestigeError
-from vestige.models.layout import check
+
+_TURN = ("question", "answer_prefix", "answers", "metric", "max_new_tokens")
 
 
 def bench(
@@ -32,123 +30,102 @@ def bench(
     out: Path,
     resume: bool = False,
     command: str | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+    progress: Progress = lambda done, of, what: None,
 ) -> list[Row]:
-    """Run every sample through every arm and return the rows; they are in ``out/rows.json`` too, never a minute late.
+    """Run every sample through every method and return the rows, which ``out/rows.json`` has too.
 
     Args:
-        config: What to measure.
+        config: Tasks, samples and methods.
         model: Attached for as long as this runs.
         tokenizer: The model's.
-        name: What rows call the model.
-        out: Where records and rows go; a finished sample is on disk before the next begins.
-        resume: Go on with what is there. Arms, tasks and samples may have been added since.
-        command: What remakes these results, for the report.
-        progress: Called with (samples x arms done, in all, the arm that is next).
+        name: The model's name in rows.
+        out: The folder for records and rows; a finished sample is on disk before the next begins.
+        resume: Continue with the records that are there. Methods, tasks and samples may have been added since.
+        command: The command that makes these results, for the report.
+        progress: Called with (samples x methods done, in all, the method that is next).
 
     Raises:
-        VestigeError: Bad input, or results that cannot be written. An arm that fails is a row with ``error``; a sample
-            that is too short for an arm's budget is left out, and the row's ``note`` says so.
+        VestigeError: Bad input, or results that cannot be written. A method that fails is a row with ``error``; a
+            sample that is too short for a method's budget is left out, and the row's ``note`` says so.
     """
-    origin = provenance(model)
     renderer = Renderer(tokenizer, model, question_aware=config.question_aware)
-    groups = list(batches(collect(config, renderer), config.batch, even=config.chunk is not None))
-    facts = {"model": name, **config.books()}
-    books = facts | {"weights": check(model).fingerprint(), "dtype": origin["dtype"]}
-    store = Store(out, books, resume=resume)
-    runner = _Runner(config, renderer, store, origin, progress, sum(map(len, groups)) * len(config.arms))
-
-    def write() -> list[Row]:
-        failures = [*runner.failures.values(), *runner.left_out.values()]
-        rows = aggregate(store.records.values(), failures, facts | origin)
-        store.finish(rows, command)
-        return rows
-
-    try:
-        with torch.no_grad(), attach(model):
-            rows = run_all(groups, runner.run, write)
-    finally:
-        runner.peer.close()
-        store.close()
-    return rows
+    groups = list(make_batches(collect(config, renderer), config.batch, even=config.chunk is not None))
+    total = sum(map(len, groups)) * len(config.methods)
+    run = Run(config, model, name=name, out=out, resume=resume, progress=progress, total=total)
+    runner = _Runner(config, renderer, run)
+    with runner.peer:
+        return run.execute(groups, runner.run_group, runner.make_rows, command)
 
 
 class _Runner:
-    """Runs groups of samples through all arms and writes records; knows which peers are open and what failed."""
+    """Runs groups of samples through all methods and writes records; has the open peers."""
 
-    def __init__(
-        self,
-        config: BenchConfig,
-        renderer: Renderer,
-        store: Store,
-        origin: dict[str, Any],
-        progress: Callable[[int, int, str], None],
-        total: int,
-    ) -> None:
-        self.config, self.renderer, self.store, self.origin = config, renderer, store, origin
-        self.progress, self.done, self.total = progress, 0, total
-        self.failures: dict[tuple[str, int, Arm], Record] = {}
-        self.left_out: dict[tuple[str, int, Arm], Record] = {}
-        self.trained: dict[Arm, str] = {}
+    def __init__(self, config: BenchConfig, renderer: Renderer, run: Run) -> None:
+        self.config, self.renderer, self.run, self.store = config, renderer, run, run.store
+        self.left_out: dict[Cell, Record] = {}
         self.peer = peers.OpenPeers(renderer.model)
 
-    def run(self, group: list[Item]) -> None:
-        """Run a group through every arm that still lacks it."""
-        readings: dict[Hashable, vestige_runner.Reading] = {}
-        todo = {arm: self._lacking(arm, group) for arm in self.config.arms}
-        sharing = {
-            arm: self._company(arm) for arm, items in todo.items() if items == group and self._shares(arm, group)
-        }
-        for arm, items in todo.items():
-            self.progress(self.done, self.total, f"{group[0].sample.task} {arm.name}")
-            if arm in sharing and (company := sharing[arm]) not in readings:
-                observers = [one.make_policy(self.config.seed) for one in sharing if sharing[one] == company]
-                try:
-                    readings[company] = vestige_runner.read(
-                        self.renderer.model, [item.job for item in group], observers
-                    )
-                except VestigeError:  # each alone says what is wrong with it
-                    sharing = {one: other for one, other in sharing.items() if other != company}
-            if items:
-                self._run_arm(arm, items, readings[sharing[arm]] if arm in sharing else None)
-            self.done += len(group)
-        self.progress(self.done, self.total, group[0].sample.task)
+    def make_rows(self) -> list[Row]:
+        """Return the rows of the records and failures so far."""
+        failures = [*self.run.failures.values(), *self.left_out.values()]
+        return aggregate(self.store.records.values(), failures, self.run.facts | self.run.origin)
 
-    def _run_arm(self, arm: Arm, items: list[Item], reading: vestige_runner.Reading | None) -> None:
-        outcomes = self._outcomes(arm, items, reading)
+    def run_group(self, group: list[Item]) -> None:
+        """Run a group through every method that still lacks it."""
+        readings: dict[Hashable, vestige_runner.Reading] = {}
+        todo = {method: self._list_missing(method, group) for method in self.config.methods}
+        keys = {
+            method: vestige_runner.sharing_key(method.make_policy(self.config.seed))
+            for method, items in todo.items()
+            if items == group and self._can_share(method, group)
+        }
+        for method, items in todo.items():
+            self.run.report(f"{group[0].sample.task} {method.name}")
+            if method in keys and (key := keys[method]) not in readings:
+                observers = [sharer.make_policy(self.config.seed) for sharer in keys if keys[sharer] == key]
+                try:
+                    readings[key] = vestige_runner.read(self.renderer.model, [item.job for item in group], observers)
+                except VestigeError:  # each method alone raises its own error
+                    keys = {sharer: other for sharer, other in keys.items() if other != key}
+            if items:
+                self._run_method(method, items, readings[keys[method]] if method in keys else None)
+            self.run.done += len(group)
+        self.run.report(group[0].sample.task)
+
+    def _run_method(self, method: Method, items: list[Item], reading: vestige_runner.Reading | None) -> None:
+        outcomes = self._yield_outcomes(method, items, reading)
         for i, item in enumerate(items):
             try:
                 outcome = next(outcomes)
             except BudgetError as error:
-                if arm.peer is not None or len(items) == 1:  # the error ended the generator: go on behind the sample
-                    self._leave_out(arm, item, error)
-                    return self._run_arm(arm, items[i + 1 :], None)
+                if method.peer is not None or len(items) == 1:  # the error ended the generator: start after the sample
+                    self._leave_out(method, item, error)
+                    return self._run_method(method, items[i + 1 :], None)
                 for alone in items:  # a batch falls with its shortest sample
-                    self._run_arm(arm, [alone], None)
+                    self._run_method(method, [alone], None)
                 return
             except VestigeError as error:
-                self.failures[_cell(arm, item)] = self._failure(arm, item, error)
-                return
-            if self._known(arm, item) is None:
-                self.store.append(self._record(arm, item, outcome, len(items)))
+                return self.run.fail(item, method, error)
+            if self.run.find(item, method) is None:
+                self.store.append(self._make_record(method, item, outcome, len(items)))
 
-    def _leave_out(self, arm: Arm, item: Item, error: BudgetError) -> None:
-        """Book a sample that is too short for a budget: longer ones are none the worse for it."""
-        before = self.left_out.get(_cell(arm, item), {}).get("left_out", 0)
-        self.left_out[_cell(arm, item)] = self._failure(arm, item, error) | {"left_out": before + 1}
+    def _leave_out(self, method: Method, item: Item, error: BudgetError) -> None:
+        """Count a sample that is too short for a budget; longer samples still run."""
+        cell = cell_of(item, method)
+        before = self.left_out.get(cell, {}).get("left_out", 0)
+        failure = identify(item, method) | {"error": str(error)} | self.run.origin
+        self.left_out[cell] = failure | {"left_out": before + 1}
 
-    def _failure(self, arm: Arm, item: Item, error: VestigeError) -> Record:
-        sample = item.sample
-        return {"task": sample.task, "length": sample.length, "arm": arm.key, "error": str(error)} | self.origin
-
-    def _outcomes(self, arm: Arm, items: list[Item], reading: vestige_runner.Reading | None) -> Iterator[Outcome]:
-        """Yield what each sample took; a peer runs them one by one, so none is lost if it is interrupted."""
-        if arm.peer is None:
+    def _yield_outcomes(
+        self, method: Method, items: list[Item], reading: vestige_runner.Reading | None
+    ) -> Iterator[Outcome]:
+        """Yield the outcome of each sample; a peer runs them one by one, so none is lost if it is interrupted."""
+        if method.peer is None:
             yield from vestige_runner.run(
                 self.renderer.model,
                 [item.job for item in items],
-                arm.make_policy(self.config.seed),
-                memory=arm.make_memory(),
+                method.make_policy(self.config.seed),
+                memory=method.make_memory(),
                 chunk=self.config.chunk,
                 reading=reading,
             )
@@ -156,42 +133,26 @@ class _Runner:
         for item in items:
             turn, model = item.job.turns[0], self.renderer.model
             seen, length = len(turn.context), len(turn.context) + len(turn.question)
-            keep = peers.pairs_to_keep(arm.peer, arm.budget, model, seen=seen, length=length)
-            yield self.peer(arm.peer).run(replace(item.job, keep=keep))
+            keep = peers.pairs_to_keep(method.peer, method.budget, model, seen=seen, length=length)
+            yield self.peer(method.peer).run(replace(item.job, keep=keep))
 
-    def _shares(self, arm: Arm, group: list[Item]) -> bool:
+    def _can_share(self, method: Method, group: list[Item]) -> bool:
+        """Return whether a method can work on a fork of a reading in one piece."""
         width = max(len(item.job.turns[0].context) for item in group)
-        return arm.peer is None and (self.config.chunk is None or self.config.chunk >= width)
+        return method.peer is None and (self.config.chunk is None or self.config.chunk >= width)
 
-    def _company(self, arm: Arm) -> Hashable:
-        return vestige_runner.company(arm.make_policy(self.config.seed))
+    def _list_missing(self, method: Method, group: list[Item]) -> list[Item]:
+        """Return the samples that a method must run, none if it failed.
 
-    def _lacking(self, arm: Arm, group: list[Item]) -> list[Item]:
-        """Return the samples that an arm must run, none if it failed: of ours whole batches, so that bits repeat."""
-        if _cell(arm, group[0]) in self.failures:
-            return []
-        items = [item for item in group if arm.samples is None or item.rank < arm.samples]
-        missing = [item for item in items if self._known(arm, item) is None]
-        return items if missing and arm.peer is None else missing
-
-    def _known(self, arm: Arm, item: Item) -> Record | None:
-        """Return the record that is there.
-
-        Raises:
-            InputError: It was made from other data or with other weights.
+        Vestige's own methods run whole batches again, so that bits repeat.
         """
-        sample = item.sample
-        return self.store.known(sample.task, sample.length, sample.index, arm.key, item.digest, self._trained(arm))
+        if cell_of(group[0], method) in self.run.failures:
+            return []
+        items = [item for item in group if method.samples is None or item.rank < method.samples]
+        missing = [item for item in items if self.run.find(item, method) is None]
+        return items if missing and method.peer is None else missing
 
-    def _trained(self, arm: Arm) -> str:
-        if arm not in self.trained:
-            try:
-                self.trained[arm] = arm.weights(self.renderer.model)
-            except VestigeError:
-                self.trained[arm] = ""  # running it says what is wrong
-        return self.trained[arm]
-
-    def _record(self, arm: Arm, item: Item, outcome: Outcome, batch: int) -> Record:
+    def _make_record(self, method: Method, item: Item, outcome: Outcome, batch: int) -> Record:
         turns = [
             {
                 **{name: getattr(turn, name) for name in _TURN},
@@ -202,26 +163,15 @@ class _Runner:
         ]
         measured = asdict(outcome)
         del measured["replies"]
-        sample = item.sample
         return {
-            "task": sample.task,
-            "length": sample.length,
-            "index": sample.index,
-            "tags": dict(sample.tags),
-            "arm": arm.key,
+            **identify(item, method),
+            "tags": dict(item.sample.tags),
             "turns": turns,
             "score": sum(turn["score"] for turn in turns) / len(turns),
             **measured,
             "kept_fraction": outcome.held / outcome.full if outcome.full else 1.0,
-            "batch": batch if arm.peer is None else 1,
+            "batch": batch if method.peer is None else 1,
             "digest": item.digest,
-            "trained": self._trained(arm),
-            **self.origin,
+            "trained": self.run.find_weights(method),
+            **self.run.origin,
         }
-
-
-def _cell(arm: Arm, item: Item) -> tuple[str, int, Arm]:
-    return item.sample.task, item.sample.length, arm
-
-
-_TURN = ("question", "answer_prefix", "answers", "metric", "max_new_tokens")

@@ -1,4 +1,4 @@
-"""What a benchmark asks: samples, each a conversation of one turn or several, and the metric of every reply."""
+"""Samples of the benchmark: conversations of one turn or several, with the metric of every reply."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """Something to read, a question about it, and what would be right.
+    """A context to read, a question about it, and the right answers.
 
-    The context is read, and evicted, before the question is seen, unless the run is question-aware.
+    The context is read, and evicted, before the question is read, unless the run is question-aware.
     """
 
     context: str
@@ -20,7 +20,7 @@ class Turn:
     """A key of :data:`vestige.bench.metrics.scores.METRICS`."""
     max_new_tokens: int = 64
     choices: tuple[str, ...] = ()
-    """All classes, for metrics of classification."""
+    """All classes, for classification metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Sample:
     index: int
     """Unique within (task, length)."""
     length: int
-    """The nominal length of its row, in tokens: chat text, contexts, questions and replies are never longer."""
+    """The nominal length of its row in tokens: chat text, contexts, questions and replies together are never longer."""
     turns: tuple[Turn, ...]
     tags: Mapping[str, str | int | float] = field(default_factory=dict)
-    """What results are broken down by: ``depth``, ``prompts``, ..."""
+    """Groups that results are broken down by: ``depth``, ``prompts``, ..."""

@@ -1,12 +1,12 @@
-"""Where the benchmark's texts come from: essays, questions with paragraphs, word lists; dev and test never share one.
+"""The benchmark's texts: essays, questions with paragraphs, and word lists. Dev and test share none of them.
 
 Essays. Every fifth file of the sorted folder (the 5th, the 10th, ...) is for benchmarks only: trainers leave it out,
-and haystacks come from nowhere else. Of these files the 1st, 3rd, ... are dev and the others test. A folder of fewer
-than ten files has too few of them, so there all files take turns, dev first; a single file is cut in two halves.
+and haystacks use no other file. The 1st, 3rd, ... of these files are dev and the others test. A folder of fewer than
+ten files has too few of them, so all its files take turns, dev first; a single file is cut in two halves.
 
 Questions. See :mod:`vestige.bench.questions`.
 
-Words. The sorted list of all words takes turns, dev first; nouns, adjectives and verbs are then looked up in a half.
+Words. The sorted list of all words takes turns, dev first; each half is then divided into nouns, adjectives and verbs.
 """
 
 import json
@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 
 from vestige.bench import hub
 from vestige.bench.questions import Questions, Source, parse, take_turns
-from vestige.bench.tasks import SPLITS, Order, Split
+from vestige.bench.tasks import SPLITS, Split, TaskSpec
 from vestige.errors import InputError
 from vestige.text.files import read_text
 
 RESERVED_EVERY = 5
-"""Every so many files, one is for benchmarks only and never for training."""
+"""One file in this many is for benchmarks only and never for training."""
 FEWEST_FILES = 2 * RESERVED_EVERY
-"""With fewer files than this there are not two reserved ones, and all are used."""
+"""With fewer files there are not two reserved ones, and all are used."""
 ESSAYS_SET = "baber/paul_graham_essays"
 SQUAD_SET = "rajpurkar/squad"
 HOTPOT_SET = "hotpotqa/hotpot_qa"
@@ -46,24 +46,24 @@ class Words:
         return tuple(sorted({*self.nouns, *self.adjectives, *self.verbs}))
 
 
-def essays(order: Order) -> tuple[str, ...]:
-    """Return the essays of the order's split, from its folder or online.
+def essays(spec: TaskSpec) -> tuple[str, ...]:
+    """Return the essays of the specification's split, from its folder or online.
 
     Raises:
         InputError: The folder has no ``*.txt``, a file cannot be used, or the essays cannot be fetched.
     """
-    listed = _fetched_essays() if order.essays is None else _essay_files(order.essays)
+    listed = _fetch_essays() if spec.essays is None else _list_essays(spec.essays)
     if len(listed) == 1:
-        return (_half(_text(listed[0]), order.split),)
-    return tuple(_text(essay) for essay in take_turns(reserved(listed), order.split))
+        return (_cut_half(_read_essay(listed[0]), spec.split),)
+    return tuple(_read_essay(essay) for essay in take_turns(reserved(listed), spec.split))
 
 
 def reserved(essays: Sequence[T]) -> Sequence[T]:
-    """Return those of the sorted essays that are for benchmarks only; all of them if they are fewer than ten."""
+    """Return the sorted essays that are for benchmarks only; all of them if there are fewer than ten."""
     return essays if len(essays) < FEWEST_FILES else essays[RESERVED_EVERY - 1 :: RESERVED_EVERY]
 
 
-def _essay_files(folder: Path) -> Sequence[Path]:
+def _list_essays(folder: Path) -> Sequence[Path]:
     if not folder.is_dir():
         raise InputError(f"--essays {folder} is not a folder")
     paths = sorted(folder.glob("*.txt"))
@@ -72,11 +72,11 @@ def _essay_files(folder: Path) -> Sequence[Path]:
     return paths
 
 
-def _text(essay: str | Path) -> str:
+def _read_essay(essay: str | Path) -> str:
     return read_text(essay) if isinstance(essay, Path) else essay
 
 
-def _half(text: str, split: Split) -> str:
+def _cut_half(text: str, split: Split) -> str:
     """Return the first or second half of a text, cut at a space."""
     cut = text.find(" ", len(text) // 2)
     halves = (text[:cut], text[cut + 1 :])
@@ -100,32 +100,32 @@ def words(split: Split) -> Words:
 
 @cache
 def _word_lists() -> tuple[tuple[str, ...], ...]:
-    """Return all nouns, adjectives and verbs in lower case, sorted; words that consist of two are left out."""
+    """Return all nouns, adjectives and verbs in lower case, sorted; entries of two words are left out."""
     try:
         from wonderwords import RandomWord
     except ImportError:
         raise InputError('word lists need wonderwords: pip install "vestige[bench]"') from None
-    every = RandomWord()
+    generator = RandomWord()
     kinds = ("noun", "adjective", "verb")
-    listed = (every.filter(include_categories=[kind]) for kind in kinds)
+    listed = (generator.filter(include_categories=[kind]) for kind in kinds)
     return tuple(tuple(sorted({word.lower() for word in some if " " not in word})) for some in listed)
 
 
-def qa(order: Order, wanted: Source) -> Questions:
-    """Return the questions of the order's split.
+def qa(spec: TaskSpec, wanted: Source) -> Questions:
+    """Return the questions of the specification's split.
 
     Args:
-        order: Its ``qa`` file is read if there is one, whatever its format: look at the result's ``source``.
-        wanted: Which set to fetch online if there is no file.
+        spec: Its ``qa`` file is read if there is one, whatever its format: look at the result's ``source``.
+        wanted: The set to fetch online if there is no file.
 
     Raises:
         InputError: The file is malformed, with the place; a set cannot be fetched; or the split is empty.
     """
-    if order.qa is not None:
-        data, where = _read_json(order.qa), str(order.qa)
+    if spec.qa is not None:
+        data, where = _read_json(spec.qa), str(spec.qa)
     else:
-        data, where = _fetched_squad() if wanted == "squad" else _fetched_hotpot(), wanted
-    return parse(data, order.split, where)
+        data, where = _fetch_squad() if wanted == "squad" else _fetch_hotpot(), wanted
+    return parse(data, spec.split, where)
 
 
 def _read_json(path: Path) -> Any:
@@ -136,25 +136,27 @@ def _read_json(path: Path) -> Any:
 
 
 @cache
-def _fetched_essays() -> Sequence[str | Path]:
+def _fetch_essays() -> Sequence[str | Path]:
     rows = hub.fetch(ESSAYS_SET, None, "train", "--essays DIR")
     return tuple(str(row["text"]) for row in rows)
 
 
 @cache
-def _fetched_squad() -> dict[str, Any]:
+def _fetch_squad() -> dict[str, Any]:
     """Return SQuAD's development set in the format of its file."""
     articles: dict[str, dict[str, list[Any]]] = {}
     for row in hub.fetch(SQUAD_SET, None, "validation", "--qa FILE"):
         answers = [{"text": text} for text in row["answers"]["text"]]
-        asked = articles.setdefault(row["title"], {}).setdefault(row["context"], [])
-        asked.append({"question": row["question"], "answers": answers})
-    paragraphs = [[{"context": text, "qas": asked} for text, asked in article.items()] for article in articles.values()]
+        questions = articles.setdefault(row["title"], {}).setdefault(row["context"], [])
+        questions.append({"question": row["question"], "answers": answers})
+    paragraphs = [
+        [{"context": text, "qas": questions} for text, questions in article.items()] for article in articles.values()
+    ]
     return {"data": [{"paragraphs": listed} for listed in paragraphs]}
 
 
 @cache
-def _fetched_hotpot() -> list[dict[str, Any]]:
+def _fetch_hotpot() -> list[dict[str, Any]]:
     """Return HotpotQA's development set (distractor setting) in the format of its file."""
     entries = []
     for row in hub.fetch(HOTPOT_SET, "distractor", "validation", "--qa FILE"):

@@ -1,4 +1,4 @@
-"""From turns to token ids and back: the one place where the benchmark meets the chat text and the tokenizer."""
+"""Token ids of conversations, and texts of replies: the only place where the benchmark uses the tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +12,17 @@ from vestige.text.chat_template import ChatTemplate, find_end_ids
 
 @dataclass(frozen=True)
 class Renderer:
-    """Makes the ids that every arm is given."""
+    """Makes the token ids that every method gets."""
 
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     question_aware: bool = False
-    """Questions are read with the context, before anything is compressed: what papers on SnapKV and LaProx measure, and
-    what ``generate`` does with a whole prompt. The first token of a reply is then owed to the full cache."""
+    """Read questions with the context, before anything is compressed, as the papers on SnapKV and LaProx measure and as
+    ``generate`` reads a whole prompt. The first token of a reply then comes from the full cache."""
 
     def job(self, turns: Sequence[Turn]) -> Job:
         """Return the ids of a conversation."""
-        frame, made = ChatTemplate(self.tokenizer), []
+        frame, turn_ids = ChatTemplate(self.tokenizer), []
         for i, turn in enumerate(turns):
             context = frame.next_context(turn.context) if i else frame.context(turn.context)
             question = frame.question(turn.question, turn.answer_prefix)
@@ -31,15 +31,15 @@ class Renderer:
                 question=tuple(question[0].tolist()),
                 max_new_tokens=turn.max_new_tokens,
             )
-            made.append(_moved(ids) if self.question_aware else ids)
-        return Job(turns=tuple(made), stop=self.stop())
+            turn_ids.append(_join_question(ids) if self.question_aware else ids)
+        return Job(turns=tuple(turn_ids), stop=self.stop())
 
     def measure(self, turns: Sequence[Turn]) -> int:
-        """Return the tokens of a whole conversation, the longest replies included."""
+        """Return the number of tokens of a conversation, the longest replies included."""
         return self.job(turns).tokens
 
     def count(self, text: str) -> int:
-        """Return the tokens of a piece of text."""
+        """Return the number of tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def stop(self) -> tuple[int, ...]:
@@ -51,5 +51,6 @@ class Renderer:
         return str(self.tokenizer.decode(list(reply), skip_special_tokens=True))
 
 
-def _moved(turn: TurnIds) -> TurnIds:
+def _join_question(turn: TurnIds) -> TurnIds:
+    """Return a turn whose question is a part of its context."""
     return replace(turn, context=turn.context + turn.question, question=())

@@ -107,26 +107,26 @@ def tasks(
     from vestige.bench.config import BenchConfig
     from vestige.bench.methods.method import cross
     from vestige.bench.results.store import check_folder
-    from vestige.bench.runner import bench as job
+    from vestige.bench.runner import bench as run_bench
     from vestige.cli import render
     from vestige.models.loading import load
 
     names, cases = _tasks_and_cases(task)
-    arms = cross(
+    methods = cross(
         split_list(policy), split_list(budget or ""), shares=split_list(share or ""), memories=split_list(memory),
         peers=split_list(peer or ""),
     )  # fmt: skip
     config = BenchConfig(
-        tasks=names, arms=arms, lengths=numbers("--length", length or ""), samples=samples, split=split, chunk=chunk,
-        question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa, cases=cases,
-        longbench=longbench, prompts=prompts, seed=seed,
+        tasks=names, methods=methods, lengths=numbers("--length", length or ""), samples=samples, split=split,
+        chunk=chunk, question_aware=question_aware, batch=batch, answer_room=answer_room, essays=essays, qa=qa,
+        cases=cases, longbench=longbench, prompts=prompts, seed=seed,
     )  # fmt: skip
     if folder is None:
         raise typer.BadParameter("name a new folder for the results with --out DIR")
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err, "bench") as advance:
-        rows = job(
+        rows = run_bench(
             config, network, tokenizer, name=model, out=folder, resume=resume, command=command_line(), progress=advance
         )
     if as_json:
@@ -168,7 +168,7 @@ def speed(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode against a DynamicCache and an empty cache, all arms alternating in one run."""
-    from vestige.bench.results.store import check_folder, keep_speed
+    from vestige.bench.results.store import check_folder, write_speed
     from vestige.bench.speed import SpeedConfig
     from vestige.bench.speed import speed as timed
     from vestige.cli import render
@@ -185,7 +185,7 @@ def speed(
     with render.reading_bar(err, "timing") as advance:
         rows = timed(config, network, advance, name=model)
     if folder is not None:
-        keep_speed(folder, rows)
+        write_speed(folder, rows)
     if any(row["random_weights"] for row in rows):
         err.print("beyond the model's positions: timed its architecture with random weights and stretched positions")
     if as_json:
@@ -235,7 +235,7 @@ def erase(
 ) -> None:
     """Take passages out of caches by every method and ask: is the answer that of a text which never had them?"""
     from vestige.bench.erasing.config import EraseBenchConfig
-    from vestige.bench.erasing.runner import bench_erase as job
+    from vestige.bench.erasing.runner import bench_erase as run_bench
     from vestige.bench.results.store import check_folder
     from vestige.cli import render
     from vestige.models.loading import load
@@ -249,7 +249,7 @@ def erase(
     check_folder(folder, resume=resume)
     network, tokenizer = load(model, device=device, dtype=dtype)
     with render.reading_bar(err, "bench erase") as advance:
-        rows = job(
+        rows = run_bench(
             config, network, tokenizer, name=model, out=folder, resume=resume, command=command_line(), progress=advance
         )
     if as_json:
@@ -281,7 +281,7 @@ def erase_speed(
 ) -> None:
     """Time edits by length, all methods alternating: the edit, the first token behind it and decoding, apart."""
     from vestige.bench.erasing.latency import LatencyConfig, latency
-    from vestige.bench.results.store import check_speed_folder, keep_speed
+    from vestige.bench.results.store import check_speed_folder, write_speed
     from vestige.cli import render
     from vestige.models.loading import load
 
@@ -295,7 +295,7 @@ def erase_speed(
     with render.reading_bar(err, "timing") as advance:
         rows = latency(config, network, name=model, progress=advance)
     if folder is not None:
-        keep_speed(folder, rows)
+        write_speed(folder, rows)
     if as_json:
         return print_json({"rows": rows})
     columns = {"length": "d", "method": "s", "edit_s": ".3f", "first_token_s": ".3f", "decode_ms": ".1f"}

@@ -9,8 +9,8 @@ import torch
 from vestige.bench.erasing.aggregate import aggregate
 from vestige.bench.erasing.divergence import compare
 from vestige.bench.erasing.sample import Question
-from vestige.bench.erasing.scoring import judged, passes
-from vestige.bench.results.aggregate import resampled
+from vestige.bench.erasing.scoring import keep_sample, score_reply
+from vestige.bench.results.aggregate import bootstrap_interval
 
 TARGET = Question(kind="target", text="Who?", answers=("Ann",), forbidden=("Bo",))
 
@@ -34,12 +34,12 @@ def record(index: int, method: str, *replies: dict[str, Any], **changes: Any) ->
 
 
 def test_a_reply_is_compared_with_the_clean_one_the_answers_and_what_is_forbidden():
-    found = judged(TARGET, "It was Bo.", "It was Ann")
+    found = score_reply(TARGET, "It was Bo.", "It was Ann")
     assert not found["exact"] and found["f1"] == pytest.approx(2 * 2 / 6)
     assert (found["correct"], found["clean_correct"], found["leak"], found["clean_leak"]) == (False, True, True, False)
-    same = judged(TARGET, "the ANN.", "Ann")
+    same = score_reply(TARGET, "the ANN.", "Ann")
     assert same["exact"] and same["f1"] == 1.0 and same["correct"]
-    nothing = judged(Question(kind="leak", text="?"), "", "")
+    nothing = score_reply(Question(kind="leak", text="?"), "", "")
     assert nothing["exact"] and nothing["f1"] == 1.0 and nothing["correct"] is nothing["leak"] is None
 
 
@@ -55,7 +55,7 @@ def test_a_reply_is_compared_with_the_clean_one_the_answers_and_what_is_forbidde
     ],
 )
 def test_the_filter_wants_a_right_clean_reply_and_a_wrong_untouched_one(replies, kept):
-    assert passes(replies) is kept
+    assert keep_sample(replies) is kept
 
 
 def test_divergence_and_agreement_are_means_over_the_reply():
@@ -117,6 +117,6 @@ def test_tasks_without_targets_have_none_and_failures_are_rows_with_their_reason
 
 def test_an_interval_by_resampling_is_the_same_every_time_and_holds_the_mean():
     values = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
-    low, high = resampled(values)
-    assert resampled(values) == [low, high] and low < 4 / 6 < high
-    assert resampled([0.5, 0.5]) == [0.5, 0.5] and resampled([]) is None
+    low, high = bootstrap_interval(values)
+    assert bootstrap_interval(values) == [low, high] and low < 4 / 6 < high
+    assert bootstrap_interval([0.5, 0.5]) == [0.5, 0.5] and bootstrap_interval([]) is None

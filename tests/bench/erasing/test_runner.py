@@ -12,14 +12,14 @@ from vestige import BudgetError, InputError, KVCache, ModelError, PolicyError, a
 from vestige.bench.erasing import runner as running
 from vestige.bench.erasing import tasks
 from vestige.bench.erasing.config import EraseBenchConfig
-from vestige.bench.erasing.divergence import Listeners, read
+from vestige.bench.erasing.divergence import BatchedCaches, read
 from vestige.bench.erasing.items import as_item, collect
 from vestige.bench.erasing.latency import LatencyConfig, latency
 from vestige.bench.erasing.runner import bench_erase
 from vestige.bench.erasing.sample import EraseSample, Question, erased, unmarked, what_is
-from vestige.bench.erasing.scoring import passes, promises
+from vestige.bench.erasing.scoring import clean_is_correct, keep_sample
 from vestige.bench.erasing.story_templates import StoryTemplate, draw_depths, draw_sentences, make_each
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.bench.tokenization import Renderer
 from vestige.errors import CacheError
 from vestige.testing import tiny
@@ -48,7 +48,7 @@ def texts(tmp_path_factory) -> Path:
     return root
 
 
-def lamps(order: Order, rng: random.Random) -> StoryTemplate:
+def lamps(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return a plot with few letters and short replies: a tiny model is soon done with it."""
     wrong, right, other, empty = map(str, rng.sample(range(100, 1000), 4))
     lines = [erased(f"Lamp {wrong} is lit."), f"Lamp {right} is lit.", f"Lamp {other} is red."]
@@ -173,12 +173,12 @@ def test_replies_and_likelihoods_are_those_of_plain_forwards(talker, texts):
     with torch.no_grad():
         with attach(model):
             caches = [read(model, ids, KVCache(model, policies.Full())) for ids in texts_read]
-            listeners, limits = Listeners(model, caches), [one.max_new_tokens for one in item.sample.questions]
+            batched, limits = BatchedCaches(model, caches), [one.max_new_tokens for one in item.sample.questions]
             replies, forced = list[tuple[int, ...]](), list[torch.Tensor]()
             for question, limit in zip(item.questions, limits, strict=True):
-                with listeners.asked(question) as asked:
-                    replies.append(asked.replies(limit, renderer.stop()).replies[0])
-                    forced.append(asked.forced(replies[-1]))
+                with batched.ask(question) as asked:
+                    replies.append(asked.decode(limit, renderer.stop()).replies[0])
+                    forced.append(asked.score(replies[-1]))
         for question, limit, reply, both in zip(item.questions, limits, replies, forced, strict=True):
             for ids, logits in zip(texts_read, both, strict=True):
                 fed = torch.cat([ids, question, torch.tensor([reply])], 1)
@@ -269,8 +269,8 @@ def test_other_texts_or_seeds_are_refused_when_a_run_goes_on(measure, texts, tmp
 
 def test_only_samples_that_pass_the_filter_are_run_if_so_wanted(measure, out, monkeypatch):
     promising, kept = iter([False, True, True]), iter([False, True])
-    monkeypatch.setattr(running, "promises", lambda replies: next(promising))
-    monkeypatch.setattr(running, "passes", lambda replies: next(kept))
+    monkeypatch.setattr(running, "clean_is_correct", lambda replies: next(promising))
+    monkeypatch.setattr(running, "keep_sample", lambda replies: next(kept))
     read_before = []
     monkeypatch.setattr(running, "read", lambda *args: read_before.append(args) or read(*args))
     wanted = {"methods": ("drop",), "kept_only": True, "samples": 3}
@@ -289,10 +289,10 @@ def test_what_clean_replies_decide_is_what_the_filter_asks_of_them():
 
     wrong, misled, right = reply("target", False, False), reply("target", True, False), reply("target", True, True)
     other, lost = reply("retained", False, False), reply("leak", True, True)
-    assert not promises([wrong, misled]) and not passes([wrong, misled])
-    assert promises([right, other, lost]) and not passes([right, other])
-    assert promises([misled, other]) and passes([misled, right, other])
-    assert not promises([other, lost]) and passes([reply("retained", True, False), lost])
+    assert not clean_is_correct([wrong, misled]) and not keep_sample([wrong, misled])
+    assert clean_is_correct([right, other, lost]) and not keep_sample([right, other])
+    assert clean_is_correct([misled, other]) and keep_sample([misled, right, other])
+    assert not clean_is_correct([other, lost]) and keep_sample([reply("retained", True, False), lost])
 
 
 # What cannot run.

@@ -13,7 +13,7 @@ from vestige.bench.erasing.sample import EraseSample, Question, erased, unmarked
 from vestige.bench.erasing.stories import HABITS, PEOPLE
 from vestige.bench.questions import Question as Asked
 from vestige.bench.questions import take_turns
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 
 pytest.importorskip("wonderwords")
 
@@ -60,7 +60,7 @@ def paragraph(article: int, number: int) -> dict:
 
 def made(texts: Path, name: str, **changes) -> list[EraseSample]:
     given = {"length": LENGTH, "samples": 4, "essays": texts / "essays", "qa": texts / "squad.json"}
-    return list(tasks.make(name, Order(**{"count": count, "measure": measure, **given, **changes})))
+    return list(tasks.make(name, TaskSpec(**{"count": count, "measure": measure, **given, **changes})))
 
 
 def passages(sample: EraseSample) -> list[str]:

@@ -116,7 +116,7 @@ def agreements(
             mine = ours(model, ids, [policy for _, policy in pairs.values()])
             for (name, (press, _)), kept in zip(pairs.items(), mine, strict=True):
                 with opened(press, model) as peer:
-                    share = agreement(kept, peer.kept(ids, keep), keep)
+                    share = agreement(kept, peer.find_kept(ids, keep), keep)
                 found[name].append((share, f"{len(ids)} tokens, {keep} kept"))
     return found
 
@@ -130,7 +130,7 @@ def test_a_policy_keeps_the_pairs_that_its_press_keeps(name, agreements):
 
 def test_a_seeded_random_press_keeps_its_count_in_every_row(real, prompts, process):
     with opened("RandomPress(seed=3)", real[0]) as peer:
-        kept = peer.kept(prompts[0], 123)
+        kept = peer.find_kept(prompts[0], 123)
     assert {len(row) for rows in kept for row in rows} == {123}
     assert all(row == sorted(set(row)) and row[0] >= 0 and row[-1] < len(prompts[0]) for rows in kept for row in rows)
 
@@ -182,7 +182,7 @@ def test_masked_pairs_count_as_held_because_nothing_is_freed(real, prompts, proc
         indices = 27_000 * 3 * 8
         spare = int((re.search("([0-9,]+) bytes more", found.note) or ["", "0"])[1].replace(",", ""))
         assert found.kv_bytes == found.full_kv_bytes + indices + spare
-        kept = peer.kept(prompts[2][:400], 100)
+        kept = peer.find_kept(prompts[2][:400], 100)
     assert sum(len(row) for rows in kept for row in rows) == 90 * 100
 
 

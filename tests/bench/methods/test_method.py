@@ -3,7 +3,7 @@
 import pytest
 
 from vestige import BudgetError, InputError, PolicyError, policies
-from vestige.bench.methods.method import Arm, cross
+from vestige.bench.methods.method import Method, cross
 from vestige.policies import POLICIES
 
 PRESS, DYNAMIC = "kvpress:SnapKVPress", "transformers:dynamic"
@@ -47,17 +47,17 @@ def test_peers_take_budgets_if_they_evict():
 
 
 def test_a_policy_gets_its_budget_share_and_seed():
-    made = Arm(policy="random", budget="64", share="layer").make_policy(seed=7)
+    made = Method(policy="random", budget="64", share="layer").make_policy(seed=7)
     assert made == policies.make("random", made.budget, share="layer", seed=7)
     assert made.budget.amount == 64 and made.seed == 7
 
 
 def test_names_and_keys():
-    arm = Arm(policy="snapkv", budget="0.10", share="model")
+    arm = Method(policy="snapkv", budget="0.10", share="model")
     assert arm.name == "snapkv:model@0.10"
     assert arm.key == {"policy": "snapkv", "share": "model", "memory": "none", "budget": "0.10", "peer": None}
-    assert Arm(policy=PRESS, budget="64", peer=PRESS).name == f"{PRESS}@64"
-    assert Arm(policy="snapkv", budget="64", samples=3).key == Arm(policy="snapkv", budget="64").key
+    assert Method(policy=PRESS, budget="64", peer=PRESS).name == f"{PRESS}@64"
+    assert Method(policy="snapkv", budget="64", samples=3).key == Method(policy="snapkv", budget="64").key
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_what_cannot_be_an_arm_is_refused(names, budgets, options, kind, message
 
 def test_an_arm_made_by_hand_is_checked_too():
     with pytest.raises(PolicyError, match="unknown policy"):
-        Arm(policy="snapvk", budget="64")
+        Method(policy="snapvk", budget="64")
     with pytest.raises(PolicyError, match="unknown memory"):
-        Arm(policy="full", memory="moment")
+        Method(policy="full", memory="moment")
     with pytest.raises(InputError, match="unknown peer"):
-        Arm(policy="x", budget="64", peer="x")
+        Method(policy="x", budget="64", peer="x")
     with pytest.raises(BudgetError, match="cannot read budget"):
-        Arm(policy=PRESS, budget="much", peer=PRESS)
+        Method(policy=PRESS, budget="much", peer=PRESS)

@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from vestige import InputError, attach
 from vestige.bench.methods import peers
 from vestige.bench.methods.conversation import Job, Outcome, TurnIds
-from vestige.bench.methods.kvpress_worker import match, ratio_for
+from vestige.bench.methods.kvpress_worker import find_ratio, match_keys
 from vestige.bench.methods.peers import PeerError, open_peer, presses
 from vestige.bench.methods.peers.names import parse
-from vestige.bench.metrics.byte_meter import Scales, storage_bytes
+from vestige.bench.metrics.byte_meter import ByteMeter, storage_bytes
 from vestige.models.compat import cache_argument
 from vestige.testing import random_ids, tiny
 from vestige.utils import options
@@ -257,22 +257,22 @@ def test_a_model_from_the_hub_is_loaded_from_where_it_was_fetched_to(faked, monk
 def test_the_ratio_keeps_exactly_what_was_asked(rows):
     for length in (2, 3, 7, 100, 1021, 4096, 131_072):
         for keep in {1, 2, length // 3, length // 2, length - 1} - {0}:
-            ratio = ratio_for(keep, length, rows, counts_pruned=False)
+            ratio = find_ratio(keep, length, rows, counts_pruned=False)
             assert 0 <= ratio < 1
             assert int(length * (1 - ratio)) == round(length * (1 - ratio)) == keep
             assert int(rows * length * (1 - ratio)) == rows * keep
-            ratio = ratio_for(keep, length, rows, counts_pruned=True)
+            ratio = find_ratio(keep, length, rows, counts_pruned=True)
             assert 0 <= ratio < 1 and int(rows * length * ratio) == rows * (length - keep)
 
 
 def test_a_budget_that_holds_everything_does_not_compress():
-    assert {ratio_for(keep, 100, 6, counts_pruned=False) for keep in (None, 100, 101)} == {0.0}
+    assert {find_ratio(keep, 100, 6, counts_pruned=False) for keep in (None, 100, 101)} == {0.0}
 
 
 def test_kept_positions_are_found_by_their_keys_each_once():
     keys = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0]])
-    assert match(keys, keys[[3, 0]]) == [0, 3]
-    assert match(keys, keys[[2, 0]]) == [0, 2]
+    assert match_keys(keys, keys[[3, 0]]) == [0, 3]
+    assert match_keys(keys, keys[[2, 0]]) == [0, 2]
 
 
 # The caches of transformers
@@ -363,7 +363,7 @@ def test_a_quantised_cache_is_smaller_and_weighed_with_its_scales():
     model, sizes = tiny("llama"), {}
     (context,) = text(model, 128)
     for name in ("dynamic", "quantized", "quantized(nbits=2)"):
-        cache = CachePeer(parse(f"transformers:{name}"), model)._cache()
+        cache = CachePeer(parse(f"transformers:{name}"), model)._make_cache()
         model(torch.tensor([context]), **cache_argument(cache))
         sizes[name] = storage_bytes(cache.layers)
     numbers = 3 * 2 * 2 * 128 * 16
@@ -432,13 +432,13 @@ def test_what_points_at_itself_is_weighed():
 
 def test_scales_leave_the_cache_as_it_was_and_keep_the_peak():
     model = tiny("llama")
-    cache, scales = DynamicCache(config=model.config), Scales([0, 2])
-    with scales.on(cache):
+    cache, meter = DynamicCache(config=model.config), ByteMeter([0, 2])
+    with meter.watch(cache):
         model(random_ids(model, 1, 12), **cache_argument(cache))
-        assert scales.weigh(cache, torch.zeros(1000)) == 2 * 2 * 12 * 2 * 16 * 4 + 4000
+        assert meter.measure(cache, torch.zeros(1000)) == 2 * 2 * 12 * 2 * 16 * 4 + 4000
     assert "update" not in vars(cache)
-    assert scales.heads == {0: 2, 2: 2} and scales.pair_bytes == {0: 256, 2: 256}
-    assert scales.peak_bytes == 2 * 2 * 12 * 2 * 16 * 4 + 4000
+    assert meter.heads == {0: 2, 2: 2} and meter.pair_bytes == {0: 256, 2: 256}
+    assert meter.peak_bytes == 2 * 2 * 12 * 2 * 16 * 4 + 4000
 
 
 def test_the_worker_stands_alone():

@@ -136,7 +136,7 @@ def test_one_reading_is_one_long_forward():
     hook = MODEL.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)
     try:
         arms = [policy(name) for name in sorted(POLICIES)]
-        arms = [arm for arm in arms if vestige_runner.company(arm) is None and not isinstance(arm, NeedsReplay)]
+        arms = [arm for arm in arms if vestige_runner.sharing_key(arm) is None and not isinstance(arm, NeedsReplay)]
         assert len(arms) > 10
         reading = vestige_runner.read(MODEL, [one], arms)
         for arm in arms:
@@ -261,7 +261,7 @@ def test_clocks_and_peaks():
 def test_a_decode_step_is_timed_per_forward(monkeypatch):
     clock = iter(range(1000))
     for module in (vestige_runner, decode):
-        monkeypatch.setattr(module, "now", lambda device: float(next(clock)))
+        monkeypatch.setattr(module, "synchronized_time", lambda device: float(next(clock)))
     (outcome,) = vestige_runner.run(MODEL, [job(turn(60, new=5))], policy("full"))
     assert outcome.decode_ms == 1e3 / 4  # one tick for four steps: the first token comes from the question
     assert outcome.prefill_s == 1.0
@@ -278,15 +278,15 @@ def test_a_budget_below_the_protected_is_an_error_that_names_both():
 def test_policies_that_look_at_every_query_share_a_reading_with_their_like_alone():
     """It is slow: nobody else's times shall have it."""
     budget = Budget.tokens(50)
-    assert vestige_runner.company(policies.KNorm(budget=budget)) is None
-    assert vestige_runner.company(policies.H2O(budget=budget)) == vestige_runner.company(
+    assert vestige_runner.sharing_key(policies.KNorm(budget=budget)) is None
+    assert vestige_runner.sharing_key(policies.H2O(budget=budget)) == vestige_runner.sharing_key(
         policies.H2O(budget=Budget.tokens(60), sink=1)
     )
     most, mean = (policies.IndexMem(budget=budget, reduction=reduction) for reduction in ("max", "mean"))
     assert (
         len(
             {
-                vestige_runner.company(one)
+                vestige_runner.sharing_key(one)
                 for one in (most, mean, policies.H2O(budget=budget), policies.KNorm(budget=budget))
             }
         )

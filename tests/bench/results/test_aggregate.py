@@ -8,7 +8,7 @@ import pytest
 
 import vestige
 from vestige.bench.results import provenance
-from vestige.bench.results.aggregate import aggregate, interval
+from vestige.bench.results.aggregate import aggregate, wilson_interval
 
 ARM = {"policy": "snapkv", "share": "head", "memory": "none", "budget": "0.25", "peer": None}
 FACTS = {"model": "tiny", "split": "dev", "seed": 0, "batch": 1}
@@ -42,13 +42,13 @@ def row(*records: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_the_interval_is_wilsons(scores, low, high):
-    assert interval(scores) == pytest.approx([low, high], abs=5e-5)
+    assert wilson_interval(scores) == pytest.approx([low, high], abs=5e-5)
 
 
 def test_an_interval_lies_in_0_to_1_and_around_its_mean():
     for n in (1, 2, 7, 20, 500):
         for right in {0, 1, n // 2, n}:
-            low, high = interval([1.0] * right + [0.0] * (n - right))
+            low, high = wilson_interval([1.0] * right + [0.0] * (n - right))
             assert 0 <= low <= right / n + 1e-12 and right / n - 1e-12 <= high <= 1
 
 
@@ -68,7 +68,7 @@ def test_sizes_are_means_and_clocks_are_medians():
 def test_score_n_and_interval():
     made = row(*(record(index=i, score=score) for i, score in enumerate((1.0, 0.0, 0.5, 0.5))))
     assert (made["score"], made["n"]) == (0.5, 4)
-    assert made["score_ci95"] == interval([0.5] * 4)
+    assert made["score_ci95"] == wilson_interval([0.5] * 4)
 
 
 def test_a_row_for_each_task_length_and_arm_in_order_of_appearance():
@@ -91,8 +91,8 @@ def test_parts_are_by_the_tags_in_which_samples_differ():
     made = row(*(record(index=i, tags=t, score=s) for i, (t, s) in enumerate(zip(tags, (1.0, 0.0, 1.0), strict=True))))
     assert made["tags"] == {"key": "x"}
     assert made["parts"] == [
-        {"tags": {"depth": 0.0}, "score": 1.0, "score_ci95": interval([1.0]), "n": 1},
-        {"tags": {"depth": 0.5}, "score": 0.5, "score_ci95": interval([1.0, 0.0]), "n": 2},
+        {"tags": {"depth": 0.0}, "score": 1.0, "score_ci95": wilson_interval([1.0]), "n": 1},
+        {"tags": {"depth": 0.5}, "score": 0.5, "score_ci95": wilson_interval([1.0, 0.0]), "n": 2},
     ]
 
 
@@ -111,7 +111,7 @@ def test_turns_are_scored_apart_and_over_those_that_have_them():
     scored = [[1.0, 0.0, 0.5], [0.0, 0.0]]
     made = row(*(record(index=i, turns=[{"score": s} for s in turns]) for i, turns in enumerate(scored)))
     assert [(t["turn"], t["score"], t["n"]) for t in made["turns"]] == [(0, 0.5, 2), (1, 0.0, 2), (2, 0.5, 1)]
-    assert made["turns"][1]["score_ci95"] == interval([0.0, 0.0])
+    assert made["turns"][1]["score_ci95"] == wilson_interval([0.0, 0.0])
     assert row(record())["turns"] == []
 
 
@@ -139,12 +139,12 @@ def test_a_revision_is_dirty_where_the_code_was_changed(monkeypatch, changed, fo
         return {"ls-files": "facts.py", "status": changed, "rev-parse": "abc"}[words[0]]
 
     monkeypatch.setattr(provenance, "_git", git)
-    assert provenance.revision() == found
+    assert provenance.find_revision() == found
 
 
 def test_code_outside_of_a_checkout_has_no_revision(monkeypatch):
     monkeypatch.setattr(provenance, "__file__", "/")
-    assert provenance.revision() is None
+    assert provenance.find_revision() is None
 
 
 def test_the_revision_names_every_one_that_took_part():

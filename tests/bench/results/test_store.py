@@ -38,18 +38,18 @@ def reopened(folder, books=BOOKS) -> Store:
 def test_records_are_there_again(folder):
     store = reopened(folder)
     assert list(store.records.values()) == [record(i) for i in range(3)]
-    assert store.has("lamps", 100, 1, ARM) == record(1)
-    assert store.has("lamps", 100, 3, ARM) is None
+    assert store.find("lamps", 100, 1, ARM) == record(1)
+    assert store.find("lamps", 100, 3, ARM) is None
 
 
 @pytest.mark.parametrize("name", sorted(ARM))
 def test_every_part_of_an_arm_tells_records_apart(folder, name):
-    assert reopened(folder).has("lamps", 100, 1, ARM | {name: "other"}) is None
+    assert reopened(folder).find("lamps", 100, 1, ARM | {name: "other"}) is None
 
 
 def test_task_and_length_tell_records_apart(folder):
     store = reopened(folder)
-    assert store.has("lamp", 100, 1, ARM) is store.has("lamps", 1001, 1, ARM) is None
+    assert store.find("lamp", 100, 1, ARM) is store.find("lamps", 1001, 1, ARM) is None
 
 
 def test_a_record_is_one_line_on_disk_at_once(tmp_path):
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_finished_lines_and_no_half_one(folder, room, short):
         store.append(record(3))
     store.close()
     assert (folder / "samples.jsonl").read_bytes() == before
-    assert store.has("lamps", 100, 3, ARM) is None
+    assert store.find("lamps", 100, 3, ARM) is None
     assert len(reopened(folder).records) == 3
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from vestige import InputError
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import Order, make
+from vestige.bench.tasks import TaskSpec, make
 
 
 def words(text: str) -> int:
@@ -30,7 +30,7 @@ def read(tmp_path):
     def call(*lines: object, name: str = "cases", **changes) -> list[Sample]:
         path = tmp_path / "cases.jsonl"
         path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-        return make(name, Order(**({"count": words, "measure": measure, "file": path} | changes)))
+        return make(name, TaskSpec(**({"count": words, "measure": measure, "file": path} | changes)))
 
     return call
 
@@ -141,7 +141,7 @@ def test_a_malformed_line_is_named(read, line, said):
 
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
     def read(path: Path | None) -> list[Sample]:
-        return make("cases", Order(count=words, measure=measure, file=path))
+        return make("cases", TaskSpec(count=words, measure=measure, file=path))
 
     with pytest.raises(InputError, match=r"cases needs a file: vestige bench cases FILE\.jsonl"):
         read(None)

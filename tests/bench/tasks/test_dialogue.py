@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vestige.bench.tasks import Order, make
+from vestige.bench.tasks import TaskSpec, make
 from vestige.bench.tasks.dialogue import PARTS, TURNS
 from vestige.errors import InputError
 
@@ -18,11 +18,11 @@ def count(text: str) -> int:
 
 
 @pytest.fixture
-def order(tmp_path: Path) -> Order:
+def order(tmp_path: Path) -> TaskSpec:
     for name in ("one", "two"):
         lines = (f"The {name} keeper number {n} lit lamp {n * 7} before the fog came in." for n in range(60))
         (tmp_path / f"{name}.txt").write_text(" ".join(lines))
-    return Order(
+    return TaskSpec(
         count=count,
         measure=lambda turns: sum(count(t.context) + count(t.question) + t.max_new_tokens for t in turns),
         length=600,

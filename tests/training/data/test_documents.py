@@ -11,7 +11,7 @@ import torch
 from tests.conftest import byte_level_tokenizer
 from vestige import InputError
 from vestige.bench import hub, sources
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.training.data import documents as module
 from vestige.training.data.documents import Document, draw_windows, read_documents, split_documents, split_lines
 from vestige.training.sampler import make_generator
@@ -98,7 +98,7 @@ def test_training_texts_and_benchmark_essays_share_nothing_and_miss_nothing(tmp_
     used = {
         text
         for side in ("dev", "test")
-        for text in sources.essays(Order(count=len, measure=len, split=side, essays=folder))
+        for text in sources.essays(TaskSpec(count=len, measure=len, split=side, essays=folder))
     }
     assert used == {f"text {n}" for n in range(4, 49, 5)} and not trained & used
     assert trained | used == {f"text {n}" for n in range(49)}

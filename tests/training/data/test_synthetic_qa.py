@@ -8,7 +8,7 @@ import pytest
 
 from vestige.bench import sources, tasks
 from vestige.bench.erasing import stories
-from vestige.bench.tasks import SPLITS, Order
+from vestige.bench.tasks import SPLITS, TaskSpec
 from vestige.training.data import vocabulary
 from vestige.training.data.synthetic_qa import story as tales
 
@@ -38,7 +38,7 @@ def essays(tmp_path_factory) -> Path:
 )
 def test_no_statement_question_or_reply_is_phrased_like_a_benchmarks(essays, name):
     pytest.importorskip("wonderwords")
-    order = Order(
+    order = TaskSpec(
         count=lambda text: len(text.split()),
         measure=lambda turns: sum(len(turn.context.split()) for turn in turns),
         length=900,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vestige.bench.erasing import stories, tasks
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.training.data import vocabulary
 from vestige.training.data.sentences import split_sentences
 from vestige.training.data.vocabulary import RELATIONS
@@ -161,7 +161,7 @@ def essays(tmp_path_factory) -> Path:
 )
 def test_no_statement_order_question_or_reply_is_phrased_like_a_benchmarks(essays, name):
     pytest.importorskip("wonderwords")
-    order = Order(count=count, measure=lambda turns: sum(count(t.context) for t in turns), length=900, essays=essays)
+    order = TaskSpec(count=count, measure=lambda turns: sum(count(t.context) for t in turns), length=900, essays=essays)
     forms = [pattern(form) for form in (*vocabulary.STATED, *vocabulary.ORDERS, *vocabulary.REMARKS)]
     asked = [pattern(form) for form in (*vocabulary.ASK, *vocabulary.ASK_ALL, *vocabulary.REPLY, *vocabulary.REPLY_ALL)]
     for sample in islice(tasks.make(name, order), 3):

@@ -16,7 +16,7 @@ from vestige.bench.erasing.sample import EraseSample, Kind, Question, erased
 from vestige.bench.erasing.story_templates import StoryTemplate, count_least_tokens, fit
 from vestige.bench.questions import Question as SourceQuestion
 from vestige.bench.questions import Questions
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, named_length
 from vestige.bench.tasks.ruler.needles import split_sentences
 from vestige.errors import InputError
@@ -32,7 +32,7 @@ Pool = Mapping[tuple[str, int], Sequence[str]]
 """Answers of a split, by their shape."""
 
 
-def make_samples(order: Order, task: str) -> Iterator[EraseSample]:
+def make_samples(order: TaskSpec, task: str) -> Iterator[EraseSample]:
     """Yield a sample for every question that fits and has a distractor, in a random order given by the seed.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Asking an edited cache, and comparing it with the clean one: what each says, and how likely the clean reply is."""
+"""The same questions to the clean cache and to edited ones: their replies, and the likelihood of the clean reply."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ from vestige.utils.timing import synchronized_time
 
 
 @dataclass(frozen=True)
-class Against:
-    """How an edited cache compares with the clean one under the clean reply, mean over its tokens.
+class Divergence:
+    """How an edited cache differs from the clean one under the clean reply, mean over its tokens.
 
     Args:
         kl: Kullback-Leibler divergence of the cache's distribution from the clean one, in nats.
@@ -33,13 +33,13 @@ class Against:
 
 
 def read(model: PreTrainedModel, ids: Int[Tensor, "1 context"], cache: KVCache) -> KVCache:
-    """Read a context with nothing asked, and return the cache."""
+    """Read a context without a question, and return the cache."""
     prefill(model, ids.to(model.device), cache)
     return cache
 
 
-class Listeners:
-    """Caches that are asked in turn, all in one forward; nothing that is asked or replied is evicted, or stays.
+class BatchedCaches:
+    """Caches that answer questions in one forward; no question or reply is evicted, or stays.
 
     Args:
         model: An attached model.
@@ -51,24 +51,24 @@ class Listeners:
         self.cache = caches[0].fork(Full()) if len(caches) == 1 else join(caches)
 
     @contextmanager
-    def asked(self, question: Int[Tensor, "1 question"]) -> Iterator["Asked"]:
-        """Feed a question behind the contexts, for as long as it takes to hear the replies."""
+    def ask(self, question: Int[Tensor, "1 question"]) -> Iterator["QuestionedCaches"]:
+        """Feed a question after the contexts; it is removed on exit."""
         with self.cache.rolled_back():
             fed = question.expand(len(self.cache.seen), -1).to(self.model.device)
             started = synchronized_time(self.model.device)
             logits = prefill(self.model, fed, self.cache, settle=False)
-            yield Asked(self.model, self.cache, logits, synchronized_time(self.model.device) - started)
+            yield QuestionedCaches(self.model, self.cache, logits, synchronized_time(self.model.device) - started)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Caches with a question behind each.
+class QuestionedCaches:
+    """Caches that have read a question each.
 
     Args:
         model: An attached model.
-        cache: Has them as its rows.
+        cache: Has the caches as its rows.
         logits: After the question.
-        first_token_s: What these took.
+        first_token_s: Seconds that these took.
     """
 
     model: PreTrainedModel
@@ -76,15 +76,15 @@ class Asked:
     logits: Float[Tensor, "batch vocab"]
     first_token_s: float
 
-    def replies(self, limit: int, stop: Collection[int]) -> Decoded:
-        """Return the greedy reply of each cache, of at most so many tokens."""
+    def decode(self, limit: int, stop: Collection[int]) -> Decoded:
+        """Decode the greedy reply of each cache, of at most ``limit`` tokens."""
         with self.cache.rolled_back():
             return decode(
                 lambda token: forward(self.model, token, self.cache), self.logits, [limit] * len(self.logits), stop
             )
 
-    def forced(self, reply: tuple[int, ...]) -> Float[Tensor, "batch reply vocab"]:
-        """Return the logits before each token of a reply that is put into the model's mouth, in float32."""
+    def score(self, reply: tuple[int, ...]) -> Float[Tensor, "batch reply vocab"]:
+        """Return the logits before each token of a given reply, in float32."""
         fed = torch.tensor([reply[:-1]] * len(self.logits), device=self.model.device)
         if not fed.numel():
             return self.logits[:, None].float()
@@ -94,9 +94,9 @@ class Asked:
         return torch.cat([self.logits[:, None], later], 1).float()
 
 
-def compare(clean_logits: Float[Tensor, "reply vocab"], logits: Float[Tensor, "reply vocab"]) -> Against:
-    """Return how logits compare with the clean ones."""
-    wanted, found = clean_logits.log_softmax(-1), logits.log_softmax(-1)
-    kl = (wanted.exp() * (wanted - found)).sum(-1).mean()
-    agree = (wanted.argmax(-1) == found.argmax(-1)).float().mean()
-    return Against(max(float(kl), 0.0), float(agree))
+def compare(clean_logits: Float[Tensor, "reply vocab"], logits: Float[Tensor, "reply vocab"]) -> Divergence:
+    """Compare logits with the clean ones."""
+    clean, edited = clean_logits.log_softmax(-1), logits.log_softmax(-1)
+    kl = (clean.exp() * (clean - edited)).sum(-1).mean()
+    agree = (clean.argmax(-1) == edited.argmax(-1)).float().mean()
+    return Divergence(max(float(kl), 0.0), float(agree))

@@ -1,8 +1,6 @@
-"""Samples as token ids: each context is tokenised once, and what is erased are ids of that one tokenisation."""
+"""Samples as token ids: each context is tokenised once, and the erased ids are a part of that one tokenisation."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 
 import torch
 from jaxtyping import Int
@@ -11,6 +9,7 @@ from torch import Tensor
 from vestige.bench.erasing import tasks
 from vestige.bench.erasing.config import EraseBenchConfig
 from vestige.bench.erasing.sample import EraseSample
+from vestige.bench.items import hash_parts
 from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
 from vestige.models.layout import check
@@ -26,7 +25,7 @@ class Item:
     sample: EraseSample
     context: Int[Tensor, "1 context"]
     spans: tuple[Span, ...]
-    """Where the passages stand among the ids."""
+    """The passages, as positions among the ids."""
     questions: tuple[Int[Tensor, "1 _question"], ...]
 
     @property
@@ -37,14 +36,14 @@ class Item:
     @property
     def tokens(self) -> int:
         """Tokens of the context, the longest question and its longest reply."""
-        asked = zip(self.questions, self.sample.questions, strict=True)
-        return self.context.shape[1] + max(ids.shape[1] + question.max_new_tokens for ids, question in asked)
+        pairs = zip(self.questions, self.sample.questions, strict=True)
+        return self.context.shape[1] + max(ids.shape[1] + question.max_new_tokens for ids, question in pairs)
 
     @property
     def digest(self) -> str:
-        """What tells whether a record was made from these very ids, and judged by these answers."""
+        """A hash of the ids and the answers: a record with the same one was made from the same data."""
         ids = [tensor.tolist() for tensor in (self.context, *self.questions)]
-        return sha256(repr((ids, self.spans, self.sample.questions)).encode()).hexdigest()[:16]
+        return hash_parts(ids, self.spans, self.sample.questions)
 
 
 def collect(config: EraseBenchConfig, renderer: Renderer) -> list[Item]:
@@ -54,17 +53,14 @@ def collect(config: EraseBenchConfig, renderer: Renderer) -> list[Item]:
         InputError: A task does not fit a length, texts are missing, or a sample leaves no position for a reply: before
             hours of work, not after.
     """
-    return list(_collect(config, renderer))
-
-
-def _collect(config: EraseBenchConfig, renderer: Renderer) -> Iterator[Item]:
     limit, frame = check(renderer.model).max_positions, ChatTemplate(renderer.tokenizer)
+    items = []
     for length in dict.fromkeys(config.lengths):
         if limit is not None and length > limit:
             raise InputError(f"--length {length} is more than the model's {limit} positions")
         for name in config.tasks_at(length):
-            for sample in tasks.make(name, config.order(renderer, length)):
-                yield as_item(sample, frame)
+            items += [as_item(sample, frame) for sample in tasks.make(name, config.task_spec(renderer, length))]
+    return items
 
 
 def as_item(sample: EraseSample, frame: ChatTemplate) -> Item:

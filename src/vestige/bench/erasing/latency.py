@@ -1,7 +1,7 @@
-"""How long an edit takes, by length: the edit, the first token behind it, and decoding, apart; reading is not counted.
+"""The time that an edit takes, by length: the edit, the first token after it, and decoding, without the reading.
 
 Machines are noisy, so methods alternate: every round times each of them once, on a fork of one reading. Figures are
-medians over the rounds but the first, which warms up.
+medians over all rounds except the first, which warms up.
 """
 
 import statistics
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige import erasers
-from vestige.bench.erasing.config import BOUNDS
-from vestige.bench.erasing.divergence import Listeners, read
+from vestige.bench.erasing.config import add_bounds
+from vestige.bench.erasing.divergence import BatchedCaches, read
 from vestige.bench.results.aggregate import Row
-from vestige.bench.results.provenance import provenance
+from vestige.bench.results.provenance import collect_provenance
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers.erase import erase
@@ -32,14 +32,14 @@ FIGURES = ("edit_s", "first_token_s", "decode_ms", "tokens_recomputed")
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
-    """What to time.
+    """The lengths and methods to time.
 
     Raises:
         InputError: An unknown method, too few rounds, or a length that has no room for the span.
     """
 
     lengths: tuple[int, ...] = (1000, 2000, 4000, 8000)
-    """Tokens read before the edit; question and reply need room behind them."""
+    """Tokens read before the edit; question and reply need positions after them."""
     methods: tuple[str, ...] = ()
     """Erasers, with options if wanted. The bounds are timed whatever is named."""
     before: int = 100
@@ -50,7 +50,7 @@ class LatencyConfig:
     reply: int = 16
     """Tokens of the reply, the first one included."""
     rounds: int = 5
-    """How often each is timed, the warm-up not counted."""
+    """Timed rounds, without the warm-up."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,17 +60,11 @@ class LatencyConfig:
             raise InputError(f"a median needs at least {FEWEST_ROUNDS} rounds, got {self.rounds}")
         if min(self.before, self.span, self.question) < 1 or self.reply < 2:
             raise InputError("before, span and question must be at least 1 token, and the reply at least 2")
-        for method in self.all_methods:
-            erasers.make(method)
-
-    @property
-    def all_methods(self) -> tuple[str, ...]:
-        """The bounds, then the other methods, each once."""
-        return tuple(dict.fromkeys([*BOUNDS, *self.methods]))
+        add_bounds(self.methods)
 
     @property
     def place(self) -> Span:
-        """Where the span stands."""
+        """The span that is erased."""
         return Span(self.before, self.before + self.span)
 
 
@@ -84,9 +78,9 @@ def latency(
     """Time every method at every length, over random ids, and return a row for each.
 
     Args:
-        config: What to time.
+        config: The lengths and methods.
         model: Attached for as long as this runs.
-        name: What rows call the model.
+        name: The model's name in rows.
         progress: Called with (edits done, in all, what is next).
 
     Raises:
@@ -95,26 +89,26 @@ def latency(
     limit, longest = check(model).max_positions, max(config.lengths) + config.question + config.reply
     if limit is not None and longest > limit:
         raise InputError(f"length, question and reply are {longest} tokens; the model has {limit} positions")
-    facts = {"model": name, "seed": config.seed, "rounds": config.rounds, **provenance(model)}
+    facts = {"model": name, "seed": config.seed, "rounds": config.rounds, **collect_provenance(model)}
     facts |= {"span": config.span, "before": config.before}
     rows: list[Row] = []
-    done, total = 0, len(config.lengths) * len(config.all_methods) * (config.rounds + 1)
+    done, total = 0, len(config.lengths) * len(add_bounds(config.methods)) * (config.rounds + 1)
 
-    def tell(what: str) -> None:
+    def report(what: str) -> None:
         nonlocal done
         progress(done, total, what)
         done += 1
 
     with torch.no_grad(), attach(model):
         for length in config.lengths:
-            found = _at(config, model, length, tell)
+            found = _time_length(config, model, length, report)
             rows += [{**facts, "length": length, "method": method, **figures} for method, figures in found.items()]
-    tell("timed")
+    report("timed")
     return rows
 
 
-def _at(
-    config: LatencyConfig, model: PreTrainedModel, length: int, tell: Callable[[str], None]
+def _time_length(
+    config: LatencyConfig, model: PreTrainedModel, length: int, report: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """Return the figures of each method at one length."""
     draw = torch.Generator().manual_seed(config.seed)
@@ -122,18 +116,18 @@ def _at(
     ids = torch.randint(3, vocab, (1, length + config.question), generator=draw)
     context, question = ids[:, :length].to(model.device), ids[:, length:]
     cache = read(model, context, KVCache(model, Full()))
-    taken: dict[str, list[dict[str, float]]] = {method: [] for method in config.all_methods}
+    taken: dict[str, list[dict[str, float]]] = {method: [] for method in add_bounds(config.methods)}
     for _ in range(config.rounds + 1):
         for method, rounds in taken.items():
-            tell(f"{length} {method}")
-            rounds.append(_once(config, model, cache, context, question, method))
+            report(f"{length} {method}")
+            rounds.append(_time_edit(config, model, cache, context, question, method))
     return {
-        method: {name: statistics.median(one[name] for one in rounds[1:]) for name in FIGURES}
+        method: {name: statistics.median(figures[name] for figures in rounds[1:]) for name in FIGURES}
         for method, rounds in taken.items()
     }
 
 
-def _once(
+def _time_edit(
     config: LatencyConfig,
     model: PreTrainedModel,
     cache: KVCache,
@@ -141,14 +135,14 @@ def _once(
     question: Int[Tensor, "1 question"],
     method: str,
 ) -> dict[str, float]:
-    """Return what one edit, one question and one reply take."""
+    """Return the times of one edit, one question and one reply."""
     fork = cache.fork()
     report = erase(fork, config.place, erasers.make(method), model=model, input_ids=context).report
-    with Listeners(model, [fork]).asked(question) as asked:
-        said = asked.replies(config.reply, ())
+    with BatchedCaches(model, [fork]).ask(question) as asked:
+        decoded = asked.decode(config.reply, ())
     return {
         "edit_s": report.edit_s,
         "first_token_s": asked.first_token_s,
-        "decode_ms": 1e3 * said.seconds / said.steps,
+        "decode_ms": 1e3 * decoded.seconds / decoded.steps,
         "tokens_recomputed": float(report.tokens_recomputed),
     }

@@ -12,7 +12,7 @@ from vestige.bench.erasing.story_templates import (
     draw_facts,
     draw_sentences,
 )
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.ruler.needles import needle_text
 
 OPENING = (
@@ -23,22 +23,22 @@ HARMLESS_TOKENS = 100
 """Length of a harmless passage, which consists of whole sentences and may be a bit longer."""
 
 
-def make_early(order: Order, rng: random.Random) -> StoryTemplate:
+def make_early(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return two conflicting needles, the earlier of them erased."""
     return _make_conflict(order, rng, values=2, wrong={0})
 
 
-def make_late(order: Order, rng: random.Random) -> StoryTemplate:
+def make_late(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return two conflicting needles, the later of them erased."""
     return _make_conflict(order, rng, values=2, wrong={1})
 
 
-def make_several(order: Order, rng: random.Random) -> StoryTemplate:
+def make_several(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return four conflicting needles, three of them erased in one call."""
     return _make_conflict(order, rng, values=4, wrong={0, 1, 2, 3} - {rng.randrange(4)})
 
 
-def _make_conflict(order: Order, rng: random.Random, *, values: int, wrong: Collection[int]) -> StoryTemplate:
+def _make_conflict(order: TaskSpec, rng: random.Random, *, values: int, wrong: Collection[int]) -> StoryTemplate:
     (name, numbers), (other, others) = draw_facts(order, rng, 2, values)
     gone = [numbers[i] for i in sorted(wrong)]
     lines = [needle_text(FORM, name, number) for number in numbers]
@@ -56,7 +56,7 @@ def _make_conflict(order: Order, rng: random.Random, *, values: int, wrong: Coll
     return _hide(lines, rng, draw_sentences(order, rng, gone), questions)
 
 
-def make_harmless(order: Order, rng: random.Random) -> StoryTemplate:
+def make_harmless(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return a text with an erased paragraph that no question is about: nothing may change."""
     (first, one), (second, two) = draw_facts(order, rng, 2)
     essay = draw_sentences(order, rng)
@@ -66,7 +66,7 @@ def make_harmless(order: Order, rng: random.Random) -> StoryTemplate:
     return _hide(lines, rng, essay[count:], (_ask("retained", first, *one), _ask("retained", second, *two)))
 
 
-def make_repeat(order: Order, rng: random.Random) -> StoryTemplate:
+def make_repeat(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return a text with the only needle of a key erased, and three questions for it."""
     (name, gone), (other, others) = draw_facts(order, rng, 2)
     lines = [erased(needle_text(FORM, name, gone[0])), needle_text(FORM, other, others[0])]

@@ -1,27 +1,27 @@
-"""What the benchmark of erasers asks: a text with passages to take out, and questions for what is left."""
+"""Samples of the benchmark of erasers: a text, its passages to erase, and the questions after the erase."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Kind = Literal["target", "retained", "leak"]
-"""The answer changes with the erase; it must survive the erase; it is what was erased."""
+"""The erase changes the answer; the answer must survive the erase; the answer was erased."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NUMBER_ROOM = 16
-"""Tokens for a number of seven digits, a full stop, and what a model says around them."""
+"""Tokens for a number of seven digits, a full stop, and a few words around them."""
 _BEGIN, _END = "\ue010", "\ue011"  # private use characters: no text has them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question behind the erase.
+    """One question after the erase.
 
     Args:
-        kind: What it is for.
+        kind: The purpose of the question.
         text: As the user asks it.
-        answers: Any of them is right once the passages are gone; none if only what must not be said is known.
+        answers: Any of them is right after the erase; none if only forbidden values are known.
         answer_prefix: Opens the reply; not part of what is scored.
-        forbidden: What the reply must not contain: values that stand in the passages and nowhere else.
+        forbidden: Values that the reply must not contain: they are in the passages and nowhere else.
         max_new_tokens: Longest reply.
     """
 
@@ -33,26 +33,26 @@ class Question:
     max_new_tokens: int = NUMBER_ROOM
 
     def correct(self, reply: str) -> bool | None:
-        """Return whether a reply has any of the answers, case ignored; None if there are none."""
+        """Return whether a reply has any of the answers, case ignored; None if there are no answers."""
         return _has_any(reply, self.answers) if self.answers else None
 
     def leaks(self, reply: str) -> bool | None:
-        """Return whether a reply has anything that is forbidden, case ignored; None if nothing is."""
+        """Return whether a reply has a forbidden value, case ignored; None if there are no such values."""
         return _has_any(reply, self.forbidden) if self.forbidden else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EraseSample:
-    """A text, what is erased of it, and what is asked then.
+    """A text, its passages to erase, and the questions after the erase.
 
     Args:
         task: A key of ``TASKS``.
         index: Unique within (task, length).
         length: Nominal: chat text, context, any question and its longest reply are never longer, in tokens.
         context: The whole text.
-        passages: Characters ``[start, end)`` of the context that are erased, in one call; ascending and disjoint.
-        questions: Each is asked on its own, of one and the same edited cache.
-        tags: What results are broken down by.
+        passages: Characters ``[start, end)`` of the context to erase in one call; ascending and disjoint.
+        questions: Each is asked alone, of the same edited cache.
+        tags: Groups that results are broken down by.
     """
 
     task: str
@@ -64,14 +64,14 @@ class EraseSample:
     tags: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        left = self.remaining
-        told = [value for question in self.questions for value in question.forbidden if _has_any(left, (value,))]
+        rest = self.remaining
+        leaks = [value for question in self.questions for value in question.forbidden if _has_any(rest, (value,))]
         assert self.passages, f"sample {self.index} of {self.task} has nothing to erase"
-        assert not told, f"sample {self.index} of {self.task} says {told} outside of what is erased"
+        assert not leaks, f"sample {self.index} of {self.task} says {leaks} outside of what is erased"
 
     @property
     def remaining(self) -> str:
-        """The text without the passages, to check values; the clean prompt is made of ids, never of this."""
+        """The text without the passages, to check values; the clean prompt is made of ids, not of this text."""
         ends = [0, *(end for _, end in self.passages)]
         starts = [*(start for start, _ in self.passages), len(self.context)]
         return "".join(self.context[a:b] for a, b in zip(ends, starts, strict=True))
@@ -84,13 +84,13 @@ def what_is(
     forbidden: Sequence[str] = (),
     room: int = NUMBER_ROOM,
 ) -> Question:
-    """Return the plainest question, with a reply that is begun: "What is the code?", "The code is".
+    """Return the plainest question and the beginning of its reply: "What is the code?", "The code is".
 
     Args:
-        kind: What it is for.
-        what: Asked for, such as "the code".
+        kind: The purpose of the question.
+        what: The thing in question, such as "the code".
         answers: Any is right.
-        forbidden: What must not be said.
+        forbidden: Values that the reply must not contain.
         room: Longest reply, in tokens.
     """
     return Question(

@@ -1,4 +1,4 @@
-"""How one reply is judged: against the clean reply, the right answers, and what must not be said."""
+"""The scores of one reply against the clean reply, the right answers and the forbidden ones; the filter of samples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,45 +8,45 @@ from vestige.bench.metrics import text_overlap
 from vestige.bench.results.aggregate import Record
 
 
-def judged(question: Question, said: str, clean: str) -> dict[str, Any]:
-    """Return what was asked and said, and how it is judged.
+def score_reply(question: Question, reply: str, clean: str) -> dict[str, Any]:
+    """Return a question, a reply and the clean reply with their scores.
 
-    ``exact`` and ``f1`` compare with the clean reply as SQuAD compares; ``correct`` and ``clean_correct`` say whether
-    a right answer occurs, ``leak`` and ``clean_leak`` whether something forbidden does; each is None where there is
-    nothing to compare with.
+    ``exact`` and ``f1`` compare with the clean reply as SQuAD compares; ``correct`` and ``clean_correct`` tell whether
+    a right answer occurs, ``leak`` and ``clean_leak`` whether a forbidden one does. Each is None if there is nothing to
+    compare with.
     """
-    exact = text_overlap.normalized(said) == text_overlap.normalized(clean)
+    exact = text_overlap.normalize(reply) == text_overlap.normalize(clean)
     return {
         "kind": question.kind,
         "question": question.text,
         "answer_prefix": question.answer_prefix,
         "answers": list(question.answers),
         "forbidden": list(question.forbidden),
-        "prediction": said,
+        "prediction": reply,
         "clean": clean,
         "exact": exact,
-        "f1": 1.0 if exact else text_overlap.token_f1(said, clean),
-        "correct": question.correct(said),
+        "f1": 1.0 if exact else text_overlap.token_f1(reply, clean),
+        "correct": question.correct(reply),
         "clean_correct": question.correct(clean),
-        "leak": question.leaks(said),
+        "leak": question.leaks(reply),
         "clean_leak": question.leaks(clean),
     }
 
 
-def promises(replies: Sequence[Record]) -> bool:
-    """Return whether the clean replies let a sample pass the filter: see :func:`passes`."""
+def clean_is_correct(replies: Sequence[Record]) -> bool:
+    """Return whether the clean replies let a sample pass the filter of :func:`keep_sample`."""
     return all(reply["clean_correct"] for reply in _deciding(replies))
 
 
-def passes(replies: Sequence[Record]) -> bool:
-    """Return whether a sample passes the filter, from what the untouched cache says.
+def keep_sample(replies: Sequence[Record]) -> bool:
+    """Return whether a sample passes the filter, given the replies of the untouched cache.
 
-    It does if the clean replies to the target questions are right and one of the untouched cache's is wrong; where
-    nothing is asked that should change, if the clean replies to the retained questions are right.
+    It passes if the clean replies to the target questions are right and one reply of the untouched cache is wrong. A
+    sample without target questions passes if the clean replies to its retained questions are right.
     """
     unchanged = all(reply["correct"] for reply in replies if reply["kind"] == "target")
     harmless = all(reply["kind"] != "target" for reply in replies)
-    return promises(replies) and (harmless or not unchanged)
+    return clean_is_correct(replies) and (harmless or not unchanged)
 
 
 def _deciding(replies: Sequence[Record]) -> list[Record]:

@@ -20,7 +20,7 @@ from vestige.bench.erasing.story_templates import (
     make_each,
 )
 from vestige.bench.questions import take_turns
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 
 _WORD_ROOM = 10
 _PAGE_SENTENCES = 3
@@ -44,7 +44,7 @@ PEOPLE = (
 """People with favourites; each split takes every other one."""
 
 
-def make_tool_result(order: Order, rng: random.Random) -> StoryTemplate:
+def make_tool_result(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return the log of an agent that called a tool twice with the same question; the wrong result is erased."""
     (name, numbers), (other, others) = draw_facts(order, rng, 2, 2)
     wrong = rng.randrange(2)
@@ -76,7 +76,7 @@ def _call(name: str, number: str, *, is_erased: bool = False) -> str:
     return f'Call: get_stock("{name}")\nResult: {erased(result) if is_erased else result}'
 
 
-def make_injection(order: Order, rng: random.Random) -> StoryTemplate:
+def make_injection(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return a document with an erased instruction that dictates a wrong answer about one of its facts."""
     (name, (right, gone)), (other, others) = draw_facts(order, rng, 2, 2)
     lines = [
@@ -100,7 +100,7 @@ def make_injection(order: Order, rng: random.Random) -> StoryTemplate:
     )
 
 
-def make_preference(order: Order, rng: random.Random) -> StoryTemplate:
+def make_preference(order: TaskSpec, rng: random.Random) -> StoryTemplate:
     """Return notes on people with a preference that is stated and later retracted; the first statement is erased."""
     who, other = rng.sample(take_turns(PEOPLE, order.split), 2)
     (what, values), (kind, others) = rng.sample(HABITS, 2)
@@ -137,7 +137,7 @@ def derived_fact_samples(distance: int) -> Maker:
     return make_each(lambda order, rng: _make_derived_fact(order, rng, distance))
 
 
-def _make_derived_fact(order: Order, rng: random.Random, distance: int) -> StoryTemplate:
+def _make_derived_fact(order: TaskSpec, rng: random.Random, distance: int) -> StoryTemplate:
     (name, (right, gone, badge)), (other, others) = draw_facts(order, rng, 2, 3)
     essay = draw_sentences(order, rng, [gone])
     between = count_lines(order, essay, distance)

@@ -7,7 +7,7 @@ from itertools import count
 
 from vestige.bench.erasing.sample import EraseSample, Question, unmarked
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, largest, named_length
 from vestige.bench.tasks.ruler.needles import DEPTHS, NEEDLES, draw_pairs, haystack
 from vestige.errors import InputError
@@ -48,14 +48,14 @@ class StoryTemplate:
         return self.opening + self.joint.join(pieces)
 
 
-Maker = Callable[[Order, str], Iterator[EraseSample]]
+Maker = Callable[[TaskSpec, str], Iterator[EraseSample]]
 """Yields the samples of a task, by an order and the task's name, without end or until texts run out."""
 
 
-def make_each(make_template: Callable[[Order, random.Random], StoryTemplate]) -> Maker:
+def make_each(make_template: Callable[[TaskSpec, random.Random], StoryTemplate]) -> Maker:
     """Return the maker that draws every sample on its own: sample 7 does not depend on the number of samples."""
 
-    def make(order: Order, task: str) -> Iterator[EraseSample]:
+    def make(order: TaskSpec, task: str) -> Iterator[EraseSample]:
         for index in count():
             rng = random.Random(key(order, f"erase/{task}", index))
             yield fit(order, make_template(order, rng), task, index)
@@ -63,7 +63,7 @@ def make_each(make_template: Callable[[Order, random.Random], StoryTemplate]) ->
     return make
 
 
-def fit(order: Order, template: StoryTemplate, task: str, index: int) -> EraseSample:
+def fit(order: TaskSpec, template: StoryTemplate, task: str, index: int) -> EraseSample:
     """Return the sample with the most filler that fits the order's length.
 
     Raises:
@@ -85,12 +85,12 @@ def fit(order: Order, template: StoryTemplate, task: str, index: int) -> EraseSa
     )
 
 
-def count_least_tokens(order: Order, template: StoryTemplate) -> int:
+def count_least_tokens(order: TaskSpec, template: StoryTemplate) -> int:
     """Return the tokens of the sample with the least filler."""
     return _make_measure(order, template)(1)
 
 
-def _make_measure(order: Order, template: StoryTemplate) -> Callable[[int], int]:
+def _make_measure(order: TaskSpec, template: StoryTemplate) -> Callable[[int], int]:
     """Return the function from a size to the tokens of the sample with its longest question."""
     longest = max(template.questions, key=lambda question: order.measure((as_turn("", question),)))
     return lambda size: order.measure((as_turn(unmarked(template.text(size))[0], longest),))
@@ -112,21 +112,21 @@ def draw_depths(rng: random.Random, number: int) -> list[float]:
     return sorted(rng.sample(DEPTHS, number))
 
 
-def draw_facts(order: Order, rng: random.Random, keys: int, values: int = 1) -> list[tuple[str, list[str]]]:
+def draw_facts(order: TaskSpec, rng: random.Random, keys: int, values: int = 1) -> list[tuple[str, list[str]]]:
     """Return distinct keys, each with distinct numbers."""
     drawn = draw_pairs(FORM, keys * values, order, rng)
     names, numbers = list(drawn), [numbers[0] for numbers in drawn.values()]
     return [(names[i], numbers[i * values : (i + 1) * values]) for i in range(keys)]
 
 
-def draw_sentences(order: Order, rng: random.Random, avoid: Sequence[str] = ()) -> list[str]:
+def draw_sentences(order: TaskSpec, rng: random.Random, avoid: Sequence[str] = ()) -> list[str]:
     """Return the essays' sentences from a random one on, without those that contain a word of ``avoid``."""
     unwanted = [word.lower() for word in avoid]
     sentences = haystack(FORM, order, rng, taken={})
     return [sentence for sentence in sentences if not any(word in sentence.lower() for word in unwanted)]
 
 
-def count_lines(order: Order, lines: Sequence[str], tokens: int) -> int:
+def count_lines(order: TaskSpec, lines: Sequence[str], tokens: int) -> int:
     """Return the number of lines that, joined by spaces, reach ``tokens``.
 
     Raises:

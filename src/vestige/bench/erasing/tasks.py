@@ -1,4 +1,4 @@
-"""The tasks of the benchmark of erasers, in one dict: from a name to what makes its samples."""
+"""The tasks of the benchmark of erasers, in one dict from a name to the maker of its samples."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -6,7 +6,7 @@ from itertools import islice
 from vestige.bench.erasing import distractors, needles, stories
 from vestige.bench.erasing.sample import EraseSample
 from vestige.bench.erasing.story_templates import Maker, make_each
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.errors import InputError, unknown_name_message
 
 TASKS: dict[str, Maker] = {
@@ -24,9 +24,9 @@ TASKS: dict[str, Maker] = {
     "repeat": make_each(needles.make_repeat),
 }
 QA_TASKS = frozenset({"distractor_qa"})
-"""Which need a file of questions."""
+"""Tasks that need a file of questions."""
 SAMPLES = 20
-"""Samples of each (task, length) if none are asked for."""
+"""Samples of each (task, length) by default."""
 
 
 def check(name: str) -> None:
@@ -35,15 +35,15 @@ def check(name: str) -> None:
         raise InputError(unknown_name_message("task", name, TASKS))
 
 
-def make(name: str, order: Order) -> Iterator[EraseSample]:
+def make(name: str, spec: TaskSpec) -> Iterator[EraseSample]:
     """Yield the samples of a named task.
 
     Args:
         name: A key of ``TASKS``.
-        order: What is wanted. Sample ``i`` does not depend on how many are asked for; dev and test share nothing.
+        spec: The samples wanted. Sample ``i`` does not depend on the number of samples; dev and test share nothing.
 
     Raises:
         InputError: No such task, no length or one that is too short, or the texts it needs are missing or malformed.
     """
     check(name)
-    yield from islice(TASKS[name](order, name), SAMPLES if order.samples is None else order.samples)
+    yield from islice(TASKS[name](spec, name), SAMPLES if spec.samples is None else spec.samples)

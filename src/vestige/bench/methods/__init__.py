@@ -1,1 +1,1 @@
-"""What is compared: vestige's policies, other packages' caches and presses."""
+"""The methods that benchmarks compare: vestige's policies, and other packages' caches and presses."""

@@ -1,7 +1,7 @@
 """Runs kvpress in an environment of its own: one JSON request a line on stdin, one JSON answer a line on stdout.
 
-It stands alone: kvpress 0.5.5 needs transformers up to 5.3, vestige a newer one, so nothing of vestige is imported.
-Started by :mod:`vestige.bench.methods.peers.process`; it ends when stdin does, in the middle of a job too.
+The script stands alone: kvpress 0.5.5 needs transformers up to 5.3, vestige a newer one, so it imports nothing of
+vestige. Started by :mod:`vestige.bench.methods.peers.process`; it ends when stdin does, even in the middle of a job.
 
 Requests: ``load`` {folder, device, dtype, threads}, ``run`` {press, job}, ``kept`` {press, ids, keep}.
 Answers: {id, result} or {id, error}.
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 
 class Refused(Exception):
-    """What was asked cannot be done; the text says why."""
+    """A request cannot be done; the text has the reason."""
 
 
 class Loaded:
-    """A model under kvpress, and where its pairs are.
+    """A model with kvpress, and its attention modules.
 
     Args:
         folder: A model in transformers' format.
-        device: Where to put it.
+        device: Device of the model.
         dtype: Of the weights, e.g. ``bfloat16``.
         threads: CPU threads.
     """
@@ -41,18 +41,18 @@ class Loaded:
         torch.set_num_threads(threads)
         transformers: Any = importlib.import_module("transformers")
         transformers.logging.disable_progress_bar()
-        self.kvpress: Any = importlib.import_module("kvpress")  # puts its patch on the attention functions
-        made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self.model: Any = made.to(device).eval()
+        self.kvpress: Any = importlib.import_module("kvpress")  # patches the attention functions
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model: Any = network.to(device).eval()
         self.new_cache: Any = transformers.DynamicCache
-        config = made.config.get_text_config()
+        config = network.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         self.layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        inner = made.model.language_model if hasattr(made.model, "language_model") else made.model
+        inner = network.model.language_model if hasattr(network.model, "language_model") else network.model
         self.attentions = [inner.layers[i].self_attn for i in self.layers]
         self.heads = config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.pair_bytes = 2 * head_dim * made.dtype.itemsize
+        self.pair_bytes = 2 * head_dim * network.dtype.itemsize
         self.last_plain: tuple[Any, Any] | None = None
         self.known = [set(vars(attention)) for attention in self.attentions]
         versions = {name: importlib.import_module("importlib.metadata").version(name) for name in ("kvpress", "torch")}
@@ -63,13 +63,13 @@ class Loaded:
         """KV heads over the layers that keep everything."""
         return len(self.layers) * int(self.heads)
 
-    def press(self, call: dict[str, Any], keep: int | None, length: int) -> Any:
+    def make_press(self, call: dict[str, Any], keep: int | None, length: int) -> Any:
         """Return a press with its compression ratio set for a context of ``length`` tokens."""
         press = self._build(call)
         if not hasattr(type(press), "compression_ratio"):
             raise Refused(f"{call['name']} has no compression_ratio of its own, so no budget can be set")
         pruned = (self.kvpress.KVzipPress, self.kvpress.FastKVzipPress)
-        ratio = ratio_for(keep, length, self.rows, counts_pruned=isinstance(press, pruned))
+        ratio = find_ratio(keep, length, self.rows, counts_pruned=isinstance(press, pruned))
         try:
             press.compression_ratio = ratio
         except (AttributeError, NotImplementedError, AssertionError) as error:
@@ -77,7 +77,7 @@ class Loaded:
         return press
 
     def _build(self, value: Any) -> Any:
-        """Turn a call into a press, and calls within its arguments too."""
+        """Return the press of a call, whose arguments may be calls too."""
         if isinstance(value, list):
             return [self._build(item) for item in value]
         if not isinstance(value, dict):
@@ -86,12 +86,12 @@ class Loaded:
         if not (isinstance(made, type) and issubclass(made, self.kvpress.BasePress)):
             known = sorted(name for name in vars(self.kvpress) if name.endswith("Press"))
             raise Refused(f"kvpress {self.versions['kvpress']} has no {value['name']}; it has {', '.join(known)}")
-        arguments = [self._build(x) for x in value["args"]]
-        return made(*arguments, **{k: self._build(x) for k, x in value["options"].items()})
+        arguments = [self._build(argument) for argument in value["args"]]
+        return made(*arguments, **{name: self._build(option) for name, option in value["options"].items()})
 
-    def plain(self, ids: list[int], press: Any) -> Any:
+    def read_plain(self, ids: list[int], press: Any) -> Any:
         """Return the cache of a reading without a press; the last one is remembered."""
-        with self.attention_of(press):  # another attention rounds differently
+        with self.use_attention_of(press):  # another attention rounds differently
             key = (tuple(ids), self.model.config.get_text_config()._attn_implementation)
             if self.last_plain is None or self.last_plain[0] != key:
                 cache = self.new_cache()
@@ -100,8 +100,8 @@ class Loaded:
         return self.last_plain[1]
 
     @contextmanager
-    def attention_of(self, press: Any) -> Iterator[None]:
-        """Let the attention return its weights, if that is what the press reads."""
+    def use_attention_of(self, press: Any) -> Iterator[None]:
+        """Let the attention return its weights inside the context, if the press reads them."""
         config = self.model.config.get_text_config()
         before = config._attn_implementation
         if needs_weights(press, self.kvpress.ObservedAttentionPress):
@@ -111,33 +111,33 @@ class Loaded:
         finally:
             config._attn_implementation = before
 
-    def forget(self) -> None:
-        """Drop what an earlier press left on the modules."""
+    def clear_modules(self) -> None:
+        """Remove the attributes that an earlier press left on the attention modules."""
         for attention, known in zip(self.attentions, self.known, strict=True):
             for name in set(vars(attention)) - known:
                 delattr(attention, name)
 
-    def left_behind(self) -> list[Any]:
-        """Return what a press left on the attention modules: indices of masked keys, for one."""
+    def find_leftovers(self) -> list[Any]:
+        """Return the attributes that a press left on the attention modules, such as indices of masked keys."""
         pairs = zip(self.attentions, self.known, strict=True)
         return [value for attention, known in pairs for name, value in vars(attention).items() if name not in known]
 
-    def masked(self) -> int:
-        """Return how many pairs attention is kept from reading although they are stored."""
+    def count_masked(self) -> int:
+        """Return the number of stored pairs that attention may not read."""
         indices = [getattr(attention, "masked_key_indices", None) for attention in self.attentions]
         return sum(len(found[0]) for found in indices if found is not None)
 
 
-def ratio_for(keep: int | None, length: int, rows: int, *, counts_pruned: bool) -> float:
+def find_ratio(keep: int | None, length: int, rows: int, *, counts_pruned: bool) -> float:
     """Return the compression ratio by which a press keeps ``keep`` of ``length`` pairs per row on average, exactly.
 
-    Presses take ``int(length * (1 - ratio))`` or round; some count over all rows at once, and KVzip and its kin take
-    ``int(rows * length * ratio)`` as what goes. A quarter of a pair over all rows is enough to be safe from rounding.
+    Presses keep ``int(length * (1 - ratio))`` pairs or round; some count over all rows at once, and KVzip and its kin
+    drop ``int(rows * length * ratio)``. A margin of a quarter of a pair over all rows is safe from rounding.
     """
     if keep is None or keep >= length:
         return 0.0
-    spare = 0.25 / rows
-    return 1 - (keep + (-spare if counts_pruned else spare)) / length
+    margin = 0.25 / rows
+    return 1 - (keep + (-margin if counts_pruned else margin)) / length
 
 
 def needs_weights(press: Any, kind: type) -> bool:
@@ -148,80 +148,82 @@ def needs_weights(press: Any, kind: type) -> bool:
 
 def storage_bytes(held: Any) -> int:
     """Return the bytes of all storages below an object, each once and whole, as ``bench.metrics.byte_meter`` does."""
-    storages = {(str(x.device), x.untyped_storage().data_ptr()): x.untyped_storage().nbytes() for x in tensors(held)}
+    storages = {
+        (str(x.device), x.untyped_storage().data_ptr()): x.untyped_storage().nbytes() for x in iterate_tensors(held)
+    }
     return sum(storages.values())
 
 
-def tensors(held: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a cache layer, in lists and in dictionaries."""
+def iterate_tensors(held: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a cache layer, a list or a dictionary, at any depth."""
     if isinstance(held, Tensor):
         yield held
     elif isinstance(held, dict):
         for value in held.values():
-            yield from tensors(value)
+            yield from iterate_tensors(value)
     elif isinstance(held, list | tuple):
         for value in held:
-            yield from tensors(value)
+            yield from iterate_tensors(value)
     elif hasattr(held, "is_sliding") and hasattr(held, "update"):  # a layer of a cache
-        yield from tensors(vars(held))
+        yield from iterate_tensors(vars(held))
 
 
 class Meter:
-    """Weighs the cache and times the press while a context is read."""
+    """Measures the bytes of the cache and the time of the press during a reading."""
 
     def __init__(self, loaded: Loaded, cache: Any) -> None:
         self.loaded, self.cache = loaded, cache
         self.peak_bytes = 0
         self.hooks_s = self.overhead_s = 0.0
 
-    def weigh(self, others: Any = None) -> int:
-        """Return the bytes alive; the peak is kept."""
+    def measure(self, others: Any = None) -> int:
+        """Return the live bytes and update the peak."""
         layers = [self.cache.layers[i] for i in self.loaded.layers if i < len(self.cache.layers)]
-        weight = storage_bytes([layers, self.loaded.left_behind(), others])
-        self.peak_bytes = max(self.peak_bytes, weight)
-        return weight
+        size = storage_bytes([layers, self.loaded.find_leftovers(), others])
+        self.peak_bytes = max(self.peak_bytes, size)
+        return size
 
     @contextmanager
-    def on(self, press: Any) -> Iterator[None]:
-        """Weigh after each layer's update and each of the press's hooks, and time those."""
+    def watch(self, press: Any) -> Iterator[None]:
+        """Measure after each layer's update and each hook of the press, and time the hooks."""
         update, hook = self.cache.update, press.forward_hook
 
-        def weighed(*args: Any, **kwargs: Any) -> Any:
-            handed = update(*args, **kwargs)
-            self._weigh_aside(None)
-            return handed
+        def measured_update(*args: Any, **kwargs: Any) -> Any:
+            returned = update(*args, **kwargs)
+            self._measure_untimed(None)
+            return returned
 
-        def timed(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def timed_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             layer = self.cache.layers[module.layer_idx]
             before, started = (layer.keys, layer.values), self.now()
             out = hook(module, args, kwargs, output)
             self.hooks_s += self.now() - started
-            self._weigh_aside(before)  # both copies were alive
+            self._measure_untimed(before)  # both copies are alive
             return out
 
-        self.cache.update, press.forward_hook = weighed, timed
+        self.cache.update, press.forward_hook = measured_update, timed_hook
         try:
             yield
         finally:
             del self.cache.update, press.forward_hook
 
     def now(self) -> float:
-        """Return a clock that waits for the device and does not count the weighing."""
+        """Return the time in seconds after the device's work, without the time of the measuring."""
         device = self.loaded.model.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - self.overhead_s
 
-    def _weigh_aside(self, others: Any) -> None:
+    def _measure_untimed(self, others: Any) -> None:
         started = time.perf_counter()
-        self.weigh(others)
+        self.measure(others)
         self.overhead_s += time.perf_counter() - started
 
 
-class Talk:
-    """One conversation, as kvpress's own pipeline holds it: compress the context, then feed the rest without the press.
+class Conversation:
+    """One conversation, like kvpress's own pipeline: compress the context, then feed the rest without the press.
 
-    Positions go on from the length of the context, not of the compressed cache, unless the press moves keys.
+    Positions continue from the length of the context, not of the compressed cache, unless the press moves keys.
     """
 
     def __init__(self, loaded: Loaded, press: Any, copies: int = 1) -> None:
@@ -238,57 +240,57 @@ class Talk:
         if not ids:
             return
         started = self.meter.now()
-        with self.loaded.attention_of(self.press), self.meter.on(self.press), self.press(self.model):
+        with self.loaded.use_attention_of(self.press), self.meter.watch(self.press), self.press(self.model):
             begun, hooked = self.meter.now(), self.meter.hooks_s
             out = self.model.model(input_ids=self._tensor(ids), past_key_values=self.cache)
             plain = self.meter.now() - begun - (self.meter.hooks_s - hooked)
         spent = self.meter.now() - started
         self.prefill_s, self.evict_s = self.prefill_s + spent, self.evict_s + max(spent - plain, 0.0)
-        self.token = self._next(out)
+        self.token = self._pick_next(out)
         self.seen = len(ids)
         self.position = self.cache.get_seq_length() if self._moves_keys() else len(ids)
 
     def read_more(self, ids: list[int]) -> None:
-        """Read a later context: a press leaves a cache alone that is not empty."""
+        """Read a later context; a press does not change a cache that is not empty."""
         if not ids:
             return
         started = self.meter.now()
         positions = self._advance(len(ids))
         out = self.model.model(input_ids=self._tensor(ids), past_key_values=self.cache, position_ids=positions)
-        self.token = self._next(out)
+        self.token = self._pick_next(out)
         self.prefill_s += self.meter.now() - started
         self.uncompressed += len(ids)
-        self.meter.weigh()
+        self.meter.measure()
 
     def reply(self, question: list[int], limit: int, stop: list[int]) -> list[int]:
         """Read the question, if it was not read with the context, and answer greedily."""
         if question:
             self.token = self._feed(question)
-        said, started = [self.token], self.meter.now()
-        while len(said) < limit and said[-1] not in stop:
-            said.append(self._feed(said[-1:]))
-        self.decode_s, self.steps = self.decode_s + self.meter.now() - started, self.steps + len(said) - 1
-        return said
+        tokens, started = [self.token], self.meter.now()
+        while len(tokens) < limit and tokens[-1] not in stop:
+            tokens.append(self._feed(tokens[-1:]))
+        self.decode_s, self.steps = self.decode_s + self.meter.now() - started, self.steps + len(tokens) - 1
+        return tokens
 
-    def measured(self) -> dict[str, Any]:
-        """Return what the cache holds now."""
+    def measure(self) -> dict[str, Any]:
+        """Return the sizes of the cache, and a note."""
         layers = [self.cache.layers[i] for i in self.loaded.layers if i < len(self.cache.layers)]
         kept = [[layer.keys.shape[2]] * self.loaded.heads * self.copies for layer in layers]
-        held, masked = sum(map(sum, kept)), self.loaded.masked()
+        held, masked = sum(map(sum, kept)), self.loaded.count_masked()
         notes = [f"kvpress {self.loaded.versions['kvpress']}"]
         if masked:
             notes.append(f"{masked:,} of {held:,} pairs masked, none freed")
-        weight, left = self.meter.weigh(), self.loaded.left_behind()
-        spare = weight - sum(x.nbytes for x in tensors([layers, left]))
-        if spare > 0:  # KVzip cuts its replays off by a view
-            notes.append(f"{spare:,} bytes more are alive behind views")
+        size, leftovers = self.meter.measure(), self.loaded.find_leftovers()
+        hidden = size - sum(tensor.nbytes for tensor in iterate_tensors([layers, leftovers]))
+        if hidden > 0:  # KVzip cuts its replays off by a view
+            notes.append(f"{hidden:,} bytes more are alive behind views")
         if self.uncompressed:
             notes.append(f"only the first context is compressed, {self.uncompressed:,} later tokens are not")
         return {
             "seen": self.seen,
             "held": held,
             "full": self.seen * self.loaded.rows * self.copies,
-            "kv_bytes": weight,
+            "kv_bytes": size,
             "full_kv_bytes": self.seen * self.loaded.rows * self.loaded.pair_bytes * self.copies,
             "kept": kept,
             "note": "; ".join(notes),
@@ -301,8 +303,8 @@ class Talk:
         )
         return int(out.logits[0, -1].argmax())
 
-    def _next(self, out: Any) -> int:
-        """Return what the model says after a reading of the decoder alone."""
+    def _pick_next(self, out: Any) -> int:
+        """Return the next token after a forward of the decoder alone."""
         return int(self.model.get_output_embeddings()(out.last_hidden_state[:1, -1]).argmax())
 
     def _advance(self, count: int) -> Tensor:
@@ -320,51 +322,51 @@ class Talk:
 
 @torch.no_grad()
 def run(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
-    """Hold one conversation and return what ``Outcome`` has."""
+    """Run one conversation and return the fields of ``Outcome``."""
     job = request["job"]
     turns, stop = job["turns"], job["stop"]
-    loaded.forget()
-    press = loaded.press(request["press"], job["keep"], len(turns[0]["context"]))
-    talk = Talk(loaded, press, job["copies"])
+    loaded.clear_modules()
+    press = loaded.make_press(request["press"], job["keep"], len(turns[0]["context"]))
+    conversation = Conversation(loaded, press, job["copies"])
     replies: list[list[int]] = []
     facts: dict[str, Any] = {}
     for turn in turns:
         if replies:
-            talk.read_more([x for x in replies[-1][-1:] if x not in stop] + turn["context"])
+            conversation.read_more([token for token in replies[-1][-1:] if token not in stop] + turn["context"])
         else:
-            talk.read_first(turn["context"])
-        facts = talk.measured()
-        replies.append(talk.reply(turn["question"], turn["max_new_tokens"], stop))
-    loaded.forget()
+            conversation.read_first(turn["context"])
+        facts = conversation.measure()
+        replies.append(conversation.reply(turn["question"], turn["max_new_tokens"], stop))
+    loaded.clear_modules()
     return facts | {
         "replies": replies,
-        "peak_kv_bytes": talk.meter.peak_bytes,
-        "prefill_s": talk.prefill_s,
-        "evict_s": talk.evict_s,
-        "decode_ms": 1e3 * talk.decode_s / talk.steps if talk.steps else None,
+        "peak_kv_bytes": conversation.meter.peak_bytes,
+        "prefill_s": conversation.prefill_s,
+        "evict_s": conversation.evict_s,
+        "decode_ms": 1e3 * conversation.decode_s / conversation.steps if conversation.steps else None,
     }
 
 
 @torch.no_grad()
-def kept(loaded: Loaded, request: dict[str, Any]) -> list[list[list[int]]]:
-    """Return the positions that stay, by layer and KV head: found by their keys, which must be as a plain reading's."""
+def find_kept(loaded: Loaded, request: dict[str, Any]) -> list[list[list[int]]]:
+    """Return the positions that stay, by layer and KV head, found by their keys, which must equal a plain reading's."""
     ids = request["ids"]
-    loaded.forget()
-    talk = Talk(loaded, loaded.press(request["press"], request["keep"], len(ids)))
-    talk.read_first(ids)
-    gone = [getattr(attention, "masked_key_indices", None) for attention in loaded.attentions]
-    loaded.forget()
-    plain = loaded.plain(ids, talk.press)
+    loaded.clear_modules()
+    conversation = Conversation(loaded, loaded.make_press(request["press"], request["keep"], len(ids)))
+    conversation.read_first(ids)
+    masks = [getattr(attention, "masked_key_indices", None) for attention in loaded.attentions]
+    loaded.clear_modules()
+    plain = loaded.read_plain(ids, conversation.press)
     found = []
-    for i, masked in zip(loaded.layers, gone, strict=True):
+    for i, masked in zip(loaded.layers, masks, strict=True):
         dead = set() if masked is None else set(zip(masked[1].tolist(), masked[2].tolist(), strict=True))
-        pairs = zip(plain.layers[i].keys[0], talk.cache.layers[i].keys[0], strict=True)
-        found.append([[at for at in match(a, b) if (head, at) not in dead] for head, (a, b) in enumerate(pairs)])
+        pairs = zip(plain.layers[i].keys[0], conversation.cache.layers[i].keys[0], strict=True)
+        found.append([[at for at in match_keys(a, b) if (head, at) not in dead] for head, (a, b) in enumerate(pairs)])
     return found
 
 
-def match(all_keys: Tensor, some: Tensor) -> list[int]:
-    """Return where each of some keys stands among all, ascending; each place is taken once."""
+def match_keys(all_keys: Tensor, some: Tensor) -> list[int]:
+    """Return the places of some keys among all keys, ascending; each place is used once."""
     places: dict[bytes, list[int]] = {}
     for at, key in enumerate(all_keys.float().cpu().numpy()):
         places.setdefault(key.tobytes(), []).insert(0, at)
@@ -377,10 +379,10 @@ def match(all_keys: Tensor, some: Tensor) -> list[int]:
 def serve() -> None:
     """Answer requests until stdin ends."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # prints of any library, native ones too, must not come between the answers
+    os.dup2(2, 1)  # prints of libraries, native ones too, must not mix with the answers
     sys.stdout = sys.stderr
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    threading.Thread(target=_read_requests, args=(lines,), daemon=True).start()
     loaded: Loaded | None = None
     while True:
         request = json.loads(lines.get())
@@ -390,7 +392,7 @@ def serve() -> None:
                 loaded = Loaded(request["folder"], request["device"], request["dtype"], request["threads"])
                 answer["result"] = loaded.versions
             elif loaded is not None:
-                answer["result"] = {"run": run, "kept": kept}[request["op"]](loaded, request)
+                answer["result"] = {"run": run, "kept": find_kept}[request["op"]](loaded, request)
         except Refused as refusal:
             answer["error"] = str(refusal)
         except Exception as error:
@@ -400,10 +402,10 @@ def serve() -> None:
         out.flush()
 
 
-def _listen(lines: "queue.SimpleQueue[str]") -> None:
+def _read_requests(lines: "queue.SimpleQueue[str]") -> None:
     for line in sys.stdin:
         lines.put(line)
-    os._exit(0)  # the parent is gone or wants no more: nobody is left to read an answer
+    os._exit(0)  # the parent has ended or closed the pipe: no one reads an answer
 
 
 if __name__ == "__main__":

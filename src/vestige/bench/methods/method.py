@@ -1,4 +1,4 @@
-"""What is compared: an arm is a policy with its budget, share and memory, or a peer."""
+"""The methods that a benchmark compares: a policy with its budget, share and memory, and an eraser, or a peer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from vestige import memory as memories_of
 from vestige import policies
-from vestige.bench.methods import peers as others
+from vestige.bench.methods import peers as peer_names
 from vestige.budget import Budget
 from vestige.errors import InputError, PolicyError
 from vestige.memory.base import Memory
@@ -18,7 +18,7 @@ from vestige.policies.selection import parse_share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Method:
     """One method at one budget.
 
     Raises:
@@ -29,13 +29,15 @@ class Arm:
     policy: str
     """A key of ``POLICIES``, or the peer's name."""
     budget: str = "1.0"
-    """As the user wrote it; "1.0" for what never evicts."""
+    """As the user wrote it; "1.0" if the method never evicts."""
     share: str | None = None
-    """Who competes for room; None for peers."""
+    """Rows that compete for one budget; None for peers."""
     memory: str = "none"
     peer: str | None = None
+    eraser: str | None = None
+    """An eraser, with options if wanted, that works on the cache after the policy; None in the other benchmarks."""
     samples: int | None = None
-    """Only the first so many samples of each (task, length), for slow methods."""
+    """Samples of each (task, length) at most, the first ones, for slow methods; None runs all."""
 
     def __post_init__(self) -> None:
         self.make_memory()
@@ -44,40 +46,40 @@ class Arm:
                 raise PolicyError(f"policy 'full' keeps everything, so its budget is 1.0, not {self.budget}")
             self.make_policy(seed=0)
         else:
-            others.check(self.peer)
+            peer_names.check(self.peer)
             Budget.parse(self.budget)
 
     @property
     def name(self) -> str:
-        """What progress and errors call it."""
+        """The name in progress and errors."""
         share = f":{self.share}" if self.share else ""
         memory = "" if self.memory == "none" else f"+{self.memory}"
         return f"{self.policy}{share}{memory}@{self.budget}"
 
     @property
     def key(self) -> dict[str, str | None]:
-        """What tells it from other arms, in records and rows."""
-        names = ("policy", "share", "memory", "budget", "peer")
-        return {name: getattr(self, name) for name in names}
+        """The options that tell a method from all others, in records and rows."""
+        names = ("policy", "share", "memory", "budget")
+        return {name: getattr(self, name) for name in names} | {"peer": self.peer or self.eraser}
 
     def make_policy(self, seed: int) -> Policy:
-        """Return our policy; raises as the command line would."""
+        """Return the policy; raises the errors of the command line."""
         assert self.peer is None
         budget = None if self.policy == "full" else Budget.parse(self.budget)
         return policies.make(self.policy, budget, share=self.share, seed=seed)
 
     def weights(self, model: PreTrainedModel) -> str:
-        """Return a hash of the trained weights at work; empty if there are none.
+        """Return a hash of the trained weights that the method uses; empty if it uses none.
 
         Raises:
-            ModelError: There are none for this model.
+            ModelError: It needs weights and there are none for this model.
         """
-        if self.peer is not None:
+        if self.peer is not None or self.eraser is not None:
             return ""
-        return " ".join(filter(None, (digest(one, model) for one in (self.make_policy(seed=0), self.make_memory()))))
+        return " ".join(filter(None, (digest(part, model) for part in (self.make_policy(seed=0), self.make_memory()))))
 
     def make_memory(self) -> Memory | None:
-        """Return what remains of the evicted; raises as the command line would."""
+        """Return the memory of evicted pairs, or None; raises the errors of the command line."""
         return memories_of.make(self.memory)
 
 
@@ -88,58 +90,60 @@ def cross(
     shares: Sequence[str] = (),
     memories: Sequence[str] = ("none",),
     peers: Sequence[str] = (),
-) -> tuple[Arm, ...]:
-    """Return an arm for every combination; what never evicts has one arm however many budgets there are.
+) -> tuple[Method, ...]:
+    """Return a method for every combination; one that never evicts comes once, whatever the number of budgets.
 
     Args:
         names: Policies.
         budgets: Budgets, as text.
-        shares: Who competes for room; empty leaves each method's own choice.
-        memories: What remains of the evicted.
+        shares: Rows that compete for one budget; empty leaves the choice to each policy.
+        memories: Names of memories.
         peers: Names of peers.
 
     Raises:
         InputError: Neither a policy nor a peer, or an unknown peer.
-        PolicyError: As :class:`Arm`.
+        PolicyError: As :class:`Method`.
         BudgetError: A budget that cannot be read.
     """
     if not names and not peers:
         raise InputError("name at least one --policy or --peer")
-    for share in shares:  # also where full and peers have no use for them
+    for share in shares:  # full and peers do not use them
         parse_share(share)
     for memory in memories:
         memories_of.make(memory)
     for budget in budgets:
         Budget.parse(budget)
     if set(names) == {"full"} and not peers:
-        _require_no_use_of(budgets, shares, memories)
-    return tuple(dict.fromkeys([*_own(names, budgets, shares, memories), *_foreign(peers, budgets)]))
+        _refuse_unused(budgets, shares, memories)
+    return tuple(dict.fromkeys([*_cross_policies(names, budgets, shares, memories), *_cross_peers(peers, budgets)]))
 
 
-def _require_no_use_of(budgets: Sequence[str], shares: Sequence[str], memories: Sequence[str]) -> None:
-    given = {"--budget": budgets, "--share": shares, "--memory": [one for one in memories if one != "none"]}
-    if idle := [option for option, values in given.items() if values]:
-        raise InputError(f"{' and '.join(idle)} without a --policy that evicts; policy full keeps everything")
+def _refuse_unused(budgets: Sequence[str], shares: Sequence[str], memories: Sequence[str]) -> None:
+    given = {"--budget": budgets, "--share": shares, "--memory": [memory for memory in memories if memory != "none"]}
+    if unused := [option for option, values in given.items() if values]:
+        raise InputError(f"{' and '.join(unused)} without a --policy that evicts; policy full keeps everything")
 
 
-def _own(names: Sequence[str], budgets: Sequence[str], shares: Sequence[str], memories: Sequence[str]) -> Iterator[Arm]:
+def _cross_policies(
+    names: Sequence[str], budgets: Sequence[str], shares: Sequence[str], memories: Sequence[str]
+) -> Iterator[Method]:
     for name in names:
         if name == "full":
-            yield Arm(policy=name, share=policies.make(name).share)
+            yield Method(policy=name, share=policies.make(name).share)
             continue
         if not budgets:
-            policies.make(name)  # says that a budget is needed
+            policies.make(name)  # raises: the policy needs a budget
         for share, memory, budget in product(shares or (None,), memories, budgets):
             made = policies.make(name, Budget.parse(budget), share=share)
-            yield Arm(policy=name, budget=budget, share=made.share, memory=memory)
+            yield Method(policy=name, budget=budget, share=made.share, memory=memory)
 
 
-def _foreign(peers: Sequence[str], budgets: Sequence[str]) -> Iterator[Arm]:
+def _cross_peers(peers: Sequence[str], budgets: Sequence[str]) -> Iterator[Method]:
     for peer in peers:
-        others.check(peer)
-        if not others.takes_budget(peer):
-            yield Arm(policy=peer, peer=peer)
+        peer_names.check(peer)
+        if not peer_names.takes_budget(peer):
+            yield Method(policy=peer, peer=peer)
         elif not budgets:
             raise InputError(f"peer {peer} needs --budget")
         else:
-            yield from (Arm(policy=peer, budget=budget, peer=peer) for budget in budgets)
+            yield from (Method(policy=peer, budget=budget, peer=peer) for budget in budgets)

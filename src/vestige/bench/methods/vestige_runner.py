@@ -1,4 +1,4 @@
-"""Running our own arms: one reading serves every policy that acts after it, on forks of its cache."""
+"""Runs of vestige's own methods: one reading serves every policy that acts after it, on forks of its cache."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,10 +34,10 @@ class Reading:
     logits: Float[Tensor, "batch vocab"]
     seconds: float
     prepared: dict[Policy, tuple[KVCache, float]] = field(default_factory=dict)
-    """What policies that prepare left, whatever their budget, and the seconds it took."""
+    """The cache after the replay of a policy, whatever its budget, and the seconds of the replay."""
 
     def ready_for(self, model: PreTrainedModel, policy: Policy) -> tuple[KVCache, float]:
-        """Return the cache that a policy forks, and the seconds of its own forwards, which run once for all budgets."""
+        """Return the cache for a policy to fork, and the seconds of its replay, which runs once for all budgets."""
         if not isinstance(policy, NeedsReplay):
             return self.cache, 0.0
         unlimited = replace(policy, budget=None, threshold=None)
@@ -48,16 +48,16 @@ class Reading:
         return self.prepared[unlimited]
 
 
-def company(policy: Policy) -> Hashable:
-    """Return what policies have in common that may work on forks of one reading: none slows the others down.
+def sharing_key(policy: Policy) -> Hashable:
+    """Return a key that is equal for policies that may work on forks of one reading, since none slows the others.
 
-    Those that look at every query, or at every token with trained weights, are alone with those that do the same.
+    Policies that observe every query, or score every token with trained weights, share only with equal observers.
     """
     return annotation_key(policy) if isinstance(policy, QueryObserver | LayerObserver | Trained) else None
 
 
 def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:
-    """Read the first contexts of jobs in one piece, recording what the policies will need.
+    """Read the first contexts of jobs in one piece, and record what the observers need.
 
     Args:
         model: An attached model.
@@ -85,33 +85,33 @@ def run(
     Args:
         model: An attached model.
         jobs: One batch row each; several only if each has one turn.
-        policy: What to keep of each job; a budget in bytes is one of each, as if it were alone.
-        memory: What remains of the evicted.
+        policy: The policy; a budget in bytes is for each job, as if it were alone.
+        memory: The memory of evicted pairs.
         chunk: Tokens per forward while reading; None reads in one piece.
-        reading: The first contexts, read already; left as it is.
+        reading: The reading of the first contexts; left as it is.
 
     Raises:
         VestigeError: The budget cannot be met, a score is broken, ...
     """
     assert len(jobs) == 1 or all(len(job.turns) == 1 for job in jobs)
-    talk = _Talk(model, _for_each(policy, len(jobs)), memory, chunk or ONE_PIECE)
+    conversation = _Conversation(model, _scale_budget(policy, len(jobs)), memory, chunk or ONE_PIECE)
     for t in range(len(jobs[0].turns)):
         turns = [job.turns[t] for job in jobs]
-        contexts = [(*talk.pending, *turn.context) for turn in turns]
-        talk.read(contexts, [len(turn.question) for turn in turns], reading if t == 0 else None)
-        talk.reply([turn.question for turn in turns], [turn.max_new_tokens for turn in turns], jobs[0].stop)
-    return [talk.outcome(row, len(jobs)) for row in range(len(jobs))]
+        contexts = [(*conversation.pending, *turn.context) for turn in turns]
+        conversation.read(contexts, [len(turn.question) for turn in turns], reading if t == 0 else None)
+        conversation.reply([turn.question for turn in turns], [turn.max_new_tokens for turn in turns], jobs[0].stop)
+    return [conversation.make_outcome(row, len(jobs)) for row in range(len(jobs))]
 
 
-def _for_each(policy: Policy, jobs: int) -> Policy:
-    """Return a policy whose budget in bytes, which batch rows share, is that of so many jobs together."""
+def _scale_budget(policy: Policy, jobs: int) -> Policy:
+    """Return a policy whose budget in bytes, which batch rows share, is enough for all jobs."""
     if policy.budget is None or policy.budget.kind != "bytes":
         return policy
     return replace(policy, budget=Budget.bytes(policy.budget.amount * jobs))
 
 
-class _Talk:
-    """A conversation under way: the cache and what it took so far."""
+class _Conversation:
+    """A conversation in progress: its cache, replies and times."""
 
     def __init__(self, model: PreTrainedModel, policy: Policy, memory: Memory | None, chunk: int) -> None:
         self.model, self.policy, self.memory, self.chunk = model, policy, memory, chunk
@@ -124,7 +124,7 @@ class _Talk:
         self.steps = 0
 
     def read(self, contexts: list[tuple[int, ...]], questions: list[int], reading: Reading | None) -> None:
-        """Read and settle a turn's contexts, announced as so long as they and their questions are."""
+        """Read and settle a turn's contexts; the announced lengths include the questions."""
         cache = self.cache or self._begin(reading)
         seen = (0,) * len(contexts) if self.cache is None else cache.seen
         lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
@@ -159,13 +159,13 @@ class _Talk:
             ids, mask = pad_left(questions, self.model.device)
             self.logits = prefill(self.model, ids, cache, chunk=ONE_PIECE, settle=False, attention_mask=mask)
             cache.state.schedule.allow_question(max(self.chunk, ids.shape[1]))  # a question stays whole, however long
-        said = decode(lambda token: forward(self.model, token, cache), self.logits, limits, stop)
-        self.decode_s += said.seconds
-        self.steps += said.steps
-        self.pending = tuple(x for x in said.replies[0][-1:] if x not in stop)
-        self.replies.append(said.replies)
+        decoded = decode(lambda token: forward(self.model, token, cache), self.logits, limits, stop)
+        self.decode_s += decoded.seconds
+        self.steps += decoded.steps
+        self.pending = tuple(token for token in decoded.replies[0][-1:] if token not in stop)
+        self.replies.append(decoded.replies)
 
-    def outcome(self, row: int, batch: int) -> Outcome:
+    def make_outcome(self, row: int, batch: int) -> Outcome:
         """Return one batch row's replies, and its even share of the bytes and pairs."""
         assert self.report is not None and self.cache is not None
         report, heads = self.report, [len(layer.rows) // batch for layer in self.report.layers]

@@ -1,4 +1,4 @@
-"""What a cache weighs: bytes of live storage, at rest and at the worst moment of reading."""
+"""Bytes of live storage of a cache, at rest and at the peak of reading."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ _OPAQUE = (str, bytes, int, float, type, nn.Module, PreTrainedConfig, ModuleType
 def storage_bytes(held: object) -> int:
     """Return the bytes of all storages below an object, each counted once and whole.
 
-    Lists, dictionaries, attributes and quantised tensors are looked into; modules and configs are not. A view counts
-    as much as what it keeps alive.
+    Lists, dictionaries, attributes and quantised tensors are searched; modules and configs are not. A view counts as
+    the whole storage that it keeps alive.
     """
     storages: dict[tuple[str, int], int] = {}
     for tensor in _tensors(held, set()):
@@ -27,10 +27,10 @@ def storage_bytes(held: object) -> int:
     return sum(storages.values())
 
 
-def _tensors(held: Any, met: set[int]) -> Iterator[Tensor]:
-    if held is None or isinstance(held, _OPAQUE) or id(held) in met:
+def _tensors(held: Any, visited: set[int]) -> Iterator[Tensor]:
+    if held is None or isinstance(held, _OPAQUE) or id(held) in visited:
         return
-    met.add(id(held))
+    visited.add(id(held))
     if isinstance(held, Tensor):
         if not hasattr(held, "__tensor_flatten__"):  # a quantised tensor is a shell around packed data, scale and shift
             yield held
@@ -43,52 +43,52 @@ def _tensors(held: Any, met: set[int]) -> Iterator[Tensor]:
     else:
         parts = list(getattr(held, "__dict__", {}).values())
     for part in parts:
-        yield from _tensors(part, met)
+        yield from _tensors(part, visited)
 
 
-class Scales:
-    """Weighs layers of a cache at every update while ``with scales.on(cache):`` is open.
+class ByteMeter:
+    """Measures layers of a cache at every update inside ``with meter.watch(cache):``.
 
     Args:
-        layers: Indices of the layers that count.
+        layers: Indices of the layers that are measured.
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
         self.peak_bytes = 0
         self.overhead_s = 0.0
-        """Seconds that weighing itself took."""
+        """Seconds of the measuring itself."""
         self.heads: dict[int, int] = {}
         """KV heads of each layer that was written to."""
         self.pair_bytes: dict[int, int] = {}
         """Bytes of the keys and values of one token, over the layer's heads, as the model makes them."""
 
     @contextmanager
-    def on(self, cache: Cache) -> Iterator[None]:
-        """Watch a cache; it is as before on exit."""
+    def watch(self, cache: Cache) -> Iterator[None]:
+        """Measure a cache at every update; it is as before on exit."""
         update = cache.update
 
-        def weighed(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            handed = update(keys, values, layer_idx, *args, **kwargs)
+        def measured_update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            returned = update(keys, values, layer_idx, *args, **kwargs)
             started = synchronized_time(keys.device)
             if layer_idx in self.layers:
                 per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (keys, values))
                 self.heads[layer_idx], self.pair_bytes[layer_idx] = keys.shape[1], per_token
-            # What the attention is handed may be a copy in full precision; activations passed on are none.
-            copies = [x for x in handed if x is not keys and x is not values]
-            self.weigh(cache, copies if layer_idx in self.layers else [])
+            # The attention may get a copy in full precision; the activations themselves are no copy.
+            copies = [x for x in returned if x is not keys and x is not values]
+            self.measure(cache, copies if layer_idx in self.layers else [])
             self.overhead_s += synchronized_time(keys.device) - started
-            return handed
+            return returned
 
-        cache.update = weighed  # type: ignore[method-assign, assignment]
+        cache.update = measured_update  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             del cache.update
 
-    def weigh(self, cache: Cache, others: object = None) -> int:
-        """Return the bytes of the layers, and of what else is alive; the peak is kept."""
+    def measure(self, cache: Cache, others: object = None) -> int:
+        """Return the bytes of the layers and of other live objects, and update the peak."""
         layers = [cache.layers[i] for i in self.layers if i < len(cache.layers)]
-        weight = storage_bytes([layers, others])
-        self.peak_bytes = max(self.peak_bytes, weight)
-        return weight
+        size = storage_bytes([layers, others])
+        self.peak_bytes = max(self.peak_bytes, size)
+        return size

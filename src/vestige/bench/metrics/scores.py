@@ -1,4 +1,4 @@
-"""How replies are scored: functions from a reply and its turn to a number in 0..1.
+"""Metrics of replies: functions from a reply and its turn to a number in 0..1.
 
 RULER's are those of arXiv 2404.06654, LongBench's those of arXiv 2308.14508 and 2412.15204: the definitions in its
 evaluation code, oddities included, so that numbers compare with published ones.
@@ -22,7 +22,7 @@ def contains(reply: str, turn: Turn) -> float:
 
 def exact(reply: str, turn: Turn) -> float:
     """Return 1 if the reply is one of the answers, as SQuAD compares them."""
-    return float(any(text_overlap.normalized(reply) == text_overlap.normalized(answer) for answer in turn.answers))
+    return float(any(text_overlap.normalize(reply) == text_overlap.normalize(answer) for answer in turn.answers))
 
 
 def string_match_all(reply: str, turn: Turn) -> float:
@@ -53,7 +53,7 @@ def best(score: Callable[[str, str], float]) -> Metric:
 def first_line(metric: Metric) -> Metric:
     """Return the metric for the reply's first line alone, empty lines before it skipped.
 
-    LongBench scores trec, triviaqa, samsum and lsht so: models go on with further examples.
+    LongBench scores trec, triviaqa, samsum and lsht so, since models continue with further examples.
     """
 
     @wraps(metric)
@@ -66,8 +66,8 @@ def first_line(metric: Metric) -> Metric:
 def classification(reply: str, turn: Turn) -> float:
     """Return 1 / the number of classes that the reply names if the right one is among them (LongBench).
 
-    Classes that are part of the right one's name are not counted, but, as published, the class after one that was
-    left out for this reason is never looked at.
+    Classes that are part of the right one's name do not count. As in the published code, the class after one that was
+    left out for this reason is never checked.
     """
     return best(lambda _, answer: _class_share(reply, answer, turn.choices))(reply, turn)
 
@@ -77,7 +77,7 @@ def _class_share(reply: str, answer: str, choices: tuple[str, ...]) -> float:
     at = 0
     while at < len(named):
         if named[at] in answer and named[at] != answer:
-            del named[at]  # the next one moves here, and is passed over
+            del named[at]  # the next one moves here and is skipped
         at += 1
     return 1 / len(named) if answer in named else 0.0
 
@@ -106,9 +106,9 @@ def retrieval_zh(reply: str, answer: str) -> float:
 
 
 def code_similarity(reply: str, answer: str) -> float:
-    """Return how alike the answer and the reply's first line of code are (LongBench).
+    """Return the similarity of the answer and the reply's first line of code (LongBench).
 
-    Lines with a backquote, ``#`` or ``//`` are taken for comments or fences.
+    Lines with a backquote, ``#`` or ``//`` count as comments or fences.
     """
     lines = reply.lstrip("\n").split("\n")
     code = (line for line in lines if not any(mark in line for mark in ("`", "#", "//")))
@@ -118,10 +118,10 @@ def code_similarity(reply: str, answer: str) -> float:
 def choice(reply: str, turn: Turn) -> float:
     """Return 1 if the reply says that the correct answer is the right letter of A to D (LongBench v2).
 
-    What opens the reply is read with it, so a prefix may say the words and leave the letter to the model.
+    The answer prefix is read with the reply, so a prefix may have the words and leave the letter to the model.
     """
-    said = (turn.answer_prefix + reply).replace("*", "")
-    letter = re.search(r"The correct answer is \(([A-D])\)", said) or re.search(r"The correct answer is ([A-D])", said)
+    text = (turn.answer_prefix + reply).replace("*", "")
+    letter = re.search(r"The correct answer is \(([A-D])\)", text) or re.search(r"The correct answer is ([A-D])", text)
     return float(letter is not None and letter[1] in turn.answers)
 
 

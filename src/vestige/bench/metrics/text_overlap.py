@@ -1,4 +1,4 @@
-"""How much of an answer a reply has: token F1, and ROUGE-L by two definitions."""
+"""Overlap of a reply with an answer: token F1, ROUGE-L by two definitions, and similarity of strings."""
 
 import importlib
 import logging
@@ -13,7 +13,7 @@ from vestige.errors import InputError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# What LongBench takes out of Chinese words: the marks of CJK and full-width Latin, and the long dashes and quotes.
+# LongBench removes from Chinese words the marks of CJK and full-width Latin, and the long dashes and quotes.
 _CJK_MARKS = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"  # noqa: RUF001
     "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
@@ -21,24 +21,24 @@ _CJK_MARKS = (
 _CJK_PUNCTUATION = str.maketrans("", "", string.punctuation + _CJK_MARKS)
 
 
-def normalized(text: str) -> str:
+def normalize(text: str) -> str:
     """Return a text as SQuAD compares it: lower case, no ASCII punctuation, no English articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def token_f1(reply: str, answer: str) -> float:
-    """Return the F1 of the tokens that both texts have, counted with repeats, after :func:`normalized`."""
-    return _f1(normalized(reply).split(), normalized(answer).split())
+    """Return the F1 of the tokens that both texts have, counted with repeats, after :func:`normalize`."""
+    return _f1(normalize(reply).split(), normalize(answer).split())
 
 
 def token_f1_zh(reply: str, answer: str) -> float:
     """Return the F1 of the Chinese words that both texts have, by jieba, without punctuation and white space."""
-    return _f1(_bare_words(reply), _bare_words(answer))
+    return _f1(_clean_words(reply), _clean_words(answer))
 
 
-def _bare_words(text: str) -> list[str]:
-    bare = ("".join(word.lower().translate(_CJK_PUNCTUATION).split()) for word in _segmented(text))
-    return [word for word in bare if word]
+def _clean_words(text: str) -> list[str]:
+    cleaned = ("".join(word.lower().translate(_CJK_PUNCTUATION).split()) for word in _segment(text))
+    return [word for word in cleaned if word]
 
 
 def _f1(reply: Sequence[str], answer: Sequence[str]) -> float:
@@ -53,39 +53,39 @@ def rouge_l(reply: str, answer: str) -> float:
     is common if it is in the longest common subsequence of any pair of sentences. Words count once, however often they
     occur. Google's ``rouge-score`` (:func:`rouge_score`) takes each text as one sentence, keeps only the letters a-z
     and digits, in lower case, and counts every occurrence. Differs: a sentence pair too long for the package's
-    recursion is scored 0 by LongBench, and here as any other.
+    recursion is scored 0 by LongBench, and here like any pair.
     """
-    said, wanted = _sentences(reply), _sentences(answer)
-    if not said or not wanted:
+    replied, wanted = _split_sentences(reply), _split_sentences(answer)
+    if not replied or not wanted:
         return 0.0
-    common = {word for a in wanted for b in said for word in _common_subsequence(a, b)}
-    precision = len(common) / len({word for sentence in said for word in sentence})
+    common = {word for a in wanted for b in replied for word in _common_subsequence(a, b)}
+    precision = len(common) / len({word for sentence in replied for word in sentence})
     recall = len(common) / len({word for sentence in wanted for word in sentence})
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
 def rouge_l_zh(reply: str, answer: str) -> float:
     """Return :func:`rouge_l` of Chinese texts, whose words jieba finds."""
-    return rouge_l(" ".join(_segmented(reply)), " ".join(_segmented(answer)))
+    return rouge_l(" ".join(_segment(reply)), " ".join(_segment(answer)))
 
 
 def rouge_score(reply: str, answer: str) -> float:
     """Return ROUGE-L's F1 as Google's ``rouge-score`` computes it, without stemming: English only."""
-    scorer = _imported("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    scorer = _import("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     return float(scorer.score(answer, reply)["rougeL"].fmeasure)
 
 
 def similarity(reply: str, answer: str) -> float:
-    """Return how alike two strings are: 2 x common characters in order / all characters, in whole hundredths.
+    """Return the similarity of two strings: 2 x common characters in order / all characters, in whole hundredths.
 
-    LongBench takes the ratio from fuzzywuzzy, which rounds it so and counts as rapidfuzz does if python-Levenshtein
-    is there; without that it falls back on difflib, whose numbers can be lower.
+    LongBench takes the ratio from fuzzywuzzy, which rounds it so and counts like rapidfuzz if python-Levenshtein is
+    installed; without it fuzzywuzzy uses difflib, whose numbers can be lower.
     """
-    percent: float = _imported("rapidfuzz.fuzz").ratio(reply, answer)
+    percent: float = _import("rapidfuzz.fuzz").ratio(reply, answer)
     return round(percent) / 100
 
 
-def _sentences(text: str) -> list[list[str]]:
+def _split_sentences(text: str) -> list[list[str]]:
     """Return the words of each sentence; white space between two full stops is a sentence of one empty word."""
     return [part.split() or [""] for part in text.split(".") if part]
 
@@ -108,16 +108,16 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
     return words
 
 
-def _segmented(text: str) -> list[str]:
-    jieba = _imported("jieba")
-    jieba.setLogLevel(logging.WARNING)  # it tells stderr how it builds its dictionary
+def _segment(text: str) -> list[str]:
+    jieba = _import("jieba")
+    jieba.setLogLevel(logging.WARNING)  # jieba logs the build of its dictionary
     return list(jieba.cut(text, cut_all=False))
 
 
-def _imported(module: str) -> Any:
+def _import(module: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old packages warn about their own escapes when they are compiled
+            warnings.simplefilter("ignore")  # compiling old packages gives warnings about their escapes
             return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0].replace("_", "-")

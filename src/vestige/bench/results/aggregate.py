@@ -1,9 +1,9 @@
-"""From records, one a sample and arm, to rows, one a task, length and arm."""
+"""Rows of results, one a task, length and method, from records, one a sample and method; means and intervals."""
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,15 +12,17 @@ Row = dict[str, Any]
 MEANS = ("seen", "held", "full", "kv_bytes", "peak_kv_bytes", "full_kv_bytes", "memory_bytes")
 MEDIANS = ("prefill_s", "evict_s", "decode_ms")
 RESAMPLES = 2000
-"""Of the samples, for the interval of a difference."""
+"""Draws for the interval of a difference."""
 _SPREAD = (0.025, 0.975)
 _Z = 1.959963984540054  # 95 % of a normal distribution
 
+K = TypeVar("K", bound=Hashable)
 
-def interval(scores: Sequence[float]) -> list[float]:
+
+def wilson_interval(scores: Sequence[float]) -> list[float]:
     """Return the 95 % interval of a mean of scores in 0..1, by Wilson's formula.
 
-    Exact in spirit for scores of 0 and 1; for scores between them it is wider than need be, since no variable in 0..1
+    The formula is for scores of 0 and 1; for scores between them the interval is too wide, since no variable in 0..1
     varies more than a coin of the same mean. Unlike the normal interval and the bootstrap it does not shrink to
     nothing when all samples agree.
     """
@@ -30,8 +32,8 @@ def interval(scores: Sequence[float]) -> list[float]:
     return [max(centre - half, 0.0), min(centre + half, 1.0)]
 
 
-def resampled(values: Sequence[float]) -> list[float] | None:
-    """Return the 95 % interval of a mean, by drawing the values anew with repeats; None if there are none.
+def bootstrap_interval(values: Sequence[float]) -> list[float] | None:
+    """Return the 95 % interval of a mean, by drawing the values with repeats; None if there are none.
 
     The draws are the same every time.
     """
@@ -44,48 +46,49 @@ def resampled(values: Sequence[float]) -> list[float] | None:
 
 
 def gain(both: Sequence[tuple[float, float]]) -> Row:
-    """Return what something adds to the mean score of samples, which are compared with themselves.
+    """Return the gain in mean score that a part of a method brings, on the same samples.
 
     Args:
-        both: The score of each with it and without it.
+        both: The score of each sample with the part and without it.
     """
-    differences = sorted(one - other for one, other in both)  # whatever order they come in, draws are the same
+    differences = sorted(score - without for score, without in both)  # the draws do not depend on the order
     return {
         "n": len(both),
-        "score": statistics.fmean(one for one, _ in both),
-        "without": statistics.fmean(other for _, other in both),
+        "score": statistics.fmean(score for score, _ in both),
+        "without": statistics.fmean(without for _, without in both),
         "gain": statistics.fmean(differences),
-        "gain_ci95": resampled(differences),
+        "gain_ci95": bootstrap_interval(differences),
     }
 
 
 def aggregate(records: Iterable[Record], failures: Iterable[Record], facts: Mapping[str, Any]) -> list[Row]:
-    """Return a row per (task, length, arm), in the order in which they first appear.
+    """Return a row per (task, length, method), in the order in which they first appear.
 
     Args:
         records: Finished samples.
-        failures: Arms that could not run: ``task, length, arm, error``, and where. With ``left_out``, a count, it is so
-            many samples that could not: the rest make a row, whose note says so.
-        facts: What all rows share: model, split, seed, versions, ...
+        failures: Methods that failed: ``task, length, arm, error, revision``. One with ``left_out``, a count, failed on
+            as many samples: the other samples make a row, whose note has the count.
+        facts: Columns that all rows share: model, split, seed, versions, ...
     """
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        groups.setdefault(_key(record), []).append(record)
-    rows = {key: dict(facts) | _row(key, group) for key, group in groups.items()}
+    rows = {key: dict(facts) | _make_row(key, group) for key, group in group_by(records, _key).items()}
     for failure in failures:
         key = _key(failure)
         if "left_out" in failure and key in rows:
-            left, made = failure["left_out"], rows[key]["n"]
-            said = f"{left} of {left + made} samples left out: {failure['error']}"
-            rows[key]["note"] = "; ".join(filter(None, (rows[key]["note"], said)))
+            count, row = failure["left_out"], rows[key]
+            note = f"{count} of {count + row['n']} samples left out: {failure['error']}"
+            row["note"] = "; ".join(filter(None, (row["note"], note)))
             continue
-        rows[key] = (
-            dict(facts)
-            | _head(key)
-            | {"score": None, "score_ci95": None, "n": 0}
-            | {n: failure[n] for n in ("error", "revision")}
-        )
+        rows[key] = {**facts, **_head(key), "score": None, "score_ci95": None, "n": 0}
+        rows[key] |= {name: failure[name] for name in ("error", "revision")}
     return list(rows.values())
+
+
+def group_by(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, list[Record]]:
+    """Group records by a key; the keys are in the order in which they first appear."""
+    groups: dict[K, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
 
 
 def _key(record: Record) -> tuple[Any, ...]:
@@ -96,11 +99,11 @@ def _head(key: tuple[Any, ...]) -> Row:
     return {"task": key[0], "length": key[1], **dict(key[2:])}
 
 
-def _row(key: tuple[Any, ...], group: list[Record]) -> Row:
+def _make_row(key: tuple[Any, ...], group: list[Record]) -> Row:
     means = {name: statistics.fmean(record[name] for record in group) for name in MEANS}
-    medians = {name: median(record[name] for record in group) for name in MEDIANS}
+    medians = {name: find_median(record[name] for record in group) for name in MEDIANS}
     tags = [record["tags"] for record in group]
-    same = {name: value for name, value in tags[0].items() if all(t.get(name) == value for t in tags)}
+    same = {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}
     return {
         **_head(key),
         **_score([record["score"] for record in group]),
@@ -118,48 +121,55 @@ def _row(key: tuple[Any, ...], group: list[Record]) -> Row:
 
 
 def _origin(group: list[Record]) -> Row:
-    """Return revision, versions and device, joined where a run went on with other ones."""
+    """Return revision, versions and device, joined where a resumed run had other ones."""
 
-    def joined(values: Iterable[str | None]) -> str | None:
+    def join(values: Iterable[str | None]) -> str | None:
         return ", ".join(dict.fromkeys(value for value in values if value)) or None
 
     known = [record["versions"] for record in group if "versions" in record]
-    found: Row = {"revision": joined(record["revision"] for record in group)}
+    found: Row = {"revision": join(record["revision"] for record in group)}
     if known:
-        found["versions"] = {name: joined(versions[name] for versions in known) for name in known[0]}
-        found["device"] = joined(record.get("device") for record in group)
+        found["versions"] = {name: join(versions[name] for versions in known) for name in known[0]}
+        found["device"] = join(record.get("device") for record in group)
     return found
 
 
 def _score(scores: Sequence[float]) -> Row:
-    return {"score": statistics.fmean(scores), "score_ci95": interval(scores), "n": len(scores)}
+    return {"score": statistics.fmean(scores), "score_ci95": wilson_interval(scores), "n": len(scores)}
 
 
-def median(values: Iterable[float | None]) -> float | None:
+def find_mean(values: Sequence[float]) -> float | None:
+    """Return the mean of values; None if there are none."""
+    return statistics.fmean(values) if values else None
+
+
+def find_median(values: Iterable[float | None]) -> float | None:
+    """Return the median of the values that are known; None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
 def _parts(group: list[Record], same: Mapping[str, Any]) -> list[Row]:
     """Return scores by the tags in which the samples differ."""
-    parts: dict[tuple[Any, ...], list[float]] = {}
-    for record in group:
-        varying = tuple(item for item in sorted(record["tags"].items()) if item[0] not in same)
-        if varying:
-            parts.setdefault(varying, []).append(record["score"])
-    return [{"tags": dict(tags), **_score(scores)} for tags, scores in sorted(parts.items(), key=lambda x: str(x[0]))]
+    parts = group_by(group, lambda record: tuple(tag for tag in sorted(record["tags"].items()) if tag[0] not in same))
+    return [
+        {"tags": dict(tags), **_score([record["score"] for record in records])}
+        for tags, records in sorted(parts.items(), key=lambda part: str(part[0]))
+        if tags
+    ]
 
 
 def _turns(group: list[Record]) -> list[Row]:
+    """Return scores by turn; none if every sample has one turn."""
     longest = max(len(record["turns"]) for record in group)
     if longest == 1:
         return []
-    by_turn = [[r["turns"][t]["score"] for r in group if t < len(r["turns"])] for t in range(longest)]
+    by_turn = [[record["turns"][t]["score"] for record in group if t < len(record["turns"])] for t in range(longest)]
     return [{"turn": t, **_score(scores)} for t, scores in enumerate(by_turn)]
 
 
 def _mean_grid(grids: list[list[list[int]]]) -> list[list[float]]:
-    """Return the mean over samples of pairs kept by each KV head of each layer; empty if arms did not say."""
+    """Return the mean over samples of pairs kept by each KV head of each layer; empty if records have none."""
     if not all(grids) or len({tuple(map(len, grid)) for grid in grids}) > 1:
         return []
     layers = zip(*grids, strict=True)

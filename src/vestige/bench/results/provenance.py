@@ -1,4 +1,4 @@
-"""Where a result comes from: the revision of the code, versions, device."""
+"""The provenance of results: the revision of the code, versions, and device."""
 
 import platform
 import subprocess
@@ -12,22 +12,22 @@ from transformers import PreTrainedModel
 from vestige.version import __version__
 
 
-def provenance(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what every row says of its origin: ``revision, versions, device, dtype``."""
+def collect_provenance(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the columns of every row on its origin: ``revision, versions, device, dtype``."""
     return {
-        "revision": revision(),
+        "revision": find_revision(),
         "versions": {
             "vestige": __version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": _device(model.device),
+        "device": _describe_device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
-def revision() -> str | None:
+def find_revision() -> str | None:
     """Return the commit of the checkout that this code runs from, ``-dirty`` if the code was changed; None outside."""
     try:
         _git("ls-files", "--error-unmatch", __file__)  # fails if installed below somebody else's checkout
@@ -42,13 +42,13 @@ def _git(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _device(device: torch.device) -> str:
+def _describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {_cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {_find_cpu_model()}, {torch.get_num_threads()} threads"
 
 
-def _cpu_model() -> str:
+def _find_cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

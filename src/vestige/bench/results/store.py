@@ -1,69 +1,64 @@
 """A folder of results: every finished sample is a line on disk before the next one begins.
 
-``bench.json`` says what is run, ``samples.jsonl`` has the records, ``rows.json`` what they come to. An interrupted run
-goes on where it stopped; a line that a crash cut short is dropped and done again.
+``bench.json`` has the settings, ``samples.jsonl`` the records, ``rows.json`` the rows. An interrupted run resumes where
+it stopped; a line that a crash cut short is dropped, and its sample runs again.
 """
 
 import contextlib
 import errno
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vestige.bench.results.aggregate import Record, Row
 from vestige.errors import InputError
 from vestige.utils.files import write_atomically
 
 BOOKS, SAMPLES, ROWS, SPEED = "bench.json", "samples.jsonl", "rows.json", "speed.json"
-ROWS_EVERY_S = 60.0
-"""Rows are written as often as this, so that one can look at a run under way."""
-
-T = TypeVar("T")
 
 
 class Store:
     """Records of one run.
 
     Args:
-        folder: Made if it is not there.
-        books: What must be the same when a run goes on: model, split, seed, ... JSON values.
-        resume: Go on in a folder that has records.
+        folder: Made if it does not exist.
+        settings: JSON values that a resumed run may not change: model, split, seed, ...
+        resume: Continue in a folder that has records.
 
     Raises:
         InputError: The folder is not empty and ``resume`` is false, was begun with other settings, is damaged, or
             cannot be written.
     """
 
-    def __init__(self, folder: Path, books: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
         self.folder = folder
         self.records: dict[str, Record] = {}
         check_folder(folder, resume=resume)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / BOOKS).exists():
-                self._check_books(dict(books))
-            write_atomically(folder / BOOKS, json.dumps(books, indent=1) + "\n")
+                self._check_settings(dict(settings))
+            write_atomically(folder / BOOKS, json.dumps(settings, indent=1) + "\n")
             self._read()
             self.file = (folder / SAMPLES).open("ab", buffering=0)  # a full disk must be known at once
         except OSError as error:
             raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
 
-    def has(self, task: str, length: int, index: int, arm: Mapping[str, Any]) -> Record | None:
-        """Return the record of a sample and arm, or None if it is still to do."""
-        return self.records.get(_key(task, length, index, arm))
+    def find(self, task: str, length: int, index: int, arm: Mapping[str, Any]) -> Record | None:
+        """Return the record of a sample and method, or None if it is missing."""
+        return self.records.get(_make_key(task, length, index, arm))
 
     def known(
         self, task: str, length: int, index: int, arm: Mapping[str, Any], digest: str, weights: str = ""
     ) -> Record | None:
-        """Return the record of a sample and arm, or None if it is still to do.
+        """Return the record of a sample and method, or None if it is missing.
 
         Raises:
-            InputError: It was made from other data than those of this digest, or with other trained weights.
+            InputError: It was made from data with another digest, or with other trained weights.
         """
-        record = self.has(task, length, index, arm)
+        record = self.find(task, length, index, arm)
         if record is not None and record["digest"] != digest:
             raise InputError(
                 f"sample {index} of {task} in {self.folder} was made from another text "
@@ -77,33 +72,33 @@ class Store:
         return record
 
     def append(self, record: Record) -> None:
-        """Write a record; it is there completely or not at all.
+        """Write a record completely or not at all.
 
         Raises:
-            InputError: The disk is full or cannot be written. What was finished before stays.
+            InputError: The disk is full or cannot be written. Earlier records stay.
         """
         line, end = (json.dumps(record, ensure_ascii=False) + "\n").encode(), self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            with contextlib.suppress(OSError):  # a device cannot be cut, and has no half line to lose
+            with contextlib.suppress(OSError):  # a device cannot be truncated
                 self.file.truncate(end)
             raise InputError(
                 f"cannot write results to {self.folder}: {error.strerror}; "
                 f"{len(self.records)} finished samples are kept, go on with --resume"
             ) from None
-        self.records[_key_of(record)] = json.loads(line)  # as a resumed run would find it
+        self.records[_make_record_key(record)] = json.loads(line)  # as a resumed run reads it
 
     def finish(self, rows: list[Row], command: str | None = None) -> None:
-        """Write the rows, and the command that remakes them.
+        """Write the rows, and the command that makes them.
 
         Raises:
-            InputError: They cannot be written.
+            InputError: The rows cannot be written.
         """
         try:
-            books = {"rows": rows} if command is None else {"command": command, "rows": rows}
-            write_atomically(self.folder / ROWS, json.dumps(books) + "\n")
+            content = {"rows": rows} if command is None else {"command": command, "rows": rows}
+            write_atomically(self.folder / ROWS, json.dumps(content) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.folder / ROWS}: {error.strerror}") from None
 
@@ -111,17 +106,17 @@ class Store:
         """Close the file of records."""
         self.file.close()
 
-    def _check_books(self, books: dict[str, Any]) -> None:
+    def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / BOOKS
         try:
             begun = json.loads(path.read_text())
             assert isinstance(begun, dict)
         except (ValueError, AssertionError):
             raise InputError(f"{path} is damaged: it is not a JSON object; name a new --out") from None
-        for name in books:
-            if begun.get(name) != books[name]:
+        for name in settings:
+            if begun.get(name) != settings[name]:
                 raise InputError(
-                    f"{self.folder} was begun with {name} {begun.get(name)!r}, not {books[name]!r}; name a new --out"
+                    f"{self.folder} was begun with {name} {begun.get(name)!r}, not {settings[name]!r}; name a new --out"
                 )
 
     def _read(self) -> None:
@@ -129,33 +124,17 @@ class Store:
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            os.truncate(path, len(whole))  # the line under way when the last run was killed
+            os.truncate(path, len(whole))  # the line that was being written when the last run was killed
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
-                self.records[_key_of(record)] = record
+                self.records[_make_record_key(record)] = record
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{path} is damaged: line {number} is not a record") from None
 
 
-def run_all(items: Iterable[T], run: Callable[[T], None], write: Callable[[], list[Row]]) -> list[Row]:
-    """Run all items and return the rows; they are written now and then, and at the end, however it comes."""
-    written = time.monotonic()
-    try:
-        for item in items:
-            run(item)
-            if time.monotonic() - written > ROWS_EVERY_S:
-                write()
-                written = time.monotonic()
-    except BaseException:
-        with contextlib.suppress(InputError):  # the disk may be full; what went wrong first is what counts
-            write()
-        raise
-    return write()
-
-
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Raise an InputError if results cannot go there: before a model is loaded."""
+    """Raise an InputError if results cannot go to a folder; to call before a model is loaded."""
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; name a folder for --out")
@@ -176,11 +155,11 @@ def check_speed_folder(folder: Path) -> None:
         raise InputError(f"{folder / SPEED} exists; name another --out, or remove it")
 
 
-def keep_speed(folder: Path, rows: list[Row]) -> None:
-    """Write the rows of a speed run to a folder, which is made if it is not there.
+def write_speed(folder: Path, rows: list[Row]) -> None:
+    """Write the rows of a speed run to a folder, which is made if it does not exist.
 
     Raises:
-        InputError: They cannot be written.
+        InputError: The rows cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,9 +168,9 @@ def keep_speed(folder: Path, rows: list[Row]) -> None:
         raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
 
 
-def _key(task: str, length: int, index: int, arm: Mapping[str, Any]) -> str:
+def _make_key(task: str, length: int, index: int, arm: Mapping[str, Any]) -> str:
     return json.dumps([task, length, index, *(arm[name] for name in ("policy", "share", "memory", "budget", "peer"))])
 
 
-def _key_of(record: Record) -> str:
-    return _key(record["task"], record["length"], record["index"], record["arm"])
+def _make_record_key(record: Record) -> str:
+    return _make_key(record["task"], record["length"], record["index"], record["arm"])

@@ -1,12 +1,12 @@
 """The benchmark's tasks, one file each, named in one dict.
 
-A task is a function from an :class:`Order` to samples. A name may choose a part of it: ``ruler`` is all thirteen
-tasks, ``ruler/niah_single_1`` one of them.
+A task is a function from a :class:`TaskSpec` to samples. A name may choose a part of it: ``ruler`` is all thirteen
+tasks, ``ruler/niah_single_1`` is one of them.
 """
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,10 +27,10 @@ SPLITS: tuple[Split, ...] = ("dev", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """What is wanted of a task.
+class TaskSpec:
+    """The samples that are wanted of a task.
 
-    Two orders that are equal give equal samples; those of different splits share no seed, key or essay.
+    Equal specifications give equal samples; those of different splits share no seed, key or essay.
     """
 
     count: Callable[[str], int]
@@ -38,11 +38,11 @@ class Order:
     measure: Callable[[Sequence[Turn]], int]
     """Tokens of a whole conversation: chat text, contexts, questions, answer prefixes and the longest replies."""
     part: str | None = None
-    """What the name chooses of the task; None is all of it."""
+    """The part of the task that the name chooses; None is all of it."""
     length: int | None = None
-    """Tokens that no sample may exceed, by ``measure``; None where the task's own texts set it."""
+    """Tokens that no sample may exceed, by ``measure``; None where the task's texts set it."""
     samples: int | None = None
-    """Samples per (task, length); None is all there are, or the task's own number."""
+    """Samples per (task, length); None leaves the number to the task."""
     split: Split = "dev"
     seed: int = 0
     answer_room: int | None = None
@@ -60,9 +60,9 @@ class Order:
         """Return the longest reply of a turn, in tokens.
 
         Args:
-            answers: What would be right.
+            answers: The right answers.
             own: The task's own limit.
-            every: All answers are wanted in one reply, not the best of them.
+            every: Whether one reply must have all answers, not the best of them.
         """
         if self.answer_room is None:
             return own
@@ -70,22 +70,20 @@ class Order:
         return max((self.count(f" {answer}") for answer in wanted), default=0) + self.answer_room
 
 
-def make(name: str, order: Order) -> list[Sample]:
+def make(name: str, spec: TaskSpec) -> list[Sample]:
     """Return the samples of a named task, ordered by (task, index).
 
     Args:
         name: A key of ``TASKS``, or one with a part: ``ruler/vt``.
-        order: What is wanted; its ``part`` is taken from the name.
+        spec: The samples wanted; its ``part`` is taken from the name.
 
     Raises:
         InputError: No such task or part, or the data it needs is missing or malformed.
     """
-    from dataclasses import replace
-
     head, _, part = name.partition("/")
     check(name)
     module, _, function = TASKS[head].partition(":")
-    samples: list[Sample] = getattr(importlib.import_module(module), function)(replace(order, part=part or None))
+    samples: list[Sample] = getattr(importlib.import_module(module), function)(replace(spec, part=part or None))
     return samples
 
 

@@ -1,10 +1,10 @@
 """The user's own samples: a JSONL file, one case a line.
 
 A case is ``{task, length?, context, question, answer_prefix?, answer, metric?, max_new_tokens?, choices?}``. A dialogue
-has ``turns`` in place of what follows the length: a list of such objects, in which the context may be left out from
-the second one on. ``answer`` is a text or a list of them.
+has ``turns`` in place of the columns after the length: a list of such objects. From the second turn on the context may
+be left out. ``answer`` is a text or a list of them.
 
-A case's length is what it says, the user's own label, or else the order's, or else that of the longest case of its
+A case's length is its own label, or else the specification's length, or else the length of the longest case of its
 task. There is no dev and test split: all cases are in both.
 """
 
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.errors import InputError, unknown_name_message
 from vestige.text import jsonl
 from vestige.text.jsonl import Entry
 
 _TURN = ("context", "question", "answer_prefix", "answer", "metric", "max_new_tokens", "choices")
-_EVERY_ANSWER = ("contains", "string_match_all")  # metrics that want all answers in one reply
+_EVERY_ANSWER = ("contains", "string_match_all")  # metrics for which one reply must have all answers
 _DEFAULTS = Turn(context="", question="", answers=())
 
 
@@ -31,28 +31,28 @@ class _Case:
     task: str
     declared: int | None
     measured: int
-    """Tokens; not counted, and 0, where a length is declared."""
+    """Tokens; 0, and not counted, if a length is declared."""
     turns: tuple[Turn, ...]
 
 
-def samples(order: Order) -> list[Sample]:
+def samples(spec: TaskSpec) -> list[Sample]:
     """Return the cases of a file, or those of one task.
 
-    With a length in the order only the cases that say this length are taken, and of those that say none, the ones that
-    fit it; with a number of samples, the first so many of each task and length. An index is a line's number.
+    A length in the specification takes the cases that declare this length, and those that declare none and fit it. A
+    number of samples takes the first ones of each task and length. An index is a line's number.
 
     Raises:
-        InputError: There is no file, it has no case that is wanted, or a line is malformed; it gives the line.
+        InputError: There is no file, it has no such case, or a line is malformed; it gives the line.
     """
-    if order.file is None:
+    if spec.file is None:
         raise InputError("cases needs a file: vestige bench cases FILE.jsonl")
-    cases = [_case(order, entry) for entry in jsonl.read(order.file)]
-    if order.part is not None:
+    cases = [_case(spec, entry) for entry in jsonl.read(spec.file)]
+    if spec.part is not None:
         tasks = sorted({case.task for case in cases})
-        if order.part not in tasks:
-            raise InputError(unknown_name_message(f"task of {order.file}", order.part, tasks))
-        cases = [case for case in cases if case.task == order.part]
-    return _first(order, _with_lengths(cases) if order.length is None else _of_length(cases, order.length, order.file))
+        if spec.part not in tasks:
+            raise InputError(unknown_name_message(f"task of {spec.file}", spec.part, tasks))
+        cases = [case for case in cases if case.task == spec.part]
+    return _take_first(spec, _with_lengths(cases) if spec.length is None else _of_length(cases, spec.length, spec.file))
 
 
 def _with_lengths(cases: Sequence[_Case]) -> list[Sample]:
@@ -70,13 +70,13 @@ def _of_length(cases: Sequence[_Case], length: int, path: Path) -> list[Sample]:
     return [_sample(case, length) for case in wanted]
 
 
-def _first(order: Order, cases: Sequence[Sample]) -> list[Sample]:
+def _take_first(spec: TaskSpec, cases: Sequence[Sample]) -> list[Sample]:
     """Return the first samples of each row, ordered by row and line."""
-    taken: Counter[tuple[str, int]] = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
     kept = []
     for case in cases:
-        taken[case.task, case.length] += 1
-        if order.samples is None or taken[case.task, case.length] <= order.samples:
+        counts[case.task, case.length] += 1
+        if spec.samples is None or counts[case.task, case.length] <= spec.samples:
             kept.append(case)
     return sorted(kept, key=lambda sample: (sample.task, sample.length, sample.index))
 
@@ -85,16 +85,16 @@ def _sample(case: _Case, length: int) -> Sample:
     return Sample(task=case.task, index=case.line, length=length, turns=case.turns)
 
 
-def _case(order: Order, entry: Entry) -> _Case:
+def _case(spec: TaskSpec, entry: Entry) -> _Case:
     if "turns" in entry.columns:
         _check_keys(entry, ("task", "length", "turns"))
-        turns = tuple(_turn(order, turn, first=i == 0) for i, turn in enumerate(_turn_entries(entry)))
+        turns = tuple(_turn(spec, turn, first=i == 0) for i, turn in enumerate(_turn_entries(entry)))
     else:
         _check_keys(entry, ("task", "length", *_TURN))
-        turns = (_turn(order, entry, first=True),)
-    task = _filled(entry, "task")
+        turns = (_turn(spec, entry, first=True),)
+    task = _require_text(entry, "task")
     declared = entry.number("length") if entry.has("length") else None
-    measured = 0 if declared else order.measure(turns)
+    measured = 0 if declared else spec.measure(turns)
     return _Case(entry.line, task, declared, measured, turns)
 
 
@@ -108,7 +108,7 @@ def _turn_entries(entry: Entry) -> list[Entry]:
     return parsed
 
 
-def _turn(order: Order, entry: Entry, *, first: bool) -> Turn:
+def _turn(spec: TaskSpec, entry: Entry, *, first: bool) -> Turn:
     answers = entry.texts("answer")
     if not all(answer.strip() for answer in answers):
         raise entry.error("'answer' has an empty text, which every reply contains")
@@ -117,12 +117,12 @@ def _turn(order: Order, entry: Entry, *, first: bool) -> Turn:
         raise entry.error(unknown_name_message("metric", metric, METRICS))
     own = entry.number("max_new_tokens") if entry.has("max_new_tokens") else _DEFAULTS.max_new_tokens
     return Turn(
-        context=_filled(entry, "context") if first else entry.text("context") if entry.has("context") else "",
-        question=_filled(entry, "question"),
+        context=_require_text(entry, "context") if first else entry.text("context") if entry.has("context") else "",
+        question=_require_text(entry, "question"),
         answers=answers,
         answer_prefix=entry.text("answer_prefix") if entry.has("answer_prefix") else "",
         metric=metric,
-        max_new_tokens=order.reply_limit(answers, own, every=metric in _EVERY_ANSWER),
+        max_new_tokens=spec.reply_limit(answers, own, every=metric in _EVERY_ANSWER),
         choices=_choices(entry, metric),
     )
 
@@ -133,7 +133,7 @@ def _choices(entry: Entry, metric: str) -> tuple[str, ...]:
     return entry.texts("choices") if entry.has("choices") else ()
 
 
-def _filled(entry: Entry, name: str) -> str:
+def _require_text(entry: Entry, name: str) -> str:
     text = entry.text(name)
     if not text.strip():
         raise entry.error(f"{name!r} is empty")

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import Order
+from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, largest, named_length
 from vestige.bench.tasks.ruler.needles import DEPTHS, MAX_NEW_TOKENS, NEEDLES, draw_pairs, haystack, insert, needle_text
 from vestige.errors import InputError, unknown_name_message
@@ -32,7 +32,7 @@ class _Plan:
     queried: tuple[str, ...]
 
 
-def samples(order: Order) -> list[Sample]:
+def samples(order: TaskSpec) -> list[Sample]:
     """Return dialogues of one part, or of both; all turns together fit the length.
 
     Raises:
@@ -45,7 +45,7 @@ def samples(order: Order) -> list[Sample]:
     return [_make_sample(order, part, index) for part in parts for index in range(number)]
 
 
-def _make_sample(order: Order, part: str, index: int) -> Sample:
+def _make_sample(order: TaskSpec, part: str, index: int) -> Sample:
     task, length = f"dialogue/{part}", named_length(order, "dialogue")
     rng = random.Random(key(order, task, index))
     values = draw_pairs(_FORM, TURNS if part == "retrieval" else 2 * TURNS, order, rng)
@@ -84,7 +84,7 @@ def _plan_recall(names: list[str], rng: random.Random) -> _Plan:
     return _Plan(stated=stated, queried=tuple(queried))
 
 
-def _make_turn(order: Order, context: str, name: str, value: str) -> Turn:
+def _make_turn(order: TaskSpec, context: str, name: str, value: str) -> Turn:
     return Turn(
         context=context,
         question=f"What is the special magic number for {name}?",

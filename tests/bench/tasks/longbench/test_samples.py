@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from vestige import InputError
 from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import TASKS, Order, make
+from vestige.bench.tasks import TASKS, TaskSpec, make
 from vestige.bench.tasks.longbench import prompts as prompts
-from vestige.bench.tasks.longbench.samples import DATASETS, DATASETS_E, chosen, ends, most
+from vestige.bench.tasks.longbench.samples import DATASETS, DATASETS_E, choose_places, cut_middle, find_largest_fit
 from vestige.text.jsonl import Entry
 
 
@@ -29,8 +29,8 @@ def measure(turns: Sequence[Turn]) -> int:
     return sum(words(f"{t.context} {t.question} {t.answer_prefix}") + t.max_new_tokens for t in turns)
 
 
-def order(**changes) -> Order:
-    return Order(**({"count": words, "measure": measure} | changes))
+def order(**changes) -> TaskSpec:
+    return TaskSpec(**({"count": words, "measure": measure} | changes))
 
 
 def row(i: int = 0, **changes) -> dict:
@@ -83,7 +83,7 @@ def hub(monkeypatch):
 def test_there_are_21_datasets_13_of_them_in_e_each_with_a_metric_and_a_prompt():
     assert len(DATASETS) == 21 and len(DATASETS_E) == 13 and set(DATASETS_E) < set(DATASETS)
     assert {d.metric for d in DATASETS.values()} <= set(METRICS)
-    assert prompts.ours().keys() == {*DATASETS, "longbench-v2"}
+    assert prompts.load_shipped_prompts().keys() == {*DATASETS, "longbench-v2"}
     assert {"longbench", "longbench-e", "longbench-v2"} < set(TASKS)
 
 
@@ -106,7 +106,9 @@ def test_metrics_and_reply_limits_are_the_published_ones():
 
 def test_our_prompts_ask_for_the_input_wherever_the_data_have_one():
     without = {"gov_report", "multi_news", "vcsum", "passage_count", "lcc", "longbench-v2"}
-    assert {name for name, prompt in prompts.ours().items() if "{input}" not in prompt.question} == without
+    assert {
+        name for name, prompt in prompts.load_shipped_prompts().items() if "{input}" not in prompt.question
+    } == without
 
 
 # Files and folders
@@ -212,12 +214,12 @@ def test_a_hub_set_is_used_whole(hub):
 
 def test_the_seed_chooses_and_repeats():
     def places(seed: int) -> list[int]:
-        return chosen(200, order(seed=seed, samples=10), first=100, name="longbench/lcc")
+        return choose_places(200, order(seed=seed, samples=10), first=100, name="longbench/lcc")
 
     assert places(0) == places(0) == sorted(places(0)) and len(places(0)) == 10
     assert places(0) != places(1)
     assert all(place >= 100 and place % 2 == 0 for place in places(0))
-    assert chosen(9, order(samples=20), first=5, name="x") == [6, 8]  # all there are
+    assert choose_places(9, order(samples=20), first=5, name="x") == [6, 8]  # all there are
 
 
 def test_a_split_without_samples_is_an_error(tmp_path):
@@ -306,8 +308,8 @@ def test_a_long_context_loses_its_middle_and_no_more_than_it_must(tmp_path):
     intro = whole.context.removesuffix(document)
     assert turn.context.startswith(f"{intro}w0 w1 w2 ") and turn.context.endswith(" w498 w499")
     kept = len(turn.context) - len(intro)
-    assert turn.context == intro + ends(document, kept)
-    assert words(intro + ends(document, kept + 1)) > words(turn.context)
+    assert turn.context == intro + cut_middle(document, kept)
+    assert words(intro + cut_middle(document, kept + 1)) > words(turn.context)
 
 
 def test_what_fits_is_not_cut(tmp_path):
@@ -327,7 +329,7 @@ def test_a_length_that_holds_no_prompt_is_an_error_with_both_numbers(hotpot):
 @given(st.text(alphabet="abcd", max_size=40), st.integers(0, 40))
 def test_ends_are_halves_of_a_text(text, kept):
     kept = min(kept, len(text))
-    cut = ends(text, kept)
+    cut = cut_middle(text, kept)
     head = (kept + 1) // 2
     assert len(cut) == kept and text.startswith(cut[:head]) and text.endswith(cut[head:])
 
@@ -336,7 +338,7 @@ def test_ends_are_halves_of_a_text(text, kept):
 @given(st.integers(0, 50), st.integers(-1, 60))
 def test_most_is_the_largest_that_fits(whole, limit):
     expected = max((n for n in range(whole) if n <= limit), default=None)
-    assert most(whole, lambda n: n <= limit) == expected
+    assert find_largest_fit(whole, lambda n: n <= limit) == expected
 
 
 # E and v2

@@ -7,7 +7,7 @@ import pytest
 
 from vestige import InputError
 from vestige.bench.sample import Sample
-from vestige.bench.tasks import Order, make
+from vestige.bench.tasks import TaskSpec, make
 
 pytest.importorskip("wonderwords")
 
@@ -29,7 +29,7 @@ def essays(tmp_path) -> Path:
 
 def niah(folder: Path, **changes) -> list[Sample]:
     given = {"length": 900, "samples": 10, "essays": folder, "count": count, "measure": measure}
-    return make("niah", Order(**{**given, **changes}))
+    return make("niah", TaskSpec(**{**given, **changes}))
 
 
 def test_depths_take_turns_and_the_needle_lies_where_the_tag_says(essays):
@@ -88,4 +88,4 @@ def test_what_cannot_be_made_is_one_clear_error(essays, changes, message):
 
 def test_niah_has_no_parts(essays):
     with pytest.raises(InputError, match="niah has no parts, got niah/essay"):
-        make("niah/essay", Order(count=count, measure=measure, length=900, essays=essays))
+        make("niah/essay", TaskSpec(count=count, measure=measure, length=900, essays=essays))

@@ -11,7 +11,7 @@ import pytest
 
 from vestige import InputError
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import Order, make
+from vestige.bench.tasks import TaskSpec, make
 from vestige.bench.tasks.fitting import largest
 from vestige.bench.tasks.ruler import needles
 from vestige.bench.tasks.ruler.suite import PARTS
@@ -62,9 +62,9 @@ def hotpot_entry(i: int) -> dict:
     return {"question": question, "answer": f"Land{i}", "context": shown, "supporting_facts": facts}
 
 
-def order(texts: Path, **changes) -> Order:
+def order(texts: Path, **changes) -> TaskSpec:
     given = {"length": 1200, "samples": 3, "essays": texts / "essays", "qa": texts / "squad.json"}
-    return Order(**{"count": count, "measure": measure, **given, **changes})
+    return TaskSpec(**{"count": count, "measure": measure, **given, **changes})
 
 
 def qa_file(part: str) -> str:
@@ -422,7 +422,7 @@ def test_multikey_3_has_as_many_distinct_uuids_as_the_original_at_the_same_size(
     lines = {lines for lines, _ in shown}
     assert shown == {(51, 102)}
     size = lines.pop() - 1
-    draft = next(needles.drafts(order(texts, length=4096), "niah_multikey_3"))
+    draft = next(PARTS["niah_multikey_3"](order(texts, length=4096), "niah_multikey_3"))
     turn = draft.build(size)
     assert numbers(turn.context) == (51, 102)
     (original,) = (o for o in originals if o["index"] == 0)

@@ -1,4 +1,4 @@
-"""Other projects' methods, run and measured like our own: kvpress's presses and transformers' caches."""
+"""Methods of other projects, run and measured like vestige's own: kvpress's presses and transformers' caches."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,49 +33,49 @@ def takes_budget(name: str) -> bool:
 
 
 def pairs_to_keep(name: str, budget: str, model: Any, *, seen: int, length: int) -> int | None:
-    """Return how many pairs a row a peer may keep: as many as our own arms at this budget; None if it takes none.
+    """Return the pairs per row that a peer may keep, as vestige's policies at this budget; None if it takes no budget.
 
     Args:
         name: The peer's.
         budget: As the user wrote it.
-        model: What a budget in bytes is judged by.
-        seen: Tokens that are read before it compresses.
-        length: Tokens of context and question, which a fraction is one of.
+        model: Gives the bytes of a pair, for a budget in bytes.
+        seen: Tokens read before it compresses.
+        length: Tokens of context and question, the base of a fraction.
     """
     if not takes_budget(name):
         return None
-    weighs = expected_footprint(anatomy_of(model))
-    return Budget.parse(budget).pairs(seen=seen, length=length, protected=0, footprint=weighs)
+    footprint = expected_footprint(anatomy_of(model))
+    return Budget.parse(budget).pairs(seen=seen, length=length, protected=0, footprint=footprint)
 
 
 class OpenPeers(ExitStack):
-    """Peers on one model, each opened when it is first called for, all closed together."""
+    """Peers on one model, each opened at its first call, all closed together."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self._known: dict[str, Peer] = {}
+        self._opened: dict[str, Peer] = {}
 
     def __call__(self, name: str) -> Peer:
-        """Return the peer of this name, ready to run jobs; raises as :func:`open_peer`."""
-        if name not in self._known:
-            self._known[name] = self.enter_context(open_peer(name, model=self.model))
-        return self._known[name]
+        """Return the peer of this name, ready to run jobs; raises the errors of :func:`open_peer`."""
+        if name not in self._opened:
+            self._opened[name] = self.enter_context(open_peer(name, model=self.model))
+        return self._opened[name]
 
 
 def open_peer(name: str, *, model: Any, folder: Path | str | None = None, timeout_s: float | int = 3600.0) -> Peer:
     """Return a peer that is ready to run jobs. Close it, or use it with ``with``.
 
-    Presses that are open at the same time share one process, which loads the model once, at the first job.
+    Open presses share one process, which loads the model once, at the first job.
 
     Args:
         name: See :func:`check`.
-        model: Runs the caches of transformers itself, attached or not; for presses it says what to load.
-        folder: Where kvpress loads the model from; None is where this one was loaded from, the hub's cache included.
-        timeout_s: Seconds that one job of kvpress may take, loading included.
+        model: Runs the caches of transformers, attached or not; presses load the same model again.
+        folder: The folder that kvpress loads the model from; None is the source of ``model``, the hub's cache included.
+        timeout_s: Seconds for one job of kvpress, loading included.
 
     Raises:
-        InputError: The name cannot be read, or a package or folder that it needs is absent; with what to do.
+        InputError: The name cannot be read, or a package or folder is absent; the message names the remedy.
     """
     parsed = parse(name)
     if parsed.kind == "transformers":

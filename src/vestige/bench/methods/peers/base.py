@@ -1,35 +1,30 @@
-"""What every peer is, and how one fails."""
+"""The interface of peers, and their error."""
 
-from abc import ABC, abstractmethod
-from types import TracebackType
+from abc import abstractmethod
+from contextlib import AbstractContextManager
 
 from vestige.bench.methods.conversation import Job, Outcome
 from vestige.errors import VestigeError
 
 
 class PeerError(VestigeError, RuntimeError):
-    """Another project's code failed, hung or cannot do what was asked."""
+    """Another project's code failed, hung or cannot run the job."""
 
 
-class Peer(ABC):
-    """Another method, measured as ours are. Use it with ``with``, or close it."""
+class Peer(AbstractContextManager["Peer"]):
+    """A method of another project, measured like vestige's own. Use it with ``with``, or close it."""
 
     @abstractmethod
     def run(self, job: Job) -> Outcome:
-        """Hold one conversation.
+        """Run one conversation.
 
         Raises:
-            PeerError: The peer failed; it can be asked again.
+            PeerError: The peer failed; it can run the next job.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what it holds; closing twice does nothing."""
+        """Release the peer's resources; a second call does nothing."""
 
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""transformers' own caches: DynamicCache, which keeps everything, and QuantizedCache, which keeps it smaller."""
+"""transformers' own caches as peers: DynamicCache, and QuantizedCache, which stores all pairs in fewer bytes."""
 
 import importlib.util
 from typing import Any
@@ -11,7 +11,7 @@ from vestige.bench.methods.conversation import Job, Outcome
 from vestige.bench.methods.decode import decode
 from vestige.bench.methods.peers.base import Peer, PeerError
 from vestige.bench.methods.peers.names import BACKENDS, PeerName
-from vestige.bench.metrics.byte_meter import Scales
+from vestige.bench.metrics.byte_meter import ByteMeter
 from vestige.errors import InputError, VestigeError
 from vestige.models.compat import cache_argument
 from vestige.models.layout import check
@@ -26,7 +26,7 @@ _PIP = {"hqq": "hqq", "quanto": '"vestige[bench]"'}
 
 
 class CachePeer(Peer):
-    """A cache class of transformers on the caller's model. Layers that slide are left out of all numbers.
+    """A cache class of transformers on the caller's model. Sliding layers are left out of all numbers.
 
     Raises:
         InputError: The backend of a quantised cache is not installed, or refuses its options.
@@ -40,28 +40,23 @@ class CachePeer(Peer):
             backend = name.call["options"].get("backend", BACKENDS[0])
             self.options = {"backend": backend, **_DEFAULTS[backend], **name.call["options"]}
             _require(backend)
-        self._cache()
+        self._make_cache()
 
     def run(self, job: Job) -> Outcome:
-        """Hold one conversation; ``job.keep`` does not matter.
+        """Run one conversation; ``job.keep`` is ignored.
 
         Raises:
             PeerError: The cache class failed.
         """
         try:
-            return self._talk(job)
+            return self._converse(job)
         except VestigeError:
             raise
-        except (
-            ImportError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise PeerError(f"{self.name.text} failed: {' '.join(str(error).split())}") from error
 
-    def _talk(self, job: Job) -> Outcome:
-        cache, scales = self._cache(), Scales(self.layers)
+    def _converse(self, job: Job) -> Outcome:
+        cache, meter = self._make_cache(), ByteMeter(self.layers)
         replies: list[tuple[int, ...]] = []
         pending: tuple[int, ...] = ()
         logits = torch.empty(0)
@@ -70,43 +65,43 @@ class CachePeer(Peer):
         for turn in job.turns:
             ids = (*pending, *turn.context)
             if ids:
-                started, idle = synchronized_time(self.model.device), scales.overhead_s
-                with scales.on(cache):
+                started, idle = synchronized_time(self.model.device), meter.overhead_s
+                with meter.watch(cache):
                     logits = self._feed(cache, self._tensor(ids, job.copies))
-                prefill_s += synchronized_time(self.model.device) - started - (scales.overhead_s - idle)
-            seen, kv_bytes = total + len(ids), scales.weigh(cache)
+                prefill_s += synchronized_time(self.model.device) - started - (meter.overhead_s - idle)
+            seen, kv_bytes = total + len(ids), meter.measure(cache)
             if turn.question:
                 logits = self._feed(cache, self._tensor(turn.question, job.copies))
             limits = [turn.max_new_tokens] * job.copies
-            said = decode(lambda token: self._feed(cache, token), logits, limits, job.stop)
-            replies.append(said.replies[0])
-            steps, decode_s = steps + said.steps, decode_s + said.seconds
-            total = seen + len(turn.question) + said.steps
-            pending = tuple(x for x in said.replies[0][-1:] if x not in job.stop)
-        heads = [scales.heads.get(i, 0) * job.copies for i in self.layers]
+            decoded = decode(lambda token: self._feed(cache, token), logits, limits, job.stop)
+            replies.append(decoded.replies[0])
+            steps, decode_s = steps + decoded.steps, decode_s + decoded.seconds
+            total = seen + len(turn.question) + decoded.steps
+            pending = tuple(token for token in decoded.replies[0][-1:] if token not in job.stop)
+        heads = [meter.heads.get(i, 0) * job.copies for i in self.layers]
         return Outcome(
             replies=tuple(replies),
             seen=seen,
             held=seen * sum(heads),
             full=seen * sum(heads),
             kv_bytes=kv_bytes,
-            peak_kv_bytes=scales.peak_bytes,
-            full_kv_bytes=seen * sum(scales.pair_bytes.values()) * job.copies,
+            peak_kv_bytes=meter.peak_bytes,
+            full_kv_bytes=seen * sum(meter.pair_bytes.values()) * job.copies,
             prefill_s=prefill_s,
             evict_s=0.0,
             decode_ms=1e3 * decode_s / steps if steps else None,
             kept=tuple((seen,) * n for n in heads),
-            note=", ".join(f"{k} {v}" for k, v in self.options.items()) or None,
+            note=", ".join(f"{option} {value}" for option, value in self.options.items()) or None,
         )
 
     def close(self) -> None:
-        """Nothing is held between jobs."""
+        """Do nothing: no resource is held between jobs."""
 
-    def _cache(self) -> Cache:
+    def _make_cache(self) -> Cache:
         cache = DynamicCache(config=self.model.config)
         if self.options:
             config = self.model.config.get_text_config(decoder=True)
-            try:  # an attached model takes no QuantizedCache; what that adds to a cache is its layers alone
+            try:  # an attached model takes no QuantizedCache, which differs from a cache in its layers only
                 cache.layers = QuantizedCache(config=config, **self.options).layers
             except (ValueError, ImportError) as error:
                 raise InputError(f"{self.name.text} cannot be made: {' '.join(str(error).split())}") from None
@@ -123,6 +118,7 @@ class CachePeer(Peer):
 
 
 def _require(backend: str) -> None:
+    """Raise an InputError if the package of a backend is not installed."""
     top, _, _ = _PACKAGES[backend].partition(".")
     if importlib.util.find_spec(top) is None or importlib.util.find_spec(_PACKAGES[backend]) is None:
         raise InputError(f"peer transformers:quantized: {backend} is not installed: pip install {_PIP[backend]}")

@@ -1,4 +1,4 @@
-"""Names of peers: ``kvpress:SnapKVPress(window_size=32)``, ``transformers:quantized(nbits=2)``. Read, never run."""
+"""Names of peers: ``kvpress:SnapKVPress(window_size=32)``, ``transformers:quantized(nbits=2)``, parsed, never run."""
 
 import ast
 import json
@@ -13,12 +13,12 @@ QUANTIZED_OPTIONS = ("backend", "nbits", "axis_key", "axis_value", "q_group_size
 BACKENDS = ("quanto", "hqq")
 
 Call = dict[str, Any]
-"""``{"name": class, "args": [...], "options": {...}}``; a value is plain, a list of values, or a call again."""
+"""``{"name": class, "args": [...], "options": {...}}``; a value is plain, a list of values, or another call."""
 
 
 @dataclass(frozen=True)
 class PeerName:
-    """A peer's name, taken apart."""
+    """A parsed name of a peer."""
 
     text: str
     kind: str
@@ -27,16 +27,16 @@ class PeerName:
 
 
 def parse(text: str) -> PeerName:
-    """Return a name taken apart. Whether kvpress has the press is not looked at.
+    """Parse a name, without a check that kvpress has the press.
 
     Raises:
-        InputError: It is not of the known shapes; the message says which there are, or what in it is not plain.
+        InputError: The name has no known shape; the message has the known ones, or the part that is not plain.
     """
     kind, _, rest = text.partition(":")
     if kind not in ("kvpress", "transformers") or not rest.strip():
         raise InputError(unknown_name_message("peer", text, AVAILABLE))
     try:
-        call = _call(ast.parse(rest.strip(), mode="eval").body, text)
+        call = _parse_call(ast.parse(rest.strip(), mode="eval").body, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, InputError):
             raise
@@ -48,7 +48,7 @@ def parse(text: str) -> PeerName:
     return PeerName(text, kind, call)
 
 
-def _call(node: ast.expr, text: str) -> Call:
+def _parse_call(node: ast.expr, text: str) -> Call:
     if isinstance(node, ast.Name):
         return {"name": node.id, "args": [], "options": {}}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
@@ -57,17 +57,17 @@ def _call(node: ast.expr, text: str) -> Call:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise InputError(f"peer {text!r}: arguments must be written out, got {ast.unparse(node)}")
-        options[keyword.arg] = _value(keyword.value, text)
-    return {"name": node.func.id, "args": [_value(arg, text) for arg in node.args], "options": options}
+        options[keyword.arg] = _parse_value(keyword.value, text)
+    return {"name": node.func.id, "args": [_parse_value(arg, text) for arg in node.args], "options": options}
 
 
-def _value(node: ast.expr, text: str) -> Any:
+def _parse_value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Name | ast.Call):
-        call = _call(node, text)
+        call = _parse_call(node, text)
         _check_press(text, call)
         return call
     if isinstance(node, ast.List | ast.Tuple):
-        return [_value(element, text) for element in node.elts]
+        return [_parse_value(element, text) for element in node.elts]
     try:
         value = ast.literal_eval(node)
         json.dumps(value, allow_nan=False)

@@ -1,4 +1,4 @@
-"""kvpress's presses, in a process of their own: it needs a transformers that vestige does not run on."""
+"""kvpress's presses as peers, in a process of their own: kvpress needs a transformers that vestige does not run on."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ _SCRIPT = Path(__file__).parent.parent / "kvpress_worker.py"
 
 @dataclass(frozen=True)
 class Source:
-    """Which model a worker loads, and how."""
+    """The model that a worker loads, and its options."""
 
     python: str
     folder: str
@@ -31,12 +31,12 @@ class Source:
 
     @classmethod
     def of(cls, home: Path | str, device: Any, dtype: Any) -> "Source":
-        """Return a source that exists: a folder, or what transformers fetched under a hub id.
+        """Return the source of a folder, or of a hub id that is in transformers' cache.
 
         Raises:
             InputError: No peer environment, or no such model on this machine.
         """
-        folder = Path(home) if Path(home).is_dir() else _fetched(str(home))
+        folder = Path(home) if Path(home).is_dir() else _find_folder(str(home))
         kind = str(dtype).removeprefix("torch.")
         return cls(find_python(), str(folder.absolute()), str(device), kind, torch.get_num_threads())
 
@@ -49,47 +49,47 @@ def find_python() -> str:
     """
     named = os.environ.get(_PYTHON)
     inside = Path("Scripts", "python.exe") if sys.platform == "win32" else Path("bin", "python")
-    homes = (Path.cwd(), *_SCRIPT.parents[3:4])  # the repository, when run from a checkout
+    homes = (Path.cwd(), *_SCRIPT.parents[4:5])  # the repository, when run from a checkout
     for python in [Path(named)] if named else [home / ".venv-peers" / inside for home in homes]:
         if python.is_file():
             return str(python.absolute())
     raise InputError(f"kvpress is not installed: run `make peers`, or set {_PYTHON}")
 
 
-def _fetched(name: str) -> Path:
+def _find_folder(name: str) -> Path:
     """Return the folder in which the hub's cache has a model."""
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or no hub id at all
+    except (OSError, ValueError):  # not in the cache, or not a hub id
         raise InputError(f"kvpress loads the model from a folder, and {name!r} is none") from None
 
 
 class PressPeer(Peer):
-    """A press of kvpress. Presses of one source that are open at the same time share a process."""
+    """A press of kvpress. Open presses of one source share a process."""
 
     def __init__(self, name: PeerName, source: Source, timeout_s: float | int) -> None:
         self.name, self.timeout_s = name, timeout_s
         self._worker: _Shared | None = _Shared.borrow(source)
 
     def run(self, job: Job) -> Outcome:
-        """Hold one conversation. The first context is compressed to ``job.keep``; kvpress compresses no later one.
+        """Run one conversation. Only the first context is compressed, to ``job.keep`` pairs.
 
         Raises:
             PeerError: kvpress failed, or its process did; the next job starts another.
         """
         answer = self._ask({"op": "run", "press": self.name.call, "job": asdict(job)})
         try:
-            return _outcome(answer)
+            return _read_outcome(answer)
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError(f"{self.name.text} gave an answer that cannot be read: {error!r}") from None
 
-    def kept(self, ids: tuple[int, ...], keep: int) -> list[list[list[int]]]:
-        """Return the positions that stay of a context, by layer and KV head: for tests that compare them with ours."""
+    def find_kept(self, ids: tuple[int, ...], keep: int) -> list[list[list[int]]]:
+        """Return the positions of a context that stay, by layer and KV head, to compare with vestige's policies."""
         found: list[list[list[int]]] = self._ask({"op": "kept", "press": self.name.call, "ids": ids, "keep": keep})
         return found
 
     def close(self) -> None:
-        """Let go of the process; it ends with its last press."""
+        """Release the process, which ends with its last press."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.give_back()
@@ -101,25 +101,25 @@ class PressPeer(Peer):
 
 
 class _Shared:
-    """A worker and how many presses use it."""
+    """A worker and the number of presses that use it."""
 
-    open: dict[Source, "_Shared"] = {}  # noqa: RUF012 - it is the one table of running workers
+    open: dict[Source, "_Shared"] = {}  # noqa: RUF012 - the only table of running workers
 
     def __init__(self, source: Source) -> None:
         self.source, self.users = source, 0
-        hello = asdict(source) | {"op": "load"}
-        del hello["python"]
+        load = asdict(source) | {"op": "load"}
+        del load["python"]
         environment = {
             "PYTHONPATH": None,
             "PYTHONHOME": None,
-            "PYTHONSAFEPATH": "1",  # the script's neighbours must not pass for packages of the same name
+            "PYTHONSAFEPATH": "1",  # the script's neighbours must not shadow packages of the same name
             "OMP_NUM_THREADS": str(source.threads),
         }
-        self.worker = Worker("kvpress", [source.python, str(_SCRIPT)], hello, environment=environment)
+        self.worker = Worker("kvpress", [source.python, str(_SCRIPT)], load, environment=environment)
 
     @classmethod
     def borrow(cls, source: Source) -> "_Shared":
-        """Return the worker of a source."""
+        """Return the worker of a source, for one more user."""
         shared = cls.open.setdefault(source, cls(source))
         shared.users += 1
         return shared
@@ -132,10 +132,10 @@ class _Shared:
             self.worker.close()
 
 
-def _outcome(answer: Any) -> Outcome:
+def _read_outcome(answer: Any) -> Outcome:
     counts = ("seen", "held", "full", "kv_bytes", "peak_kv_bytes", "full_kv_bytes")
     return Outcome(
-        replies=tuple(tuple(int(x) for x in said) for said in answer["replies"]),
+        replies=tuple(tuple(int(token) for token in reply) for reply in answer["replies"]),
         prefill_s=float(answer["prefill_s"]),
         evict_s=float(answer["evict_s"]),
         decode_ms=None if answer["decode_ms"] is None else float(answer["decode_ms"]),

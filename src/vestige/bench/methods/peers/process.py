@@ -1,4 +1,4 @@
-"""A worker process that answers JSON lines: started when needed, started again after a death, never left behind."""
+"""A worker process that answers JSON lines. It starts when needed, and again after it died, and is always ended."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from typing import Any
 from vestige.bench.methods.peers.base import PeerError
 
 _GRACE_S = 5.0
-_LAST_WORDS = 3
+_LAST_LINES = 3
 
 
 class Worker:
-    """One process behind a pipe, and how to make it ready.
+    """A process with a pipe, and its command and first request.
 
     Args:
-        name: What errors call it.
-        command: What to run; it reads requests on stdin and answers on stdout, one JSON object a line.
-        hello: The first request of each life, without ``id``.
-        timeout_s: Seconds that one answer may take.
+        name: The name in errors.
+        command: The command; it reads requests on stdin and answers on stdout, one JSON object a line.
+        load: The first request to each process, without ``id``.
+        timeout_s: Seconds for one answer.
         environment: Variables that differ from this process's; None removes one.
     """
 
@@ -31,32 +31,32 @@ class Worker:
         self,
         name: str,
         command: Sequence[str],
-        hello: dict[str, Any],
+        load: dict[str, Any],
         *,
         timeout_s: float | int = 3600.0,
         environment: dict[str, str | None] | None = None,
     ) -> None:
-        self.name, self.command, self.hello, self.timeout_s = name, list(command), hello, timeout_s
+        self.name, self.command, self.load, self.timeout_s = name, list(command), load, timeout_s
         changed: dict[str, str | None] = {**os.environ, **(environment or {})}
         self.environment = {key: value for key, value in changed.items() if value is not None}
         self.process: subprocess.Popen[str] | None = None
-        self._asked = 0
+        self._count = 0
 
     def ask(self, request: dict[str, Any], *, timeout_s: float | int | None = None) -> Any:
-        """Send a request and return its result. After an error of any kind the worker can be asked again.
+        """Send a request and return its result. After any error the worker takes further requests.
 
         Raises:
             PeerError: The worker died, was silent for too long, wrote something else, or answered with an error; with
-                the last lines it wrote to stderr.
+                its last lines on stderr.
         """
-        patience = self.timeout_s if timeout_s is None else timeout_s
+        timeout = self.timeout_s if timeout_s is None else timeout_s
         if self.process is None:
             self._start()
-            self._ask(self.hello, patience)
-        return self._ask(request, patience)
+            self._ask(self.load, timeout)
+        return self._ask(request, timeout)
 
     def close(self) -> None:
-        """End the process, at once if it is busy. It is started again if asked."""
+        """End the process, at once if it is busy. The next request starts it again."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -88,65 +88,65 @@ class Worker:
         assert process.stdout is not None and process.stderr is not None
         self.process = process
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._threads = [
-            threading.Thread(target=_pass_on, args=(process.stdout, self._answers), daemon=True),
-            threading.Thread(target=_remember, args=(process.stderr, self._words), daemon=True),
+            threading.Thread(target=_forward_lines, args=(process.stdout, self._answers), daemon=True),
+            threading.Thread(target=_keep_last_lines, args=(process.stderr, self._last_lines), daemon=True),
         ]
         for thread in self._threads:
             thread.start()
 
-    def _ask(self, request: dict[str, Any], patience: float | int) -> Any:
+    def _ask(self, request: dict[str, Any], timeout: float | int) -> Any:
         assert self.process is not None and self.process.stdin is not None
-        self._asked += 1
-        self._words.clear()  # what it said before is another story
+        self._count += 1
+        self._last_lines.clear()  # lines of earlier requests do not explain this one
         try:
-            with suppress(OSError):  # if it is dead, the answer is the end of its output
-                self.process.stdin.write(json.dumps({"id": self._asked, **request}) + "\n")
+            with suppress(OSError):  # if the process is dead, the end of its output is the answer
+                self.process.stdin.write(json.dumps({"id": self._count, **request}) + "\n")
                 self.process.stdin.flush()
-            line = self._answers.get(timeout=patience)
+            line = self._answers.get(timeout=timeout)
         except queue.Empty:
-            raise self._fatal(f"gave no answer in {patience:g} s") from None
-        except BaseException:  # an interrupt: what it answers later would be taken for the next answer
+            raise self._end_with_error(f"gave no answer in {timeout:g} s") from None
+        except BaseException:  # an interrupt: its late answer must not pass for the next one
             self._kill()
             raise
         if line is None:
-            raise self._fatal("died")
+            raise self._end_with_error("died")
         return self._result(line)
 
     def _result(self, line: str) -> Any:
         try:
             answer = json.loads(line)
-            fits = answer["id"] == self._asked and ("result" in answer or isinstance(answer["error"], str))
+            fits = answer["id"] == self._count and ("result" in answer or isinstance(answer["error"], str))
         except (ValueError, KeyError, TypeError):
             fits = False
         if not fits:
-            raise self._fatal(f"wrote what is no answer: {line.strip()[:80]!r}")
+            raise self._end_with_error(f"wrote what is no answer: {line.strip()[:80]!r}")
         if "result" in answer:
             return answer["result"]
-        raise PeerError(self._told(f"failed: {answer['error']}"))
+        raise PeerError(self._describe(f"failed: {answer['error']}"))
 
-    def _fatal(self, what: str) -> PeerError:
-        """End the process and return the error that says why."""
+    def _end_with_error(self, what: str) -> PeerError:
+        """End the process and return the error with the reason."""
         process = self.process
         self._kill()
         status = f" with status {process.returncode}" if what == "died" and process is not None else ""
-        return PeerError(self._told(what + status))
+        return PeerError(self._describe(what + status))
 
     def _kill(self) -> None:
         process = self.process
         if process is not None and process.stdout is not None:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(0.2)  # one that is dying says how
+                process.wait(0.2)  # a dying process gets a status
             process.kill()
         self.close()
 
-    def _told(self, what: str) -> str:
-        words = " | ".join(word for word in self._words if word)
-        return " ".join(f"{self.name} {what}{f'; it said: {words}' if words else ''}".split())
+    def _describe(self, what: str) -> str:
+        lines = " | ".join(line for line in self._last_lines if line)
+        return " ".join(f"{self.name} {what}{f'; it said: {lines}' if lines else ''}".split())
 
 
-def _pass_on(stream: Any, answers: "queue.SimpleQueue[str | None]") -> None:
+def _forward_lines(stream: Any, answers: "queue.SimpleQueue[str | None]") -> None:
     try:
         with stream:
             for line in stream:
@@ -155,7 +155,7 @@ def _pass_on(stream: Any, answers: "queue.SimpleQueue[str | None]") -> None:
         answers.put(None)
 
 
-def _remember(stream: Any, words: deque[str]) -> None:
+def _keep_last_lines(stream: Any, lines: deque[str]) -> None:
     with stream:
         for line in stream:
-            words.append(line.strip())
+            lines.append(line.strip())

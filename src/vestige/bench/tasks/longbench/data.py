@@ -1,4 +1,4 @@
-"""Where LongBench's samples come from: the user's JSONL files, or the hub."""
+"""LongBench's samples, from the user's JSONL files or the hub."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -13,46 +13,46 @@ HUB, HUB_V2 = "Xnhyacinth/LongBench", "zai-org/LongBench-v2"
 THUDM/LongBench, is a script, and ``datasets`` runs none since version 4."""
 
 
-def of_hub(repo: str, config: str | None, split: str) -> list[Entry]:
+def load_from_hub(repo: str, config: str | None, split: str) -> list[Entry]:
     """Return the samples of a data set on the hub.
 
     Args:
         repo: Owner and name.
-        config: Which part of it, or None.
+        config: Name of a part, or None.
         split: ``test``, ``train``, ...
 
     Raises:
-        InputError: They cannot be fetched, for whatever reason, or ``datasets`` is not installed.
+        InputError: The samples cannot be fetched, for whatever reason, or ``datasets`` is not installed.
     """
     name = f"{repo} {config}" if config else repo
     samples = [dict(sample) for sample in hub.fetch(repo, config, split, "--longbench PATH")]
     return [Entry(where=f"{name}, sample {i}", columns=sample) for i, sample in enumerate(samples)]
 
 
-def of_path(path: Path, suffix: str, known: Collection[str], part: str | None) -> dict[str, list[Entry]]:
+def load_from_path(path: Path, suffix: str, known: Collection[str], part: str | None) -> dict[str, list[Entry]]:
     """Return the samples of a file, or of a folder with ``<data set><suffix>.jsonl``, by data set.
 
-    In a file each line says which data set it is of (``dataset``, or ``task`` in kvpress's data); where it does not,
-    it is the one that the file is named after.
+    In a file each line names its data set (``dataset``, or ``task`` in kvpress's data); a line that does not is of the
+    data set that the file is named after.
 
     Args:
         path: A JSONL file, or a folder of them.
         suffix: ``_e`` for LongBench-E.
-        known: Data sets that there can be.
-        part: The one that is wanted; None is all that are there.
+        known: Valid names of data sets.
+        part: The data set wanted; None is all that are there.
 
     Raises:
-        InputError: A file is missing or malformed, or what is wanted is not there.
+        InputError: A file is missing or malformed, or the data set wanted is not there.
     """
     if not path.is_dir():
-        return _of_file(path, known, part)
+        return _load_file(path, known, part)
     names = [part] if part else [name for name in known if (path / f"{name}{suffix}.jsonl").exists()]
     if not names:
         raise InputError(f"{path} has none of LongBench's files, such as {next(iter(known))}{suffix}.jsonl")
     return {name: jsonl.read(path / f"{name}{suffix}.jsonl") for name in names}
 
 
-def _of_file(path: Path, known: Collection[str], part: str | None) -> dict[str, list[Entry]]:
+def _load_file(path: Path, known: Collection[str], part: str | None) -> dict[str, list[Entry]]:
     groups: dict[str, list[Entry]] = {}
     for sample in jsonl.read(path):
         named = [column for column in ("dataset", "task") if sample.has(column)]
@@ -68,10 +68,10 @@ def _of_file(path: Path, known: Collection[str], part: str | None) -> dict[str, 
     return {part: groups[part]}
 
 
-def of_path_v2(path: Path) -> list[Entry]:
-    """Return the samples of LongBench v2: of a JSONL file, or of one that is a JSON list, like the original data.json.
+def load_v2_from_path(path: Path) -> list[Entry]:
+    """Return the samples of LongBench v2, from a JSONL file or from a JSON list like the original data.json.
 
-    Of a folder it is ``data.json``, or else ``longbench-v2.jsonl``.
+    In a folder the file is ``data.json``, or else ``longbench-v2.jsonl``.
 
     Raises:
         InputError: The file is missing or malformed.

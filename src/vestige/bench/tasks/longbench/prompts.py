@@ -1,8 +1,8 @@
-"""How a LongBench sample is put to a model: the user's prompts, the data set's own, or ours.
+"""Prompts of LongBench samples: the user's, the data set's own, or the ones shipped with vestige.
 
-Ours (``data/longbench_prompts.json``) ask in our own words, so that they can be shipped; scores are not those of the
-published prompts, and the tag ``prompts`` of every sample says which were used. What can be said before the question
-is part of the context, so that the context can be read, and evicted, on its own.
+The shipped prompts (``data/longbench_prompts.json``) have words of their own, so that they can be shipped. Their scores
+differ from those of the published prompts, and the tag ``prompts`` of every sample names the prompts used. Instructions
+before the question are part of the context, so that the context can be read, and evicted, on its own.
 """
 
 import json
@@ -33,8 +33,8 @@ class Prompt:
 
 
 @cache
-def ours() -> dict[str, Prompt]:
-    """Return our prompts, by data set; its keys are all data sets that there are."""
+def load_shipped_prompts() -> dict[str, Prompt]:
+    """Return the shipped prompts by data set; the keys are all data sets that there are."""
     name = "longbench_prompts.json"
     given = json.loads(resources.files("vestige").joinpath("data", name).read_text(encoding="utf-8"))
     return _prompts(entry(given, name), given)
@@ -44,20 +44,20 @@ def choose(dataset: str, sample: Entry, given: Mapping[str, Prompt]) -> tuple[Pr
     """Return the prompt for a sample, and its tag: ``file``, ``dataset`` or ``vestige``.
 
     Args:
-        dataset: A key of :func:`ours`.
-        sample: With columns ``question`` and ``answer_prefix``, as in kvpress's data, these are the data set's own.
-        given: The user's, by data set.
+        dataset: A key of :func:`load_shipped_prompts`.
+        sample: One with columns ``question`` and ``answer_prefix``, as in kvpress's data, has its data set's prompt.
+        given: The user's prompts, by data set.
     """
     if dataset in given:
         return given[dataset], "file"
     if sample.has("question") and sample.has("answer_prefix"):
         limit = sample.number("max_new_tokens") if sample.has("max_new_tokens") else None
         return Prompt(question="{question}", answer_prefix="{answer_prefix}", max_new_tokens=limit), "dataset"
-    return ours()[dataset], "vestige"
+    return load_shipped_prompts()[dataset], "vestige"
 
 
 def fill(template: str, sample: Entry, **replaced: str) -> str:
-    """Return a template with a column, or what replaces it, in each place; what is filled in is not searched again."""
+    """Return a template with a column, or its replacement, in each place; filled-in text is not searched again."""
     return _PLACE.sub(lambda place: replaced[place[1]] if place[1] in replaced else sample.text(place[1]), template)
 
 
@@ -68,11 +68,11 @@ def read(path: Path | None) -> dict[str, Prompt]:
     ``{context}``, the question may hold ``{input}``, or ``{question}`` and ``{choice_A}`` to ``{choice_D}`` (v2).
 
     Raises:
-        InputError: The file is missing, not JSON, or has a name, place or value that is of no use; it says which.
+        InputError: The file is missing, not JSON, or has a name, place or value that cannot be used.
     """
     if path is None:
         return {}
-    return _prompts(entry(read_whole(path), str(path)), ours())
+    return _prompts(entry(read_whole(path), str(path)), load_shipped_prompts())
 
 
 def _prompts(given: Entry, known: Collection[str]) -> dict[str, Prompt]:

@@ -5,8 +5,8 @@ Source: arXiv 2308.14508 and 2412.15204; metrics and reply limits are theirs. Di
 conversation that is too long loses characters out of the middle of its document, where the original cuts tokens out of
 the middle of the whole prompt: the instructions stay whole, and reply and chat text count.
 
-Splits: the samples of one data set take turns, dev first. Of local files only the second half is used: the first may
-be somebody's training text.
+Splits: the samples of one data set take turns, dev first. Only the second half of local files is used: the first may be
+somebody's training text.
 """
 
 import random
@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vestige.bench.sample import Sample, Turn
-from vestige.bench.tasks import SPLITS, Order
-from vestige.bench.tasks.longbench import prompts as prompts
-from vestige.bench.tasks.longbench.data import HUB, HUB_V2, of_hub, of_path, of_path_v2
+from vestige.bench.tasks import SPLITS, TaskSpec
+from vestige.bench.tasks.longbench import prompts
+from vestige.bench.tasks.longbench.data import HUB, HUB_V2, load_from_hub, load_from_path, load_v2_from_path
 from vestige.errors import InputError, unknown_name_message
 from vestige.text.jsonl import Entry
 
@@ -26,7 +26,7 @@ Tags = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Dataset:
-    """How the replies to one data set are scored, and how long they can be."""
+    """The metric of the replies to one data set, and their longest length."""
 
     metric: str
     max_new_tokens: int
@@ -62,16 +62,16 @@ DATASETS_E = (
 V2 = Dataset("choice", 128)
 
 
-def samples(order: Order) -> list[Sample]:
+def samples(spec: TaskSpec) -> list[Sample]:
     """Return samples of LongBench's data sets, or of one of them.
 
     Raises:
         InputError: No such data set, or data or prompts are missing or malformed; it says where.
     """
-    return _of_datasets(order, "longbench", tuple(DATASETS), "", lambda _: {})
+    return _make_samples(spec, "longbench", tuple(DATASETS), "", lambda _: {})
 
 
-def samples_e(order: Order) -> list[Sample]:
+def samples_e(spec: TaskSpec) -> list[Sample]:
     """Return samples of LongBench-E, tagged with the ``bucket`` of their length: 0-4k, 4-8k or 8k+.
 
     The length is the data's own, in words, or characters of Chinese.
@@ -79,46 +79,46 @@ def samples_e(order: Order) -> list[Sample]:
     Raises:
         InputError: As for :func:`samples`.
     """
-    return _of_datasets(order, "longbench-e", DATASETS_E, "_e", lambda entry: {"bucket": _bucket(entry)})
+    return _make_samples(spec, "longbench-e", DATASETS_E, "_e", lambda entry: {"bucket": _bucket(entry)})
 
 
-def samples_v2(order: Order) -> list[Sample]:
+def samples_v2(spec: TaskSpec) -> list[Sample]:
     """Return samples of LongBench v2, tagged with ``difficulty``, ``domain`` and ``length_class``.
 
     Raises:
         InputError: It has no parts; otherwise as for :func:`samples`.
     """
-    if order.part is not None:
-        raise InputError(f"longbench-v2 has no parts, got longbench-v2/{order.part}")
-    given = prompts.read(order.prompts)
-    entries = of_path_v2(order.file) if order.file is not None else of_hub(HUB_V2, None, "train")
-    places = chosen(len(entries), order, first=0, name="longbench-v2")
-    asked = [_sample(order, "longbench-v2", place, entries[place], given, _tags_v2) for place in places]
-    return _of_one_length(order, asked)
+    if spec.part is not None:
+        raise InputError(f"longbench-v2 has no parts, got longbench-v2/{spec.part}")
+    given = prompts.read(spec.prompts)
+    entries = load_v2_from_path(spec.file) if spec.file is not None else load_from_hub(HUB_V2, None, "train")
+    places = choose_places(len(entries), spec, first=0, name="longbench-v2")
+    rows = [_sample(spec, "longbench-v2", place, entries[place], given, _tags_v2) for place in places]
+    return _set_length(spec, rows)
 
 
-def _of_datasets(
-    order: Order, task: str, known: tuple[str, ...], suffix: str, tags: Callable[[Entry], Tags]
+def _make_samples(
+    spec: TaskSpec, task: str, known: tuple[str, ...], suffix: str, tags: Callable[[Entry], Tags]
 ) -> list[Sample]:
-    if order.part is not None and order.part not in known:
-        raise InputError(unknown_name_message(f"data set of {task}", order.part, known))
-    given = prompts.read(order.prompts)
-    if order.file is not None:
-        found = of_path(order.file, suffix, known, order.part)
+    if spec.part is not None and spec.part not in known:
+        raise InputError(unknown_name_message(f"data set of {task}", spec.part, known))
+    given = prompts.read(spec.prompts)
+    if spec.file is not None:
+        found = load_from_path(spec.file, suffix, known, spec.part)
     else:
-        wanted = known if order.part is None else (order.part,)
-        found = {name: of_hub(HUB, f"{name}{suffix}", "test") for name in wanted}
+        wanted = known if spec.part is None else (spec.part,)
+        found = {name: load_from_hub(HUB, f"{name}{suffix}", "test") for name in wanted}
     made: list[Sample] = []
     for name, entries in sorted(found.items()):
-        first = 0 if order.file is None else (len(entries) + 1) // 2
-        places = chosen(len(entries), order, first=first, name=f"{task}/{name}")
-        asked = [_sample(order, f"{task}/{name}", place, entries[place], given, tags) for place in places]
-        made += _of_one_length(order, asked)
+        first = 0 if spec.file is None else (len(entries) + 1) // 2
+        places = choose_places(len(entries), spec, first=first, name=f"{task}/{name}")
+        rows = [_sample(spec, f"{task}/{name}", place, entries[place], given, tags) for place in places]
+        made += _set_length(spec, rows)
     return made
 
 
 def _sample(
-    order: Order,
+    spec: TaskSpec,
     row: str,
     place: int,
     entry: Entry,
@@ -127,41 +127,39 @@ def _sample(
 ) -> Sample:
     dataset = row.rpartition("/")[2]
     prompt, origin = prompts.choose(dataset, entry, given)
-    turn = _turn(order, DATASETS.get(dataset, V2), prompt, entry)
+    turn = _turn(spec, DATASETS.get(dataset, V2), prompt, entry)
     return Sample(task=row, index=place, length=0, turns=(turn,), tags={"prompts": origin} | tags(entry))
 
 
-def _of_one_length(order: Order, samples: Sequence[Sample]) -> list[Sample]:
-    """Return the samples of a row with the order's length, or else that of the longest of them."""
-    length = order.length or max(order.measure(sample.turns) for sample in samples)
+def _set_length(spec: TaskSpec, samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples of a row with the specification's length, or else the length of the longest of them."""
+    length = spec.length or max(spec.measure(sample.turns) for sample in samples)
     return [replace(sample, length=length) for sample in samples]
 
 
-def chosen(count: int, order: Order, *, first: int, name: str) -> list[int]:
-    """Return the places of the samples that an order gets of a data set, ascending.
+def choose_places(count: int, spec: TaskSpec, *, first: int, name: str) -> list[int]:
+    """Return the places of the samples that a specification takes from a data set, ascending.
 
-    Even places are dev, odd ones test; if fewer are wanted than there are, the seed says which.
+    Even places are dev, odd ones test; if fewer are wanted than there are, the seed chooses.
 
     Args:
-        count: Samples that the data set has.
-        order: What is wanted.
+        count: Samples of the data set.
+        spec: The samples wanted.
         first: Places below this one are not used.
-        name: The row, which the choice depends on too.
+        name: Name of the row, which seeds the choice too.
 
     Raises:
         InputError: The split has none.
     """
-    places = [place for place in range(first, count) if place % 2 == SPLITS.index(order.split)]
+    places = [place for place in range(first, count) if place % 2 == SPLITS.index(spec.split)]
     if not places:
-        raise InputError(
-            f"{name} has no {order.split} samples: there are {count}, and those from {first} on take turns"
-        )
-    random.Random(f"{order.seed}/{name}").shuffle(places)
-    return sorted(places[: order.samples])
+        raise InputError(f"{name} has no {spec.split} samples: there are {count}, and those from {first} on take turns")
+    random.Random(f"{spec.seed}/{name}").shuffle(places)
+    return sorted(places[: spec.samples])
 
 
-def _turn(order: Order, dataset: Dataset, prompt: prompts.Prompt, entry: Entry) -> Turn:
-    """Return what is asked about a sample, its document cut so that it fits the order's length."""
+def _turn(spec: TaskSpec, dataset: Dataset, prompt: prompts.Prompt, entry: Entry) -> Turn:
+    """Return the turn of a sample, its document cut so that it fits the specification's length."""
     answers = _letter(entry) if dataset.metric == "choice" else entry.texts("answers")
     document = entry.text("context")
     turn = Turn(
@@ -170,29 +168,29 @@ def _turn(order: Order, dataset: Dataset, prompt: prompts.Prompt, entry: Entry) 
         answers=answers,
         answer_prefix=prompts.fill(prompt.answer_prefix, entry),
         metric=dataset.metric,
-        max_new_tokens=order.reply_limit(answers, prompt.max_new_tokens or dataset.max_new_tokens),
+        max_new_tokens=spec.reply_limit(answers, prompt.max_new_tokens or dataset.max_new_tokens),
         choices=entry.texts("all_classes") if dataset.metric.startswith("classification") else (),
     )
-    if order.length is None or order.measure((turn,)) <= order.length:
+    if spec.length is None or spec.measure((turn,)) <= spec.length:
         return turn
 
     def shortened(kept: int) -> Turn:
-        return replace(turn, context=prompts.fill(prompt.context, entry, context=ends(document, kept)))
+        return replace(turn, context=prompts.fill(prompt.context, entry, context=cut_middle(document, kept)))
 
-    kept = most(len(document), lambda kept: order.measure((shortened(kept),)) <= (order.length or 0))
+    kept = find_largest_fit(len(document), lambda kept: spec.measure((shortened(kept),)) <= (spec.length or 0))
     if kept is None:
-        least = order.measure((shortened(0),))
-        raise entry.error(f"prompt, question and reply alone are {least} tokens, but --length is {order.length}")
+        least = spec.measure((shortened(0),))
+        raise entry.error(f"prompt, question and reply alone are {least} tokens, but --length is {spec.length}")
     return shortened(kept)
 
 
-def ends(text: str, kept: int) -> str:
-    """Return the first and the last half of so many characters of a text, the middle cut out; the first has the odd."""
+def cut_middle(text: str, kept: int) -> str:
+    """Return ``kept`` characters of a text, half of them from each end; an odd one is from the beginning."""
     head = (kept + 1) // 2
     return text[:head] + text[len(text) - (kept - head) :]
 
 
-def most(whole: int, fits: Callable[[int], bool]) -> int | None:
+def find_largest_fit(whole: int, fits: Callable[[int], bool]) -> int | None:
     """Return the largest number below ``whole`` that fits, while the next does not; None if not even 0 fits."""
     kept = bisect_left(range(whole), True, key=lambda kept: not fits(kept)) - 1
     return kept if kept >= 0 else None

@@ -1,9 +1,10 @@
-"""RULER's two question tasks: answer from documents, of which few matter and the others distract.
+"""RULER's two question tasks: answer from documents. A few of them matter, the others distract.
 
-Source: RULER, arXiv 2404.06654: SQuAD (qa_1) and HotpotQA (qa_2); distractors are first those of the same article or
-question, then any. Differs: of HotpotQA only the supporting paragraphs must be there, so that short lengths are
-possible (RULER always shows all ten); questions come in random order; one that cannot fit with its own paragraphs is
-passed over. With a file of one format, "all of ruler" makes both tasks from it: the tag ``source`` says which it was.
+Source: RULER, arXiv 2404.06654: SQuAD (qa_1) and HotpotQA (qa_2); distractors come first from the same article or
+question, then from any. Differs: a HotpotQA sample needs only its supporting paragraphs, so that short lengths are
+possible (RULER always shows all ten); questions come in random order; a question that does not fit with its own
+paragraphs is skipped. With a file of one format, "all of ruler" makes both tasks from it, and the tag ``source`` names
+the format.
 """
 
 import random
@@ -12,53 +13,53 @@ from collections.abc import Iterator
 from vestige.bench import sources
 from vestige.bench.questions import Question, Questions, Source
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import Order
-from vestige.bench.tasks.fitting import Draft, key, named_length
+from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks.fitting import SizedSample, key, named_length
 from vestige.errors import InputError
 
 MAX_NEW_TOKENS = 32
 WANTED: dict[str, Source] = {"qa_1": "squad", "qa_2": "hotpot"}
 _FORMATS: dict[Source, str] = {"squad": "SQuAD", "hotpot": "HotpotQA"}
 _SHORTEST = 8
-"""Tokens that a document takes at the very least."""
+"""Tokens of a document at least."""
 _ASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 
 
-def drafts(order: Order, name: str) -> Iterator[Draft]:
-    """Yield a draft for every question that fits, in an order that follows from the seed.
+def generate(spec: TaskSpec, name: str) -> Iterator[SizedSample]:
+    """Yield a sample for every question that fits, in an order that follows from the seed.
 
     Raises:
-        InputError: The file has the other format, and this task was asked for by name; or, at the end, that there are
-            no more questions.
+        InputError: The file has the other format, and the user named this task; or, at the end, there are no more
+            questions.
     """
-    length = named_length(order, f"ruler/{name}")
+    length = named_length(spec, f"ruler/{name}")
     wanted = WANTED[name]
-    data = sources.qa(order, wanted)
-    if data.source != wanted and order.part is not None:
-        formats = f"questions in {_FORMATS[wanted]}'s format, but {order.qa} is in {_FORMATS[data.source]}'s"
+    data = sources.qa(spec, wanted)
+    if data.source != wanted and spec.part is not None:
+        formats = f"questions in {_FORMATS[wanted]}'s format, but {spec.qa} is in {_FORMATS[data.source]}'s"
         raise InputError(f"ruler/{name} needs {formats}")
     listed = list(range(len(data.questions)))
-    random.Random(key(order, f"ruler/{name}", -1)).shuffle(listed)
+    random.Random(key(spec, f"ruler/{name}", -1)).shuffle(listed)
     fitting, least = 0, None
     for which in listed:
-        found = _draft(order, data, data.questions[which], f"{key(order, f'ruler/{name}', 0)}/{which}")
-        tokens = order.measure((found.build(found.smallest),))
+        found = _make_sample(spec, data, data.questions[which], f"{key(spec, f'ruler/{name}', 0)}/{which}")
+        tokens = spec.measure((found.build(found.smallest),))
         least = tokens if least is None else min(least, tokens)
         if tokens <= length:
             fitting += 1
             yield found
     raise InputError(
-        f"ruler/{name} has {fitting} questions in {order.split} that fit --length {length} "
+        f"ruler/{name} has {fitting} questions in {spec.split} that fit --length {length} "
         f"(of {len(listed)}, the shortest of {least} tokens), fewer than --samples asks for"
     )
 
 
-def _draft(order: Order, data: Questions, question: Question, seed: str) -> Draft:
-    """Return the draft of one question; its units are documents."""
+def _make_sample(spec: TaskSpec, data: Questions, question: Question, seed: str) -> SizedSample:
+    """Return the sample of one question; its units are documents."""
     rng = random.Random(seed)
     near = rng.sample(question.near, len(question.near))
     own = {*question.gold, *near}
-    room = named_length(order, "ruler") // _SHORTEST
+    room = named_length(spec, "ruler") // _SHORTEST
     far = [text for text in rng.sample(data.paragraphs, min(room, len(data.paragraphs))) if text not in own]
     documents = [*question.gold, *near, *far]
 
@@ -72,8 +73,8 @@ def _draft(order: Order, data: Questions, question: Question, seed: str) -> Draf
             answers=question.answers,
             answer_prefix="Answer:",
             metric="string_match_part",
-            max_new_tokens=order.reply_limit(question.answers, MAX_NEW_TOKENS),
+            max_new_tokens=spec.reply_limit(question.answers, MAX_NEW_TOKENS),
         )
 
     smallest = len(question.gold)
-    return Draft(build=build, smallest=smallest, largest=len(documents), tags={"source": data.source})
+    return SizedSample(build=build, smallest=smallest, largest=len(documents), tags={"source": data.source})

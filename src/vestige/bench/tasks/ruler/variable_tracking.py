@@ -1,4 +1,4 @@
-"""RULER's variable tracking: which variables have a value, through a chain of assignments hidden in noise.
+"""RULER's variable tracking: which variables have a value, by a chain of assignments hidden in noise?
 
 Source: RULER, arXiv 2404.06654: one chain of four hops, names of five letters, a solved example of ten noise lines
 with names of three letters before the task. Differs: every sample has an example of its own with another value; names
@@ -7,29 +7,23 @@ of a sample are distinct; "assgined" in RULER's first version is spelt as in the
 
 import random
 import string
-from collections.abc import Iterator
-from itertools import count, pairwise
+from itertools import pairwise
 
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import Order
-from vestige.bench.tasks.fitting import Draft, key, named_length
+from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks.fitting import SizedSample, named_length
 from vestige.bench.tasks.ruler.needles import NOISE
 
 HOPS = 4
 MAX_NEW_TOKENS = 30
 EXAMPLE_LINES = 10
-"""Noise lines of the solved example: what fits RULER's 500 tokens for it."""
+"""Noise lines of the solved example: as many as fit RULER's 500 tokens for it."""
 _SMALLEST = HOPS + 2
-"""Noise lines: more than there are assignments, so that each can have a place of its own."""
+"""Noise lines at least: more than there are assignments, so that each has its own place."""
 
 
-def drafts(order: Order, name: str) -> Iterator[Draft]:
-    """Yield drafts without end."""
-    for index in count():
-        yield _draft(order, key(order, f"ruler/{name}", index))
-
-
-def _draft(order: Order, seed: str) -> Draft:
+def make_sized_sample(spec: TaskSpec, seed: str) -> SizedSample:
+    """Return one sample; its units are noise lines."""
     rng = random.Random(seed)
     shown_value, value = (str(number) for number in rng.sample(range(10_000, 100_000), 2))
     shown, names = _names(3, rng), _names(5, rng)
@@ -43,10 +37,10 @@ def _draft(order: Order, seed: str) -> Draft:
             answers=names,
             answer_prefix=_answer_prefix(value),
             metric="string_match_all",
-            max_new_tokens=order.reply_limit(names, MAX_NEW_TOKENS, every=True),
+            max_new_tokens=spec.reply_limit(names, MAX_NEW_TOKENS, every=True),
         )
 
-    return Draft(build=build, smallest=_SMALLEST, largest=named_length(order, "ruler/vt"))
+    return SizedSample(build=build, smallest=_SMALLEST, largest=named_length(spec, "ruler/vt"))
 
 
 def _names(letters: int, rng: random.Random) -> tuple[str, ...]:
@@ -58,9 +52,9 @@ def _names(letters: int, rng: random.Random) -> tuple[str, ...]:
 
 
 def _text(names: tuple[str, ...], value: str, size: int, seed: str) -> str:
-    """Return RULER's opening and so many lines of noise with the chain among them, in order.
+    """Return RULER's opening and ``size`` lines of noise with the chain among them, in order.
 
-    Where the assignments stand is drawn for this size.
+    The places of the assignments are drawn for this size.
     """
     chain = [f"VAR {names[0]} = {value}"]
     chain += [f"VAR {later} = VAR {earlier} " for earlier, later in pairwise(names)]

@@ -1,6 +1,6 @@
 """RULER's two counting tasks: the ten most common words of a list, the three most frequent words of a coded text.
 
-Source: RULER, arXiv 2404.06654. Common words: ten words stand 30 times each and the others 3 times, after a solved
+Source: RULER, arXiv 2404.06654. Common words: ten words occur 30 times each and the others 3 times, after a solved
 example with 10 and 3; below 4,096 tokens 6 times and once, the example 3 times and once. Frequent words: the word of
 rank k takes k^-2 / zeta(2) of the text, the first rank is "..." and does not count, the vocabulary is a fiftieth of the
 length. Differs: no word of the example is in the list; words are distinct; the list ends where the word lists do
@@ -10,31 +10,30 @@ length. Differs: no word of the example is in the list; words are distinct; the 
 import math
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from vestige.bench import sources
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import Order
-from vestige.bench.tasks.fitting import Draft, key, named_length
+from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks.fitting import SizedSample, named_length
 
 COMMON = 10
-"""Words to be found in the list."""
+"""Common words of a list."""
 COMMON_MAX_NEW_TOKENS = 120
 FREQUENT_MAX_NEW_TOKENS = 50
 FULL_LENGTH = 4096
-"""Tokens from which on words are repeated as often as in RULER's paper."""
+"""Length in tokens from which on words are repeated as often as in RULER's paper."""
 ALPHA = 2.0
-_ZETA = math.pi**2 / 6  # zeta(2), of which ALPHA = 2 has need
+_ZETA = math.pi**2 / 6  # zeta(2), since ALPHA = 2
 _CODED_LETTERS = 6
 _FEWEST_CODED = 80
-"""Words of a coded text from which on ranks 2, 3, 4 and 5 always differ in how often they stand."""
+"""Words of a coded text at least: from here on ranks 2, 3, 4 and 5 always differ in their counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """How often words stand in a list of common words, and in its solved example."""
+    """Counts of words in a list of common words, and in its solved example."""
 
     common: int
     uncommon: int
@@ -48,22 +47,11 @@ LONG = Repeats(common=30, uncommon=3, example_words=40, example_common=10, examp
 SHORT = Repeats(common=6, uncommon=1, example_words=20, example_common=3, example_uncommon=1)
 
 
-def common(order: Order, name: str) -> Iterator[Draft]:
-    """Yield drafts of common words without end."""
-    for index in count():
-        yield _common(order, key(order, f"ruler/{name}", index))
-
-
-def frequent(order: Order, name: str) -> Iterator[Draft]:
-    """Yield drafts of frequent words without end."""
-    for index in count():
-        yield _frequent(order, key(order, f"ruler/{name}", index))
-
-
-def _common(order: Order, seed: str) -> Draft:
+def make_common(spec: TaskSpec, seed: str) -> SizedSample:
+    """Return one sample of common words; its units are uncommon words of the list."""
     rng = random.Random(seed)
-    repeats = SHORT if named_length(order, "ruler/cwe") < FULL_LENGTH else LONG
-    pool = list(sources.words(order.split).all())
+    repeats = SHORT if named_length(spec, "ruler/cwe") < FULL_LENGTH else LONG
+    pool = list(sources.words(spec.split).all())
     rng.shuffle(pool)
     shown, listed = pool[: repeats.example_words], pool[repeats.example_words :]
     found, rest = listed[:COMMON], listed[COMMON:]
@@ -78,10 +66,10 @@ def _common(order: Order, seed: str) -> Draft:
             answers=tuple(found),
             answer_prefix=_ANSWER_PREFIX,
             metric="string_match_all",
-            max_new_tokens=order.reply_limit(_numbered(found), COMMON_MAX_NEW_TOKENS, every=True),
+            max_new_tokens=spec.reply_limit(_numbered(found), COMMON_MAX_NEW_TOKENS, every=True),
         )
 
-    return Draft(build=build, smallest=1, largest=len(rest))
+    return SizedSample(build=build, smallest=1, largest=len(rest))
 
 
 _QUESTION = f"Question: What are the {COMMON} most common words in the above list?"
@@ -103,9 +91,10 @@ def _numbered(words: Sequence[str]) -> list[str]:
     return [f"{i}. {word}" for i, word in enumerate(words, 1)]
 
 
-def _frequent(order: Order, seed: str) -> Draft:
+def make_frequent(spec: TaskSpec, seed: str) -> SizedSample:
+    """Return one sample of frequent words; its units are words of the coded text."""
     rng = random.Random(seed)
-    length = named_length(order, "ruler/fwe")
+    length = named_length(spec, "ruler/fwe")
     vocabulary: dict[str, None] = {"...": None}
     while len(vocabulary) < max(length // 50, 5):
         vocabulary["".join(rng.choices(string.ascii_lowercase, k=_CODED_LETTERS))] = None
@@ -123,7 +112,7 @@ def _frequent(order: Order, seed: str) -> Draft:
             answers=tuple(answers),
             answer_prefix="Answer: According to the coded text above, the three most frequently appeared words are:",
             metric="string_match_all",
-            max_new_tokens=order.reply_limit(answers, FREQUENT_MAX_NEW_TOKENS, every=True),
+            max_new_tokens=spec.reply_limit(answers, FREQUENT_MAX_NEW_TOKENS, every=True),
         )
 
-    return Draft(build=build, smallest=_FEWEST_CODED, largest=max(_FEWEST_CODED, 2 * length))
+    return SizedSample(build=build, smallest=_FEWEST_CODED, largest=max(_FEWEST_CODED, 2 * length))
