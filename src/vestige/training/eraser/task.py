@@ -2,8 +2,8 @@
 
 Source: KVEraser, arXiv 2606.17034: the loss is the negative log-likelihood of the reply over the surrogate cache, which
 is an option here. Differs: the loss is the divergence from the model's distribution over the clean text, on question
-and reply, because the likelihood makes replies surer than the model's own (LOG.md). Several queries share an edit, as
-in use.
+and reply, because the likelihood makes replies surer than the model's own (lab notes of 2026-11-23). Several queries
+share an edit, as in use.
 """
 
 from collections.abc import Mapping, Sequence
