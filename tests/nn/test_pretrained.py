@@ -11,7 +11,6 @@ from vestige import Budget, CacheFileError, InputError, KVCache, attach, memory,
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Method
 from vestige.bench.runner import bench
-from vestige.cache import serialization
 from vestige.nn import pretrained
 from vestige.testing import random_ids, tiny
 
@@ -55,8 +54,8 @@ def test_weights_written_anew_are_read_anew_by_the_next_cache(tmp_path):
 @pytest.mark.parametrize("case", ["other gates", "gone"])
 def test_a_saved_cache_is_not_gone_on_with_other_weights(case, tmp_path):
     write(tmp_path / "made", 0)
-    serialization.save(read(tmp_path / "made"), tmp_path / "kept")
-    assert serialization.load(tmp_path / "kept", MODEL).seen == (24,)
+    read(tmp_path / "made").save(tmp_path / "kept")
+    assert KVCache.load(tmp_path / "kept", MODEL).seen == (24,)
     if case == "gone":
         (tmp_path / "made").rename(tmp_path / "moved")
         said = "needs trained weights that cannot be had: no such folder"
@@ -64,7 +63,7 @@ def test_a_saved_cache_is_not_gone_on_with_other_weights(case, tmp_path):
         write(tmp_path / "made", 1)
         said = "was written with other trained weights"
     with pytest.raises(CacheFileError, match=said):
-        serialization.load(tmp_path / "kept", MODEL)
+        KVCache.load(tmp_path / "kept", MODEL)
 
 
 def one_case(folder: Path) -> BenchConfig:
