@@ -52,7 +52,7 @@ class Attachment:
         self._hooks, self._restore = [], None
         _attached.pop(self.layout.model, None)
 
-    def _plug_in(self) -> None:
+    def _install(self) -> None:
         AttentionInterface.register(NAME, vestige_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         decoder, attentions = self.layout.decoder, self.layout.attentions
@@ -62,10 +62,10 @@ class Attachment:
         config._attn_implementation_internal = NAME
         model = self.layout.model
         if model is not decoder:  # a model with several inputs hands its decoder embeddings: ids are seen further out
-            self._hooks.append(model.register_forward_pre_hook(_show_ids, with_kwargs=True))
+            self._hooks.append(model.register_forward_pre_hook(_pass_ids, with_kwargs=True))
         self._hooks.append(decoder.register_forward_pre_hook(_begin_forward, with_kwargs=True))
         self._hooks += [
-            module.register_forward_pre_hook(_show_hidden, with_kwargs=True) for module in attentions.values()
+            module.register_forward_pre_hook(_pass_hidden, with_kwargs=True) for module in attentions.values()
         ]
 
 
@@ -81,7 +81,7 @@ def attach(model: PreTrainedModel) -> Attachment:
     attachment = _attached.get(model)
     if attachment is None:
         attachment = _attached[model] = Attachment(check(model))
-        attachment._plug_in()
+        attachment._install()
     attachment.depth += 1
     return attachment
 
@@ -121,22 +121,22 @@ def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     outer, state.outer_input_ids = state.outer_input_ids, None
     if ids is None and outer is not None and outer.shape == (batch, new):
         ids = outer
-    valid = _valid_tokens(kwargs.get("attention_mask"), new, cache.ragged)
-    positions, checkable = _text_positions(kwargs.get("position_ids"))
+    valid = _find_valid(kwargs.get("attention_mask"), new, cache.ragged)
+    positions, checkable = _find_positions(kwargs.get("position_ids"))
     state.check_input(ids, batch, positions, valid, check=checkable)
-    if state.settle_is_due(new):
+    if state.must_settle(new):
         cache.settle(coming=new)
     state.begin(ids, batch, new, valid)
 
 
-def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _pass_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the cache the ids that the whole model was given."""
     cache = cache_passed(kwargs)
     if isinstance(cache, KVCache):
         cache.state.outer_input_ids = kwargs.get("input_ids", args[0] if args else None)
 
 
-def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _pass_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the layer what enters its attention, for policies that look at hidden states."""
     cache = cache_passed(kwargs)
     ours = cache.cache if isinstance(cache, OverlayCache) else cache
@@ -145,14 +145,14 @@ def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         layer.hidden = attention_input(args, kwargs)
 
 
-def _text_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
+def _find_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
     """Return 2-D positions and whether they count tokens: image axes of mRoPE do not, a fourth, textual row does."""
     if position_ids is None or position_ids.ndim == 2:
         return position_ids, True
     return (position_ids[0], True) if position_ids.shape[0] == 4 else (None, False)
 
 
-def _valid_tokens(mask: Any, new: int, ragged: bool) -> Bool[Tensor, "batch new"] | None:
+def _find_valid(mask: Any, new: int, ragged: bool) -> Bool[Tensor, "batch new"] | None:
     """Return which new tokens are real, or None if all are, from the mask that the decoder was given.
 
     Raises:

@@ -10,9 +10,9 @@ from vestige.errors import CacheError
 from vestige.policies import Full
 
 
-def joinable(caches: Sequence[KVCache]) -> bool:
+def can_join(caches: Sequence[KVCache]) -> bool:
     """Return whether :func:`join` takes these caches."""
-    return _refusal(caches) is None
+    return _find_refusal(caches) is None
 
 
 def join(caches: Sequence[KVCache]) -> KVCache:
@@ -27,7 +27,7 @@ def join(caches: Sequence[KVCache]) -> KVCache:
     Raises:
         CacheError: They belong to several models, or have layers or memories that cannot be laid side by side.
     """
-    if refusal := _refusal(caches):
+    if refusal := _find_refusal(caches):
         raise CacheError(refusal)
     joined = KVCache(caches[0].layout.model, Full())
     joined.state.join([cache.state for cache in caches])
@@ -40,7 +40,7 @@ def join(caches: Sequence[KVCache]) -> KVCache:
     return joined
 
 
-def _refusal(caches: Sequence[KVCache]) -> str | None:
+def _find_refusal(caches: Sequence[KVCache]) -> str | None:
     if not caches or not all(cache.seen for cache in caches):
         return "there is nothing to join: give caches that have read something"
     if any(cache.layout.model is not caches[0].layout.model for cache in caches):

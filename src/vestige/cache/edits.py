@@ -23,8 +23,8 @@ def drop(cache: KVCache, spans: Sequence[Span]) -> None:
     """Free the pairs of spans. Everything else stays where it is, so positions have a gap."""
     for layer in cache.evictable:
         slots, lengths = layer.live_slots()
-        stays = ~within(layer.columns["positions"][slots], spans)
-        layer.keep(slots[stays], packed.counts_per_row(stays, lengths))
+        kept = ~within(layer.columns["positions"][slots], spans)
+        layer.keep(slots[kept], packed.counts_per_row(kept, lengths))
 
 
 def close(cache: KVCache, spans: Sequence[Span]) -> PositionMap:
@@ -44,17 +44,17 @@ def close(cache: KVCache, spans: Sequence[Span]) -> PositionMap:
         ModelError: How the model turns keys is not understood. Nothing was changed.
         CacheError: A memory absorbed pairs at or behind the spans, which it cannot move. Nothing was changed.
     """
-    rope, closing = cache.layout.rope(), PositionMap(tuple(spans))
+    rope, remap = cache.layout.rope(), PositionMap(tuple(spans))
     if cache.state.absorbed.overlaps(Span(spans[0].start, max(*cache.seen, spans[-1].end))):
         raise CacheError(
             "the cache's memory took in pairs at or behind the span, and what it holds cannot be moved; "
             "use an eraser that keeps positions (drop, learned), or recompute"
         )
     for layer in cache.evictable:
-        _turn_rings(cache, layer, closing, rope)
-        _close_layer(layer, closing, rope)
-    cache.state.remove(closing)
-    return closing
+        _close_rings(cache, layer, remap, rope)
+        _close_pairs(layer, remap, rope)
+    cache.state.remove(remap)
+    return remap
 
 
 def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
@@ -83,16 +83,16 @@ def replace_memories(cache: KVCache, remains: Mapping[int, LayerMemory], release
         cache.state.absorbed.remove(span)
 
 
-def _close_layer(layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
+def _close_pairs(layer: RaggedLayer, remap: PositionMap, rope: Rope) -> None:
     """Drop a layer's pairs of the spans and renumber the others; a layer of which nothing was evicted stays dense."""
     dense = not layer.ragged
     slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
-    stays = ~within(layer.columns["positions"][slots], closing.spans)
-    layer.keep(slots[stays], packed.counts_per_row(stays, layer.lengths))
+    kept = ~within(layer.columns["positions"][slots], remap.spans)
+    layer.keep(slots[kept], packed.counts_per_row(kept, layer.lengths))
     layer.ragged = not dense
-    layer.padded_seen -= closing.removed
+    layer.padded_seen -= remap.removed
     before = layer.columns["positions"]
-    after = closing.moved(before)
+    after = remap.moved(before)
     moved = (before != after).nonzero()[:, 0]
     if len(moved):
         keys = layer.columns["keys"]
@@ -102,19 +102,19 @@ def _close_layer(layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
         layer.columns["positions"] = after
 
 
-def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
+def _close_rings(cache: KVCache, layer: RaggedLayer, remap: PositionMap, rope: Rope) -> None:
     """Move a layer's latest queries and hidden states to their new positions; those of the spans are forgotten."""
     for name, ring in layer.rings.items():
         if not isinstance(ring, RingBuffer):
             continue
-        fresh, begins = torch.zeros_like(ring.data), ring.begins(cache.seen)
+        new_data, begins = torch.zeros_like(ring.data), ring.find_begins(cache.seen)
         for b, rows in enumerate(ring.latest(cache.seen)):
             before = torch.arange(begins[b], cache.seen[b], device=rows.device)
-            stays = ~within(before, closing.spans)
-            rows, before = rows[:, stays], before[stays]
-            after = closing.moved(before)
+            kept = ~within(before, remap.spans)
+            rows, before = rows[:, kept], before[kept]
+            after = remap.moved(before)
             if name == "queries":
                 still = rope.unrotate(rows.float(), before, layer.layer_idx)
                 rows = rope.rotate(still, after, layer.layer_idx).to(ring.data.dtype)
-            fresh[b][:, after % ring.size] = rows
-        layer.rings[name] = RingBuffer(fresh, list(map(closing.at, begins)))
+            new_data[b][:, after % ring.size] = rows
+        layer.rings[name] = RingBuffer(new_data, list(map(remap.at, begins)))

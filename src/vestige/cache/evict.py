@@ -48,12 +48,12 @@ def evict(
         BudgetError: The protected pairs do not fit.
     """
     live = [layer.live_slots() for layer in layers]
-    grid = _grid(layers, [lengths for _, lengths in live])
-    limits = torch.tensor([min(n, UNLIMITED) for n in pair_limits], device=grid.lengths.device)
+    index = _index_rows(layers, [lengths for _, lengths in live])
+    limits = torch.tensor([min(n, UNLIMITED) for n in pair_limits], device=index.lengths.device)
     rows = sum(layer.kv_heads for layer in layers)
-    over = _held_per_batch_row(grid, len(pair_limits)) > limits * rows
-    judged = over if policy.threshold is None else torch.ones_like(over)
-    if not bool(judged.any()):
+    over = _count_held(index, len(pair_limits)) > limits * rows
+    candidates = over if policy.threshold is None else torch.ones_like(over)
+    if not bool(candidates.any()):
         return ()
     parts, positions = dict[int, Tensor](), []
     for layer, (slots, lengths) in zip(layers, live, strict=True):
@@ -61,18 +61,18 @@ def evict(
         parts[layer.layer_idx] = _score(policy, replace(observation, earlier=parts))
         positions.append(observation.positions)
     scores, at = torch.cat(list(parts.values())), torch.cat(positions)
-    stays = _protected(policy, pins, at, seen, limits, grid) | ~judged[grid.batch][grid.row]
-    open_to = torch.where(over, limits, UNLIMITED)
+    protected = _find_protected(policy, pins, at, seen, limits, index) | ~candidates[index.batch][index.row]
+    row_limits = torch.where(over, limits, UNLIMITED)
     kept = select(
         scores,
         at,
-        stays,
-        grid,
-        open_to,
+        protected,
+        index,
+        row_limits,
         share=policy.share,
         scale=policy.scale,
         floor=policy.floor,
-        counts=_allotted(policy, scores, stays, grid, open_to, rows),
+        counts=_allocate(policy, scores, protected, index, row_limits, rows),
         threshold=policy.threshold,
     )
     if bool(kept.all()):
@@ -81,10 +81,10 @@ def evict(
     if absorbed is not None:
         _absorb(layers, live, masks)
         for b in range(len(pair_limits)):
-            absorbed.add(b, at[~kept & (grid.batch == b)[grid.row]], seen[b])
+            absorbed.add(b, at[~kept & (index.batch == b)[index.row]], seen[b])
     for layer, (slots, lengths), mask in zip(layers, live, masks, strict=True):
         layer.keep(slots[mask], packed.counts_per_row(mask, lengths), coming)
-    return tuple(grid.batch[grid.row][~kept].unique().tolist())
+    return tuple(index.batch[index.row][~kept].unique().tolist())
 
 
 def reset_statistics(layers: Sequence[RaggedLayer], policy: Policy, batch_rows: Sequence[int]) -> None:
@@ -117,33 +117,33 @@ def _score(policy: Policy, seen: Observation) -> Float[Tensor, " held"]:
     return scores.float()
 
 
-def _allotted(
-    policy: Policy, scores: Tensor, stays: Tensor, grid: RowIndex, pair_limits: Int[Tensor, " batch"], rows: int
+def _allocate(
+    policy: Policy, scores: Tensor, protected: Tensor, index: RowIndex, pair_limits: Int[Tensor, " batch"], rows: int
 ) -> Int[Tensor, " rows"] | None:
     """Return how many pairs each row keeps, if the policy says so."""
     if not isinstance(policy, AllocatesRows):
         return None
-    wanted = policy.allot(scores, grid, pair_limits)
-    return apportion(wanted, protected_per_row(stays, grid), grid.lengths, grid.batch, pair_limits * rows)
+    wanted = policy.allot(scores, index, pair_limits)
+    return apportion(wanted, protected_per_row(protected, index), index.lengths, index.batch, pair_limits * rows)
 
 
-def _grid(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> RowIndex:
+def _index_rows(layers: Sequence[RaggedLayer], lengths: Sequence[list[int]]) -> RowIndex:
     layer = [one.layer_idx for one, rows in zip(layers, lengths, strict=True) for _ in rows]
     batch = [row // one.kv_heads for one, rows in zip(layers, lengths, strict=True) for row in range(len(rows))]
     flat = [n for rows in lengths for n in rows]
     return RowIndex(*(torch.tensor(x, device=layers[0].device) for x in (flat, layer, batch)))
 
 
-def _held_per_batch_row(grid: RowIndex, batch: int) -> Int[Tensor, " batch"]:
-    held = torch.zeros(batch, dtype=torch.long, device=grid.lengths.device)
-    return held.index_add_(0, grid.batch, grid.lengths)
+def _count_held(index: RowIndex, batch: int) -> Int[Tensor, " batch"]:
+    held = torch.zeros(batch, dtype=torch.long, device=index.lengths.device)
+    return held.index_add_(0, index.batch, index.lengths)
 
 
-def _protected(
-    policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], limits: Tensor, grid: RowIndex
+def _find_protected(
+    policy: Policy, pins: Sequence[Span], positions: Tensor, seen: tuple[int, ...], limits: Tensor, index: RowIndex
 ) -> Bool[Tensor, " held"]:
     """Return which pairs no policy may evict: sink, window, pins."""
     sinks, windows = zip(*map(policy.protected_ends, limits.tolist()), strict=True)
     begins = [end - window for end, window in zip(seen, windows, strict=True)]
-    first, last = (torch.tensor(x, device=positions.device)[grid.batch][grid.row] for x in (sinks, begins))
+    first, last = (torch.tensor(x, device=positions.device)[index.batch][index.row] for x in (sinks, begins))
     return (positions < first) | (positions >= last) | within(positions, pins)

@@ -49,6 +49,6 @@ class ForwardPass:
         """Tokens of each batch row that are no pads."""
         return tuple((self.positions >= 0).sum(1).tolist()) if self.padded else (self.new,) * len(self.seen)
 
-    def valid(self, batch: int) -> Int[Tensor, " valid"]:
+    def find_valid(self, batch: int) -> Int[Tensor, " valid"]:
         """Return the indices of a batch row's new tokens that are not pads."""
         return (self.positions[batch] >= 0).nonzero()[:, 0]

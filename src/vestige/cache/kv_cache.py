@@ -162,7 +162,7 @@ class KVCache(Cache):
             evict.reset_statistics(layers, policy, changed)
         if changed:
             state.evict_s += time.perf_counter() - started
-        state.schedule.settled()
+        state.schedule.reset()
 
     def forget(self, span: Span) -> ForgetResult:
         """Return how far the memory is free of a span, in every batch row. Nothing is changed.
@@ -231,7 +231,7 @@ class KVCache(Cache):
         Raises:
             CacheFileError: Missing, damaged, or made for another model.
         """
-        with serialization.reading(Path(path), model) as saved:
+        with serialization.open_saved(Path(path), model) as saved:
             cache = saved.build(cls)
             saved.restore(cache.state, cache.layers)
         return cache

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from vestige.cache.attention import KVHandle, attend_dense
 from vestige.cache.forward_pass import ForwardPass
 from vestige.cache.observers import notify_observers, unrotated_blocks
-from vestige.cache.query_records import Record, kind_of
+from vestige.cache.query_records import Record, record_class
 from vestige.cache.state import CacheState
 from vestige.cache.storage import PairStorage
 from vestige.errors import CacheError, ModelError
@@ -77,7 +77,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         self.lengths = [length + n for length, n in zip(self.lengths, fed, strict=True)]
         self.padded_seen += step.new
         self.step_number = step.number
-        return self._handle(key_states), self._handle(value_states)
+        return self._make_handle(key_states), self._make_handle(value_states)
 
     def get_seq_length(self) -> int:
         """Return the padded logical length, which positions and masks are made from; not the pairs held."""
@@ -218,13 +218,13 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         size = self.state.recording.ring_sizes.get(name, 0)
         if size:
             if name not in self.rings:
-                self.rings[name] = kind_of(name).like(new, size, step.seen)
+                self.rings[name] = record_class(name).like(new, size, step.seen)
                 self.state.note_peak()
             self.rings[name].record(new.detach(), step)
 
     def is_missing(self, names: Iterable[str]) -> bool:
         """Return whether all that one of these records knew was taken back, so that nobody can look at it."""
-        return any(self.rings[name].blank(self.state.seen) for name in names if name in self.rings)
+        return any(self.rings[name].is_blank(self.state.seen) for name in names if name in self.rings)
 
     def attend(
         self,
@@ -256,7 +256,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         self.columns = {name: x for name, x in self.columns.items() if name in PAIR or name in annotations}
         kept = {name: ring for name, ring in self.rings.items() if ring_sizes.get(name)}
         self.rings = {
-            name: ring if ring.size == ring_sizes[name] else ring.shrunk(ring_sizes[name], self.state.seen)
+            name: ring if ring.size == ring_sizes[name] else ring.shrink_to(ring_sizes[name], self.state.seen)
             for name, ring in kept.items()
         }
 
@@ -293,7 +293,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
             for block, part in unrotated_blocks(query.detach(), step, state.rope, self.layer_idx):
                 self.record("query_moments", block, part)
         hidden, self.hidden = self.hidden, None
-        if recording.watched:
+        if recording.has_observers:
             notify_observers(recording, state.layout.model, self, query.detach(), hidden, step, scale)
 
     def _attend_ragged(self, query: Tensor, step: ForwardPass, scale: AttentionScale) -> Tensor:
@@ -303,7 +303,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         out = query.new_zeros(*query.shape[:3], self.columns["values"].shape[-1])
         missing = step.new - query.shape[2]  # layers that read the pairs of others may be fed the last tokens alone
         for b in range(query.shape[0]):
-            rows, real = slice(b * self.kv_heads, (b + 1) * self.kv_heads), step.valid(b)
+            rows, real = slice(b * self.kv_heads, (b + 1) * self.kv_heads), step.find_valid(b)
             real = real[real >= missing] - missing
             if len(real):
                 out[b][:, real] = self._attend_rows(query[b : b + 1, :, real], rows, scale)[0]
@@ -322,6 +322,6 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
 
     # Storage.
 
-    def _handle(self, new: Tensor) -> KVHandle:
+    def _make_handle(self, new: Tensor) -> KVHandle:
         batch, heads, _, size = new.shape
         return KVHandle(self, torch.Size((batch, heads, self.padded_seen, size)), self.dtype, self.device)

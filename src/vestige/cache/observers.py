@@ -68,21 +68,21 @@ def notify_observers(
         scale: Of the layer.
     """
     for b in range(query.shape[0]):
-        if not len(new := step.valid(b)):
+        if not len(new := step.find_valid(b)):
             continue
         queries, positions = query[b, :, new], step.positions[b, new].long()
         if recording.watchers:
-            for view in _row_views(rows, b, queries, positions, scale):
+            for view in _make_row_views(rows, b, queries, positions, scale):
                 for watch in recording.watchers:
                     watch(view)
         if recording.layer_watchers:
             inputs = None if hidden is None else hidden[b, new].detach()
-            layer_view = _layer_view(model, rows, b, queries, inputs, positions, scale)
+            layer_view = _make_layer_view(model, rows, b, queries, inputs, positions, scale)
             for watch_layer in recording.layer_watchers:
                 watch_layer(layer_view)
 
 
-def _layer_view(
+def _make_layer_view(
     model: PreTrainedModel,
     rows: Rows,
     b: int,
@@ -98,13 +98,13 @@ def _layer_view(
         queries=queries,
         hidden=hidden,
         at=positions,
-        see=lambda: tuple(_row_views(rows, b, queries, positions, scale)),
+        see=lambda: tuple(_make_row_views(rows, b, queries, positions, scale)),
         slots={name: column[slots] for name, column in rows.columns.items() if name not in PAIR},
         heads=heads,
     )
 
 
-def _row_views(
+def _make_row_views(
     rows: Rows,
     b: int,
     queries: Float[Tensor, "heads new head_dim"],

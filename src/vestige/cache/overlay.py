@@ -119,10 +119,10 @@ class OverlayLayer(CacheLayerMixin):
         for row in range(self.layer.rows):
             b, head = divmod(row, kv_heads)
             heads = slice(head * query.shape[1] // kv_heads, (head + 1) * query.shape[1] // kv_heads)
-            out[b, heads] = self._row(query[b : b + 1, heads], row, scale.of_group(head, kv_heads))[0]
+            out[b, heads] = self._attend_row(query[b : b + 1, heads], row, scale.of_group(head, kv_heads))[0]
         return out.transpose(1, 2).contiguous()
 
-    def _row(self, query: Tensor, row: int, scale: AttentionScale) -> Tensor:
+    def _attend_row(self, query: Tensor, row: int, scale: AttentionScale) -> Tensor:
         """Attend over one row; its keys and values are put together for this row alone."""
         assert self.pairs is not None
         b, head = divmod(row, self.layer.kv_heads)
@@ -169,9 +169,9 @@ def write(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pairs]) 
 
     Side arrays that a policy gathers while queries pass stay as they are.
     """
-    query_annotations = _gathered(cache)
+    query_annotations = _find_query_annotations(cache)
     for layer in cache.evictable:
-        slots, source = slots_of(layer, at.to(layer.device))
+        slots, source = find_slots(layer, at.to(layer.device))
         for name, column in new[layer.layer_idx].flat().items():
             if name not in query_annotations:
                 layer.columns[name].index_copy_(0, slots, column[source].to(layer.columns[name].dtype))
@@ -182,33 +182,33 @@ def write_whole(cache: KVCache, at: Int[Tensor, " tokens"], new: Mapping[int, Pa
 
     Side arrays that a policy gathers while queries pass stay as they are where a pair was held.
     """
-    query_annotations = _gathered(cache)
+    query_annotations = _find_query_annotations(cache)
     for layer in cache.evictable:
         fresh = new[layer.layer_idx].flat()
         fresh["positions"] = at.to(layer.device, torch.int32).repeat(layer.rows)
         stored = len(layer.columns["positions"])
-        old, source = slots_of(layer, at.to(layer.device))
+        old, source = find_slots(layer, at.to(layer.device))
         for name in query_annotations & fresh.keys():
             fresh[name] = fresh[name].index_copy(0, source, layer.columns[name][old].to(fresh[name].dtype))
         slots, lengths = layer.live_slots()
         held = layer.columns["positions"][slots]
         row = packed.row_ids(lengths, layer.device)
-        stays = ~torch.isin(held, fresh["positions"])
-        all_rows = torch.cat([row[stays], torch.arange(layer.rows, device=row.device).repeat_interleave(len(at))])
-        places = torch.cat([held[stays], fresh["positions"]]).long()
-        sources = torch.cat([slots[stays], stored + torch.arange(len(fresh["positions"]), device=slots.device)])
+        kept = ~torch.isin(held, fresh["positions"])
+        all_rows = torch.cat([row[kept], torch.arange(layer.rows, device=row.device).repeat_interleave(len(at))])
+        places = torch.cat([held[kept], fresh["positions"]]).long()
+        sources = torch.cat([slots[kept], stored + torch.arange(len(fresh["positions"]), device=slots.device)])
         order = torch.argsort(all_rows * (int(places.max()) + 1) + places)
         for name, column in layer.columns.items():
             layer.columns[name] = torch.cat([column, fresh[name].to(column.dtype)])
         layer.keep(sources[order], torch.bincount(all_rows, minlength=layer.rows).tolist())
 
 
-def _gathered(cache: KVCache) -> set[str]:
+def _find_query_annotations(cache: KVCache) -> set[str]:
     """Return the names of side arrays that policies gather while queries pass."""
     return {name for one in cache.state.recording.writers if isinstance(one, Policy) for name in one.query_annotations}
 
 
-def slots_of(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:
+def find_slots(layer: RaggedLayer, at: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " held"], Int[Tensor, " held"]]:
     """Return the slots in which a layer holds pairs of these positions, and for each ``row * tokens + token``."""
     slots, sources = [], []
     for row in range(layer.rows):

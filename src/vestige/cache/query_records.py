@@ -31,7 +31,7 @@ class Record(Protocol):
     def latest(self, seen: Sequence[int]) -> tuple[Any, ...]:
         """Return what each batch row's policy may look at, of which so many tokens were seen."""
 
-    def blank(self, seen: Sequence[int]) -> bool:
+    def is_blank(self, seen: Sequence[int]) -> bool:
         """Return whether nothing is known of the tokens that some batch row has seen."""
 
     def crop(self, before: Sequence[int], after: Sequence[int]) -> None:
@@ -40,7 +40,7 @@ class Record(Protocol):
     def skip(self, seen: Sequence[int]) -> None:
         """Go on behind tokens of which there are no rows."""
 
-    def shrunk(self, size: int, seen: Sequence[int]) -> "Record":
+    def shrink_to(self, size: int, seen: Sequence[int]) -> "Record":
         """Return a smaller record."""
 
     def select(self, rows: Sequence[int]) -> "Record":
@@ -90,7 +90,7 @@ class RingBuffer:
             self.data[:, :, at % self.size] = new[:, :, at - step.seen[0]]
             return
         for b in range(new.shape[0]):
-            valid = step.valid(b)[-self.size :]
+            valid = step.find_valid(b)[-self.size :]
             self.data[b][:, step.positions[b, valid].long() % self.size] = new[b][:, valid]
 
     def latest(self, seen: Sequence[int]) -> tuple[Float[Tensor, "heads _latest dim"], ...]:
@@ -100,31 +100,31 @@ class RingBuffer:
             seen: Tokens of each batch row.
         """
         found = []
-        for b, (begin, end) in enumerate(zip(self.begins(seen), seen, strict=True)):
+        for b, (begin, end) in enumerate(zip(self.find_begins(seen), seen, strict=True)):
             at = torch.arange(begin, end, device=self.data.device)
             found.append(self.data[b][:, at % self.size])
         return tuple(found)
 
-    def begins(self, seen: Sequence[int]) -> list[int]:
+    def find_begins(self, seen: Sequence[int]) -> list[int]:
         """Return the position of each batch row's oldest row; where there is none, the number of tokens seen."""
         return [min(max(floor, end - self.size), end) for floor, end in zip(self.floor, seen, strict=True)]
 
-    def blank(self, seen: Sequence[int]) -> bool:
+    def is_blank(self, seen: Sequence[int]) -> bool:
         """Return whether some batch row has seen tokens and has the row of none."""
-        return any(begin == end > 0 for begin, end in zip(self.begins(seen), seen, strict=True))
+        return any(begin == end > 0 for begin, end in zip(self.find_begins(seen), seen, strict=True))
 
     def crop(self, before: Sequence[int], after: Sequence[int]) -> None:
         """Forget the rows of tokens that were taken back, and those that these had overwritten."""
-        self.floor = [min(begin, end) for begin, end in zip(self.begins(before), after, strict=True)]
+        self.floor = [min(begin, end) for begin, end in zip(self.find_begins(before), after, strict=True)]
 
     def skip(self, seen: Sequence[int]) -> None:
         """Go on behind tokens of which there are no rows."""
         self.floor = list(seen)
 
-    def shrunk(self, size: int, seen: Sequence[int]) -> "RingBuffer":
+    def shrink_to(self, size: int, seen: Sequence[int]) -> "RingBuffer":
         """Return a smaller ring of the latest rows."""
         smaller = RingBuffer(self.data.new_zeros(*self.data.shape[:2], size, self.data.shape[3]), list(self.floor))
-        begins = smaller.begins(seen)
+        begins = smaller.find_begins(seen)
         for b, (end, latest) in enumerate(zip(seen, self.latest(seen), strict=True)):
             at = torch.arange(begins[b], end, device=self.data.device)
             smaller.data[b][:, at % size] = latest[:, latest.shape[1] - len(at) :]
@@ -185,7 +185,7 @@ class QueryMoments:
         count = self.data[:, :, -1].clamp_min(1)[..., None]
         return tuple(Moments(x[:, -2], x[:, :-2] / n) for x, n in zip(self.data.clone(), count, strict=True))
 
-    def blank(self, seen: Sequence[int]) -> bool:
+    def is_blank(self, seen: Sequence[int]) -> bool:
         """Return False: moments of no queries are zeros."""
         return False
 
@@ -195,7 +195,7 @@ class QueryMoments:
     def skip(self, seen: Sequence[int]) -> None:
         """Change nothing: what is not read is not counted."""
 
-    def shrunk(self, size: int, seen: Sequence[int]) -> "QueryMoments":
+    def shrink_to(self, size: int, seen: Sequence[int]) -> "QueryMoments":
         """Return a copy: moments have one size."""
         return self.copy()
 
@@ -208,6 +208,6 @@ class QueryMoments:
         return QueryMoments(self.data.clone())
 
 
-def kind_of(name: str) -> type[RingBuffer] | type[QueryMoments]:
+def record_class(name: str) -> type[RingBuffer] | type[QueryMoments]:
     """Return how rows of a kind are remembered."""
     return QueryMoments if name == "query_moments" else RingBuffer

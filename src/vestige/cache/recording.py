@@ -50,7 +50,7 @@ class RecordingSpec:
                     )
         return cls(
             needs=frozenset[str]().union(*(observer.needs for observer in observers)),
-            ring_sizes=_largest(observer.ring_sizes for observer in observers),
+            ring_sizes=_merge_sizes(observer.ring_sizes for observer in observers),
             writers=tuple(one for one in distinct if isinstance(one, PairAnnotator)),
             watchers=tuple(one.watch for one in distinct if isinstance(one, QueryObserver)),
             layer_watchers=tuple(one.watch_layer for one in distinct if isinstance(one, LayerObserver)),
@@ -62,21 +62,21 @@ class RecordingSpec:
         return frozenset[str]().union(*(one.annotations for one in self.writers))
 
     @property
-    def watched(self) -> bool:
+    def has_observers(self) -> bool:
         """Whether anything looks at every query."""
         return bool(self.watchers or self.layer_watchers)
 
     @property
-    def longest(self) -> int:
+    def longest_ring(self) -> int:
         """Most tokens that any ring looks back."""
         return max(self.ring_sizes.values(), default=0)
 
     @property
-    def turns(self) -> bool:
+    def needs_rope(self) -> bool:
         """Whether keys or queries are turned back to what they were before RoPE."""
         return not self.needs.isdisjoint({"rope", "query_moments"})
 
-    def require_of(self, layout: ModelLayout) -> None:
+    def check_model(self, layout: ModelLayout) -> None:
         """Refuse a model that lacks what is to be recorded, before anything is read.
 
         Raises:
@@ -89,7 +89,7 @@ class RecordingSpec:
         if "output" in self.needs:
             for layer_idx in layout.evictable:
                 layout.output(layer_idx)
-        if self.turns:
+        if self.needs_rope:
             layout.rope()
 
     def annotate(self, written: NewPairs) -> dict[str, Tensor]:
@@ -111,8 +111,8 @@ class RecordingSpec:
         short = [name for name, size in policy.ring_sizes.items() if size > self.ring_sizes.get(name, 0)]
         if short or not (policy.needs <= self.needs and policy.annotations <= self.annotations):
             raise PolicyError(
-                f"policy {type(policy).__name__} needs {_told(policy.needs | policy.annotations, policy.ring_sizes)}, "
-                f"this cache recorded {_told(self.needs | self.annotations, self.ring_sizes)}; "
+                f"policy {type(policy).__name__} needs {_list_needs(policy.needs | policy.annotations, policy.ring_sizes)}, "
+                f"this cache recorded {_list_needs(self.needs | self.annotations, self.ring_sizes)}; "
                 "name the policy in KVCache(..., observers=[...]) before reading"
             )
         if isinstance(policy, PairAnnotator) and annotation_key(policy) not in map(annotation_key, self.writers):
@@ -128,12 +128,12 @@ def annotation_key(policy: Policy | PairAnnotator) -> tuple[object, ...]:
     return (type(policy), *(getattr(policy, name) for name in policy.annotation_options))
 
 
-def _told(names: frozenset[str], sizes: Mapping[str, int]) -> str:
+def _list_needs(names: frozenset[str], sizes: Mapping[str, int]) -> str:
     """Return names for a message, with how many of each are remembered."""
     return ", ".join(f"{name} ({sizes[name]})" if name in sizes else name for name in sorted(names)) or "nothing"
 
 
-def _largest(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def _merge_sizes(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Return the largest number given for each name."""
     found: dict[str, int] = {}
     for one in sizes:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vestige.cache.layer import RaggedLayer
-from vestige.cache.other_layers import tensors_of
+from vestige.cache.other_layers import find_tensors
 from vestige.cache.state import CacheState
 
 
@@ -96,7 +96,7 @@ def make_report(state: CacheState, layers: Sequence[object]) -> Report:
         peak_kv_bytes=max(state.peak_kv_bytes, state.nbytes),
         full_kv_bytes=sum(layer.dynamic_bytes for layer in evictable),
         other_kv_bytes=sum(
-            x.nbytes for layer in layers if not isinstance(layer, RaggedLayer) for x in tensors_of(layer)
+            x.nbytes for layer in layers if not isinstance(layer, RaggedLayer) for x in find_tensors(layer)
         ),
         memory_bytes=sum(layer.memory_bytes for layer in evictable),
         evict_s=state.evict_s,

@@ -23,7 +23,7 @@ class Schedule:
     reading: bool = False
     """True inside ``vestige.prefill``, which settles between chunks itself."""
 
-    def due(self, new: int, every: int) -> bool:
+    def is_due(self, new: int, every: int) -> bool:
         """Return whether to settle before a forward of ``new`` tokens."""
         if self.reading:
             return False
@@ -33,21 +33,21 @@ class Schedule:
             return self.prompt >= self.chunk  # a long prompt in pieces that no prefill manages
         return self.prompt > (self.chunk if self.prefilled else 0)
 
-    def fed(self, new: int) -> None:
+    def count(self, new: int) -> None:
         """Count a forward."""
         if new > 1:
             self.prompt += new
         else:
             self.generated += 1
 
-    def taken_back(self, tokens: int) -> None:
+    def take_back(self, tokens: int) -> None:
         """Count tokens that were cropped off again, latest first."""
         self.speculative = True
         back = min(tokens, self.prompt)
         self.prompt -= back
         self.generated = max(self.generated - (tokens - back), 0)
 
-    def settled(self) -> None:
+    def reset(self) -> None:
         """Start counting anew."""
         self.prompt = self.generated = 0
 

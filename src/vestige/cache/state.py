@@ -63,7 +63,7 @@ class CacheState:
         self.bound_memory = memory and memory.bind(layout.model)
         """The memory, with the weights that it needs for this model."""
         self.recording = RecordingSpec.of(observers)
-        self.recording.require_of(layout)
+        self.recording.check_model(layout)
         self.storage: Sequence[EvictableLayer] = ()
         """The evictable layers."""
         self.schedule = Schedule()
@@ -90,7 +90,7 @@ class CacheState:
     @property
     def rope(self) -> Rope | None:
         """Rotations of the layers, if a recorded statistic needs them."""
-        return self.layout.rope() if self.recording.turns else None
+        return self.layout.rope() if self.recording.needs_rope else None
 
     @property
     def growth_slots(self) -> int:
@@ -217,7 +217,7 @@ class CacheState:
         if check:
             check_positions(self.seen, positions, valid)
 
-    def settle_is_due(self, new: int) -> bool:
+    def must_settle(self, new: int) -> bool:
         """Return whether to settle before a forward of ``new`` tokens.
 
         Raises:
@@ -225,7 +225,7 @@ class CacheState:
         """
         if not self.schedule.reading and new > self.schedule.chunk:
             self.prepared = False  # no prefill reads this text, so the policy cannot prepare for it
-        if not (self.policy.evicts and self.schedule.due(new, self.policy.every)):
+        if not (self.policy.evicts and self.schedule.is_due(new, self.policy.every)):
             return False
         if isinstance(self.policy, NeedsReplay) and not self.prepared:
             raise PolicyError(
@@ -241,7 +241,7 @@ class CacheState:
         number = self.step.number + 1 if self.step else 1
         self.step = ForwardPass.of(number, self.seen, real, padded=valid is not None)
         self.seen = tuple(s + n for s, n in zip(self.seen, self.step.fed, strict=True))
-        self.schedule.fed(new)
+        self.schedule.count(new)
         self.history.add(ids, real)
 
     def take_step(self, layer: EvictableLayer) -> ForwardPass:
@@ -291,7 +291,7 @@ class CacheState:
         self.absorbed.crop(self.seen)
         end = max(self.seen)
         self.erased = tuple(Span(span.start, min(span.end, end)) for span in self.erased if span.start < end)
-        self.schedule.taken_back(tokens)
+        self.schedule.take_back(tokens)
 
     def skip(self, ids: Int[Tensor, "batch new"], real: Bool[Tensor, "batch new"]) -> None:
         """Count tokens that are not read: their ids are recorded, no pairs are stored, positions have a gap."""
@@ -330,7 +330,7 @@ class CacheState:
     def join(self, states: Sequence["CacheState"]) -> None:
         """Take the batch rows of several states, in order."""
         self.seen = tuple(n for state in states for n in state.seen)
-        self.history = TokenHistory.beside([state.history for state in states])
+        self.history = TokenHistory.join([state.history for state in states])
         nothing = torch.empty(len(self.seen), 0, dtype=torch.int32, device=self.layout.device)
         self.step = ForwardPass(1, nothing, self.seen, padded=False, even=False)
 

@@ -95,7 +95,7 @@ class PairStorage:
 
     def view(self, name: str) -> Shaped[Tensor, "batch kv_heads held *rest"]:
         """Return a column of a uniform layer without copying it."""
-        return self._spread(name).narrow(2, 0, self.lengths[0])
+        return self._view_capacity(name).narrow(2, 0, self.lengths[0])
 
     def positions(self, row: int) -> Int[Tensor, " row_held"]:
         """Return the positions of one row's pairs, ascending; pads are -1."""
@@ -156,7 +156,7 @@ class PairStorage:
             valid = (step.positions >= 0).repeat_interleave(self.kv_heads, 0)
             fed, source = valid.sum(1).tolist(), valid.flatten().nonzero()[:, 0]
         for name in new.keys() - self.columns.keys():
-            self.columns[name] = self._empty_column(name, new[name])
+            self.columns[name] = self._make_column(name, new[name])
         if self._free_slots < max(fed):
             slots = packed.packed_slots(self.starts, self.lengths, self.device)
             self._rebuild(slots, list(self.lengths), coming=fed)
@@ -164,11 +164,11 @@ class PairStorage:
         autograd = torch.is_grad_enabled() and any(x.requires_grad for x in (*new.values(), *self.columns.values()))
         if self.uniform and source is None and not autograd:
             for name, x in new.items():
-                self._spread(name).narrow(2, self.lengths[0], step.new).copy_(x)
+                self._view_capacity(name).narrow(2, self.lengths[0], step.new).copy_(x)
             return fed
         self._capacity = self._capacity if source is None else 0
         if step.new == 1 and source is None and not autograd:  # autograd keeps the index, which counting up would spoil
-            slots = self._next_slots()
+            slots = self._advance_tails()
         else:
             ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
             slots, self._tails = packed.packed_slots(ends, fed, self.device), None
@@ -178,17 +178,17 @@ class PairStorage:
             self.columns[name] = packed.append(self.columns[name], slots, flat.to(self.columns[name].dtype))
         return fed
 
-    def _spread(self, name: str) -> Shaped[Tensor, "batch kv_heads capacity *rest"]:
+    def _view_capacity(self, name: str) -> Shaped[Tensor, "batch kv_heads capacity *rest"]:
         """Return a column of a uniform layer as one tensor, slack and all, without copying it."""
         column = self.columns[name]
         return column.view(self.batch_size, self.kv_heads, self._capacity, *column.shape[1:])
 
-    def _empty_column(self, name: str, like: Tensor) -> Tensor:
+    def _make_column(self, name: str, like: Tensor) -> Tensor:
         if self.columns["positions"].shape[0]:
             raise PolicyError(f"pairs already in the cache have no {name!r}; give the policy before reading")
         return like.new_empty(0, *like.shape[3:])
 
-    def _next_slots(self) -> Int[Tensor, " rows"]:
+    def _advance_tails(self) -> Int[Tensor, " rows"]:
         """Return each row's next free slot, counted up in place: a decode step makes no index tensor."""
         if self._tails is None:
             ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]

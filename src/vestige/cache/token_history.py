@@ -50,7 +50,7 @@ class TokenHistory:
         self.stale = ids
 
     @classmethod
-    def beside(cls, records: Sequence["TokenHistory"]) -> "TokenHistory":
+    def join(cls, records: Sequence["TokenHistory"]) -> "TokenHistory":
         """Return the batch rows of several records as those of one, the shorter ones padded at the left."""
         longest = max(one.ids.shape[1] for one in records)
         ids = torch.cat([pad(one.ids, (longest - one.ids.shape[1], 0)) for one in records])

@@ -44,32 +44,32 @@ def erase(
         CacheError: This eraser cannot serve this cache; the message names one that can.
     """
     cache = require_cache(cache)
-    chosen = _checked(cache, (spans,) if isinstance(spans, Span) else tuple(spans), eraser, input_ids)
-    before = [_pairs_of(cache, span) for span in chosen]
-    behind = max(cache.seen) - chosen[0].end - sum(map(len, chosen[1:]))
+    ordered = _order_spans(cache, (spans,) if isinstance(spans, Span) else tuple(spans), eraser, input_ids)
+    before = [_count_pairs(cache, span) for span in ordered]
+    suffix = max(cache.seen) - ordered[0].end - sum(map(len, ordered[1:]))
     pending = input_ids[:, cache.ids.shape[1] :]
     with attach(model), torch.no_grad():
         started = synchronized_time(model.device)
-        edit = eraser.edit(EraseRequest(model=model, cache=cache, spans=chosen))
+        edit = eraser.edit(EraseRequest(model=model, cache=cache, spans=ordered))
         seconds = synchronized_time(model.device) - started
     if not eraser.renumbers and eraser.fate is not SlotOutcome.LEFT:
-        cache.state.mark_erased(chosen)
+        cache.state.mark_erased(ordered)
     report = EraseReport(
         method=name_of(eraser),
         exact=eraser.replays and not cache.state.erased,
         spans=tuple(
-            SpanReport(span=span, **{eraser.fate.value: pairs}) for span, pairs in zip(chosen, before, strict=True)
+            SpanReport(span=span, **{eraser.fate.value: pairs}) for span, pairs in zip(ordered, before, strict=True)
         ),
-        suffix_left=behind - edit.suffix_recomputed,
+        suffix_left=suffix - edit.suffix_recomputed,
         tokens_recomputed=edit.recomputed,
         memory=edit.memory,
         edit_s=seconds,
     )
     ids = torch.cat([cache.ids.to(input_ids.device), pending], 1)
-    return Erased(input_ids=ids, report=report, remap=PositionMap(chosen if eraser.renumbers else ()))
+    return Erased(input_ids=ids, report=report, remap=PositionMap(ordered if eraser.renumbers else ()))
 
 
-def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids: Tensor) -> tuple[Span, ...]:
+def _order_spans(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids: Tensor) -> tuple[Span, ...]:
     """Return the spans in order, or raise what is wrong with them, the ids, or the cache for this eraser."""
     if not spans:
         raise InputError("no span to erase")
@@ -99,7 +99,7 @@ def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids:
     return ordered
 
 
-def _pairs_of(cache: KVCache, span: Span) -> int:
+def _count_pairs(cache: KVCache, span: Span) -> int:
     """Return the pairs that a cache holds of a span, over layers and rows."""
     ends = torch.tensor([span.start, span.end], dtype=torch.int32, device=cache.layout.device)
     counts = [

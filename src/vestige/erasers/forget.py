@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from vestige.cache import edits
 from vestige.cache.kv_cache import KVCache
-from vestige.erasers.replay import fed_rows, reread
+from vestige.erasers.replay import collect_fed_rows, reread
 from vestige.memory.base import EvictedPairs, ForgetResult, LayerMemory
 from vestige.policies.full import Full
 from vestige.spans import Span, within
@@ -50,10 +50,12 @@ class MemoryRelease:
         if not found or not wanted or not _can_release(cache, spans):
             return MemoryRelease(cache, tuple(spans), found.pop() if found else ForgetResult.EXACT)
         end = spans[-1].end
-        twin = KVCache(model, Full())
+        reread_cache = KVCache(model, Full())
         with torch.no_grad():
-            reread(model, twin, [row[:end] for row in fed_rows(cache)], chunk=end)
-        return MemoryRelease(cache, tuple(spans), ForgetResult.SUBTRACTED, end, _without(cache, twin, spans))
+            reread(model, reread_cache, [row[:end] for row in collect_fed_rows(cache)], chunk=end)
+        return MemoryRelease(
+            cache, tuple(spans), ForgetResult.SUBTRACTED, end, _subtract_pairs(cache, reread_cache, spans)
+        )
 
     def carry_out(self) -> None:
         """Have the cache forget."""
@@ -86,31 +88,31 @@ def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
     fed, end = not bool((cache.ids[cache.real] < 0).any()), spans[-1].end
     changed = any(one.start < end for one in cache.state.erased)
     replayable = all(end <= most for most in cache.state.absorbed.replayable.values())
-    again = any(map(cache.state.absorbed.again, spans))
+    released = any(map(cache.state.absorbed.again, spans))
     return (
         cache.state.bound_memory is not None
         and cache.state.bound_memory.releases
         and fed
         and not changed
         and replayable
-        and not again
+        and not released
     )
 
 
-def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, LayerMemory]:
+def _subtract_pairs(cache: KVCache, reread_cache: KVCache, spans: Sequence[Span]) -> dict[int, LayerMemory]:
     """Return what remains without the pairs of spans that a cache no longer holds, and that are not out already; a twin
     holds all of them."""
     found, out = {}, cache.state.absorbed.released
-    for layer, again in zip(cache.evictable, twin.evictable, strict=True):
+    for layer, reread_layer in zip(cache.evictable, reread_cache.evictable, strict=True):
         if layer.remains is None:
             continue
         slots, lengths = [], []
         for row in range(layer.rows):
-            places = again.positions(row)
-            gone = within(places, spans) & ~within(places, out) & ~torch.isin(places, layer.positions(row))
-            slots.append(again.starts[row] + gone.nonzero()[:, 0])
-            lengths.append(int(gone.sum()))
+            places = reread_layer.positions(row)
+            evicted = within(places, spans) & ~within(places, out) & ~torch.isin(places, layer.positions(row))
+            slots.append(reread_layer.starts[row] + evicted.nonzero()[:, 0])
+            lengths.append(int(evicted.sum()))
         if sum(lengths):
-            absorbed = EvictedPairs.of(layer.layer_idx, again.columns, torch.cat(slots), lengths)
+            absorbed = EvictedPairs.of(layer.layer_idx, reread_layer.columns, torch.cat(slots), lengths)
             found[layer.layer_idx] = layer.remains.release(absorbed)
     return found

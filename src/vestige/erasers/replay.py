@@ -15,7 +15,7 @@ from vestige.models.forward import pad_left
 from vestige.spans import Span
 
 
-def fed_rows(cache: KVCache) -> list[Int[Tensor, " _seen"]]:
+def collect_fed_rows(cache: KVCache) -> list[Int[Tensor, " _seen"]]:
     """Return the ids of each batch row, pads left out.
 
     Raises:
@@ -29,7 +29,7 @@ def fed_rows(cache: KVCache) -> list[Int[Tensor, " _seen"]]:
 
 def reread(
     model: PreTrainedModel,
-    twin: KVCache,
+    cache: KVCache,
     rows: Sequence[Int[Tensor, " _length"]],
     *,
     begin: int = 0,
@@ -47,23 +47,23 @@ def reread(
         chunk: Tokens per forward.
     """
     end = max(map(len, rows))
-    gaps = [Span(max(gap.start, begin), gap.end) for gap in twin.state.erased if begin < gap.end <= end]
-    texts = _between(gaps, begin, end)
-    with twin.state.reading_until(tuple(map(len, rows))):
+    gaps = [Span(max(gap.start, begin), gap.end) for gap in cache.state.erased if begin < gap.end <= end]
+    texts = _find_texts(gaps, begin, end)
+    with cache.state.reading_until(tuple(map(len, rows))):
         for piece in sorted([*gaps, *texts]):
             cut = [row[piece.start : piece.end].tolist() for row in rows]
             if piece in gaps:
                 ids, mask = pad_left(cut, torch.device("cpu"))
-                edits.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+                edits.skip(cache, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
                 continue
             ids, mask = pad_left(cut, model.device)
             last = piece == texts[-1]
-            prefill(model, ids, twin, chunk=chunk, length=length, attention_mask=mask, settle=last)
+            prefill(model, ids, cache, chunk=chunk, length=length, attention_mask=mask, settle=last)
             if not last:
-                twin.settle(reading=True)  # before the gap, while the latest queries are known
+                cache.settle(reading=True)  # before the gap, while the latest queries are known
 
 
-def _between(gaps: Sequence[Span], begin: int, end: int) -> list[Span]:
+def _find_texts(gaps: Sequence[Span], begin: int, end: int) -> list[Span]:
     """Return what stands between gaps, which are ascending and disjoint."""
     starts, stops = [begin, *(gap.end for gap in gaps)], [*(gap.start for gap in gaps), end]
     return [Span(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]

@@ -20,7 +20,7 @@ from vestige.bench.results.provenance import provenance
 from vestige.bench.results.store import Store, run_all
 from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
-from vestige.cache.batching import joinable
+from vestige.cache.batching import can_join
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers.base import Erased
 from vestige.erasers.erase import erase
@@ -174,7 +174,7 @@ class Runner:
         if not edited:
             return
         every = [clean, *(fork for fork, _ in edited.values())]
-        together = [every] if joinable(every) else [[one] for one in every]
+        together = [every] if can_join(every) else [[one] for one in every]
         groups = [Listeners(self.model, caches) for caches in together]
         replies = [self._asked(item, which, groups) for which in range(len(item.questions))]
         for (method, (fork, done)), questions in zip(edited.items(), zip(*replies, strict=True), strict=False):
