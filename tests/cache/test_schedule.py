@@ -14,7 +14,7 @@ def settles(schedule: Schedule, *feeds: int) -> list[int]:
     for number, new in enumerate(feeds):
         if schedule.is_due(new, EVERY):
             before.append(number)
-            schedule.settled()
+            schedule.reset()
         schedule.count(new)
     return before
 
@@ -103,7 +103,7 @@ def test_tokens_since_the_last_settle_stay_bounded_before_any_forward(feeds, sch
     since = 0
     for new in feeds:
         if schedule.is_due(new, EVERY):
-            schedule.settled()
+            schedule.reset()
             since = 0
         assert since < schedule.chunk + EVERY
         schedule.count(new)
@@ -126,5 +126,5 @@ def test_asking_whether_a_settle_is_due_changes_nothing(feeds, new):
 def test_nothing_is_due_right_after_a_settle(new, prefilled):
     schedule = Schedule(chunk=10, prefilled=prefilled)
     schedule.count(500)
-    schedule.settled()
+    schedule.reset()
     assert not schedule.is_due(new, EVERY)

@@ -1,6 +1,6 @@
-"""Saving a cache to a folder and loading it: safetensors for tensors, JSON for the rest; no code is ever run.
+"""Saving and loading a cache: a folder with safetensors for tensors and JSON for the rest, without any code.
 
-A folder is written beside its final place and renamed, so it is there completely or not at all.
+A folder is written next to its final place and renamed, so that it exists completely or not at all.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ def save(state: CacheState, layers: Sequence[object], path: Path) -> None:
 
     Raises:
         InputError: The folder exists and is not empty, or cannot be written. Nothing is left behind.
-        CacheFileError: The policy or the memory has no name that loading could find.
+        CacheFileError: The policy or the memory has no registered name.
     """
     with new_folder(path, "the cache") as work:
         write(state, layers, work)
 
 
 def write(state: CacheState, layers: Sequence[object], folder: Path) -> None:
-    """Write a cache into a folder that takes its place later, as part of something larger.
+    """Write a cache into an existing folder, for callers that move the folder to its final place.
 
     Raises:
         CacheFileError: As :func:`save`.
@@ -84,7 +84,7 @@ def write(state: CacheState, layers: Sequence[object], folder: Path) -> None:
         "layers": plain,
     }
     save_file(tensors, folder / _TENSORS)
-    (folder / _TENSORS).chmod(0o644)  # safetensors leaves it to its owner alone
+    (folder / _TENSORS).chmod(0o644)  # safetensors makes it readable by its owner only
     metadata["sha256"] = _hash_file(folder / _TENSORS)
     metadata["digest"] = _hash_entries(metadata)
     (folder / _METADATA).write_text(json.dumps(metadata, indent=1))
@@ -92,11 +92,11 @@ def write(state: CacheState, layers: Sequence[object], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class SavedCache:
-    """A folder that was read and belongs to the model.
+    """The contents of a folder that was saved for the model.
 
     Args:
-        path: For messages.
-        model: Whose cache it is.
+        path: The folder, for messages.
+        model: The model that filled the cache.
         metadata: Contents of the JSON file.
         tensors: Contents of the safetensors file.
     """
@@ -107,7 +107,7 @@ class SavedCache:
     tensors: dict[str, Tensor]
 
     def build(self, make: Callable[..., C]) -> C:
-        """Return ``make(model, policy, memory=memory)``: a cache that has read nothing.
+        """Return ``make(model, policy, memory=memory)``, an empty cache.
 
         Raises:
             CacheFileError: Trained weights are missing or differ from those the cache was made with.
@@ -123,7 +123,7 @@ class SavedCache:
         return cache
 
     def restore(self, state: CacheState, layers: Sequence[object]) -> None:
-        """Fill the state and the layers of a cache that has read nothing."""
+        """Fill the state and the layers of an empty cache."""
         _restore_state(state, self.metadata, self.tensors)
         for i, plain in enumerate(self.metadata["layers"]):
             inner = {name.partition(".")[2]: x for name, x in self.tensors.items() if name.partition(".")[0] == str(i)}
@@ -136,7 +136,7 @@ class SavedCache:
 
 @contextmanager
 def open_saved(path: Path, model: PreTrainedModel) -> Iterator[SavedCache]:
-    """Read a folder that :func:`save` wrote; whatever a damaged file raises inside becomes one clear error.
+    """Read a folder that :func:`save` wrote; inside, errors of damaged files become a CacheFileError.
 
     Raises:
         CacheFileError: Missing, damaged, of another format, or made for another model.
@@ -160,12 +160,12 @@ def open_saved(path: Path, model: PreTrainedModel) -> Iterator[SavedCache]:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheFileError(f"{path} is not a saved cache: no {Path(error.filename).name}") from None
-    except Exception as error:  # a damaged file makes a dozen types come out of torch, safetensors and json
+    except Exception as error:  # torch, safetensors and json raise many types for damaged files
         raise CacheFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _pack(state: CacheState, layers: Sequence[object]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return all tensors by name, pairs without free slots, and each layer's plain values."""
+    """Return all tensors by name, without free slots, and the plain values of each layer."""
     tensors = {"ids": state.history.ids, "real": state.history.real.to(torch.uint8)}
     if state.history.stale is not None:
         tensors["stale"] = state.history.stale
@@ -196,7 +196,7 @@ def _pack_ragged(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def _pack_other(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the state of a layer that transformers made, dicts of states one level deep."""
+    """Return the plain values and tensors of a layer made by transformers, including dicts one level deep."""
     plain: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, value in vars(layer).items():
@@ -295,8 +295,8 @@ def _memory_to_json(memory: Memory | None) -> dict[str, Any] | None:
     return {"name": name, "options": _read_options(memory, f"a cache with memory {name}")}
 
 
-def _read_options(one: Any, what: str) -> dict[str, Any]:
-    options = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+def _read_options(owner: Any, what: str) -> dict[str, Any]:
+    options = {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner)}
     for option, value in options.items():
         if not isinstance(value, str | bool | int | float | tuple | Budget | None):
             raise CacheFileError(f"{what} cannot be saved with {option} at hand: save them and name their folder")
@@ -309,8 +309,8 @@ def _memory_from_json(saved: dict[str, Any] | None) -> Memory | None:
 
 
 def _hash_weights(policy: Policy, memory: Memory | None, model: PreTrainedModel) -> list[str]:
-    """Return hashes of the trained weights that a policy and a memory work with."""
-    return [digest(user, model) for user in (policy, memory)]
+    """Return hashes of the trained weights of a policy and a memory."""
+    return [digest(owner, model) for owner in (policy, memory)]
 
 
 def _spans_to_json(spans: Sequence[Span]) -> list[list[int]]:
@@ -322,12 +322,12 @@ def _spans_from_json(pairs: Sequence[Sequence[int]]) -> tuple[Span, ...]:
 
 
 def _to_tuples(value: Any) -> Any:
-    """Return tuples for the lists that JSON made of them."""
+    """Turn JSON lists back into tuples."""
     return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
 def _hash_entries(metadata: dict[str, Any]) -> str:
-    """Return the hash of all other entries."""
+    """Return the hash of all metadata entries."""
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,8 +1,8 @@
 """Pairs of one layer in flat columns: one segment with free slots per (batch row, KV head).
 
-Dense and ragged are one storage. While nothing was evicted all rows have one length, so a strided view of the flat
-buffer is the ``(batch, kv_heads, seen, head_dim)`` tensor that plain attention wants. Pads have position -1: they are
-stored while the layer is dense and go with the first eviction.
+Dense and ragged layers share this storage. Until the first eviction all rows have one length, so a strided view of the
+flat buffer is the ``(batch, kv_heads, seen, head_dim)`` tensor for plain attention. Pads have position -1; the first
+eviction drops them.
 """
 
 import math
@@ -43,15 +43,16 @@ class PairStorage:
         self._slots: dict[int, tuple[slice, Tensor]] = {}
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
-        """Take sizes, dtype and device from the first pairs, ``batch kv_heads new dim``."""
+        """Set sizes, dtype and device from the first pairs, ``batch kv_heads new dim``."""
         batch, self.kv_heads = keys.shape[:2]
         self.dtype, self.device = keys.dtype, keys.device
         self.columns = {name: x.new_empty(0, x.shape[-1]) for name, x in {"keys": keys, "values": values}.items()}
         self.columns["positions"] = torch.empty(0, dtype=torch.int32, device=self.device)
-        self.starts, self.lengths = [0] * (batch * self.kv_heads), [0] * (batch * self.kv_heads)
+        self.starts = [0] * (batch * self.kv_heads)
+        self.lengths = [0] * (batch * self.kv_heads)
 
     def truncate(self, left: Sequence[int]) -> None:
-        """Hold the first ``left`` pairs of each row; the other slots become free, so nothing is copied."""
+        """Keep the first ``left`` pairs of each row; the other slots become free, without a copy."""
         self._free_slots += min(old - new for old, new in zip(self.lengths, left, strict=True))
         self._capacity = self._capacity if len(set(left)) == 1 else 0
         self.lengths, self._tails = list(left), None
@@ -76,7 +77,7 @@ class PairStorage:
 
     @property
     def batch_size(self) -> int:
-        """Batch rows stored."""
+        """Number of batch rows."""
         return self.rows // self.kv_heads if self.kv_heads else 0
 
     @property
@@ -90,7 +91,7 @@ class PairStorage:
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows have one length and one capacity, so that a strided view shows them as one tensor."""
+        """Whether all rows have one length and one capacity, so that a strided view covers them."""
         return self._capacity > 0
 
     def view(self, name: str) -> Shaped[Tensor, "batch kv_heads held *rest"]:
@@ -106,7 +107,7 @@ class PairStorage:
         return slice(self.starts[row], self.starts[row] + self.lengths[row])
 
     def slots_of_batch_row(self, b: int) -> tuple[slice, Int[Tensor, " slots"]]:
-        """Return the slots of a batch row, free ones included, and the KV head of each; the same until some move."""
+        """Return the slots of a batch row, free ones included, and the KV head of each; cached until pairs move."""
         if b not in self._slots:
             rows = [*self.starts, len(self.columns["positions"])][b * self.kv_heads : (b + 1) * self.kv_heads + 1]
             sizes = torch.tensor(rows).diff()
@@ -122,11 +123,11 @@ class PairStorage:
         return {name: column[pairs] for name, column in self.columns.items() if name not in PAIR}
 
     def live_lengths(self) -> list[int]:
-        """Return the pairs of each row, pads left out."""
+        """Return the number of pairs in each row, pads not counted."""
         return self.lengths if self.ragged else self.live_slots()[1]
 
     def live_slots(self) -> tuple[Int[Tensor, " held"], list[int]]:
-        """Return the slots of all pairs that are not pads, packed, and the length of each row."""
+        """Return the packed slots of all pairs that are not pads, and the number of pairs in each row."""
         slots = packed.packed_slots(self.starts, self.lengths, self.device)
         if self.ragged or not len(slots):
             return slots, self.lengths
@@ -134,25 +135,31 @@ class PairStorage:
         return slots[real], packed.counts_per_row(real, self.lengths)
 
     def packed_pairs(self) -> tuple[dict[str, Tensor], list[int]]:
-        """Return keys, values and positions of all pairs that are not pads, and the length of each row."""
+        """Return keys, values and positions of all pairs that are not pads, and the number of pairs in each row."""
         slots, lengths = self.live_slots()
         return {name: packed.gather(self.columns[name], slots) for name in PAIR}, lengths
 
     def keep(self, slots: Int[Tensor, " kept"], lengths: Sequence[int], coming: int = 0) -> None:
-        """Hold only the given slots (packed, ascending in each row) and free the rest; have room if tokens come."""
+        """Keep only the given slots and free the rest.
+
+        Args:
+            slots: Packed, ascending in each row.
+            lengths: Number of slots in each row.
+            coming: Tokens about to be stored; with 0 no row keeps a free slot.
+        """
         self._rebuild(slots, list(lengths), coming=[coming] * len(lengths) if coming else None)
         self.ragged = True
 
     def shrink(self) -> None:
-        """Give free slots back, if there are any."""
+        """Release free slots, if there are any."""
         if self._free_slots:
             self._rebuild(packed.packed_slots(self.starts, self.lengths, self.device), list(self.lengths))
 
     def _append(self, new: dict[str, Tensor], step: ForwardPass) -> list[int]:
-        """Write new pairs behind each row's, and return how many each row got."""
+        """Append new pairs to each row; return the number that each row got."""
         fed = [step.new] * self.rows
         source: Tensor | None = None
-        if self.ragged and step.padded:  # pads are not stored beside evicted rows
+        if self.ragged and step.padded:  # a ragged layer stores no pads
             valid = (step.positions >= 0).repeat_interleave(self.kv_heads, 0)
             fed, source = valid.sum(1).tolist(), valid.flatten().nonzero()[:, 0]
         for name in new.keys() - self.columns.keys():
@@ -167,7 +174,7 @@ class PairStorage:
                 self._view_capacity(name).narrow(2, self.lengths[0], step.new).copy_(x)
             return fed
         self._capacity = self._capacity if source is None else 0
-        if step.new == 1 and source is None and not autograd:  # autograd keeps the index, which counting up would spoil
+        if step.new == 1 and source is None and not autograd:  # autograd keeps the index; it must not change
             slots = self._advance_tails()
         else:
             ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
@@ -179,7 +186,7 @@ class PairStorage:
         return fed
 
     def _view_capacity(self, name: str) -> Shaped[Tensor, "batch kv_heads capacity *rest"]:
-        """Return a column of a uniform layer as one tensor, slack and all, without copying it."""
+        """Return a column of a uniform layer as one tensor, free slots included, without copying it."""
         column = self.columns[name]
         return column.view(self.batch_size, self.kv_heads, self._capacity, *column.shape[1:])
 
@@ -189,7 +196,7 @@ class PairStorage:
         return like.new_empty(0, *like.shape[3:])
 
     def _advance_tails(self) -> Int[Tensor, " rows"]:
-        """Return each row's next free slot, counted up in place: a decode step makes no index tensor."""
+        """Return each row's next free slot; it is incremented in place, so a decode step makes no index tensor."""
         if self._tails is None:
             ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
             self._tails = torch.tensor(ends, device=self.device)
@@ -198,20 +205,20 @@ class PairStorage:
         return self._tails
 
     def _rebuild(self, slots: Tensor, lengths: list[int], coming: Sequence[int] | None = None) -> None:
-        """Lay the chosen slots out anew, column by column, so that at most one column exists twice at a time.
+        """Copy the given slots to a new layout, column by column, so that at most one column exists twice at a time.
 
-        A cache at rest has no free slots. Where pairs are ``coming``, every row gets room for them, the last one being
-        the first of the slack for the tokens until the next settle.
+        An idle cache has no free slots. If pairs are ``coming``, every row gets slots for them and for the tokens until
+        the next settle; the last coming pair counts as the first of these.
         """
-        room = [0] * len(lengths) if coming is None else [max(n, 1) + self.state.growth_slots - 1 for n in coming]
-        capacities = [length + n for length, n in zip(lengths, room, strict=True)]
+        free = [0] * len(lengths) if coming is None else [max(n, 1) + self.state.growth_slots - 1 for n in coming]
+        capacities = [length + n for length, n in zip(lengths, free, strict=True)]
         index = packed.layout_index(slots, lengths, capacities)
         highest = 0
         for name, column in self.columns.items():
-            laid_out = packed.gather(column, index)
-            highest = max(highest, self.column_bytes + laid_out.nbytes)
-            self.columns[name] = laid_out
+            new_column = packed.gather(column, index)
+            highest = max(highest, self.column_bytes + new_column.nbytes)
+            self.columns[name] = new_column
         self.state.note_peak(highest - self.column_bytes)
         self.lengths, self.starts = lengths, packed.cumulative(capacities)[:-1]
         self._capacity = capacities[0] if len(set(lengths)) == len(set(capacities)) == 1 else 0
-        self._free_slots, self._tails, self._slots = min(room, default=0), None, {}
+        self._free_slots, self._tails, self._slots = min(free, default=0), None, {}

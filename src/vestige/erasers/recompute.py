@@ -15,10 +15,10 @@ from vestige.spans import PositionMap, Span
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute(Eraser):
-    """Read the ids without the span: from the span on where nothing was evicted or counted yet, else from the first.
+    """Read the ids without the span again: from the span on if nothing was evicted or counted yet, else from the first.
 
-    The cache then equals one that read the remaining ids afresh, under the same policy and budget, with what was
-    generated taken as read. Ids that an earlier erase marked stay out, and their positions stay a gap.
+    The cache then equals one that read only the remaining ids, under the same policy and budget; generated tokens count
+    as read. Spans of an earlier erase that kept their positions stay gaps.
     """
 
     fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
@@ -28,14 +28,15 @@ class Recompute(Eraser):
     """Tokens per forward."""
 
     def edit(self, scene: EraseRequest) -> EditResult:
-        """Read into a second cache, which takes the place of the first once it is whole."""
-        cache, remap = scene.cache, PositionMap(scene.spans)
+        """Read into a second cache, which replaces the first when it is complete."""
+        cache = scene.cache
+        remap = PositionMap(scene.spans)
         rows = collect_fed_rows(cache)
         begin = scene.spans[0].start if _can_continue(cache, scene.spans) else 0
         copy = cache.fork(empty=not begin)
         if begin:
             copy.crop(begin - cache.seen[0])
-            copy.state.restart_schedule(begin)  # as if it had never read further
+            copy.state.restart_schedule(begin)  # as if the reading had ended here
         copy.state.move_spans(remap, cache.state)
         remaining = [_remove_spans(row, scene.spans) for row in rows]
         lengths = cache.state.lengths and tuple(n - remap.removed for n in cache.state.lengths)
@@ -54,10 +55,10 @@ class Recompute(Eraser):
 
 
 def _can_continue(cache: KVCache, spans: tuple[Span, ...]) -> bool:
-    """Return whether what stands before the spans is as a fresh reading would have left it.
+    """Tell whether the pairs before the spans equal those of a fresh reading.
 
-    Not if pairs were evicted, if pads make rows begin at several columns, if a policy counts queries, which cannot be
-    taken back, or if what is read again is shorter than what policies look back at.
+    They do not if pairs were evicted, pads make rows begin in different columns, a policy counts queries, which cannot
+    be uncounted, or policies need more recent tokens than the suffix has.
     """
     recording = cache.state.recording
     even = len(set(cache.seen)) == 1 and not cache.padded and len(cache.evictable) == len(cache.layers)
@@ -75,5 +76,5 @@ def _remove_spans(row: Tensor, spans: tuple[Span, ...]) -> Tensor:
 
 
 def _take_last(rows: list[Tensor], removed: int) -> Tensor | None:
-    """Return the last ids of each row, as many as went."""
+    """Return the last ``removed`` ids of each row, or None if a row is shorter."""
     return torch.stack([row[-removed:] for row in rows]) if min(map(len, rows)) >= removed else None

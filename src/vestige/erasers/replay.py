@@ -1,4 +1,4 @@
-"""Reading ids that a cache was fed once more, into another cache, without what was erased."""
+"""Replay: reading the ids of a cache again into another cache, without erased spans."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ from vestige.spans import Span
 
 
 def collect_fed_rows(cache: KVCache) -> list[Int[Tensor, " _seen"]]:
-    """Return the ids of each batch row, pads left out.
+    """Return the ids of each batch row, without pads.
 
     Raises:
-        CacheError: The model was fed embeddings.
+        CacheError: The model got embeddings instead of ids.
     """
     rows = [row[real] for row, real in zip(cache.ids, cache.real, strict=True)]
     if any(bool((row < 0).any()) for row in rows):
@@ -36,14 +36,14 @@ def reread(
     length: Sequence[int] | None = None,
     chunk: int = 1024,
 ) -> None:
-    """Read rows into a cache; what it has marked as erased becomes a gap in the positions.
+    """Read rows into a cache; its erased spans become gaps in the positions.
 
     Args:
         model: An attached model.
-        twin: Has read what comes before ``begin``.
-        rows: The ids of each batch row, from the first on.
-        begin: Where to begin, the same for all.
-        length: What to announce; None announces nothing, and a fraction is one of what the rows will be.
+        cache: A cache that has read the tokens before ``begin``.
+        rows: All ids of each batch row, from position 0 on.
+        begin: First position to read, the same for all rows.
+        length: Lengths to announce; with None, fraction budgets refer to the lengths of ``rows``.
         chunk: Tokens per forward.
     """
     end = max(map(len, rows))
@@ -60,10 +60,10 @@ def reread(
             last = piece == texts[-1]
             prefill(model, ids, cache, chunk=chunk, length=length, attention_mask=mask, settle=last)
             if not last:
-                cache.settle(reading=True)  # before the gap, while the latest queries are known
+                cache.settle(reading=True)  # before the gap, which clears the latest queries
 
 
 def _find_texts(gaps: Sequence[Span], begin: int, end: int) -> list[Span]:
-    """Return what stands between gaps, which are ascending and disjoint."""
+    """Return the spans between gaps, which are ascending and disjoint."""
     starts, stops = [begin, *(gap.end for gap in gaps)], [*(gap.start for gap in gaps), end]
     return [Span(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
