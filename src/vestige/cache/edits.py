@@ -87,7 +87,7 @@ def replace_memories(cache: KVCache, remains: Mapping[int, LayerMemory], release
 def _close_pairs(layer: RaggedLayer, remap: PositionMap, rope: Rope) -> None:
     """Drop a layer's pairs of the spans and renumber the others; a dense layer stays dense."""
     dense = not layer.ragged
-    slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
+    slots = layer.stored_slots()
     kept = ~within(layer.columns["positions"][slots], remap.spans)
     layer.keep(slots[kept], packed.counts_per_row(kept, layer.lengths))
     layer.ragged = not dense

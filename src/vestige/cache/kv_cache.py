@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,19 +246,12 @@ class KVCache(Cache):
         Args:
             watch: Called with each row as the new queries attend to it; may write to the policy's own side arrays.
         """
-        state = self.state
-        before = {name: getattr(state, name) for name in ("step", "seen", "recording", "history", "schedule")}
         others = {i: copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
         padded = self.evictable[0].padded_seen
-        watchers = () if watch is None else (watch,)
-        state.recording = replace(state.recording, ring_sizes={}, watchers=watchers, layer_watchers=())
-        state.history = state.history.copy()
-        state.schedule = replace(state.schedule, reading=True)
         try:
-            yield
+            with self.state.rolled_back(() if watch is None else (watch,)):
+                yield
         finally:
-            for name, value in before.items():
-                setattr(state, name, value)
             for i, layer in others.items():
                 self.layers[i] = layer
             self._crop_layers(padded)

@@ -72,9 +72,9 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         if self.hidden is not None:
             self.record("hidden", self.hidden[:, None], step)
         new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)
-        fed = self._append(new, step)
+        counts = self._append(new, step)
         # The new pairs count from here on: an interrupt before this line leaves no trace.
-        self.lengths = [length + n for length, n in zip(self.lengths, fed, strict=True)]
+        self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
         self.padded_seen += step.new
         self.step_number = step.number
         return self._make_handle(key_states), self._make_handle(value_states)
@@ -97,8 +97,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
 
     def reset(self) -> None:
         """Remove all pairs; the next ones set the sizes again."""
-        fresh = RaggedLayer(self.state, self.layer_idx)
-        self.__dict__.update(fresh.__dict__)
+        vars(self).update(vars(RaggedLayer(self.state, self.layer_idx)))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Free the slots of the last ``-tokens_to_remove`` tokens, without a copy.

@@ -182,7 +182,7 @@ def _pack(state: CacheState, layers: Sequence[object]) -> tuple[dict[str, Tensor
 def _pack_ragged(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not layer.is_initialized:
         return {}, {}
-    slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
+    slots = layer.stored_slots()
     tensors = {f"column.{name}": packed.gather(column, slots) for name, column in layer.columns.items()}
     plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
     tensors |= {f"ring.{name}": ring.data for name, ring in layer.rings.items()}

@@ -1,7 +1,7 @@
 """The bookkeeping that a cache shares with its layers: tokens fed, statistics recorded, spans erased, costs."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from vestige.memory.base import AbsorbedRanges, Memory
 from vestige.models.anatomy import ModelLayout
 from vestige.models.rope import Rope
 from vestige.policies.base import NeedsReplay, NewPairs, Policy
+from vestige.policies.observation import RowView
 from vestige.spans import PositionMap, Span, merge_spans, within
 
 
@@ -284,6 +285,18 @@ class CacheState:
             )
 
     # Changes of the sequence; the caller changes the layers.
+
+    @contextmanager
+    def rolled_back(self, watchers: tuple[Callable[[RowView], None], ...]) -> Iterator[None]:
+        """Restore the bookkeeping at the end; inside, only these watchers observe queries, and no settle is due."""
+        before = {name: getattr(self, name) for name in ("step", "seen", "recording", "history", "schedule")}
+        self.recording = replace(self.recording, ring_sizes={}, watchers=watchers, layer_watchers=())
+        self.history = self.history.copy()
+        self.schedule = replace(self.schedule, reading=True)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def crop(self, tokens: int) -> None:
         """Remove the last ``tokens`` tokens, pads included."""

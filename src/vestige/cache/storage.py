@@ -122,13 +122,17 @@ class PairStorage:
         pairs = self.slots_of_row(row)
         return {name: column[pairs] for name, column in self.columns.items() if name not in PAIR}
 
+    def stored_slots(self) -> Int[Tensor, " stored"]:
+        """Return the packed slots of all pairs, pads included."""
+        return packed.packed_slots(self.starts, self.lengths, self.device)
+
     def live_lengths(self) -> list[int]:
         """Return the number of pairs in each row, pads not counted."""
         return self.lengths if self.ragged else self.live_slots()[1]
 
     def live_slots(self) -> tuple[Int[Tensor, " held"], list[int]]:
         """Return the packed slots of all pairs that are not pads, and the number of pairs in each row."""
-        slots = packed.packed_slots(self.starts, self.lengths, self.device)
+        slots = self.stored_slots()
         if self.ragged or not len(slots):
             return slots, self.lengths
         real = self.columns["positions"][slots] >= 0
@@ -153,53 +157,56 @@ class PairStorage:
     def shrink(self) -> None:
         """Release free slots, if there are any."""
         if self._free_slots:
-            self._rebuild(packed.packed_slots(self.starts, self.lengths, self.device), list(self.lengths))
+            self._rebuild(self.stored_slots(), list(self.lengths))
 
     def _append(self, new: dict[str, Tensor], step: ForwardPass) -> list[int]:
         """Append new pairs to each row; return the number that each row got."""
-        fed = [step.new] * self.rows
+        counts = [step.new] * self.rows
         source: Tensor | None = None
         if self.ragged and step.padded:  # a ragged layer stores no pads
             valid = (step.positions >= 0).repeat_interleave(self.kv_heads, 0)
-            fed, source = valid.sum(1).tolist(), valid.flatten().nonzero()[:, 0]
-        for name in new.keys() - self.columns.keys():
-            self.columns[name] = self._make_column(name, new[name])
-        if self._free_slots < max(fed):
-            slots = packed.packed_slots(self.starts, self.lengths, self.device)
-            self._rebuild(slots, list(self.lengths), coming=fed)
-        self._free_slots -= max(fed)
+            counts, source = valid.sum(1).tolist(), valid.flatten().nonzero()[:, 0]
+        self._make_room(new, counts)
         autograd = torch.is_grad_enabled() and any(x.requires_grad for x in (*new.values(), *self.columns.values()))
         if self.uniform and source is None and not autograd:
             for name, x in new.items():
                 self._view_capacity(name).narrow(2, self.lengths[0], step.new).copy_(x)
-            return fed
+            return counts
         self._capacity = self._capacity if source is None else 0
         if step.new == 1 and source is None and not autograd:  # autograd keeps the index; it must not change
             slots = self._advance_tails()
         else:
-            ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
-            slots, self._tails = packed.packed_slots(ends, fed, self.device), None
+            slots, self._tails = packed.packed_slots(self._ends, counts, self.device), None
         for name, x in new.items():
             flat = x.reshape(-1, *self.columns[name].shape[1:])
             flat = flat if source is None else flat[source]
             self.columns[name] = packed.append(self.columns[name], slots, flat.to(self.columns[name].dtype))
-        return fed
+        return counts
+
+    @property
+    def _ends(self) -> list[int]:
+        """The slot after the last pair of each row."""
+        return [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
 
     def _view_capacity(self, name: str) -> Shaped[Tensor, "batch kv_heads capacity *rest"]:
         """Return a column of a uniform layer as one tensor, free slots included, without copying it."""
         column = self.columns[name]
         return column.view(self.batch_size, self.kv_heads, self._capacity, *column.shape[1:])
 
-    def _make_column(self, name: str, like: Tensor) -> Tensor:
-        if self.columns["positions"].shape[0]:
-            raise PolicyError(f"pairs already in the cache have no {name!r}; give the policy before reading")
-        return like.new_empty(0, *like.shape[3:])
+    def _make_room(self, new: dict[str, Tensor], counts: list[int]) -> None:
+        """Add empty columns for new side arrays, and free slots if some row has too few for its new pairs."""
+        for name in new.keys() - self.columns.keys():
+            if self.columns["positions"].shape[0]:
+                raise PolicyError(f"pairs already in the cache have no {name!r}; give the policy before reading")
+            self.columns[name] = new[name].new_empty(0, *new[name].shape[3:])
+        if self._free_slots < max(counts):
+            self._rebuild(self.stored_slots(), list(self.lengths), coming=counts)
+        self._free_slots -= max(counts)
 
     def _advance_tails(self) -> Int[Tensor, " rows"]:
         """Return each row's next free slot; it is incremented in place, so a decode step makes no index tensor."""
         if self._tails is None:
-            ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
-            self._tails = torch.tensor(ends, device=self.device)
+            self._tails = torch.tensor(self._ends, device=self.device)
         else:
             self._tails += 1
         return self._tails

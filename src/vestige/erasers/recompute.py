@@ -15,7 +15,7 @@ from vestige.spans import PositionMap, Span
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute(Eraser):
-    """Read the ids without the span again: from the span on if nothing was evicted or counted yet, else from the first.
+    """Read the ids without the span: from the span on where nothing was evicted or counted yet, else from the first.
 
     The cache then equals one that read only the remaining ids, under the same policy and budget; generated tokens count
     as read. Spans of an earlier erase that kept their positions stay gaps.
