@@ -5,7 +5,7 @@ import torch
 
 from vestige import CacheError, KVCache, Span, attach, erasers, policies, prefill
 from vestige.budget import Budget
-from vestige.cache.batching import join, joinable
+from vestige.cache.batching import can_join, join
 from vestige.erasers.erase import erase
 from vestige.models.forward import forward
 from vestige.testing import random_ids, tiny
@@ -73,7 +73,7 @@ def test_what_cannot_lie_side_by_side_is_refused():
     model, other, sliding = tiny("llama"), tiny("llama"), tiny("gemma3")
     with attach(model), attach(other), attach(sliding):
         one, two, third = (read(x, random_ids(x, 1, 12)) for x in (model, other, sliding))
-    assert joinable([one, one]) and not joinable([one, two])
+    assert can_join([one, one]) and not can_join([one, two])
     with pytest.raises(CacheError, match="different models"):
         join([one, two])
     with pytest.raises(CacheError, match="layers of other kinds"):

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
 from vestige import Budget, BudgetError, CacheError, InputError, KVCache, PolicyError, Span, attach, policies, prefill
 from vestige.cache.prefill import finish
@@ -504,3 +505,10 @@ def test_reset_forgets_everything_but_the_policy():
         cache.reset()
         assert (cache.seen, cache.held, cache.get_seq_length()) == ((), 0, 0)
         assert torch.equal(prefill(model, ids, cache, chunk=8), first)
+
+
+def test_the_cache_has_few_public_names():
+    model = tiny("llama")
+    inherited = {*dir(Cache), *vars(DynamicCache(config=model.config))}
+    added = {name for name in dir(KVCache(model, policy())) if not name.startswith("_")} - inherited
+    assert len(added) <= 20, sorted(added)

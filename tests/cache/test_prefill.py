@@ -369,7 +369,7 @@ def test_a_replay_settles_nothing_and_is_not_watched_by_the_caches_own_policies(
     cache = KVCache(model, Watcher(budget=Budget.tokens(10), sink=2, window=3, every=4))
     with torch.no_grad(), attach(model):
         forward(model, random_ids(model, 1, 30), cache)
-        assert len(seen) == 6 and cache.state.schedule.due(1, 4)
+        assert len(seen) == 6 and cache.state.schedule.is_due(1, 4)
         replay(model, random_ids(model, 1, 1), cache, told.append)
     assert len(seen) == 6 and len(told) == 6 and cache.held == 30 * 6 and not cache.ragged
 

@@ -12,10 +12,10 @@ def settles(schedule: Schedule, *feeds: int) -> list[int]:
     """Return the numbers of the forwards that a settle came before, for forwards of so many tokens each."""
     before = []
     for number, new in enumerate(feeds):
-        if schedule.due(new, EVERY):
+        if schedule.is_due(new, EVERY):
             before.append(number)
-            schedule.settled()
-        schedule.fed(new)
+            schedule.reset()
+        schedule.count(new)
     return before
 
 
@@ -70,27 +70,27 @@ def test_generation_right_after_a_prefill_is_settled_in_its_rhythm():
 
 def test_candidates_count_as_generated_once_some_were_taken_back():
     schedule = Schedule(chunk=10, prefilled=True)
-    schedule.fed(3)
-    schedule.taken_back(2)
-    assert not schedule.due(3, EVERY), "one token was accepted"
-    schedule.fed(3)
-    assert schedule.due(3, EVERY), "four tokens were generated"
-    assert schedule.due(1, EVERY)
+    schedule.count(3)
+    schedule.take_back(2)
+    assert not schedule.is_due(3, EVERY), "one token was accepted"
+    schedule.count(3)
+    assert schedule.is_due(3, EVERY), "four tokens were generated"
+    assert schedule.is_due(1, EVERY)
 
 
 def test_tokens_taken_back_do_not_count():
     schedule = Schedule(speculative=True)
-    schedule.fed(5)
-    schedule.fed(1)
-    schedule.taken_back(6)
+    schedule.count(5)
+    schedule.count(1)
+    schedule.take_back(6)
     assert (schedule.prompt, schedule.generated) == (0, 0)
-    assert not schedule.due(1, EVERY)
+    assert not schedule.is_due(1, EVERY)
 
 
 def test_taking_back_more_than_was_fed_since_the_last_settle_leaves_nothing_to_count():
     schedule = Schedule()
-    schedule.fed(2)
-    schedule.taken_back(50)
+    schedule.count(2)
+    schedule.take_back(50)
     assert (schedule.prompt, schedule.generated) == (0, 0)
 
 
@@ -102,11 +102,11 @@ def test_taking_back_more_than_was_fed_since_the_last_settle_leaves_nothing_to_c
 def test_tokens_since_the_last_settle_stay_bounded_before_any_forward(feeds, schedule):
     since = 0
     for new in feeds:
-        if schedule.due(new, EVERY):
-            schedule.settled()
+        if schedule.is_due(new, EVERY):
+            schedule.reset()
             since = 0
         assert since < schedule.chunk + EVERY
-        schedule.fed(new)
+        schedule.count(new)
         since += new
 
 
@@ -115,9 +115,9 @@ def test_tokens_since_the_last_settle_stay_bounded_before_any_forward(feeds, sch
 def test_asking_whether_a_settle_is_due_changes_nothing(feeds, new):
     schedule = Schedule(chunk=10)
     for fed in feeds:
-        schedule.fed(fed)
+        schedule.count(fed)
     before = Schedule(**vars(schedule))
-    schedule.due(new, EVERY)
+    schedule.is_due(new, EVERY)
     assert schedule == before
 
 
@@ -125,6 +125,6 @@ def test_asking_whether_a_settle_is_due_changes_nothing(feeds, new):
 @given(st.integers(1, 9), st.booleans())
 def test_nothing_is_due_right_after_a_settle(new, prefilled):
     schedule = Schedule(chunk=10, prefilled=prefilled)
-    schedule.fed(500)
-    schedule.settled()
-    assert not schedule.due(new, EVERY)
+    schedule.count(500)
+    schedule.reset()
+    assert not schedule.is_due(new, EVERY)

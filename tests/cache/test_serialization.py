@@ -327,7 +327,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_behind(cache, tmp_pat
     assert contents(tmp_path) == ["empty"]
 
 
-@pytest.mark.parametrize("name", ["cache.serialization._sha256", "utils.files.os.replace"])
+@pytest.mark.parametrize("name", ["cache.serialization._hash_file", "utils.files.os.replace"])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 def test_a_failure_in_the_last_steps_leaves_nothing_behind(cache, tmp_path, monkeypatch, name, error):
     def fail(*_: object) -> None:

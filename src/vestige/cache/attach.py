@@ -1,4 +1,4 @@
-"""Plugging into a model for a while: attention name, hooks, and everything back as it was."""
+"""Attaching vestige to a model: attention function and forward hooks, and restoring the model on detach."""
 
 import weakref
 from types import TracebackType
@@ -23,7 +23,7 @@ _attached: "weakref.WeakKeyDictionary[PreTrainedModel, Attachment]" = weakref.We
 
 
 class Attachment:
-    """A model that vestige is plugged into; leaving the ``with`` block, or :meth:`detach`, unplugs it."""
+    """A model that vestige is attached to, until the ``with`` block ends or :meth:`detach` is called."""
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = layout
@@ -40,7 +40,7 @@ class Attachment:
         self.detach()
 
     def detach(self) -> None:
-        """Take one :func:`attach` back; the last one restores model and config exactly. Detached already: no effect."""
+        """Undo one :func:`attach`; undoing the last one restores model and config exactly. Else it has no effect."""
         self.depth = max(self.depth - 1, 0)
         if self.depth:
             return
@@ -52,28 +52,28 @@ class Attachment:
         self._hooks, self._restore = [], None
         _attached.pop(self.layout.model, None)
 
-    def _plug_in(self) -> None:
+    def _install(self) -> None:
         AttentionInterface.register(NAME, vestige_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         decoder, attentions = self.layout.decoder, self.layout.attentions
-        # The text decoder's config only, which its attention modules share: a vision tower keeps its own attention.
+        # Only the text decoder's config, which its attention modules share: a vision tower keeps its own attention.
         config: Any = decoder.config
         self._restore = config, config._attn_implementation
         config._attn_implementation_internal = NAME
         model = self.layout.model
-        if model is not decoder:  # a model with several inputs hands its decoder embeddings: ids are seen further out
-            self._hooks.append(model.register_forward_pre_hook(_show_ids, with_kwargs=True))
+        if model is not decoder:  # a multimodal model passes embeddings to its decoder: take the outer ids
+            self._hooks.append(model.register_forward_pre_hook(_pass_ids, with_kwargs=True))
         self._hooks.append(decoder.register_forward_pre_hook(_begin_forward, with_kwargs=True))
         self._hooks += [
-            module.register_forward_pre_hook(_show_hidden, with_kwargs=True) for module in attentions.values()
+            module.register_forward_pre_hook(_pass_hidden, with_kwargs=True) for module in attentions.values()
         ]
 
 
 def attach(model: PreTrainedModel) -> Attachment:
-    """Plug vestige into a model, until the ``with`` block ends or :func:`detach` is called. Calls nest.
+    """Attach vestige to a model, until the ``with`` block ends or :func:`detach` is called. Calls nest.
 
     A :class:`~vestige.KVCache` works only on an attached model; without a cache or with a DynamicCache an attached
-    model works as before. The text decoder's attention name is changed and hooks are put in; weights are not touched.
+    model works as before. Attaching changes the text decoder's attention name and adds hooks, but no weights.
 
     Raises:
         ModelError: The model cannot work with an evicting cache; the message says why.
@@ -81,26 +81,26 @@ def attach(model: PreTrainedModel) -> Attachment:
     attachment = _attached.get(model)
     if attachment is None:
         attachment = _attached[model] = Attachment(check(model))
-        attachment._plug_in()
+        attachment._install()
     attachment.depth += 1
     return attachment
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Take one :func:`attach` back; a model that is not attached is left alone."""
+    """Undo one :func:`attach`; this has no effect on a model that is not attached."""
     if model in _attached:
         _attached[model].detach()
 
 
 def require_cache(cache: object) -> KVCache:
-    """Return the cache, or raise a CacheError if it is not one of ours."""
+    """Return the cache, or raise a CacheError if it is not a KVCache."""
     if not isinstance(cache, KVCache):
         raise CacheError(f"this takes a vestige.KVCache, got {type(cache).__name__}")
     return cache
 
 
 def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Open a forward on the cache before masks and positions are made from it."""
+    """Begin a forward on the cache, before transformers makes masks and positions from it."""
     cache = cache_passed(kwargs)
     if cache is None or type(cache) is DynamicCache or isinstance(cache, OverlayCache):
         return
@@ -114,49 +114,53 @@ def _begin_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if cache.layout.decoder is not decoder:
         raise CacheError("this cache was made for another model")
     ids = kwargs.get("input_ids", args[0] if args else None)
-    fed = kwargs.get("inputs_embeds") if ids is None else ids
-    if fed is None:
-        return  # the model will say so itself
-    state, (batch, new) = cache.state, fed.shape[:2]
-    outer, state.outer_input_ids = state.outer_input_ids, None
-    if ids is None and outer is not None and outer.shape == (batch, new):
-        ids = outer
-    valid = _valid_tokens(kwargs.get("attention_mask"), new, cache.ragged)
-    positions, checkable = _text_positions(kwargs.get("position_ids"))
+    inputs = kwargs.get("inputs_embeds") if ids is None else ids
+    if inputs is None:
+        return  # the model raises the error itself
+    state = cache.state
+    batch, new = inputs.shape[:2]
+    outer_ids, state.outer_input_ids = state.outer_input_ids, None
+    if ids is None and outer_ids is not None and outer_ids.shape == (batch, new):
+        ids = outer_ids
+    valid = _find_valid(kwargs.get("attention_mask"), new, cache.ragged)
+    positions, checkable = _find_positions(kwargs.get("position_ids"))
     state.check_input(ids, batch, positions, valid, check=checkable)
-    if state.settle_is_due(new):
+    if state.must_settle(new):
         cache.settle(coming=new)
     state.begin(ids, batch, new, valid)
 
 
-def _show_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Show the cache the ids that the whole model was given."""
+def _pass_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pass the ids of the whole model's input to the cache."""
     cache = cache_passed(kwargs)
     if isinstance(cache, KVCache):
         cache.state.outer_input_ids = kwargs.get("input_ids", args[0] if args else None)
 
 
-def _show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Show the layer what enters its attention, for policies that look at hidden states."""
+def _pass_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pass the input of the attention module to its layer, for policies that need hidden states."""
     cache = cache_passed(kwargs)
-    ours = cache.cache if isinstance(cache, OverlayCache) else cache
-    if isinstance(ours, KVCache) and "hidden" in ours.state.recording.needs:
+    kv_cache = cache.cache if isinstance(cache, OverlayCache) else cache
+    if isinstance(kv_cache, KVCache) and "hidden" in kv_cache.state.recording.needs:
         layer: Any = cache.layers[module.layer_idx]
         layer.hidden = attention_input(args, kwargs)
 
 
-def _text_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
-    """Return 2-D positions and whether they count tokens: image axes of mRoPE do not, a fourth, textual row does."""
+def _find_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Return 2-D positions, or None, and a flag: whether they count tokens.
+
+    The image axes of mRoPE do not count tokens; a fourth, textual row does.
+    """
     if position_ids is None or position_ids.ndim == 2:
         return position_ids, True
     return (position_ids[0], True) if position_ids.shape[0] == 4 else (None, False)
 
 
-def _valid_tokens(mask: Any, new: int, ragged: bool) -> Bool[Tensor, "batch new"] | None:
-    """Return which new tokens are real, or None if all are, from the mask that the decoder was given.
+def _find_valid(mask: Any, new: int, ragged: bool) -> Bool[Tensor, "batch new"] | None:
+    """Return True for new tokens that are not pads, by the decoder's attention mask, or None if there are no pads.
 
     Raises:
-        CacheError: After an eviction, a mask that is neither 2-D nor plainly causal: it cannot be applied any more.
+        CacheError: The mask is neither 2-D nor plainly causal, and after an eviction it cannot be applied.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")

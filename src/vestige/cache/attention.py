@@ -1,8 +1,7 @@
 """The attention function that transformers calls on an attached model.
 
-``Cache.update`` returns a :class:`KVHandle` instead of keys and values; the function resolves it to the layer's storage
-and lets that attend. Anything that is not a handle (another cache, a sliding layer, a vision tower) is attended to as
-if vestige were not there.
+``Cache.update`` returns a :class:`KVHandle` instead of keys and values. The function resolves it to the layer's
+storage, which computes attention. Tensors (of another cache, a sliding layer, a vision tower) get plain attention.
 """
 
 from typing import Any, NoReturn, Protocol, runtime_checkable
@@ -36,8 +35,8 @@ class AttentionSource(Protocol):
         Args:
             module: The attention module.
             query: ``batch heads new head_dim``, after RoPE.
-            mask: As transformers made it; storage with evicted pairs masks by position instead.
-            scale: Of the module.
+            mask: Mask made by transformers; storage with evicted pairs masks by position instead.
+            scale: Scale of the module's attention.
             position_bias: Added to the logits, or None.
             options: Further keyword arguments of transformers' attention functions.
         """
@@ -46,8 +45,8 @@ class AttentionSource(Protocol):
 class KVHandle:
     """Placeholder that ``Cache.update`` returns; the attention function resolves it to the layer's storage.
 
-    It is not a tensor. Models that transform keys after storing them would be silently wrong on a ragged layer; with
-    the handle they raise at once.
+    It is not a tensor. A model that transforms keys after storing them would be silently wrong on a ragged layer; the
+    handle makes it raise at once.
     """
 
     def __init__(self, source: AttentionSource, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
@@ -57,7 +56,7 @@ class KVHandle:
         self.device = device
 
     def to(self, device: torch.device) -> "KVHandle":
-        """Return the handle itself: models with KV sharing move pairs to the query's device, which is the same."""
+        """Return the handle itself: models with KV sharing move pairs to the query's device, which must be the same."""
         if torch.device(device) != self.device:
             self._refuse(f"moving them from {self.device} to {device}")
         return self
@@ -99,7 +98,7 @@ def vestige_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over a layer's pairs; the signature and the result, ``batch new heads value_dim``, are transformers'."""
+    """Attend over a layer's pairs. Signature and result, ``batch new heads value_dim``, are those of transformers."""
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(key, KVHandle):
         return key.source.attend(module, query, attention_mask, scale, position_bias, kwargs), None
@@ -116,7 +115,7 @@ def attend_dense(
     position_bias: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attend over tensors: by sdpa, bit for bit, or by the written formula where sdpa would refuse or drop a term."""
+    """Attend over tensors by sdpa, bit for bit, or by the explicit formula where sdpa would refuse or drop a term."""
     if scale.softcap is None and scale.sinks is None and position_bias is None:
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale.scaling, **options)[0]
     causal = options.get("is_causal")

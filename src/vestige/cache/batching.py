@@ -1,4 +1,4 @@
-"""Several caches as the rows of one: each goes on where it ends, and all are fed in one forward."""
+"""Joining several caches into the batch rows of one, so that one forward feeds them all."""
 
 from collections.abc import Sequence
 
@@ -10,24 +10,24 @@ from vestige.errors import CacheError
 from vestige.policies import Full
 
 
-def joinable(caches: Sequence[KVCache]) -> bool:
-    """Return whether :func:`join` takes these caches."""
-    return _refusal(caches) is None
+def can_join(caches: Sequence[KVCache]) -> bool:
+    """Tell whether :func:`join` accepts these caches."""
+    return _find_refusal(caches) is None
 
 
 def join(caches: Sequence[KVCache]) -> KVCache:
-    """Return a cache whose batch rows are those of several caches, in order; these stay as they are.
+    """Return a cache whose batch rows are those of several caches, in order. The caches are not changed.
 
-    Whatever was evicted, replaced or moved stays so. From here on every pair is kept: the policies of the caches and
-    what they recorded are not taken along.
+    Pairs that were evicted, replaced or moved stay so. The joined cache keeps every pair from here on: it takes neither
+    the policies of the caches nor their recorded statistics.
 
     Args:
-        caches: Of one model, all of which have read something.
+        caches: Caches of one model; none is empty.
 
     Raises:
-        CacheError: They belong to several models, or have layers or memories that cannot be laid side by side.
+        CacheError: The caches belong to several models, or have memories or layers that cannot be joined.
     """
-    if refusal := _refusal(caches):
+    if refusal := _find_refusal(caches):
         raise CacheError(refusal)
     joined = KVCache(caches[0].layout.model, Full())
     joined.state.join([cache.state for cache in caches])
@@ -40,7 +40,7 @@ def join(caches: Sequence[KVCache]) -> KVCache:
     return joined
 
 
-def _refusal(caches: Sequence[KVCache]) -> str | None:
+def _find_refusal(caches: Sequence[KVCache]) -> str | None:
     if not caches or not all(cache.seen for cache in caches):
         return "there is nothing to join: give caches that have read something"
     if any(cache.layout.model is not caches[0].layout.model for cache in caches):

@@ -1,6 +1,6 @@
-"""Taking spans out of a cache that is alive: dropping their pairs, closing the gap, leaving one.
+"""Edits of a live cache, the building blocks of erasers: drop pairs, close gaps, skip tokens, replace memories.
 
-Each function checks what it needs before it changes anything. What erasers are made of; none of it reads a token.
+Each function checks its preconditions before it changes anything. None of them runs the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,45 +20,46 @@ from vestige.spans import PositionMap, Span, within
 
 
 def drop(cache: KVCache, spans: Sequence[Span]) -> None:
-    """Free the pairs of spans. Everything else stays where it is, so positions have a gap."""
+    """Free the pairs of spans. All other pairs keep their positions, which then have a gap."""
     for layer in cache.evictable:
         slots, lengths = layer.live_slots()
-        stays = ~within(layer.columns["positions"][slots], spans)
-        layer.keep(slots[stays], packed.counts_per_row(stays, lengths))
+        kept = ~within(layer.columns["positions"][slots], spans)
+        layer.keep(slots[kept], packed.counts_per_row(kept, lengths))
 
 
 def close(cache: KVCache, spans: Sequence[Span]) -> PositionMap:
-    """Take spans out of the sequence: free their pairs, move what follows up, turn its keys to where they then are.
+    """Remove spans from the sequence: free their pairs, move later pairs up, rotate their keys to the new positions.
 
-    Values are untouched, so what follows still carries what it read of the spans. Records of queries are turned and
-    moved likewise; moments of queries and sums that policies keep beside pairs still count the spans.
+    Values do not change, so later pairs still depend on the spans. Query records are moved and rotated likewise; query
+    moments and the sums that policies keep with pairs still count the spans.
 
     Args:
         cache: Changed in place.
         spans: Ascending and disjoint.
 
     Returns:
-        How positions changed.
+        The map from old to new positions.
 
     Raises:
-        ModelError: How the model turns keys is not understood. Nothing was changed.
-        CacheError: A memory absorbed pairs at or behind the spans, which it cannot move. Nothing was changed.
+        ModelError: The model's rotary embedding is unknown. Nothing was changed.
+        CacheError: A memory absorbed pairs at or after the spans, which it cannot move. Nothing was changed.
     """
-    rope, closing = cache.layout.rope(), PositionMap(tuple(spans))
+    rope = cache.layout.rope()
+    remap = PositionMap(tuple(spans))
     if cache.state.absorbed.overlaps(Span(spans[0].start, max(*cache.seen, spans[-1].end))):
         raise CacheError(
             "the cache's memory took in pairs at or behind the span, and what it holds cannot be moved; "
             "use an eraser that keeps positions (drop, learned), or recompute"
         )
     for layer in cache.evictable:
-        _turn_rings(cache, layer, closing, rope)
-        _close_layer(layer, closing, rope)
-    cache.state.remove(closing)
-    return closing
+        _close_rings(cache, layer, remap, rope)
+        _close_pairs(layer, remap, rope)
+    cache.state.remove(remap)
+    return remap
 
 
 def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
-    """Go on behind tokens that are not read: their ids are booked, no pairs are stored, and positions have a gap."""
+    """Skip tokens without reading them: record their ids and store no pairs, so that positions have a gap."""
     cache.state.skip(ids, real)
     for layer in cache.evictable:
         for ring in layer.rings.values():
@@ -70,12 +71,12 @@ def skip(cache: KVCache, ids: Int[Tensor, "batch new"], real: Tensor) -> None:
 
 
 def replace_memories(cache: KVCache, remains: Mapping[int, LayerMemory], released: Sequence[Span]) -> None:
-    """Give layers another state of the cache's memory, of which pairs of some spans were taken out.
+    """Replace the memories of layers by ones from which the pairs of some spans were subtracted.
 
     Args:
         cache: Changed in place.
-        remains: By layer index.
-        released: What was taken out.
+        remains: New memories by layer index.
+        released: The subtracted spans.
     """
     for layer in cache.evictable:
         layer.remains = remains.get(layer.layer_idx, layer.remains)
@@ -83,38 +84,38 @@ def replace_memories(cache: KVCache, remains: Mapping[int, LayerMemory], release
         cache.state.absorbed.remove(span)
 
 
-def _close_layer(layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
-    """Drop a layer's pairs of the spans and renumber the others; a layer of which nothing was evicted stays dense."""
+def _close_pairs(layer: RaggedLayer, remap: PositionMap, rope: Rope) -> None:
+    """Drop a layer's pairs of the spans and renumber the others; a dense layer stays dense."""
     dense = not layer.ragged
-    slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
-    stays = ~within(layer.columns["positions"][slots], closing.spans)
-    layer.keep(slots[stays], packed.counts_per_row(stays, layer.lengths))
+    slots = layer.stored_slots()
+    kept = ~within(layer.columns["positions"][slots], remap.spans)
+    layer.keep(slots[kept], packed.counts_per_row(kept, layer.lengths))
     layer.ragged = not dense
-    layer.padded_seen -= closing.removed
+    layer.padded_seen -= remap.removed
     before = layer.columns["positions"]
-    after = closing.moved(before)
+    after = remap.moved(before)
     moved = (before != after).nonzero()[:, 0]
     if len(moved):
         keys = layer.columns["keys"]
-        still = rope.unrotate(keys[moved].float(), before[moved], layer.layer_idx)
-        turned = rope.rotate(still, after[moved], layer.layer_idx)
-        layer.columns["keys"] = keys.index_copy(0, moved, turned.to(keys.dtype))
+        unrotated = rope.unrotate(keys[moved].float(), before[moved], layer.layer_idx)
+        rotated = rope.rotate(unrotated, after[moved], layer.layer_idx)
+        layer.columns["keys"] = keys.index_copy(0, moved, rotated.to(keys.dtype))
         layer.columns["positions"] = after
 
 
-def _turn_rings(cache: KVCache, layer: RaggedLayer, closing: PositionMap, rope: Rope) -> None:
-    """Move a layer's latest queries and hidden states to their new positions; those of the spans are forgotten."""
+def _close_rings(cache: KVCache, layer: RaggedLayer, remap: PositionMap, rope: Rope) -> None:
+    """Move a layer's latest queries and hidden states to their new positions; drop those of the spans."""
     for name, ring in layer.rings.items():
         if not isinstance(ring, RingBuffer):
             continue
-        fresh, begins = torch.zeros_like(ring.data), ring.begins(cache.seen)
+        new_data, begins = torch.zeros_like(ring.data), ring.find_begins(cache.seen)
         for b, rows in enumerate(ring.latest(cache.seen)):
             before = torch.arange(begins[b], cache.seen[b], device=rows.device)
-            stays = ~within(before, closing.spans)
-            rows, before = rows[:, stays], before[stays]
-            after = closing.moved(before)
+            kept = ~within(before, remap.spans)
+            rows, before = rows[:, kept], before[kept]
+            after = remap.moved(before)
             if name == "queries":
-                still = rope.unrotate(rows.float(), before, layer.layer_idx)
-                rows = rope.rotate(still, after, layer.layer_idx).to(ring.data.dtype)
-            fresh[b][:, after % ring.size] = rows
-        layer.rings[name] = RingBuffer(fresh, list(map(closing.at, begins)))
+                unrotated = rope.unrotate(rows.float(), before, layer.layer_idx)
+                rows = rope.rotate(unrotated, after, layer.layer_idx).to(ring.data.dtype)
+            new_data[b][:, after % ring.size] = rows
+        layer.rings[name] = RingBuffer(new_data, list(map(remap.at, begins)))

@@ -1,4 +1,4 @@
-"""One forward: what the decoder was given, the same for all layers."""
+"""One forward on a cache: its number, and the positions and pads of its tokens, the same for all layers."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class ForwardPass:
     """One forward on a cache.
 
     Args:
-        number: Counts the cache's forwards, so that a layer can tell a new one from one it has stored.
+        number: Running number of the cache's forwards; a layer compares it with the last one that it stored.
         positions: Position of each new token in its batch row; -1 for pads.
         seen: Tokens of each batch row before this forward.
     """
@@ -23,17 +23,17 @@ class ForwardPass:
     padded: bool
     """Whether any new token is a pad."""
     even: bool
-    """Whether all batch rows have seen the same number of tokens, none of them pads in this forward."""
+    """Whether all batch rows have seen the same number of tokens and this forward has no pads."""
 
     @classmethod
     def of(cls, number: int, seen: tuple[int, ...], real: Bool[Tensor, "batch new"], *, padded: bool) -> "ForwardPass":
-        """Return the forward of tokens behind those that each batch row has seen.
+        """Return the forward of tokens that follow those seen.
 
         Args:
-            number: Of the forward.
+            number: Running number of the forward.
             seen: Tokens of each batch row before it.
             real: False for pads.
-            padded: Whether there are any; asking the tensor would wait for its device.
+            padded: Whether there are pads; computing it from the tensor would wait for the device.
         """
         starts = torch.tensor(seen, device=real.device)[:, None]
         positions = torch.where(real, starts + real.cumsum(1) - 1, -1).to(torch.int32)
@@ -46,9 +46,9 @@ class ForwardPass:
 
     @property
     def fed(self) -> tuple[int, ...]:
-        """Tokens of each batch row that are no pads."""
+        """New tokens of each batch row, pads not counted."""
         return tuple((self.positions >= 0).sum(1).tolist()) if self.padded else (self.new,) * len(self.seen)
 
-    def valid(self, batch: int) -> Int[Tensor, " valid"]:
+    def find_valid(self, batch: int) -> Int[Tensor, " valid"]:
         """Return the indices of a batch row's new tokens that are not pads."""
         return (self.positions[batch] >= 0).nonzero()[:, 0]

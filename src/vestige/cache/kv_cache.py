@@ -1,10 +1,9 @@
-"""The cache that ``model.generate`` is given."""
+"""The cache to pass to ``model.generate``: budget, forks, saving, and the verbs of transformers' caches."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,16 +27,16 @@ from vestige.spans import Span
 
 
 class KVCache(Cache):
-    """A KV cache that stays within its policy's budget, with memory really freed.
+    """A KV cache that stays within its policy's budget and frees the memory of evicted pairs.
 
     Every full-attention layer becomes a :class:`~vestige.cache.layer.RaggedLayer`; sliding, linear and KV-shared layers
     are left as transformers makes them. The model must be attached (``with vestige.attach(model):``).
 
     Args:
         model: The model that will fill the cache.
-        policy: What to keep; its budget says how much. ``policies.Full()`` keeps everything.
-        memory: What remains of evicted pairs, for every later query to read; None forgets them.
-        observers: Policies that a :meth:`fork` may change to: what they need is recorded too, so that one reading
+        policy: Chooses the pairs to keep; its budget says how many. ``policies.Full()`` keeps everything.
+        memory: Summarises evicted pairs for every later query to read; None forgets them.
+        observers: Policies that a :meth:`fork` may change to. Their statistics are recorded too, so that one reading
             serves many policies.
 
     Raises:
@@ -71,17 +70,17 @@ class KVCache(Cache):
 
     @property
     def layout(self) -> ModelLayout:
-        """Where the model keeps what the cache needs."""
+        """Layout of the model that fills the cache."""
         return self.state.layout
 
     @property
     def policy(self) -> Policy:
-        """What to keep."""
+        """The policy that chooses the pairs to keep."""
         return self.state.policy
 
     @property
     def memory(self) -> Memory | None:
-        """What remains of evicted pairs."""
+        """The memory that summarises evicted pairs, or None."""
         return self.state.memory
 
     @property
@@ -91,12 +90,12 @@ class KVCache(Cache):
 
     @property
     def ragged(self) -> bool:
-        """Whether anything was evicted yet."""
+        """Whether any pair was evicted."""
         return any(layer.ragged for layer in self.evictable)
 
     @property
     def seen(self) -> tuple[int, ...]:
-        """Tokens of each batch row, pads left out."""
+        """Tokens of each batch row, pads not counted."""
         return self.state.seen
 
     @property
@@ -106,21 +105,21 @@ class KVCache(Cache):
 
     @property
     def ids(self) -> Int[Tensor, "batch padded_seen"]:
-        """Token ids fed so far, pads as they came; -1 where the model was fed embeddings."""
+        """Token ids fed so far, pads included; -1 where the model got embeddings."""
         return self.state.history.ids
 
     @property
     def real(self) -> Bool[Tensor, "batch padded_seen"]:
-        """False where a pad was fed."""
+        """False for pads."""
         return self.state.history.real
 
     @property
     def padded(self) -> bool:
-        """Whether any batch row was ever fed pads."""
+        """Whether any batch row contains pads."""
         return self.state.padded
 
     def report(self) -> Report:
-        """Return what the cache holds and costs."""
+        """Return a snapshot of the pairs held, bytes and seconds."""
         return make_report(self.state, self.layers)
 
     # Evicting and forgetting.
@@ -136,15 +135,15 @@ class KVCache(Cache):
     def settle(self, *, reading: bool = False, coming: int = 0) -> None:
         """Evict down to the budget: bring every batch row to its limit, or between chunks to limit x reading slack.
 
-        Does nothing where the pairs held are within the limit: then no bit of the cache changes. Waits for the next
-        tokens where the policy looks at the latest queries and all of them were taken back.
+        If the pairs held are within the limit, no bit of the cache changes. If the policy needs the latest queries and
+        all of them were removed by :meth:`crop`, the settle waits for the next tokens.
 
         Args:
-            reading: Between chunks.
-            coming: Tokens about to be fed, so that room for them is made in the same copy; 0 leaves no free slots.
+            reading: Whether chunks follow.
+            coming: Tokens about to be fed; the same copy allocates their slots. 0 leaves no free slots.
 
         Raises:
-            PolicyError: A score is NaN, or what the policy needs was not recorded. The cache is unchanged.
+            PolicyError: A score is NaN, or a statistic that the policy needs was not recorded. The cache is unchanged.
             BudgetError: The protected pairs do not fit. The cache is unchanged.
         """
         state, policy, layers = self.state, self.policy, self.evictable
@@ -162,13 +161,14 @@ class KVCache(Cache):
             evict.reset_statistics(layers, policy, changed)
         if changed:
             state.evict_s += time.perf_counter() - started
-        state.schedule.settled()
+        state.schedule.reset()
 
     def forget(self, span: Span) -> ForgetResult:
-        """Return how far the memory is free of a span, in every batch row. Nothing is changed.
+        """Tell whether the memory is free of a span, in every batch row; the cache is not changed.
 
-        ``EXACT`` if no pair of the span was ever absorbed, or all were taken out again, else ``IMPOSSIBLE``.
-        :func:`vestige.forget` can take pairs out of some memories; reading the ids again without the span always can.
+        Returns ``EXACT`` if the memory absorbed no pair of the span, or all were subtracted again, else ``IMPOSSIBLE``.
+        :func:`vestige.forget` can subtract pairs from some memories; reading the ids again without the span always
+        works.
         """
         return ForgetResult.IMPOSSIBLE if self.state.absorbed.overlaps(span) else ForgetResult.EXACT
 
@@ -179,18 +179,19 @@ class KVCache(Cache):
     ) -> "KVCache":
         """Return an equal cache that shares no storage, with another policy or memory if one is given.
 
-        A fork with another policy forgets the queries that this policy does not look at, so its bytes are its own.
+        A fork with another policy drops the statistics that this policy does not need, so that its bytes are its own.
 
         Args:
-            policy: Of the fork; None keeps this cache's.
-            memory: Of the fork.
-            empty: The fork has read nothing: it takes over policy, memory and observers alone.
+            policy: Policy of the fork; None keeps this cache's.
+            memory: Memory of the fork.
+            empty: Whether the fork starts without tokens, with policy, memory and observers alone.
 
         Raises:
-            PolicyError: The policy needs something this cache did not record (see ``observers``), or the memory is
-                another one and pairs were evicted already.
+            PolicyError: The policy needs a statistic that this cache did not record (see ``observers``), or the memory
+                is another one and pairs were evicted already.
         """
-        changed, policy = policy is not None, self.policy if policy is None else policy
+        changed = policy is not None
+        policy = self.policy if policy is None else policy
         memory = self.memory if memory == "same" else memory
         self.state.recording.check(policy)
         if self.ragged and memory != self.memory and not empty:
@@ -215,61 +216,54 @@ class KVCache(Cache):
         return self.fork()
 
     def replace_with(self, other: "KVCache") -> None:
-        """Become another cache of the same model, which must not be used any more."""
+        """Become another cache of the same model, which must not be used afterwards."""
         peak = max(self.state.peak_kv_bytes, self.state.nbytes + other.state.peak_kv_bytes)
         vars(self).update(vars(other))
         self.state.peak_kv_bytes = peak
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a folder, whole or not at all: see :mod:`~vestige.cache.serialization`."""
+        """Write the cache to a folder, completely or not at all: see :mod:`~vestige.cache.serialization`."""
         serialization.save(self.state, self.layers, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "KVCache":
-        """Read a cache that was saved for the same model; runs no code from the files.
+        """Read a cache that was saved for the same model, without running code from the files.
 
         Raises:
             CacheFileError: Missing, damaged, or made for another model.
         """
-        with serialization.reading(Path(path), model) as saved:
+        with serialization.open_saved(Path(path), model) as saved:
             cache = saved.build(cls)
             saved.restore(cache.state, cache.layers)
         return cache
 
-    # Taking tokens back.
+    # Removing tokens.
 
     @contextmanager
     def rolled_back(self, watch: Callable[[RowView], None] | None = None) -> Iterator[None]:
-        """Take back at the end whatever is fed inside: only ``watch`` looks at it, and no settle happens.
+        """Remove at the end all tokens fed inside: only ``watch`` observes them, and no settle happens.
 
         Args:
-            watch: Called with each row as the queries fed attend to it; may write to the policy's own side arrays.
+            watch: Called with each row as the new queries attend to it; may write to the policy's own side arrays.
         """
-        state = self.state
-        before = {name: getattr(state, name) for name in ("step", "seen", "recording", "history", "schedule")}
         others = {i: copy_layer(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
         padded = self.evictable[0].padded_seen
-        watchers = () if watch is None else (watch,)
-        state.recording = replace(state.recording, ring_sizes={}, watchers=watchers, layer_watchers=())
-        state.history = state.history.copy()
-        state.schedule = replace(state.schedule, reading=True)
         try:
-            yield
+            with self.state.rolled_back(() if watch is None else (watch,)):
+                yield
         finally:
-            for name, value in before.items():
-                setattr(state, name, value)
             for i, layer in others.items():
                 self.layers[i] = layer
             self._crop_layers(padded)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens (pads count as tokens), of a forward that died midway, too.
+        """Remove the last ``-tokens_to_remove`` tokens, pads included, also those of a forward that failed.
 
-        What was evicted is not restored, and a memory keeps what it absorbed of them.
+        Evicted pairs are not restored, and a memory keeps the pairs that it absorbed.
 
         Raises:
             InputError: A positive number, or more tokens than were seen. The cache is unchanged.
-            CacheError: The last forward died midway and would stay in part, or in layers of other kinds.
+            CacheError: The last forward failed, and some of its tokens would stay, or stay in layers of other kinds.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 counts candidates in a tensor
         padded = self.ids.shape[1]
@@ -290,7 +284,7 @@ class KVCache(Cache):
         self._crop_layers(left)
 
     def _crop_layers(self, left: int) -> None:
-        """Take back all but the first ``left`` tokens of each layer, however many it stored."""
+        """Remove all but the first ``left`` tokens of each layer, however many it stored."""
         for layer in self.evictable:
             layer.crop(left - layer.padded_seen)
             layer.step_number = 0 if self.state.step is None else self.state.step.number
@@ -298,11 +292,11 @@ class KVCache(Cache):
     # The other verbs of generate.
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return -1: the cache grows as needed, and settles bound it."""
+        """Return -1: the cache grows as needed, and settles limit it."""
         return -1
 
     def reset(self) -> None:
-        """Forget everything that was read; policy, memory (emptied) and observers stay."""
+        """Remove all tokens; policy, memory (emptied) and observers stay."""
         self.replace_with(self.fork(empty=True))
         self.state.peak_kv_bytes = 0
 

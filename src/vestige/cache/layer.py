@@ -1,4 +1,4 @@
-"""One evictable layer: what transformers, the cache and the attention function ask of its pairs."""
+"""One evictable layer: the interface of its pairs to transformers, the cache and the attention function."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from vestige.cache.attention import KVHandle, attend_dense
 from vestige.cache.forward_pass import ForwardPass
 from vestige.cache.observers import notify_observers, unrotated_blocks
-from vestige.cache.query_records import Record, kind_of
+from vestige.cache.query_records import Record, record_class
 from vestige.cache.state import CacheState
 from vestige.cache.storage import PairStorage
 from vestige.errors import CacheError, ModelError
@@ -23,28 +23,28 @@ from vestige.policies.observation import Observation, Phase
 
 
 class RaggedLayer(PairStorage, CacheLayerMixin):
-    """Pairs of one layer, statistics of its queries, and what a memory keeps of its evicted pairs."""
+    """Pairs of one layer, statistics of its queries, and the memory of its evicted pairs."""
 
     is_sliding = False
     is_compileable = False
-    is_croppable = True  # nothing is evicted between candidates being fed and some of them being taken back
+    is_croppable = True  # no settle happens between feeding candidates and removing the rejected ones
     supports_early_init = False
 
     def __init__(self, state: CacheState, layer_idx: int) -> None:
         CacheLayerMixin.__init__(self)
         PairStorage.__init__(self, state, layer_idx)
         self.step_number = 0
-        """Number of the forward whose pairs were stored last."""
+        """Number of the forward that stored pairs last."""
         self.rings: dict[str, Record] = {}
-        """Latest queries and layer inputs, as far as policies look back, and moments of all queries."""
+        """Latest queries and layer inputs, as many as policies need, and moments of all queries."""
         self.remains: LayerMemory | None = None
-        """What the cache's memory keeps of evicted pairs; None until it absorbed one."""
+        """The memory's state for evicted pairs; None until it absorbs one."""
         self.attention: AttentionScale | None = None
-        """Scale of the layer's attention, known from the first query on."""
+        """Scale of the layer's attention; None until the first query."""
         self.hidden: Tensor | None = None
         """Input of the attention module in the current forward, if a policy needs it."""
 
-    # What transformers calls.
+    # Called by transformers.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take sizes, dtype and device from the first pairs."""
@@ -52,7 +52,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Store new pairs; return handles that lead the attention function back to this layer.
+        """Store new pairs; return handles that the attention function resolves to this layer.
 
         Args:
             key_states: ``batch kv_heads new head_dim``, after RoPE.
@@ -72,19 +72,19 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         if self.hidden is not None:
             self.record("hidden", self.hidden[:, None], step)
         new["positions"] = step.positions[:, None].expand(-1, self.kv_heads, -1)
-        fed = self._append(new, step)
-        # Only now do the new pairs count: what an interrupt cuts short before was never there.
-        self.lengths = [length + n for length, n in zip(self.lengths, fed, strict=True)]
+        counts = self._append(new, step)
+        # The new pairs count from here on: an interrupt before this line leaves no trace.
+        self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
         self.padded_seen += step.new
         self.step_number = step.number
-        return self._handle(key_states), self._handle(value_states)
+        return self._make_handle(key_states), self._make_handle(value_states)
 
     def get_seq_length(self) -> int:
-        """Return the padded logical length, which positions and masks are made from; not the pairs held."""
+        """Return the padded logical length, the base of positions and masks; not the pairs held."""
         return self.padded_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (kv_length, kv_offset): everything while dense; only the new tokens once pairs were evicted."""
+        """Return (kv_length, kv_offset): all tokens while dense, only the new ones after an eviction."""
         if self.ragged:
             return query_length, self.padded_seen
         return self.padded_seen + query_length, 0
@@ -96,16 +96,14 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        """Forget all pairs; sizes are taken anew from the next ones."""
-        fresh = RaggedLayer(self.state, self.layer_idx)
-        self.__dict__.update(fresh.__dict__)
+        """Remove all pairs; the next ones set the sizes again."""
+        vars(self).update(vars(RaggedLayer(self.state, self.layer_idx)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the slots of the last ``-tokens_to_remove`` tokens; what was evicted before does not come back, and what
-        a memory absorbed stays there.
+        """Free the slots of the last ``-tokens_to_remove`` tokens, without a copy.
 
-        The slots become slack, so nothing is copied. Called by the cache, which knows the new length of each row.
-        Records of queries are cropped by themselves: what is fed aside is not recorded.
+        Evicted pairs do not come back, and absorbed ones stay in the memory. The cache calls this after it set the new
+        length of each row. It crops query records separately, since tokens that are rolled back are not recorded.
         """
         if not self.is_initialized:
             return
@@ -118,7 +116,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         self.padded_seen += tokens_to_remove
 
     def crop_records(self, before: Sequence[int], after: Sequence[int]) -> None:
-        """Forget queries and hidden states of tokens that were taken back."""
+        """Remove queries and hidden states of tokens that were cropped."""
         for ring in self.rings.values():
             ring.crop(before, after)
 
@@ -142,21 +140,21 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         self.rings = {name: ring.select(batch_rows) for name, ring in self.rings.items()}
         self.remains = self.remains and self.remains.select(rows)
 
-    # What the cache and the attention function call.
+    # Called by the cache and the attention function.
 
     @property
     def nbytes(self) -> int:
-        """Bytes of live storage: columns with their slack, rings, and what a memory keeps."""
+        """Bytes of live storage: columns with their free slots, rings, and the memory."""
         return self.column_bytes + self._ring_bytes + self.memory_bytes
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of what remains of evicted pairs; part of ``nbytes``."""
+        """Bytes of the memory of evicted pairs; part of ``nbytes``."""
         return self.remains.nbytes if self.remains else 0
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that no eviction frees, those that a memory takes from the first eviction on included."""
+        """Bytes that no eviction frees, including those that the memory needs from the first eviction on."""
         if self.state.bound_memory is None or not self.columns:
             return self._ring_bytes
         return self._ring_bytes + self.rows * self.state.bound_memory.state_bytes(*self._pair_sizes)
@@ -167,7 +165,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
 
     @property
     def dynamic_bytes(self) -> int:
-        """What a DynamicCache would take for this layer."""
+        """Bytes that a DynamicCache would need for this layer."""
         sizes = [self.columns[name] for name in ("keys", "values")] if self.columns else []
         return sum(self.rows * self.padded_seen * x.shape[-1] * x.element_size() for x in sizes)
 
@@ -179,7 +177,15 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         slots: Int[Tensor, " held"],
         lengths: Sequence[int],
     ) -> Observation:
-        """Return what a policy may see of this layer, packed."""
+        """Return this layer's packed pairs and statistics for the policy.
+
+        Args:
+            phase: Prefill or decode.
+            seen: Tokens of each batch row.
+            pair_limits: Average pairs per row that each batch row may hold.
+            slots: Slots of all pairs that are not pads.
+            lengths: Number of these in each row.
+        """
         latest = {name: ring.latest(seen) for name, ring in self.rings.items()}
         columns = {name: packed.gather(column.detach(), slots) for name, column in self.columns.items()}
         return Observation(
@@ -202,8 +208,8 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
             annotations=columns,
         )
 
-    def absorb_evicted(self, slots: Int[Tensor, " gone"], lengths: Sequence[int]) -> LayerMemory | None:
-        """Return what remains of evicted pairs once these slots (packed) go too; the layer is not changed."""
+    def absorb_evicted(self, slots: Int[Tensor, " evicted"], lengths: Sequence[int]) -> LayerMemory | None:
+        """Return the layer's memory after absorbing the pairs in these packed slots; the layer is not changed."""
         memory = self.state.bound_memory
         if memory is None or not len(slots):
             return self.remains
@@ -214,17 +220,17 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         return before.absorb(evicted)
 
     def record(self, name: str, new: Float[Tensor, "batch heads new dim"], step: ForwardPass) -> None:
-        """Remember the latest rows of a kind, if any policy looks back at them."""
+        """Record new rows of a kind, if any policy needs them."""
         size = self.state.recording.ring_sizes.get(name, 0)
         if size:
             if name not in self.rings:
-                self.rings[name] = kind_of(name).like(new, size, step.seen)
+                self.rings[name] = record_class(name).like(new, size, step.seen)
                 self.state.note_peak()
             self.rings[name].record(new.detach(), step)
 
     def is_missing(self, names: Iterable[str]) -> bool:
-        """Return whether all that one of these records knew was taken back, so that nobody can look at it."""
-        return any(self.rings[name].blank(self.state.seen) for name in names if name in self.rings)
+        """Tell whether a crop removed all rows of one of these records."""
+        return any(self.rings[name].is_blank(self.state.seen) for name in names if name in self.rings)
 
     def attend(
         self,
@@ -238,7 +244,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         """Attend over the stored pairs: by plain attention while the layer is dense, else by the ragged kernel.
 
         Raises:
-            ModelError: The model adds position biases, which have no place beside evicted pairs.
+            ModelError: The model adds position biases, which a ragged layer cannot apply.
         """
         state = self.state
         assert state.step is not None, "update has refused a forward that was never begun"
@@ -252,16 +258,16 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
         return attend_dense(module, query, keys, values, mask, scale, position_bias, options)
 
     def drop_unused(self, annotations: frozenset[str], ring_sizes: Mapping[str, int]) -> None:
-        """Forget side arrays and rings beyond those named, and make rings as short as asked."""
+        """Drop all other side arrays and rings, and shrink rings to these sizes."""
         self.columns = {name: x for name, x in self.columns.items() if name in PAIR or name in annotations}
         kept = {name: ring for name, ring in self.rings.items() if ring_sizes.get(name)}
         self.rings = {
-            name: ring if ring.size == ring_sizes[name] else ring.shrunk(ring_sizes[name], self.state.seen)
+            name: ring if ring.size == ring_sizes[name] else ring.shrink_to(ring_sizes[name], self.state.seen)
             for name, ring in kept.items()
         }
 
     def copy_to(self, state: CacheState) -> "RaggedLayer":
-        """Return an equal layer of another cache, sharing no memory."""
+        """Return an equal layer for another cache's state; they share no memory."""
         copy = RaggedLayer(state, self.layer_idx)
         for name, value in vars(self).items():
             if name not in ("_state", "layer_idx", "hidden", "_tails", "_slots"):
@@ -275,7 +281,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
     def restore(
         self, columns: dict[str, Tensor], lengths: list[int], kv_heads: int, padded_seen: int, ragged_rows: bool
     ) -> None:
-        """Take over packed columns, as :mod:`vestige.cache.serialization` saved them."""
+        """Fill an empty layer with packed columns, as :mod:`vestige.cache.serialization` saved them."""
         self.kv_heads, self.padded_seen, self.ragged = kv_heads, padded_seen, ragged_rows
         self.columns, self.is_initialized, self.step_number = columns, True, 1
         self.dtype, self.device = columns["keys"].dtype, columns["keys"].device
@@ -284,7 +290,7 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
     # Attention.
 
     def _observe_queries(self, query: Tensor, state: CacheState, step: ForwardPass, scale: AttentionScale) -> None:
-        """Record new queries and pass them to observers; their own pairs are stored already."""
+        """Record new queries, whose pairs are stored already, and pass them to observers."""
         recording = state.recording
         self.attention = scale
         self.record("queries", query, step)
@@ -293,24 +299,24 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
             for block, part in unrotated_blocks(query.detach(), step, state.rope, self.layer_idx):
                 self.record("query_moments", block, part)
         hidden, self.hidden = self.hidden, None
-        if recording.watched:
+        if recording.has_observers:
             notify_observers(recording, state.layout.model, self, query.detach(), hidden, step, scale)
 
     def _attend_ragged(self, query: Tensor, step: ForwardPass, scale: AttentionScale) -> Tensor:
-        """Attend over rows of different lengths; pads, which have no pairs, read 0."""
+        """Attend over rows of different lengths; the output at pads, which have no pairs, is 0."""
         if not step.padded:
             return self._attend_rows(query, slice(0, self.rows), scale)
         out = query.new_zeros(*query.shape[:3], self.columns["values"].shape[-1])
-        missing = step.new - query.shape[2]  # layers that read the pairs of others may be fed the last tokens alone
+        missing = step.new - query.shape[2]  # KV-shared layers may get the last tokens only
         for b in range(query.shape[0]):
-            rows, real = slice(b * self.kv_heads, (b + 1) * self.kv_heads), step.valid(b)
+            rows, real = slice(b * self.kv_heads, (b + 1) * self.kv_heads), step.find_valid(b)
             real = real[real >= missing] - missing
             if len(real):
                 out[b][:, real] = self._attend_rows(query[b : b + 1, :, real], rows, scale)[0]
         return out
 
     def _attend_rows(self, query: Tensor, rows: slice, scale: AttentionScale) -> Tensor:
-        """Attend over some rows, all of whose queries are real, and over the memory of their evicted pairs."""
+        """Attend over some rows and the memory of their evicted pairs; no query is a pad."""
         keys, values = self.columns["keys"], self.columns["values"]
         pairs = (query, keys, values, self.starts[rows], self.lengths[rows], scale)
         if self.remains is None:
@@ -322,6 +328,6 @@ class RaggedLayer(PairStorage, CacheLayerMixin):
 
     # Storage.
 
-    def _handle(self, new: Tensor) -> KVHandle:
+    def _make_handle(self, new: Tensor) -> KVHandle:
         batch, heads, _, size = new.shape
         return KVHandle(self, torch.Size((batch, heads, self.padded_seen, size)), self.dtype, self.device)

@@ -1,4 +1,4 @@
-"""What is recorded of new queries: rings and moments, and policies that look at every query as it attends."""
+"""Passing new queries to policies that observe every query, with views of the rows that they attend to."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,12 +16,12 @@ from vestige.models.rope import Rope
 from vestige.policies.observation import LayerView, RowView
 
 _BLOCK = 1024
-"""Queries that are turned back to before RoPE at once."""
+"""Queries per block whose RoPE is undone."""
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """What observers may see of a layer: its columns, and which slots each row owns."""
+    """The part of a layer that observers may see: its columns, and the slots of each row."""
 
     layer_idx: int
     kv_heads: int
@@ -40,7 +40,7 @@ class Rows(Protocol):
 def unrotated_blocks(
     query: Float[Tensor, "batch heads new head_dim"], step: ForwardPass, rope: Rope, layer_idx: int
 ) -> Iterator[tuple[Float[Tensor, "batch heads block head_dim"], ForwardPass]]:
-    """Yield queries as they were before RoPE, in blocks: in float32 those of a whole text would be large."""
+    """Yield float32 queries without RoPE, in blocks, which bound the memory of the copy."""
     for start in range(0, step.new, _BLOCK):
         part = replace(step, positions=step.positions[:, start : start + _BLOCK])
         block = query[:, :, start : start + _BLOCK].float()
@@ -56,33 +56,33 @@ def notify_observers(
     step: ForwardPass,
     scale: AttentionScale,
 ) -> None:
-    """Pass new queries to every observer, row by row or layer by layer; their own pairs are stored already.
+    """Pass new queries, whose pairs are stored already, to every observer, row by row or layer by layer.
 
     Args:
-        recording: Names the observers.
+        recording: Holds the observers.
         model: The whole model.
         rows: The layer's storage.
-        query: After RoPE.
+        query: New queries, after RoPE.
         hidden: Input of the attention module, if that is recorded.
-        step: The forward.
-        scale: Of the layer.
+        step: The current forward.
+        scale: Scale of the layer's attention.
     """
     for b in range(query.shape[0]):
-        if not len(new := step.valid(b)):
+        if not len(new := step.find_valid(b)):
             continue
         queries, positions = query[b, :, new], step.positions[b, new].long()
         if recording.watchers:
-            for view in _row_views(rows, b, queries, positions, scale):
+            for view in _make_row_views(rows, b, queries, positions, scale):
                 for watch in recording.watchers:
                     watch(view)
         if recording.layer_watchers:
             inputs = None if hidden is None else hidden[b, new].detach()
-            layer_view = _layer_view(model, rows, b, queries, inputs, positions, scale)
+            layer_view = _make_layer_view(model, rows, b, queries, inputs, positions, scale)
             for watch_layer in recording.layer_watchers:
                 watch_layer(layer_view)
 
 
-def _layer_view(
+def _make_layer_view(
     model: PreTrainedModel,
     rows: Rows,
     b: int,
@@ -98,13 +98,13 @@ def _layer_view(
         queries=queries,
         hidden=hidden,
         query_positions=positions,
-        make_rows=lambda: tuple(_row_views(rows, b, queries, positions, scale)),
+        make_rows=lambda: tuple(_make_row_views(rows, b, queries, positions, scale)),
         slots={name: column[slots] for name, column in rows.columns.items() if name not in PAIR},
         heads=heads,
     )
 
 
-def _row_views(
+def _make_row_views(
     rows: Rows,
     b: int,
     queries: Float[Tensor, "heads new head_dim"],

@@ -1,4 +1,4 @@
-"""Layers that are not ours (sliding, linear, shared): copied and weighed by what they hold, whatever it is called."""
+"""Copies and tensors of layers made by transformers (sliding, linear, shared), whatever their attributes are."""
 
 import copy
 from typing import Any
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def copy_layer(layer: Any) -> Any:
-    """Return a copy of a layer that is not ours, with tensors of its own."""
-    twin = copy.copy(layer)
+    """Return a copy of a layer made by transformers that shares no tensors."""
+    copied = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
-            setattr(twin, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+            setattr(copied, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
         elif isinstance(value, list | tuple):
-            setattr(twin, name, type(value)(v.clone() if isinstance(v, Tensor) else v for v in value))
+            setattr(copied, name, type(value)(v.clone() if isinstance(v, Tensor) else v for v in value))
         elif isinstance(value, Tensor):
-            setattr(twin, name, value.clone())
-    return twin
+            setattr(copied, name, value.clone())
+    return copied
 
 
-def tensors_of(layer: Any) -> list[Tensor]:
-    """Return the tensors of a layer that is not ours, those in dicts and lists included."""
+def find_tensors(layer: Any) -> list[Tensor]:
+    """Return the tensors of a layer made by transformers, those in dicts and lists included."""
     found: list[Tensor] = []
     for value in vars(layer).values():
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

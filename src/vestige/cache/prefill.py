@@ -1,4 +1,4 @@
-"""Reading a text into a cache in chunks, with eviction between them."""
+"""Prefill: reading a text into a cache in chunks, with eviction between them."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,19 +26,19 @@ def prefill(
     attention_mask: Int[Tensor, "batch new"] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "batch vocab"]:
-    """Read ids into a cache, never holding more than its limit and one chunk; return the logits after the last one.
+    """Read ids into a cache, holding at most its limit and one chunk; return the logits of the last token.
 
-    Everything given is read. To generate from exactly these ids, pass ``ids[:, :-1]`` and give ``generate`` all of
-    them: it feeds the last one.
+    All ids are read. To generate from exactly these ids, read ``ids[:, :-1]`` and pass all of them to ``generate``,
+    which feeds the last one.
 
     Args:
         model: An attached model.
-        input_ids: What follows the tokens that the cache has seen.
+        input_ids: Ids of the tokens that follow those that the cache has seen.
         cache: A :class:`~vestige.KVCache`; changed in place.
         chunk: Tokens per forward.
-        length: The full length to come (text, question, ...), of all batch rows or of each: what a fraction budget is a
-            fraction of, from now on. Without it a fraction is one of the tokens seen once these ids are read.
-        settle: Whether to settle between chunks and at the end; False reads a question, which stays whole.
+        length: Full length to come in tokens (text, question, ...), for all batch rows or for each. Fraction budgets
+            refer to it from now on; without it they refer to the tokens seen after this prefill.
+        settle: Whether to settle between chunks and at the end; False keeps all pairs, for instance of a question.
         attention_mask: 0 for pads, which must be at the left.
         progress: Called with the number of tokens read so far.
 
@@ -68,19 +68,21 @@ def prefill(
 
 
 def finish(model: PreTrainedModel, cache: KVCache, input_ids: Int[Tensor, "batch new"]) -> None:
-    """Settle what was read, as the end of :func:`prefill` does: a fork of an unevicted reading can be finished by any
-    policy, so that one reading serves many. A policy that prepares does so once: a fork that is prepared only settles.
+    """Settle a cache after reading, as the end of :func:`prefill` does.
+
+    Any policy can finish a fork of a reading without evictions, so that one reading serves many policies. A policy that
+    needs a replay runs it once: a fork that is prepared only settles.
 
     Args:
         model: An attached model.
-        cache: Holds the ids; changed in place.
-        input_ids: What was read last.
+        cache: A cache that has read the ids; changed in place.
+        input_ids: The ids read last.
     """
     if isinstance(cache.policy, NeedsReplay) and not cache.state.prepared:
         cache.policy.prepare(model, cache, input_ids)
         cache.state.prepared = True
     cache.settle()
-    if isinstance(cache.policy, NeedsReplay):  # a cache that had nothing to evict still has room for what was replayed
+    if isinstance(cache.policy, NeedsReplay):  # a settle without evictions leaves the slots of the replay allocated
         for layer in cache.evictable:
             layer.shrink()
     cache.state.schedule.prefilled = True

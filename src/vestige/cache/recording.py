@@ -1,4 +1,4 @@
-"""What is recorded while a cache is filled: the union of what its policy and its observers look back at."""
+"""The statistics that a cache records while it is filled: the union of those its policy and observers need."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,33 +13,31 @@ from vestige.policies.observation import LayerView, RowView
 
 @dataclass(frozen=True)
 class RecordingSpec:
-    """What the layers keep beside keys and values.
+    """Statistics that layers record in addition to keys and values.
 
     Args:
-        needs: As :attr:`Policy.needs`.
-        ring_sizes: Latest queries and hidden states that each layer remembers, by name.
-        writers: Policies that store side arrays beside new pairs.
-        watchers: What is shown every row as queries attend to it.
-        layer_watchers: What is shown all rows of a batch row of a layer together.
+        needs: Names of the needed inputs, as in :attr:`Policy.needs`.
+        ring_sizes: Number of latest queries and hidden states that each layer records, by name.
+        writers: Policies that store side arrays with new pairs.
+        watchers: Called with every row as queries attend to it.
+        layer_watchers: Called with all rows of a layer and batch row together.
     """
 
     needs: frozenset[str] = frozenset()
     ring_sizes: Mapping[str, int] = field(default_factory=dict)
     writers: tuple[PairAnnotator, ...] = ()
-    watchers: tuple[Callable[[RowView], None], ...] = field(
-        default=(), compare=False
-    )  # methods of equal policies differ
+    watchers: tuple[Callable[[RowView], None], ...] = field(default=(), compare=False)  # equal policies' methods differ
     layer_watchers: tuple[Callable[[LayerView], None], ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, observers: Sequence[Policy]) -> "RecordingSpec":
-        """Return what these policies need together; those that would write the same do so once.
+        """Return the union of these policies' needs; of policies with equal side arrays, one writes them.
 
         Raises:
             PolicyError: Two policies would write different things into one side array.
         """
-        recording = [one for one in observers if isinstance(one, PairAnnotator | QueryObserver | LayerObserver)]
-        distinct = {annotation_key(one): one for one in recording}.values()
+        active = [policy for policy in observers if isinstance(policy, PairAnnotator | QueryObserver | LayerObserver)]
+        distinct = {annotation_key(policy): policy for policy in active}.values()
         owners: dict[str, Policy] = {}
         for policy in distinct:
             for name in policy.annotations:
@@ -50,37 +48,37 @@ class RecordingSpec:
                     )
         return cls(
             needs=frozenset[str]().union(*(observer.needs for observer in observers)),
-            ring_sizes=_largest(observer.ring_sizes for observer in observers),
-            writers=tuple(one for one in distinct if isinstance(one, PairAnnotator)),
-            watchers=tuple(one.watch for one in distinct if isinstance(one, QueryObserver)),
-            layer_watchers=tuple(one.watch_layer for one in distinct if isinstance(one, LayerObserver)),
+            ring_sizes=_merge_sizes(observer.ring_sizes for observer in observers),
+            writers=tuple(policy for policy in distinct if isinstance(policy, PairAnnotator)),
+            watchers=tuple(policy.watch for policy in distinct if isinstance(policy, QueryObserver)),
+            layer_watchers=tuple(policy.watch_layer for policy in distinct if isinstance(policy, LayerObserver)),
         )
 
     @property
     def annotations(self) -> frozenset[str]:
         """Names of the side arrays."""
-        return frozenset[str]().union(*(one.annotations for one in self.writers))
+        return frozenset[str]().union(*(writer.annotations for writer in self.writers))
 
     @property
-    def watched(self) -> bool:
-        """Whether anything looks at every query."""
+    def has_observers(self) -> bool:
+        """Whether any policy observes every query."""
         return bool(self.watchers or self.layer_watchers)
 
     @property
-    def longest(self) -> int:
-        """Most tokens that any ring looks back."""
+    def longest_ring(self) -> int:
+        """Number of rows in the largest ring."""
         return max(self.ring_sizes.values(), default=0)
 
     @property
-    def turns(self) -> bool:
-        """Whether keys or queries are turned back to what they were before RoPE."""
+    def needs_rope(self) -> bool:
+        """Whether a statistic undoes RoPE of keys or queries."""
         return not self.needs.isdisjoint({"rope", "query_moments"})
 
-    def require_of(self, layout: ModelLayout) -> None:
-        """Refuse a model that lacks what is to be recorded, before anything is read.
+    def check_model(self, layout: ModelLayout) -> None:
+        """Refuse a model whose statistics cannot be recorded, before reading.
 
         Raises:
-            ModelError: It has no plain output projection, its rotation is unknown, or what a policy brings along was
+            ModelError: It has no plain output projection, its rotary embedding is unknown, or a policy's weights were
                 made for another model.
         """
         for policy in self.writers:
@@ -89,7 +87,7 @@ class RecordingSpec:
         if "output" in self.needs:
             for layer_idx in layout.evictable:
                 layout.output(layer_idx)
-        if self.turns:
+        if self.needs_rope:
             layout.rope()
 
     def annotate(self, written: NewPairs) -> dict[str, Tensor]:
@@ -98,21 +96,22 @@ class RecordingSpec:
         Raises:
             PolicyError: A policy gave others than it declares.
         """
-        found: dict[str, Tensor] = {}
+        arrays: dict[str, Tensor] = {}
         for policy in self.writers:
             new = policy.annotate(written)
             if new.keys() != policy.annotations:
                 raise PolicyError(f"{policy} gave the side arrays {sorted(new)}, not {sorted(policy.annotations)}")
-            found |= new
-        return found
+            arrays |= new
+        return arrays
 
     def check(self, policy: Policy) -> None:
-        """Raise a PolicyError if a policy needs what is not recorded."""
+        """Raise a PolicyError if a policy needs a statistic that is not recorded."""
         short = [name for name, size in policy.ring_sizes.items() if size > self.ring_sizes.get(name, 0)]
         if short or not (policy.needs <= self.needs and policy.annotations <= self.annotations):
+            needed = _describe(policy.needs | policy.annotations, policy.ring_sizes)
+            recorded = _describe(self.needs | self.annotations, self.ring_sizes)
             raise PolicyError(
-                f"policy {type(policy).__name__} needs {_told(policy.needs | policy.annotations, policy.ring_sizes)}, "
-                f"this cache recorded {_told(self.needs | self.annotations, self.ring_sizes)}; "
+                f"policy {type(policy).__name__} needs {needed}, this cache recorded {recorded}; "
                 "name the policy in KVCache(..., observers=[...]) before reading"
             )
         if isinstance(policy, PairAnnotator) and annotation_key(policy) not in map(annotation_key, self.writers):
@@ -124,18 +123,18 @@ class RecordingSpec:
 
 
 def annotation_key(policy: Policy | PairAnnotator) -> tuple[object, ...]:
-    """Return what bears on what a policy writes: its class and the options that it names."""
+    """Return a key; policies with equal keys can share one side array."""
     return (type(policy), *(getattr(policy, name) for name in policy.annotation_options))
 
 
-def _told(names: frozenset[str], sizes: Mapping[str, int]) -> str:
-    """Return names for a message, with how many of each are remembered."""
+def _describe(names: frozenset[str], sizes: Mapping[str, int]) -> str:
+    """Return names for a message, with ring sizes."""
     return ", ".join(f"{name} ({sizes[name]})" if name in sizes else name for name in sorted(names)) or "nothing"
 
 
-def _largest(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Return the largest number given for each name."""
-    found: dict[str, int] = {}
-    for one in sizes:
-        found |= {name: max(size, found.get(name, 0)) for name, size in one.items()}
-    return found
+def _merge_sizes(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the largest size for each name."""
+    merged: dict[str, int] = {}
+    for policy_sizes in sizes:
+        merged |= {name: max(size, merged.get(name, 0)) for name, size in policy_sizes.items()}
+    return merged

@@ -1,11 +1,11 @@
-"""What a cache holds and what it costs, in numbers."""
+"""Reports of a cache: pairs held, bytes and seconds."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vestige.cache.layer import RaggedLayer
-from vestige.cache.other_layers import tensors_of
+from vestige.cache.other_layers import find_tensors
 from vestige.cache.state import CacheState
 
 
@@ -17,37 +17,37 @@ class LayerReport:
     rows: tuple[int, ...]
     """Pairs of each row, in (batch, kv_head) order."""
     seen: int
-    """Tokens that each row has seen, on average."""
+    """Average number of tokens that each row has seen."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A snapshot of a cache. Bytes are those of live storage: slack, side arrays and query rings included."""
+    """A snapshot of a cache. Bytes are those of live storage: free slots, side arrays and query rings included."""
 
     seen: tuple[int, ...]
-    """Tokens of each batch row, pads left out."""
+    """Tokens of each batch row, pads not counted."""
     held: int
     """Pairs stored, over evictable layers and rows."""
     full: int
     """Pairs that a cache without eviction would store."""
     kv_bytes: int
     peak_kv_bytes: int
-    """Largest ``kv_bytes`` so far, the copies made by a compaction included."""
+    """Largest ``kv_bytes`` so far, including copies made by a compaction."""
     full_kv_bytes: int
-    """What a DynamicCache would take for the evictable layers."""
+    """Bytes that a DynamicCache would need for the evictable layers."""
     other_kv_bytes: int
-    """Sliding, linear and other layers, which are left alone."""
+    """Bytes of sliding, linear and other layers, which are never evicted."""
     memory_bytes: int
-    """What remains of the evicted; part of ``kv_bytes``."""
+    """Bytes of the memory of evicted pairs; part of ``kv_bytes``."""
     evict_s: float
     """Seconds spent on scoring, selecting and compacting."""
     budget_total: int | None
-    """Pairs that a settle brings the cache down to now; None if nothing is ever evicted."""
+    """Most pairs that the cache holds after a settle now; None if it never evicts."""
     policy: str
     share: str
     layers: tuple[LayerReport, ...]
     annotate_s: float = 0.0
-    """Seconds spent on what policies store beside new pairs, while these are written."""
+    """Seconds spent on computing side arrays for new pairs."""
 
     @property
     def kept_fraction(self) -> float:
@@ -56,11 +56,11 @@ class Report:
 
     @property
     def compression_ratio(self) -> float:
-        """Evicted over full, for tables that count this way."""
+        """Evicted over full."""
         return 1.0 - self.kept_fraction
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers for JSON, layers included."""
+        """Return the report as plain numbers for JSON, layers included."""
         return asdict(self) | {"kept_fraction": self.kept_fraction}
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ def make_report(state: CacheState, layers: Sequence[object]) -> Report:
         peak_kv_bytes=max(state.peak_kv_bytes, state.nbytes),
         full_kv_bytes=sum(layer.dynamic_bytes for layer in evictable),
         other_kv_bytes=sum(
-            x.nbytes for layer in layers if not isinstance(layer, RaggedLayer) for x in tensors_of(layer)
+            x.nbytes for layer in layers if not isinstance(layer, RaggedLayer) for x in find_tensors(layer)
         ),
         memory_bytes=sum(layer.memory_bytes for layer in evictable),
         evict_s=state.evict_s,

@@ -1,4 +1,4 @@
-"""When room is made: the clock of settles."""
+"""The schedule of settles: it counts tokens and tells when to evict."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass
 class Schedule:
-    """Counts tokens since the last settle and says when one is due.
+    """Counts tokens since the last settle and tells when the next one is due.
 
-    Pieces of text come in forwards of many tokens, generated ones singly. A prompt is settled before its first
-    one-token forward, unless the cache was filled by ``vestige.prefill``: then a piece of at most ``chunk`` tokens is a
-    question and stays whole until ``every`` tokens were generated. Speculative decoding feeds several candidates at
-    once and takes some back: once that was seen, all tokens count as generated.
+    Text arrives in forwards of many tokens, generated tokens arrive one by one. A settle of the prompt is due before
+    the first one-token forward. After ``vestige.prefill``, however, a piece of at most ``chunk`` tokens is a question
+    and stays whole until ``every`` tokens are generated. Speculative decoding feeds several candidates at once and
+    removes some: after the first removal all tokens count as generated.
     """
 
     chunk: int = 1024
@@ -23,32 +23,32 @@ class Schedule:
     reading: bool = False
     """True inside ``vestige.prefill``, which settles between chunks itself."""
 
-    def due(self, new: int, every: int) -> bool:
-        """Return whether to settle before a forward of ``new`` tokens."""
+    def is_due(self, new: int, every: int) -> bool:
+        """Tell whether to settle before a forward of ``new`` tokens."""
         if self.reading:
             return False
         if self.speculative or self.generated >= every:
             return self.prompt + self.generated >= every
         if new > 1:
-            return self.prompt >= self.chunk  # a long prompt in pieces that no prefill manages
+            return self.prompt >= self.chunk  # a long prompt in pieces, without vestige.prefill
         return self.prompt > (self.chunk if self.prefilled else 0)
 
-    def fed(self, new: int) -> None:
-        """Count a forward."""
+    def count(self, new: int) -> None:
+        """Count the tokens of a forward."""
         if new > 1:
             self.prompt += new
         else:
             self.generated += 1
 
-    def taken_back(self, tokens: int) -> None:
-        """Count tokens that were cropped off again, latest first."""
+    def take_back(self, tokens: int) -> None:
+        """Subtract cropped tokens, latest first."""
         self.speculative = True
-        back = min(tokens, self.prompt)
-        self.prompt -= back
-        self.generated = max(self.generated - (tokens - back), 0)
+        from_prompt = min(tokens, self.prompt)
+        self.prompt -= from_prompt
+        self.generated = max(self.generated - (tokens - from_prompt), 0)
 
-    def settled(self) -> None:
-        """Start counting anew."""
+    def reset(self) -> None:
+        """Restart the count, after a settle."""
         self.prompt = self.generated = 0
 
     @property
@@ -58,7 +58,7 @@ class Schedule:
 
     @contextmanager
     def reading_chunks(self, chunk: int) -> Iterator[None]:
-        """Inside, a prefill settles between chunks, and forwards do not."""
+        """Suspend settles before forwards inside: the prefill settles between chunks itself."""
         outer, self.reading, self.chunk = self.reading, True, chunk
         try:
             yield
@@ -66,9 +66,9 @@ class Schedule:
             self.reading = outer
 
     def allow_question(self, tokens: int) -> None:
-        """Let pieces of up to ``tokens`` tokens stay whole."""
+        """Keep later pieces of up to ``tokens`` tokens whole."""
         self.chunk = tokens
 
     def restore(self, earlier: "Schedule") -> None:
-        """Count as an earlier copy of this schedule did."""
+        """Restore the counts of an earlier copy of this schedule."""
         vars(self).update(vars(earlier))

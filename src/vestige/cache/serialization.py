@@ -1,6 +1,6 @@
-"""Saving a cache to a folder and loading it: safetensors for tensors, JSON for the rest; no code is ever run.
+"""Saving and loading a cache: a folder with safetensors for tensors and JSON for the rest, without any code.
 
-A folder is written beside its final place and renamed, so it is there completely or not at all.
+A folder is written next to its final place and renamed, so that it exists completely or not at all.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ def save(state: CacheState, layers: Sequence[object], path: Path) -> None:
 
     Raises:
         InputError: The folder exists and is not empty, or cannot be written. Nothing is left behind.
-        CacheFileError: The policy or the memory has no name that loading could find.
+        CacheFileError: The policy or the memory has no registered name.
     """
     with new_folder(path, "the cache") as work:
         write(state, layers, work)
 
 
 def write(state: CacheState, layers: Sequence[object], folder: Path) -> None:
-    """Write a cache into a folder that takes its place later, as part of something larger.
+    """Write a cache into an existing folder, for callers that move the folder to its final place.
 
     Raises:
         CacheFileError: As :func:`save`.
@@ -68,35 +68,35 @@ def write(state: CacheState, layers: Sequence[object], folder: Path) -> None:
         "dtype": str(state.layout.model.dtype),
         "policy": _policy_to_json(state.policy),
         "memory": _memory_to_json(state.memory),
-        "trained": _digests(state.policy, state.memory, state.layout.model),
-        "absorbed": {b: _pairs_of(row) for b, row in state.absorbed.ranges.items()},
+        "trained": _hash_weights(state.policy, state.memory, state.layout.model),
+        "absorbed": {b: _spans_to_json(row) for b, row in state.absorbed.ranges.items()},
         "replayable": state.absorbed.replayable,
-        "released": _pairs_of(state.absorbed.released),
+        "released": _spans_to_json(state.absorbed.released),
         "needs": sorted(state.recording.needs),
         "ring_sizes": dict(state.recording.ring_sizes),
         "writers": [_policy_to_json(writer) for writer in state.recording.writers if isinstance(writer, Policy)],
         "lengths": state.lengths,
-        "pins": _pairs_of(state.pins),
-        "erased": _pairs_of(state.erased),
+        "pins": _spans_to_json(state.pins),
+        "erased": _spans_to_json(state.erased),
         "seen": list(state.seen),
         **{name: getattr(state, name) for name in _COUNTERS},
         "schedule": vars(state.schedule),
         "layers": plain,
     }
     save_file(tensors, folder / _TENSORS)
-    (folder / _TENSORS).chmod(0o644)  # safetensors leaves it to its owner alone
-    metadata["sha256"] = _sha256(folder / _TENSORS)
-    metadata["digest"] = _digest(metadata)
+    (folder / _TENSORS).chmod(0o644)  # safetensors makes it readable by its owner only
+    metadata["sha256"] = _hash_file(folder / _TENSORS)
+    metadata["digest"] = _hash_entries(metadata)
     (folder / _METADATA).write_text(json.dumps(metadata, indent=1))
 
 
 @dataclass(frozen=True)
 class SavedCache:
-    """A folder that was read and belongs to the model.
+    """The contents of a folder that was saved for the model.
 
     Args:
-        path: For messages.
-        model: Whose cache it is.
+        path: The folder, for messages.
+        model: The model that filled the cache.
         metadata: Contents of the JSON file.
         tensors: Contents of the safetensors file.
     """
@@ -107,7 +107,7 @@ class SavedCache:
     tensors: dict[str, Tensor]
 
     def build(self, make: Callable[..., C]) -> C:
-        """Return ``make(model, policy, memory=memory)``: a cache that has read nothing.
+        """Return ``make(model, policy, memory=memory)``, an empty cache.
 
         Raises:
             CacheFileError: Trained weights are missing or differ from those the cache was made with.
@@ -118,12 +118,12 @@ class SavedCache:
             cache = make(self.model, policy, memory=memory)
         except ModelError as error:
             raise CacheFileError(f"{self.path} needs trained weights that cannot be had: {error}") from None
-        if self.metadata["trained"] != _digests(policy, memory, self.model):
+        if self.metadata["trained"] != _hash_weights(policy, memory, self.model):
             raise CacheFileError(f"{self.path} was written with other trained weights than lie there now")
         return cache
 
     def restore(self, state: CacheState, layers: Sequence[object]) -> None:
-        """Fill the state and the layers of a cache that has read nothing."""
+        """Fill the state and the layers of an empty cache."""
         _restore_state(state, self.metadata, self.tensors)
         for i, plain in enumerate(self.metadata["layers"]):
             inner = {name.partition(".")[2]: x for name, x in self.tensors.items() if name.partition(".")[0] == str(i)}
@@ -135,8 +135,8 @@ class SavedCache:
 
 
 @contextmanager
-def reading(path: Path, model: PreTrainedModel) -> Iterator[SavedCache]:
-    """Read a folder that :func:`save` wrote; whatever a damaged file raises inside becomes one clear error.
+def open_saved(path: Path, model: PreTrainedModel) -> Iterator[SavedCache]:
+    """Read a folder that :func:`save` wrote; inside, errors of damaged files become a CacheFileError.
 
     Raises:
         CacheFileError: Missing, damaged, of another format, or made for another model.
@@ -145,9 +145,9 @@ def reading(path: Path, model: PreTrainedModel) -> Iterator[SavedCache]:
         metadata = json.loads((path / _METADATA).read_text())
         if metadata["format"] != FORMAT:
             raise CacheFileError(f"{path} has format {metadata['format']}, this version of vestige reads {FORMAT}")
-        if metadata.pop("digest") != _digest(metadata):
+        if metadata.pop("digest") != _hash_entries(metadata):
             raise CacheFileError(f"{path} is damaged: {_METADATA} is not the file that was saved")
-        if _sha256(path / _TENSORS) != metadata["sha256"]:
+        if _hash_file(path / _TENSORS) != metadata["sha256"]:
             raise CacheFileError(f"{path} is damaged: {_TENSORS} is not the file that was saved")
         tensors = load_file(path / _TENSORS, device=str(model.device))
         if metadata["model"] != check(model).fingerprint():
@@ -160,12 +160,12 @@ def reading(path: Path, model: PreTrainedModel) -> Iterator[SavedCache]:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheFileError(f"{path} is not a saved cache: no {Path(error.filename).name}") from None
-    except Exception as error:  # a damaged file makes a dozen types come out of torch, safetensors and json
+    except Exception as error:  # torch, safetensors and json raise many types for damaged files
         raise CacheFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _pack(state: CacheState, layers: Sequence[object]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return all tensors by name, pairs without free slots, and each layer's plain values."""
+    """Return all tensors by name, without free slots, and the plain values of each layer."""
     tensors = {"ids": state.history.ids, "real": state.history.real.to(torch.uint8)}
     if state.history.stale is not None:
         tensors["stale"] = state.history.stale
@@ -173,16 +173,16 @@ def _pack(state: CacheState, layers: Sequence[object]) -> tuple[dict[str, Tensor
         tensors["step.positions"] = state.step.positions
     plain = []
     for i, layer in enumerate(layers):
-        values, inner = _ragged_parts(layer) if isinstance(layer, RaggedLayer) else _other_parts(layer)
+        values, inner = _pack_ragged(layer) if isinstance(layer, RaggedLayer) else _pack_other(layer)
         tensors |= {f"{i}.{name}": tensor for name, tensor in inner.items()}
         plain.append(values)
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, plain
 
 
-def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _pack_ragged(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not layer.is_initialized:
         return {}, {}
-    slots = packed.packed_slots(layer.starts, layer.lengths, layer.device)
+    slots = layer.stored_slots()
     tensors = {f"column.{name}": packed.gather(column, slots) for name, column in layer.columns.items()}
     plain = {name: getattr(layer, name) for name in ("kv_heads", "lengths", "padded_seen", "ragged")}
     tensors |= {f"ring.{name}": ring.data for name, ring in layer.rings.items()}
@@ -195,8 +195,8 @@ def _ragged_parts(layer: RaggedLayer) -> tuple[dict[str, Any], dict[str, Tensor]
     return plain, tensors
 
 
-def _other_parts(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the state of a layer that transformers made, dicts of states one level deep."""
+def _pack_other(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the plain values and tensors of a layer made by transformers, including dicts one level deep."""
     plain: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, value in vars(layer).items():
@@ -218,11 +218,11 @@ def _restore_state(state: CacheState, metadata: dict[str, Any], tensors: dict[st
     recording = RecordingSpec.of([state.policy, *map(_policy_from_json, metadata["writers"])])
     state.recording = replace(recording, needs=frozenset(metadata["needs"]), ring_sizes=metadata["ring_sizes"])
     state.lengths = metadata["lengths"] and tuple(metadata["lengths"])
-    state.pins, state.erased = _spans_of(metadata["pins"]), _spans_of(metadata["erased"])
+    state.pins, state.erased = _spans_from_json(metadata["pins"]), _spans_from_json(metadata["erased"])
     state.absorbed = AbsorbedRanges(
-        {int(b): _spans_of(row) for b, row in metadata["absorbed"].items()},
+        {int(b): _spans_from_json(row) for b, row in metadata["absorbed"].items()},
         {int(b): tokens for b, tokens in metadata["replayable"].items()},
-        _spans_of(metadata["released"]),
+        _spans_from_json(metadata["released"]),
     )
     state.seen = tuple(metadata["seen"])
     state.schedule = Schedule(**metadata["schedule"])
@@ -274,7 +274,7 @@ def _policy_to_json(policy: Policy) -> dict[str, Any]:
     name = name_of(policy)
     if name not in POLICIES:
         raise CacheFileError(f"a cache of policy {name} cannot be saved: it is not one of {', '.join(POLICIES)}")
-    options = _options(policy, f"a cache of policy {name}")
+    options = _read_options(policy, f"a cache of policy {name}")
     budget = options.pop("budget")
     return {"name": name, "budget": None if budget is None else [budget.kind, budget.amount], "options": options}
 
@@ -282,7 +282,7 @@ def _policy_to_json(policy: Policy) -> dict[str, Any]:
 def _policy_from_json(saved: dict[str, Any]) -> Policy:
     cls: Any = resolve(saved["name"])
     budget = None if saved["budget"] is None else Budget(*saved["budget"])
-    options = {name: _frozen(value) for name, value in saved["options"].items()}
+    options = {name: _to_tuples(value) for name, value in saved["options"].items()}
     policy: Policy = cls(budget=budget, **options)
     return policy
 
@@ -292,11 +292,11 @@ def _memory_to_json(memory: Memory | None) -> dict[str, Any] | None:
         return None
     if (name := memory_name(memory)) not in MEMORIES:
         raise CacheFileError(f"a cache with memory {name} cannot be saved: it is not one of {', '.join(MEMORIES)}")
-    return {"name": name, "options": _options(memory, f"a cache with memory {name}")}
+    return {"name": name, "options": _read_options(memory, f"a cache with memory {name}")}
 
 
-def _options(one: Any, what: str) -> dict[str, Any]:
-    options = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+def _read_options(owner: Any, what: str) -> dict[str, Any]:
+    options = {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner)}
     for option, value in options.items():
         if not isinstance(value, str | bool | int | float | tuple | Budget | None):
             raise CacheFileError(f"{what} cannot be saved with {option} at hand: save them and name their folder")
@@ -308,29 +308,29 @@ def _memory_from_json(saved: dict[str, Any] | None) -> Memory | None:
     return None if saved is None else cls(**saved["options"])
 
 
-def _digests(policy: Policy, memory: Memory | None, model: PreTrainedModel) -> list[str]:
-    """Return hashes of the trained weights that a policy and a memory work with."""
-    return [digest(user, model) for user in (policy, memory)]
+def _hash_weights(policy: Policy, memory: Memory | None, model: PreTrainedModel) -> list[str]:
+    """Return hashes of the trained weights of a policy and a memory."""
+    return [digest(owner, model) for owner in (policy, memory)]
 
 
-def _pairs_of(spans: Sequence[Span]) -> list[list[int]]:
+def _spans_to_json(spans: Sequence[Span]) -> list[list[int]]:
     return [[span.start, span.end] for span in spans]
 
 
-def _spans_of(pairs: Sequence[Sequence[int]]) -> tuple[Span, ...]:
+def _spans_from_json(pairs: Sequence[Sequence[int]]) -> tuple[Span, ...]:
     return tuple(Span(*pair) for pair in pairs)
 
 
-def _frozen(value: Any) -> Any:
-    """Return tuples for the lists that JSON made of them."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+def _to_tuples(value: Any) -> Any:
+    """Turn JSON lists back into tuples."""
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _digest(metadata: dict[str, Any]) -> str:
-    """Return the hash of all other entries."""
+def _hash_entries(metadata: dict[str, Any]) -> str:
+    """Return the hash of all metadata entries."""
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """The bookkeeping that a cache shares with its layers: tokens fed, statistics recorded, spans erased, costs."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -20,12 +20,13 @@ from vestige.memory.base import AbsorbedRanges, Memory
 from vestige.models.layout import ModelLayout
 from vestige.models.rope import Rope
 from vestige.policies.base import NeedsReplay, NewPairs, Policy
+from vestige.policies.observation import RowView
 from vestige.spans import PositionMap, Span, merge_spans, within
 
 
 @runtime_checkable
 class EvictableLayer(Protocol):
-    """What the bookkeeping asks of an evictable layer."""
+    """The part of an evictable layer that the bookkeeping reads."""
 
     kv_heads: int
     padded_seen: int
@@ -50,10 +51,10 @@ class CacheState:
     The cache owns its state; layers refer to it weakly, so that storage dies with the cache.
 
     Args:
-        layout: Of the model that fills the cache.
-        policy: What to keep.
+        layout: Layout of the model that fills the cache.
+        policy: Chooses the pairs to keep.
         observers: Policies whose statistics are recorded; the policy is one of them.
-        memory: What evicted pairs leave; None forgets them.
+        memory: Summarises evicted pairs; None forgets them.
     """
 
     def __init__(self, layout: ModelLayout, policy: Policy, observers: Sequence[Policy], memory: Memory | None) -> None:
@@ -61,28 +62,28 @@ class CacheState:
         self.policy = policy
         self.memory = memory
         self.bound_memory = memory and memory.bind(layout.model)
-        """The memory, with the weights that it needs for this model."""
+        """The memory, bound to its weights for this model."""
         self.recording = RecordingSpec.of(observers)
-        self.recording.require_of(layout)
+        self.recording.check_model(layout)
         self.storage: Sequence[EvictableLayer] = ()
         """The evictable layers."""
         self.schedule = Schedule()
         self.history = TokenHistory()
         self.step: ForwardPass | None = None
         self.seen: tuple[int, ...] = ()
-        """Tokens of each batch row, pads left out."""
+        """Tokens of each batch row, pads not counted."""
         self.lengths: tuple[int, ...] | None = None
-        """Announced full length of each batch row: a budget in fractions is a fraction of it."""
+        """Announced full length of each batch row; fraction budgets refer to it."""
         self.reading_to: tuple[int, ...] | None = None
-        """Length of each batch row once the current prefill ends; stands in for a length that was not announced."""
+        """Length of each batch row at the end of the current prefill; replaces a length that was not announced."""
         self.pins: tuple[Span, ...] = ()
         self.erased: tuple[Span, ...] = ()
-        """Erased spans that kept their positions: every replay of the ids leaves them out."""
+        """Erased spans that kept their positions; every replay of the ids skips them."""
         self.absorbed = AbsorbedRanges()
         self.prepared = False
-        """Whether the policy ran its own forwards over everything that was read."""
+        """Whether the policy has run its own forwards over all tokens read."""
         self.outer_input_ids: Tensor | None = None
-        """Ids given to the outer model, for decoders that are fed embeddings."""
+        """Ids passed to the outer model, for decoders that get embeddings."""
         self.peak_kv_bytes = 0
         self.evict_s = 0.0
         self.annotate_s = 0.0
@@ -90,16 +91,16 @@ class CacheState:
     @property
     def rope(self) -> Rope | None:
         """Rotations of the layers, if a recorded statistic needs them."""
-        return self.layout.rope() if self.recording.turns else None
+        return self.layout.rope() if self.recording.needs_rope else None
 
     @property
     def growth_slots(self) -> int:
-        """Free slots that each row gets when tokens arrive: enough until the next settle. A cache at rest has none."""
+        """Free slots that each row gets when tokens arrive: enough until the next settle. An idle cache has none."""
         return self.policy.every
 
     @property
     def padded(self) -> bool:
-        """Whether any batch row was ever fed pads."""
+        """Whether any batch row contains pads."""
         return any(layer.padded_seen != n for layer in self.storage[:1] for n in self.seen)
 
     @property
@@ -131,11 +132,12 @@ class CacheState:
         """Return the average number of pairs per row that each batch row may hold after a settle.
 
         Args:
-            reading: Between chunks: the policy's reading slack applies.
+            reading: Whether chunks follow, so that the policy's reading slack applies.
         """
-        budget, factor = self.policy.budget, self.policy.reading_slack if reading else 1.0
+        budget = self.policy.budget
         if budget is None:
             return [UNLIMITED] * len(self.seen)
+        factor = self.policy.reading_slack if reading else 1.0
         footprint, protected = self.footprint(), self.policy.protected
         ends = self.reading_to or self.seen
         pairs = [
@@ -145,11 +147,11 @@ class CacheState:
         return [Budget.slacken(n, factor) for n in pairs]
 
     def announce(self, length: int | Sequence[int] | None, batch: int) -> None:
-        """Set the full length of each batch row: a budget in fractions is a fraction of it from now on.
+        """Set the full length of each batch row, to which fraction budgets refer from now on.
 
         Args:
-            length: Tokens, of all batch rows or of each; None keeps what was announced before.
-            batch: Batch rows.
+            length: Tokens, for all batch rows or for each; None keeps the lengths announced before.
+            batch: Number of batch rows.
 
         Raises:
             BudgetError: The budget for one of these lengths is below the protected pairs.
@@ -164,7 +166,7 @@ class CacheState:
 
     @contextmanager
     def reading_until(self, ends: tuple[int, ...]) -> Iterator[None]:
-        """Inside, budgets look ahead to these lengths; an outer call's lengths win."""
+        """Compute budgets inside for these lengths; the lengths of an outer call take precedence."""
         outer, self.reading_to = self.reading_to, self.reading_to or ends
         try:
             yield
@@ -197,14 +199,14 @@ class CacheState:
         """Refuse an input that does not continue where the cache ends.
 
         Args:
-            ids: Token ids, or None where the decoder was given embeddings.
-            batch: Batch rows.
-            positions: ``batch new`` positions, or None where the model counts them itself.
+            ids: Token ids, or None if the decoder gets embeddings.
+            batch: Number of batch rows.
+            positions: ``batch new`` positions, or None if the model counts them itself.
             valid: False for pads, or None if there are none.
-            check: Whether positions count tokens (those of images do not).
+            check: Whether positions count tokens (image positions do not).
 
         Raises:
-            CacheError: Another batch size, positions that do not begin at seen, or a forward that died midway.
+            CacheError: Another batch size, positions that do not begin at ``seen``, or a previous forward that failed.
         """
         self.check_whole()
         self.history.check(ids)
@@ -217,15 +219,15 @@ class CacheState:
         if check:
             check_positions(self.seen, positions, valid)
 
-    def settle_is_due(self, new: int) -> bool:
-        """Return whether to settle before a forward of ``new`` tokens.
+    def must_settle(self, new: int) -> bool:
+        """Tell whether to settle before a forward of ``new`` tokens.
 
         Raises:
-            PolicyError: The policy must first run forwards of its own, which only ``vestige.prefill`` gives it.
+            PolicyError: The policy must first run forwards of its own, which only ``vestige.prefill`` allows.
         """
         if not self.schedule.reading and new > self.schedule.chunk:
             self.prepared = False  # no prefill reads this text, so the policy cannot prepare for it
-        if not (self.policy.evicts and self.schedule.due(new, self.policy.every)):
+        if not (self.policy.evicts and self.schedule.is_due(new, self.policy.every)):
             return False
         if isinstance(self.policy, NeedsReplay) and not self.prepared:
             raise PolicyError(
@@ -235,20 +237,20 @@ class CacheState:
         return True
 
     def begin(self, ids: Tensor | None, batch: int, new: int, valid: Bool[Tensor, "batch new"] | None) -> None:
-        """Open a forward of ``new`` tokens a batch row, pads included: count them and record their ids."""
+        """Begin a forward of ``new`` tokens per batch row, pads included: count them and record their ids."""
         device = self.layout.device if ids is None else ids.device
         real = torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid.to(device)
         number = self.step.number + 1 if self.step else 1
         self.step = ForwardPass.of(number, self.seen, real, padded=valid is not None)
         self.seen = tuple(s + n for s, n in zip(self.seen, self.step.fed, strict=True))
-        self.schedule.fed(new)
+        self.schedule.count(new)
         self.history.add(ids, real)
 
     def take_step(self, layer: EvictableLayer) -> ForwardPass:
-        """Return the open forward to a layer that is about to store its pairs.
+        """Return the current forward to a layer that is about to store its pairs.
 
         Raises:
-            CacheError: No forward was begun: the model is not attached.
+            CacheError: No forward has begun: the model is not attached.
         """
         if self.step is None or self.step.number <= layer.step_number:
             raise CacheError(
@@ -258,7 +260,7 @@ class CacheState:
         return self.step
 
     def annotate(self, layer_idx: int, hidden: Tensor | None, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
-        """Return the side arrays that policies store beside new pairs."""
+        """Return the side arrays that policies store with new pairs."""
         if not self.recording.writers:
             return {}
         started = time.perf_counter()
@@ -275,7 +277,7 @@ class CacheState:
         return arrays
 
     def check_whole(self) -> None:
-        """Raise a CacheError if the last forward died before all layers had stored its pairs."""
+        """Raise a CacheError if the last forward failed before all layers stored its pairs."""
         stored = {layer.step_number for layer in self.storage}
         if len(stored) > 1 or (self.step is not None and stored != {self.step.number}):
             raise CacheError(
@@ -284,39 +286,51 @@ class CacheState:
 
     # Changes of the sequence; the caller changes the layers.
 
+    @contextmanager
+    def rolled_back(self, watchers: tuple[Callable[[RowView], None], ...]) -> Iterator[None]:
+        """Restore the bookkeeping at the end; inside, only these watchers observe queries, and no settle is due."""
+        before = {name: getattr(self, name) for name in ("step", "seen", "recording", "history", "schedule")}
+        self.recording = replace(self.recording, ring_sizes={}, watchers=watchers, layer_watchers=())
+        self.history = self.history.copy()
+        self.schedule = replace(self.schedule, reading=True)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
     def crop(self, tokens: int) -> None:
-        """Take back the last ``tokens`` tokens, pads included."""
+        """Remove the last ``tokens`` tokens, pads included."""
         cropped = self.history.crop(-tokens)
         self.seen = tuple(s - n for s, n in zip(self.seen, cropped, strict=True))
         self.absorbed.crop(self.seen)
         end = max(self.seen)
         self.erased = tuple(Span(span.start, min(span.end, end)) for span in self.erased if span.start < end)
-        self.schedule.taken_back(tokens)
+        self.schedule.take_back(tokens)
 
     def skip(self, ids: Int[Tensor, "batch new"], real: Bool[Tensor, "batch new"]) -> None:
-        """Count tokens that are not read: their ids are recorded, no pairs are stored, positions have a gap."""
+        """Count tokens that the model does not read: record their ids; no pairs are stored, positions have a gap."""
         self.history.add(ids, real)
         self.seen = tuple(s + int(n) for s, n in zip(self.seen or (0,) * len(ids), real.sum(1), strict=True))
 
     def remove(self, remap: PositionMap) -> None:
-        """Take spans out of the sequence: later tokens move up."""
-        places = torch.where(self.history.real, self.history.real.cumsum(1) - 1, -1)
-        self.history.select(~within(places, remap.spans))
+        """Remove spans from the sequence; later tokens move up."""
+        positions = torch.where(self.history.real, self.history.real.cumsum(1) - 1, -1)
+        self.history.select(~within(positions, remap.spans))
         self.seen = tuple(map(remap.at, self.seen))
         self.absorbed.move(remap, len(self.seen))
         self.lengths = self.lengths and tuple(n - remap.removed for n in self.lengths)
         self.move_spans(remap, self)
 
     def move_spans(self, remap: PositionMap, source: "CacheState") -> None:
-        """Take pins and erased spans from another state, moved to their new positions."""
+        """Copy pins and erased spans from another state, at their new positions."""
         self.pins, self.erased = remap.over(source.pins), remap.over(source.erased)
 
     def mark_erased(self, spans: Sequence[Span]) -> None:
-        """Leave spans, which keep their positions, out of every later replay."""
+        """Exclude spans, which keep their positions, from every later replay."""
         self.erased = merge_spans((*self.erased, *spans))
 
     def restart_schedule(self, prompt: int) -> None:
-        """Count ``prompt`` tokens as read and not settled yet, and forget everything that came later."""
+        """Restart the schedule with ``prompt`` tokens that are read and not settled yet."""
         self.schedule = Schedule(prompt=prompt)
 
     def reorder(self, batch_rows: Tensor) -> None:
@@ -328,29 +342,30 @@ class CacheState:
         self.history.reorder(batch_rows)
 
     def join(self, states: Sequence["CacheState"]) -> None:
-        """Take the batch rows of several states, in order."""
+        """Copy the batch rows of several states into this one, in order."""
         self.seen = tuple(n for state in states for n in state.seen)
-        self.history = TokenHistory.beside([state.history for state in states])
+        self.history = TokenHistory.join([state.history for state in states])
         nothing = torch.empty(len(self.seen), 0, dtype=torch.int32, device=self.layout.device)
         self.step = ForwardPass(1, nothing, self.seen, padded=False, even=False)
 
     def fork(self, policy: Policy, memory: Memory | None) -> "CacheState":
-        """Return an equal state for a cache with another policy or memory, sharing nothing that changes in place."""
-        other = CacheState(self.layout, policy, [policy], memory)
+        """Return an equal state with this policy and memory, which shares nothing that changes in place."""
+        copy = CacheState(self.layout, policy, [policy], memory)
         for name in _FORKED:
-            setattr(other, name, getattr(self, name))
-        other.schedule = replace(self.schedule)
-        other.history, other.absorbed = self.history.copy(), self.absorbed.copy()
-        return other
+            setattr(copy, name, getattr(self, name))
+        copy.schedule = replace(self.schedule)
+        copy.history = self.history.copy()
+        copy.absorbed = self.absorbed.copy()
+        return copy
 
 
 _FORKED = ("lengths", "reading_to", "pins", "erased", "step", "seen", "prepared", "evict_s", "annotate_s")
-"""What a fork takes over: values that are replaced, never changed in place."""
+"""Attributes that a fork copies by reference: values that are replaced, never changed in place."""
 
 
 def expected_footprint(layout: ModelLayout, memory: Memory | None = None) -> Footprint:
-    """Return the size of a batch row by the model's config: enough to refuse a hopeless budget before reading."""
+    """Estimate the size of a batch row from the model's config, to refuse an impossible budget before reading."""
     sizes = [(layout.kv_heads(layer), layout.head_dim(layer)) for layer in layout.attentions]
-    pairs = sum(heads * (2 * head_dim * layout.model.dtype.itemsize + 4) for heads, head_dim in sizes)
-    states = 0 if memory is None else sum(heads * memory.state_bytes(dim, dim) for heads, dim in sizes)
-    return Footprint(sum(heads for heads, _ in sizes), pairs, states)
+    pair_bytes = sum(heads * (2 * head_dim * layout.model.dtype.itemsize + 4) for heads, head_dim in sizes)
+    fixed_bytes = 0 if memory is None else sum(heads * memory.state_bytes(dim, dim) for heads, dim in sizes)
+    return Footprint(sum(heads for heads, _ in sizes), pair_bytes, fixed_bytes)

@@ -1,4 +1,4 @@
-"""What a cache was fed: token ids, which of them were pads, and whether the next ones fit."""
+"""The token ids fed to a cache, with pads, and checks that the next input continues them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,28 +13,28 @@ from vestige.errors import CacheError
 
 @dataclass
 class TokenHistory:
-    """Ids and pads of all forwards, kept in pieces so that a decode step copies nothing."""
+    """Ids and pads of all forwards, stored in pieces so that a decode step copies nothing."""
 
     _pieces: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     stale: Int[Tensor, "batch removed"] | None = None
-    """After ids were taken out, as many of the last ones as went: what a prompt that still holds them would feed."""
+    """After a removal of n ids, the last n ids: the start of the input if the caller still uses the old prompt."""
 
     @property
     def ids(self) -> Int[Tensor, "batch padded_seen"]:
-        """Token ids, pads as they came; -1 where the model was fed embeddings."""
+        """Token ids, pads included; -1 where the model got embeddings."""
         return self._whole()[0]
 
     @property
     def real(self) -> Bool[Tensor, "batch padded_seen"]:
-        """False where a pad was fed."""
+        """False for pads."""
         return self._whole()[1]
 
     def add(self, ids: Int[Tensor, "batch new"] | None, real: Bool[Tensor, "batch new"]) -> None:
-        """Record one forward; ids are None where embeddings were fed."""
+        """Record one forward; ids are None if the model got embeddings."""
         self._pieces.append((torch.full(real.shape, -1) if ids is None else ids.detach().cpu().clone(), real.cpu()))
 
     def check(self, ids: Int[Tensor, "batch new"] | None) -> None:
-        """Raise a CacheError if the first forward after ids were taken out is what the old prompt would feed."""
+        """Raise a CacheError if the first forward after a removal of ids continues the old prompt."""
         stale, self.stale = self.stale, None
         if stale is None or ids is None or ids.shape[1] < stale.shape[1]:
             return
@@ -46,39 +46,39 @@ class TokenHistory:
             )
 
     def mark_stale(self, ids: Int[Tensor, "batch removed"] | None) -> None:
-        """Refuse a next forward that begins with these ids: the end of a prompt from before an erase."""
+        """Refuse the next forward if it begins with these ids, the end of the prompt before an erase."""
         self.stale = ids
 
     @classmethod
-    def beside(cls, records: Sequence["TokenHistory"]) -> "TokenHistory":
-        """Return the batch rows of several records as those of one, the shorter ones padded at the left."""
-        longest = max(one.ids.shape[1] for one in records)
-        ids = torch.cat([pad(one.ids, (longest - one.ids.shape[1], 0)) for one in records])
-        real = torch.cat([pad(one.real, (longest - one.ids.shape[1], 0)) for one in records])
+    def join(cls, histories: Sequence["TokenHistory"]) -> "TokenHistory":
+        """Return the batch rows of several histories as one, shorter ones padded at the left."""
+        longest = max(history.ids.shape[1] for history in histories)
+        ids = torch.cat([pad(history.ids, (longest - history.ids.shape[1], 0)) for history in histories])
+        real = torch.cat([pad(history.real, (longest - history.real.shape[1], 0)) for history in histories])
         return cls([(ids, real)])
 
     def select(self, kept: Bool[Tensor, "batch padded_seen"]) -> None:
-        """Forget the ids that are not marked: as many in each batch row, wherever they are."""
+        """Remove the ids that are not marked; each batch row must lose the same number."""
         ids, real = self._whole()
         batch, removed = len(ids), int((~kept[0]).sum())
         self.stale = ids[:, ids.shape[1] - removed :] if removed else None
         self._pieces = [(ids[kept].view(batch, -1), real[kept].view(batch, -1))]
 
     def crop(self, tokens_to_remove: int) -> list[int]:
-        """Forget the last ``-tokens_to_remove`` tokens; return how many of each batch row were not pads."""
+        """Remove the last ``-tokens_to_remove`` tokens; return the number in each batch row that are not pads."""
         ids, real = self._whole()
         self._pieces = [(ids[:, :tokens_to_remove], real[:, :tokens_to_remove])]
-        gone: list[int] = real[:, tokens_to_remove:].sum(1).tolist()
-        return gone
+        removed: list[int] = real[:, tokens_to_remove:].sum(1).tolist()
+        return removed
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Take the given batch rows in the given order."""
+        """Keep the given batch rows in the given order."""
         if self._pieces:
             ids, real = self._whole()
             self._pieces = [(ids[rows.cpu()], real[rows.cpu()])]
 
     def copy(self) -> "TokenHistory":
-        """Return an equal record; the pieces themselves are never changed, so they are shared."""
+        """Return an equal history; it shares the pieces, which never change."""
         return TokenHistory(list(self._pieces), self.stale)
 
     def _whole(self) -> tuple[Tensor, Tensor]:
@@ -95,11 +95,11 @@ def check_positions(
     positions: Int[Tensor, "some_batch new"] | None,
     valid: Bool[Tensor, "batch new"] | None,
 ) -> None:
-    """Raise a CacheError unless each batch row's first new token stands where the row ends.
+    """Raise a CacheError unless each batch row's first new token continues the row.
 
     Args:
         seen: Tokens of each batch row.
-        positions: Positions of the new tokens (one row may serve all), or None where the model counts them itself.
+        positions: Positions of the new tokens (one row may serve all), or None if the model counts them itself.
         valid: False for pads, or None if there are none.
     """
     if positions is None:

@@ -1,7 +1,7 @@
-"""Taking spans out of a cache that is alive: the interface of every eraser, and the report of an erase.
+"""The interface of erasers, which remove spans from a live cache, and the report of an erase.
 
-What was erased is gone from every later answer only as far as the report says: all but ``recompute`` leave pairs behind
-the span that were made while the model still saw it.
+The report says how completely an erase removed a span: all erasers but ``recompute`` keep later pairs that the model
+computed while it still saw the span.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from vestige.spans import PositionMap, Span
 
 
 class SlotOutcome(Enum):
-    """What an eraser makes of the slots of a span."""
+    """The treatment of a span's slots by an eraser."""
 
     DROPPED = "dropped"
     REPLACED = "replaced"
@@ -28,12 +28,12 @@ class SlotOutcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class EraseRequest:
-    """What an eraser is given.
+    """The input of an eraser.
 
     Args:
         model: An attached model.
-        cache: Has read the spans; to be edited in place, or left as it was on any error.
-        spans: What must go: ascending, disjoint, seen by every batch row.
+        cache: The cache that has read the spans; the eraser edits it in place, or not at all on an error.
+        spans: Spans to erase: ascending, disjoint, seen by every batch row.
     """
 
     model: PreTrainedModel
@@ -42,20 +42,20 @@ class EraseRequest:
 
     @property
     def memory(self) -> ForgetResult:
-        """How far the cache's memory is free of the spans."""
-        found = [self.cache.forget(span) for span in self.spans]
-        return next((one for one in found if one is not ForgetResult.EXACT), ForgetResult.EXACT)
+        """``EXACT`` if the cache's memory is free of all spans, else the first other result."""
+        results = [self.cache.forget(span) for span in self.spans]
+        return next((result for result in results if result is not ForgetResult.EXACT), ForgetResult.EXACT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditResult:
-    """What an eraser did, beyond the fate of the slots.
+    """The result of an eraser, in addition to the outcome of the slots.
 
     Args:
-        recomputed: Tokens of a batch row that were run through the model, those of the spans included.
-        suffix_recomputed: How many of these stand behind the first span and stay.
-        added: Tokens that were added behind everything.
-        memory: How far the cache's memory is free of the spans.
+        recomputed: Tokens per batch row that the eraser ran through the model, those of the spans included.
+        suffix_recomputed: Number of these that follow the first span and stay in the sequence.
+        added: Tokens appended to the sequence.
+        memory: Whether the cache's memory is free of the spans.
     """
 
     recomputed: int = 0
@@ -66,33 +66,33 @@ class EditResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Eraser(ABC):
-    """A way to take spans out of a cache. Frozen: what it does depends on its options and the scene alone."""
+    """A method to erase spans from a cache. Frozen: its edit depends on its options and the request alone."""
 
     fate: ClassVar[SlotOutcome]
-    """What becomes of the slots of a span."""
+    """The outcome of a span's slots."""
     renumbers: ClassVar[bool] = False
-    """Whether the ids leave the sequence and what follows is renumbered; else positions stay."""
+    """Whether the ids leave the sequence and later positions are renumbered; else positions stay."""
     replays: ClassVar[bool] = False
-    """Whether the cache is read anew from its ids, which also serves sliding and linear layers, and pads."""
+    """Whether the ids are read again into a new cache, which also works with pads, sliding and linear layers."""
 
     @abstractmethod
     def edit(self, scene: EraseRequest) -> EditResult:
-        """Edit the scene's cache in place; on any error it is as it was.
+        """Edit the request's cache in place; an error leaves it unchanged.
 
         Raises:
-            VestigeError: This cannot be done to this cache; the message says what can.
+            VestigeError: The eraser cannot edit this cache; the message names an alternative.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanReport:
-    """What became of one span's slots: pairs over layers, batch rows and KV heads.
+    """The outcome of one span's slots, as numbers of pairs over layers, batch rows and KV heads.
 
     Args:
-        span: As it was given.
-        dropped: Freed.
-        replaced: Hold what the eraser made.
-        left: As they were, contaminated.
+        span: The span as requested.
+        dropped: Pairs freed.
+        replaced: Pairs replaced by the eraser's.
+        left: Pairs left unchanged, still contaminated.
     """
 
     span: Span
@@ -103,15 +103,15 @@ class SpanReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EraseReport:
-    """What an erase did and what it cost.
+    """Effect and cost of an erase.
 
     Args:
         method: Name of the eraser.
-        exact: The cache equals one that read the remaining ids afresh, under the same policy and budget.
+        exact: Whether the cache equals one that read only the remaining ids, under the same policy and budget.
         spans: One report for each span.
-        suffix_left: Tokens behind the first span whose pairs are as they were, made while the span was seen.
-        tokens_recomputed: Tokens of a batch row that were run through the model.
-        memory: How far the cache's memory is free of the spans.
+        suffix_left: Tokens after the first span whose pairs are unchanged, computed while the span was seen.
+        tokens_recomputed: Tokens per batch row that the eraser ran through the model.
+        memory: Whether the cache's memory is free of the spans.
         edit_s: Seconds of the edit.
     """
 
@@ -144,9 +144,9 @@ class Erased:
     """The sequence after an erase.
 
     Args:
-        input_ids: What to go on from: the ids given, without what was taken out, with what was added.
-        report: What was done.
-        remap: Where positions went: ``remap(span)`` is a later span's place now, None if nothing of it is left.
+        input_ids: Ids to continue from: the given ids, without the removed ones, with the appended ones.
+        report: Effect and cost of the erase.
+        remap: Map from old to new positions: ``remap(span)`` is the new span, or None if nothing of it is left.
     """
 
     input_ids: Int[Tensor, "batch _length"]

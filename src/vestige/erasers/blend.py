@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vestige.cache import edits
 from vestige.cache.kv_cache import KVCache
-from vestige.cache.overlay import rerun, slots_of, write
+from vestige.cache.overlay import find_slots, rerun, write
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
 from vestige.errors import InputError
 
@@ -51,7 +51,7 @@ def _measure_changes(request: EraseRequest, cache: KVCache, at: Tensor) -> Tenso
     """Return the squared distance of each token's held and recomputed keys in the probed layer, summed over rows."""
     layer = cache.evictable[min(1, len(cache.evictable) - 1)]
     fresh = rerun(cache, at, until=layer.layer_idx)[layer.layer_idx].keys
-    slots, source = slots_of(layer, at.to(layer.device))
+    slots, source = find_slots(layer, at.to(layer.device))
     flat = fresh.reshape(-1, fresh.shape[-1])
     far = (layer.columns["keys"][slots].float() - flat[source].float()).square().sum(-1)
     return torch.zeros(len(at), device=far.device).index_add_(0, source % len(at), far)

@@ -1,4 +1,4 @@
-"""``vestige.erase``: take spans out of a live cache by an eraser, and say what became of every slot."""
+"""``vestige.erase``: check spans, let an eraser remove them from a live cache, and report the outcome of every slot."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,58 +25,59 @@ def erase(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "batch length"],
 ) -> Erased:
-    """Take spans out of a cache, in place, for every query that comes.
+    """Erase spans from a cache, in place, for every later query.
 
-    The same positions go in every batch row. On any error the cache is as it was; fork it first to keep the old one.
+    The same positions are erased in every batch row. An error leaves the cache unchanged; fork it first to keep a copy.
 
     Args:
-        cache: What the model has read.
-        spans: Positions, in any order; they must not overlap.
-        eraser: How: see ``vestige erasers``.
-        model: Whose cache it is; attached for the time of the call.
-        input_ids: What was fed, pads included, and what is still to be fed behind it.
+        cache: The cache that has read the spans.
+        spans: Spans of positions, in any order; they must not overlap.
+        eraser: The method: see ``vestige erasers``.
+        model: The model that filled the cache; attached during the call.
+        input_ids: All ids fed to the cache, pads included, and any ids still to be fed after them.
 
     Returns:
-        The ids to go on from, the report, and where later spans went.
+        The ids to continue from, the report, and the map to new positions.
 
     Raises:
-        InputError: No span, overlapping ones, one that not every batch row has seen, the first token, or other ids.
-        CacheError: This eraser cannot serve this cache; the message names one that can.
+        InputError: No span, overlapping spans, a span that not every batch row has seen, the first token, or ids that
+            the cache was not fed.
+        CacheError: The eraser cannot edit this cache; the message names one that can.
     """
     cache = require_cache(cache)
-    chosen = _checked(cache, (spans,) if isinstance(spans, Span) else tuple(spans), eraser, input_ids)
-    before = [_pairs_of(cache, span) for span in chosen]
-    behind = max(cache.seen) - chosen[0].end - sum(map(len, chosen[1:]))
+    ordered = _order_spans(cache, (spans,) if isinstance(spans, Span) else tuple(spans), eraser, input_ids)
+    before = [_count_pairs(cache, span) for span in ordered]
+    suffix = max(cache.seen) - ordered[0].end - sum(map(len, ordered[1:]))
     pending = input_ids[:, cache.ids.shape[1] :]
     with attach(model), torch.no_grad():
         started = synchronized_time(model.device)
-        edit = eraser.edit(EraseRequest(model=model, cache=cache, spans=chosen))
+        edit = eraser.edit(EraseRequest(model=model, cache=cache, spans=ordered))
         seconds = synchronized_time(model.device) - started
     if not eraser.renumbers and eraser.fate is not SlotOutcome.LEFT:
-        cache.state.mark_erased(chosen)
+        cache.state.mark_erased(ordered)
     report = EraseReport(
         method=name_of(eraser),
         exact=eraser.replays and not cache.state.erased,
         spans=tuple(
-            SpanReport(span=span, **{eraser.fate.value: pairs}) for span, pairs in zip(chosen, before, strict=True)
+            SpanReport(span=span, **{eraser.fate.value: pairs}) for span, pairs in zip(ordered, before, strict=True)
         ),
-        suffix_left=behind - edit.suffix_recomputed,
+        suffix_left=suffix - edit.suffix_recomputed,
         tokens_recomputed=edit.recomputed,
         memory=edit.memory,
         edit_s=seconds,
     )
     ids = torch.cat([cache.ids.to(input_ids.device), pending], 1)
-    return Erased(input_ids=ids, report=report, remap=PositionMap(chosen if eraser.renumbers else ()))
+    return Erased(input_ids=ids, report=report, remap=PositionMap(ordered if eraser.renumbers else ()))
 
 
-def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids: Tensor) -> tuple[Span, ...]:
-    """Return the spans in order, or raise what is wrong with them, the ids, or the cache for this eraser."""
+def _order_spans(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids: Tensor) -> tuple[Span, ...]:
+    """Return the spans in order, or raise an error if they, the ids, or the cache do not suit the eraser."""
     if not spans:
         raise InputError("no span to erase")
     ordered = tuple(sorted(spans))
-    for one, other in pairwise(ordered):
-        if other.start < one.end:
-            raise InputError(f"the spans [{one.start}, {one.end}) and [{other.start}, {other.end}) overlap")
+    for first, second in pairwise(ordered):
+        if second.start < first.end:
+            raise InputError(f"the spans [{first.start}, {first.end}) and [{second.start}, {second.end}) overlap")
     shortest = min(cache.seen, default=0)
     if ordered[-1].end > shortest:
         raise InputError(
@@ -99,8 +100,8 @@ def _checked(cache: KVCache, spans: tuple[Span, ...], eraser: Eraser, input_ids:
     return ordered
 
 
-def _pairs_of(cache: KVCache, span: Span) -> int:
-    """Return the pairs that a cache holds of a span, over layers and rows."""
+def _count_pairs(cache: KVCache, span: Span) -> int:
+    """Return the number of pairs that a cache holds of a span, over layers and rows."""
     ends = torch.tensor([span.start, span.end], dtype=torch.int32, device=cache.layout.device)
     counts = [
         torch.searchsorted(layer.positions(row), ends).diff() for layer in cache.evictable for row in range(layer.rows)

@@ -1,4 +1,4 @@
-"""Taking the pairs of spans out of what a memory absorbed, where the memory is a sum that can be taken apart."""
+"""Forgetting spans: subtracting their pairs from memories that are plain sums of the pairs they absorbed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from vestige.cache import edits
 from vestige.cache.kv_cache import KVCache
-from vestige.erasers.replay import fed_rows, reread
+from vestige.erasers.replay import collect_fed_rows, reread
 from vestige.memory.base import EvictedPairs, ForgetResult, LayerMemory
 from vestige.policies.full import Full
 from vestige.spans import Span, within
@@ -16,14 +16,14 @@ from vestige.spans import Span, within
 
 @dataclass(frozen=True)
 class MemoryRelease:
-    """What will remain of the evicted without some spans; nothing is changed until :meth:`carry_out`.
+    """A planned subtraction of spans from a cache's memory; :meth:`carry_out` applies it.
 
     Args:
-        cache: Whose memory it is.
-        spans: What is forgotten.
-        outcome: How far the memory will be free of them.
-        read: Tokens of a batch row that were read again for it.
-        remains: By layer index, where pairs are taken out.
+        cache: The cache with the memory.
+        spans: Spans to forget.
+        outcome: Whether the memory will be free of them.
+        read: Tokens per batch row that were read again to plan it.
+        remains: New memories by layer index, for layers that change.
     """
 
     cache: KVCache
@@ -34,45 +34,45 @@ class MemoryRelease:
 
     @staticmethod
     def of(cache: KVCache, spans: Sequence[Span], model: PreTrainedModel, *, wanted: bool = True) -> "MemoryRelease":
-        """Return what it takes to forget some spans, which every batch row has seen.
+        """Plan to forget spans that every batch row has seen.
 
-        The ids up to the last one's end are read again, in one piece and with nothing evicted, to have their pairs once
-        more. They are those that were absorbed, up to rounding, if nothing had been evicted when they were first read;
-        if something had, or an eraser has moved what comes before them, the spans cannot be forgotten.
+        The ids up to the end of the last span are read again in one piece, without eviction, to recompute their pairs.
+        These equal the absorbed ones, up to rounding, if nothing had been evicted when they were first read. If pairs
+        had been evicted, or an eraser has moved earlier tokens, the spans cannot be forgotten.
 
         Args:
             cache: Not changed.
             spans: Ascending and disjoint.
             model: An attached model.
-            wanted: False only says how far the memory is free of the spans as it is.
+            wanted: False only reports whether the memory is free of the spans already.
         """
-        found = {cache.forget(span) for span in spans} - {ForgetResult.EXACT}
-        if not found or not wanted or not _can_release(cache, spans):
-            return MemoryRelease(cache, tuple(spans), found.pop() if found else ForgetResult.EXACT)
+        results = {cache.forget(span) for span in spans} - {ForgetResult.EXACT}
+        if not results or not wanted or not _can_release(cache, spans):
+            return MemoryRelease(cache, tuple(spans), results.pop() if results else ForgetResult.EXACT)
         end = spans[-1].end
-        twin = KVCache(model, Full())
+        full = KVCache(model, Full())
         with torch.no_grad():
-            reread(model, twin, [row[:end] for row in fed_rows(cache)], chunk=end)
-        return MemoryRelease(cache, tuple(spans), ForgetResult.SUBTRACTED, end, _without(cache, twin, spans))
+            reread(model, full, [row[:end] for row in collect_fed_rows(cache)], chunk=end)
+        return MemoryRelease(cache, tuple(spans), ForgetResult.SUBTRACTED, end, _subtract_pairs(cache, full, spans))
 
     def carry_out(self) -> None:
-        """Have the cache forget."""
+        """Replace the memories of the cache."""
         if self.remains is not None:
             edits.replace_memories(self.cache, self.remains, self.spans)
 
 
 def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedModel) -> ForgetResult:
-    """Free a cache's memory of spans, in place, as far as can be; pairs that are held are left as they are.
+    """Remove spans from a cache's memory, in place, if possible; pairs that the cache holds are not changed.
 
     Args:
-        cache: What the model has read.
-        spans: Seen by every batch row.
+        cache: The cache with the memory.
+        spans: Spans that every batch row has seen.
         model: An attached model.
 
     Returns:
-        ``EXACT`` if none of their pairs was ever absorbed, ``SUBTRACTED`` if those that were are out now, at the cost
-        of reading up to their end once more, else ``IMPOSSIBLE``, and then nothing is changed. What is left is exact up
-        to how the memory rounds what it stores: of ``slots`` in float16 that were nearly emptied, a few percent.
+        ``EXACT`` if the memory never absorbed one of their pairs. ``SUBTRACTED`` if their absorbed pairs are subtracted
+        now, at the cost of reading up to the end of the spans again. Else ``IMPOSSIBLE``; nothing is changed. After a
+        subtraction the memory is exact up to its rounding, a few percent for nearly emptied ``slots`` in float16.
     """
     release = MemoryRelease.of(cache, (spans,) if isinstance(spans, Span) else sorted(spans), model)
     release.carry_out()
@@ -80,37 +80,38 @@ def forget(cache: KVCache, spans: Span | Sequence[Span], *, model: PreTrainedMod
 
 
 def _can_release(cache: KVCache, spans: Sequence[Span]) -> bool:
-    """Return whether pairs can be subtracted: not from a memory that is no plain sum, nor pairs that no reading gives
-    again (of embeddings, behind what an eraser changed, or read when something had been evicted already), nor beside
-    pairs of the same tokens, of other heads, that are out already."""
-    fed, end = not bool((cache.ids[cache.real] < 0).any()), spans[-1].end
-    changed = any(one.start < end for one in cache.state.erased)
-    replayable = all(end <= most for most in cache.state.absorbed.replayable.values())
-    again = any(map(cache.state.absorbed.was_released, spans))
+    """Tell whether the pairs of spans can be recomputed and subtracted from the memory."""
+    state, end = cache.state, spans[-1].end
     return (
-        cache.state.bound_memory is not None
-        and cache.state.bound_memory.releases
-        and fed
-        and not changed
-        and replayable
-        and not again
+        state.bound_memory is not None
+        and state.bound_memory.releases
+        and not bool((cache.ids[cache.real] < 0).any())  # the model got ids, not embeddings
+        and not any(erased.start < end for erased in state.erased)
+        and all(end <= tokens for tokens in state.absorbed.replayable.values())  # nothing was evicted at first reading
+        and not any(map(state.absorbed.was_released, spans))
     )
 
 
-def _without(cache: KVCache, twin: KVCache, spans: Sequence[Span]) -> dict[int, LayerMemory]:
-    """Return what remains without the pairs of spans that a cache no longer holds, and that are not out already; a twin
-    holds all of them."""
-    found, out = {}, cache.state.absorbed.released
-    for layer, again in zip(cache.evictable, twin.evictable, strict=True):
+def _subtract_pairs(cache: KVCache, full: KVCache, spans: Sequence[Span]) -> dict[int, LayerMemory]:
+    """Return the memories of a cache, by layer index, without its evicted pairs of spans.
+
+    Args:
+        cache: Not changed. Pairs that it holds, and spans released earlier, are not in its memories.
+        full: A cache that holds all pairs of the spans.
+        spans: Ascending and disjoint.
+    """
+    memories, released = {}, cache.state.absorbed.released
+    for layer, full_layer in zip(cache.evictable, full.evictable, strict=True):
         if layer.remains is None:
             continue
         slots, lengths = [], []
         for row in range(layer.rows):
-            places = again.positions(row)
-            gone = within(places, spans) & ~within(places, out) & ~torch.isin(places, layer.positions(row))
-            slots.append(again.starts[row] + gone.nonzero()[:, 0])
-            lengths.append(int(gone.sum()))
+            positions = full_layer.positions(row)
+            absorbed = within(positions, spans) & ~within(positions, released)
+            absorbed &= ~torch.isin(positions, layer.positions(row))
+            slots.append(full_layer.starts[row] + absorbed.nonzero()[:, 0])
+            lengths.append(int(absorbed.sum()))
         if sum(lengths):
-            absorbed = EvictedPairs.of(layer.layer_idx, again.columns, torch.cat(slots), lengths)
-            found[layer.layer_idx] = layer.remains.release(absorbed)
-    return found
+            pairs = EvictedPairs.of(layer.layer_idx, full_layer.columns, torch.cat(slots), lengths)
+            memories[layer.layer_idx] = layer.remains.release(pairs)
+    return memories

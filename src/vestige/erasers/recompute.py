@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers.base import EditResult, Eraser, EraseRequest, SlotOutcome
-from vestige.erasers.replay import fed_rows, reread
+from vestige.erasers.replay import collect_fed_rows, reread
 from vestige.memory.base import ForgetResult
 from vestige.spans import PositionMap, Span
 
@@ -17,8 +17,8 @@ from vestige.spans import PositionMap, Span
 class Recompute(Eraser):
     """Read the ids without the span: from the span on where nothing was evicted or counted yet, else from the first.
 
-    The cache then equals one that read the remaining ids afresh, under the same policy and budget, with what was
-    generated taken as read. Ids that an earlier erase marked stay out, and their positions stay a gap.
+    The cache then equals one that read only the remaining ids, under the same policy and budget; generated tokens count
+    as read. Spans of an earlier erase that kept their positions stay gaps.
     """
 
     fate: ClassVar[SlotOutcome] = SlotOutcome.DROPPED
@@ -28,52 +28,53 @@ class Recompute(Eraser):
     """Tokens per forward."""
 
     def edit(self, scene: EraseRequest) -> EditResult:
-        """Read into a second cache, which takes the place of the first once it is whole."""
-        cache, closing = scene.cache, PositionMap(scene.spans)
-        rows = fed_rows(cache)
-        begin = scene.spans[0].start if _can_go_on(cache, scene.spans) else 0
-        twin = cache.fork(empty=not begin)
+        """Read into a second cache, which replaces the first when it is complete."""
+        cache = scene.cache
+        remap = PositionMap(scene.spans)
+        rows = collect_fed_rows(cache)
+        begin = scene.spans[0].start if _can_continue(cache, scene.spans) else 0
+        copy = cache.fork(empty=not begin)
         if begin:
-            twin.crop(begin - cache.seen[0])
-            twin.state.restart_schedule(begin)  # as if it had never read further
-        twin.state.move_spans(closing, cache.state)
-        left = [_without(row, scene.spans) for row in rows]
-        lengths = cache.state.lengths and tuple(n - closing.removed for n in cache.state.lengths)
-        reread(scene.model, twin, left, begin=begin, length=lengths, chunk=self.chunk)
+            copy.crop(begin - cache.seen[0])
+            copy.state.restart_schedule(begin)  # as if the reading had ended here
+        copy.state.move_spans(remap, cache.state)
+        remaining = [_remove_spans(row, scene.spans) for row in rows]
+        lengths = cache.state.lengths and tuple(n - remap.removed for n in cache.state.lengths)
+        reread(scene.model, copy, remaining, begin=begin, length=lengths, chunk=self.chunk)
         rebuilt = scene.memory is not ForgetResult.EXACT
-        cache.replace_with(twin)
-        cache.state.history.mark_stale(_last(rows, closing.removed))
+        cache.replace_with(copy)
+        cache.state.history.mark_stale(_take_last(rows, remap.removed))
         skipped = sum(max(span.end - max(span.start, begin), 0) for span in cache.state.erased)
-        read = max(map(len, left)) - begin - skipped
-        behind = min(read, max(map(len, left)) - scene.spans[0].start)
+        read = max(map(len, remaining)) - begin - skipped
+        suffix = min(read, max(map(len, remaining)) - scene.spans[0].start)
         return EditResult(
             recomputed=read,
-            suffix_recomputed=behind,
+            suffix_recomputed=suffix,
             memory=ForgetResult.REBUILT if rebuilt else ForgetResult.EXACT,
         )
 
 
-def _can_go_on(cache: KVCache, spans: tuple[Span, ...]) -> bool:
-    """Return whether what stands before the spans is as a fresh reading would have left it.
+def _can_continue(cache: KVCache, spans: tuple[Span, ...]) -> bool:
+    """Tell whether the pairs before the spans equal those of a fresh reading.
 
-    Not if pairs were evicted, if pads make rows begin at several columns, if a policy counts queries, which cannot be
-    taken back, or if what is read again is shorter than what policies look back at.
+    They do not if pairs were evicted, pads make rows begin in different columns, a policy counts queries, which cannot
+    be uncounted, or policies need more recent tokens than the suffix has.
     """
     recording = cache.state.recording
     even = len(set(cache.seen)) == 1 and not cache.padded and len(cache.evictable) == len(cache.layers)
-    counts = recording.watched or "query_moments" in recording.ring_sizes
-    behind = min(cache.seen) - spans[0].start - sum(map(len, spans))
+    counts = recording.has_observers or "query_moments" in recording.ring_sizes
+    suffix = min(cache.seen) - spans[0].start - sum(map(len, spans))
     before = not any(gap.start < spans[0].start for gap in cache.state.erased)
-    return even and before and not cache.ragged and not counts and behind >= recording.longest
+    return even and before and not cache.ragged and not counts and suffix >= recording.longest_ring
 
 
-def _without(row: Tensor, spans: tuple[Span, ...]) -> Tensor:
+def _remove_spans(row: Tensor, spans: tuple[Span, ...]) -> Tensor:
     kept = torch.ones(len(row), dtype=torch.bool)
     for span in spans:
         kept[span.start : span.end] = False
     return row[kept]
 
 
-def _last(rows: list[Tensor], removed: int) -> Tensor | None:
-    """Return the last ids of each row, as many as went."""
+def _take_last(rows: list[Tensor], removed: int) -> Tensor | None:
+    """Return the last ``removed`` ids of each row, or None if a row is shorter."""
     return torch.stack([row[-removed:] for row in rows]) if min(map(len, rows)) >= removed else None

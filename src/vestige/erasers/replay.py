@@ -1,4 +1,4 @@
-"""Reading ids that a cache was fed once more, into another cache, without what was erased."""
+"""Replay: reading the ids of a cache again into another cache, without erased spans."""
 
 from collections.abc import Sequence
 
@@ -15,11 +15,11 @@ from vestige.models.forward import pad_left
 from vestige.spans import Span
 
 
-def fed_rows(cache: KVCache) -> list[Int[Tensor, " _seen"]]:
-    """Return the ids of each batch row, pads left out.
+def collect_fed_rows(cache: KVCache) -> list[Int[Tensor, " _seen"]]:
+    """Return the ids of each batch row, without pads.
 
     Raises:
-        CacheError: The model was fed embeddings.
+        CacheError: The model got embeddings instead of ids.
     """
     rows = [row[real] for row, real in zip(cache.ids, cache.real, strict=True)]
     if any(bool((row < 0).any()) for row in rows):
@@ -29,41 +29,41 @@ def fed_rows(cache: KVCache) -> list[Int[Tensor, " _seen"]]:
 
 def reread(
     model: PreTrainedModel,
-    twin: KVCache,
+    cache: KVCache,
     rows: Sequence[Int[Tensor, " _length"]],
     *,
     begin: int = 0,
     length: Sequence[int] | None = None,
     chunk: int = 1024,
 ) -> None:
-    """Read rows into a cache; what it has marked as erased becomes a gap in the positions.
+    """Read rows into a cache; its erased spans become gaps in the positions.
 
     Args:
         model: An attached model.
-        twin: Has read what comes before ``begin``.
-        rows: The ids of each batch row, from the first on.
-        begin: Where to begin, the same for all.
-        length: What to announce; None announces nothing, and a fraction is one of what the rows will be.
+        cache: A cache that has read the tokens before ``begin``.
+        rows: All ids of each batch row, from position 0 on.
+        begin: First position to read, the same for all rows.
+        length: Lengths to announce; with None, fraction budgets refer to the lengths of ``rows``.
         chunk: Tokens per forward.
     """
     end = max(map(len, rows))
-    gaps = [Span(max(gap.start, begin), gap.end) for gap in twin.state.erased if begin < gap.end <= end]
-    texts = _between(gaps, begin, end)
-    with twin.state.reading_until(tuple(map(len, rows))):
+    gaps = [Span(max(gap.start, begin), gap.end) for gap in cache.state.erased if begin < gap.end <= end]
+    texts = _find_texts(gaps, begin, end)
+    with cache.state.reading_until(tuple(map(len, rows))):
         for piece in sorted([*gaps, *texts]):
             cut = [row[piece.start : piece.end].tolist() for row in rows]
             if piece in gaps:
                 ids, mask = pad_left(cut, torch.device("cpu"))
-                edits.skip(twin, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+                edits.skip(cache, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
                 continue
             ids, mask = pad_left(cut, model.device)
             last = piece == texts[-1]
-            prefill(model, ids, twin, chunk=chunk, length=length, attention_mask=mask, settle=last)
+            prefill(model, ids, cache, chunk=chunk, length=length, attention_mask=mask, settle=last)
             if not last:
-                twin.settle(reading=True)  # before the gap, while the latest queries are known
+                cache.settle(reading=True)  # before the gap, which clears the latest queries
 
 
-def _between(gaps: Sequence[Span], begin: int, end: int) -> list[Span]:
-    """Return what stands between gaps, which are ascending and disjoint."""
+def _find_texts(gaps: Sequence[Span], begin: int, end: int) -> list[Span]:
+    """Return the spans between gaps, which are ascending and disjoint."""
     starts, stops = [begin, *(gap.end for gap in gaps)], [*(gap.start for gap in gaps), end]
     return [Span(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]

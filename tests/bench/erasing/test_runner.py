@@ -211,7 +211,7 @@ def test_several_spans_go_in_one_call(measure, out):
 def test_methods_asked_together_say_what_each_says_alone(measure, out, monkeypatch, tmp_path):
     methods = ("drop", "shift", "repair")
     together = measure(methods=methods, samples=1)
-    monkeypatch.setattr(running, "joinable", lambda caches: False)
+    monkeypatch.setattr(running, "can_join", lambda caches: False)
     alone = measure(methods=methods, samples=1, out=tmp_path / "alone")
     for one, other in zip(together, alone, strict=True):
         assert one["kl"] == pytest.approx(other["kl"], abs=1e-4)

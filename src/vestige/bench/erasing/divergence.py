@@ -43,7 +43,7 @@ class BatchedCaches:
 
     Args:
         model: An attached model.
-        caches: Each holds a context; left as they are. Several must be joinable.
+        caches: Each holds a context; left as they are. Several are joined, if they can be.
     """
 
     def __init__(self, model: PreTrainedModel, caches: Sequence[KVCache]) -> None:

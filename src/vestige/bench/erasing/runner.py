@@ -19,7 +19,7 @@ from vestige.bench.results.aggregate import Record, Row
 from vestige.bench.run import Progress, Run, cell_of, identify
 from vestige.bench.tokenization import Renderer
 from vestige.cache.attach import attach
-from vestige.cache.batching import joinable
+from vestige.cache.batching import can_join
 from vestige.cache.kv_cache import KVCache
 from vestige.erasers.base import Erased
 from vestige.erasers.erase import erase
@@ -135,7 +135,7 @@ class _Runner:
         if not edited:
             return
         caches = [clean, *(fork for fork, _ in edited.values())]
-        batches = [caches] if joinable(caches) else [[cache] for cache in caches]
+        batches = [caches] if can_join(caches) else [[cache] for cache in caches]
         groups = [BatchedCaches(self.model, batch) for batch in batches]
         replies = [self._ask(item, index, groups) for index in range(len(item.questions))]
         for (method, (fork, done)), questions in zip(edited.items(), zip(*replies, strict=True), strict=False):
