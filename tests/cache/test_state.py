@@ -50,7 +50,7 @@ def test_a_reading_looks_ahead_and_an_outer_one_wins():
 def test_a_fork_shares_nothing_that_changes():
     state = read().state
     fork = state.fork(state.policy, None)
-    fork.schedule.fed(1)
+    fork.schedule.count(1)
     fork.history.add(torch.tensor([[5]]), torch.tensor([[True]]))
     fork.mark_erased([Span(3, 5)])
     assert state.history.ids.shape == (1, 20) and fork.history.ids.shape == (1, 21)
