@@ -74,14 +74,14 @@ def nothing_seen_yet():
 
 def test_policies_that_look_back_at_nothing_record_nothing():
     assert RecordingSpec.of([policies.Full(), policies.KNorm(budget=ROOMY)]) == RecordingSpec()
-    assert RecordingSpec.of([]).longest == 0
+    assert RecordingSpec.of([]).longest_ring == 0
 
 
 def test_of_several_policies_the_longest_ring_and_all_needs_are_recorded():
     chosen = [policies.SnapKV(budget=ROOMY, observed=n) for n in (5, 9, 7)]
     recording = RecordingSpec.of([*chosen, policies.LaProx(budget=ROOMY, observed=3), policies.TOVA(budget=ROOMY)])
     assert recording.needs == {"queries", "output"}
-    assert recording.ring_sizes == {"queries": 9} and recording.longest == 9
+    assert recording.ring_sizes == {"queries": 9} and recording.longest_ring == 9
     assert recording.annotations == {"output_norms"} and recording.watchers == ()
 
 
