@@ -40,13 +40,8 @@ def trace_rows(
     lines = {}
     for method in sorted(points, key=lambda method: method.order):
         ordered = sorted(points[method], key=lambda pair: pair[0])
-        lines[method] = make_line(method, styles, tuple(point for _, point in ordered))
+        lines[method] = Line(label=method.label, style=styles[method], points=tuple(point for _, point in ordered))
     return lines
-
-
-def make_line(method: MethodKey, styles: Styles, points: tuple[Point, ...]) -> Line:
-    """Return the line of a method in its style."""
-    return Line(label=method.label, style=styles[method], points=points)
 
 
 def find_full(rows: Iterable[Row]) -> Point | None:
