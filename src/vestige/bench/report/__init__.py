@@ -92,7 +92,7 @@ def make_report(rows: Sequence[Row], *, title: str = TITLE, commands: Sequence[s
             headlines.append(Part(title=f"Headline: {chapter}", text=HEADLINE, tables=found))
         pictures.append(Part(title=chapter, sections=tuple(make_sections(part, means, styles))))
         cells = group_by_cell(part).items()
-        found = tuple((tables.title_cell(*cell), tables.make_table(rows, tables.TASK)) for cell, rows in cells)
+        found = tuple((tables.title_cell(*cell), tables.make_table(rows, tables.TASK_COLUMNS)) for cell, rows in cells)
         by_task.append(Part(title=f"By task: {chapter}", tables=found))
     last = [Part(title="Provenance", facts=tuple(tables.list_provenance(rows)), commands=tuple(commands))]
     if failed:
@@ -100,11 +100,11 @@ def make_report(rows: Sequence[Row], *, title: str = TITLE, commands: Sequence[s
         table = tables.make_table(failed, ("task", "length", "method", "budget", "reason"))
         last.insert(0, Part(title="Failed rows", text=text, tables=(("", table),)))
     if speed:
-        table = tables.make_table(speed, tables.SPEED_TABLE, optional=("model", "note"))
+        table = tables.make_table(speed, tables.SPEED_COLUMNS, optional=("model", "note"))
         sections = tuple(make_speed_sections(speed, styles))
         last.insert(0, Part(title="Speed", tables=(("", table),), sections=sections))
     if scored:
-        table = tables.make_table(scored, tables.ALL, optional=("model", "split", "batch", "memory MB", "note"))
+        table = tables.make_table(scored, tables.ALL_COLUMNS, optional=("model", "split", "batch", "memory MB", "note"))
         pictures.append(Part(title="All rows", tables=(("", table),), sortable=True))
     return Report(
         html=render_page(title, summary, [*headlines, *pictures, *last]),

@@ -60,11 +60,6 @@ def emphasize(lines: dict[MethodKey, Line], *, full: bool = False) -> list[Line]
     return [replace(line, style=replace(line.style, strong=method in strong)) for method, line in lines.items()]
 
 
-def is_sweep(lines: Iterable[Line]) -> bool:
-    """Return whether a method has several budgets."""
-    return any(len(line.points) > 1 for line in lines)
-
-
 def make_legend(methods: Iterable[MethodKey], styles: Styles) -> tuple[tuple[Style, str], ...]:
     """Return (style, label) of methods, each once and in order."""
     return tuple((styles[method], method.label) for method in sorted(set(methods), key=lambda method: method.order))

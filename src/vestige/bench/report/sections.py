@@ -9,7 +9,6 @@ from vestige.bench.report.lines import (
     Styles,
     emphasize,
     find_full,
-    is_sweep,
     make_legend,
     trace_rows,
 )
@@ -61,7 +60,7 @@ def _show_families(mean: Mean, styles: Styles) -> Section:
     controls = [method for method in lines if method.kind == "control" and method.peer is None]
     pictures, shown = [], set(controls)
     # The picture of the one task is below; families tell more of several tasks, or of many methods.
-    is_worthwhile = is_sweep(lines.values()) and (len(mean.tasks) > 1 or len(lines) > STRONGEST)
+    is_worthwhile = _is_sweep(lines) and (len(mean.tasks) > 1 or len(lines) > STRONGEST)
     for family, members in _group_by_family(lines).items() if is_worthwhile else ():
         strong = [replace(lines[method], style=replace(lines[method].style, strong=True)) for method in members]
         shown |= set(members)
@@ -78,6 +77,10 @@ def _show_families(mean: Mean, styles: Styles) -> Section:
     return Section(
         title=f"Headline: {mean.title}", text=text, pictures=tuple(pictures), legend=make_legend(shown, styles)
     )
+
+
+def _is_sweep(lines: dict[MethodKey, Line]) -> bool:
+    return any(len(line.points) > 1 for line in lines.values())  # some method has several budgets
 
 
 def _group_by_family(methods: Iterable[MethodKey]) -> dict[str, list[MethodKey]]:
@@ -106,7 +109,7 @@ def _show_tasks(rows: Sequence[Row], styles: Styles) -> Section:
 
 
 def _draw_task(title: str, lines: dict[MethodKey, Line], level: Point | None) -> str:
-    if is_sweep(lines.values()):
+    if _is_sweep(lines):
         return plots.draw_line_chart(title, emphasize(lines), _BYTES, level=level)
     singles = [line for method, line in lines.items() if method.kind != "full"]
     notes = [f"{100 * line.points[0].x:.0f} % bytes" for line in singles]

@@ -95,11 +95,11 @@ _COLUMNS: dict[str, Column] = {
     "note": lambda row: Cell("random weights") if row.get("random_weights") else _make_text("note")(row),
     "reason": _make_text("error", "nothing was measured"),
 }
-TASK = ("method", "budget", "score", "95 % interval", "n", "kept", "bytes", "MB", "decode ms")
-ALL = (
-    "task", "length", *TASK, "peak MB", "memory MB", "prefill s", "evict s", "batch", "model", "split", "note",
+TASK_COLUMNS = ("method", "budget", "score", "95 % interval", "n", "kept", "bytes", "MB", "decode ms")
+ALL_COLUMNS = (
+    "task", "length", *TASK_COLUMNS, "peak MB", "memory MB", "prefill s", "evict s", "batch", "model", "split", "note",
 )  # fmt: skip
-SPEED_TABLE = (
+SPEED_COLUMNS = (
     "length", "batch", "method", "budget", "decode ms", "floor ms", "decode / floor", "speedup", "prefill s",
     "prefill / full", "evict s", "MB", "peak MB", "model", "note",
 )  # fmt: skip
