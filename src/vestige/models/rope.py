@@ -72,12 +72,9 @@ class Rope:
     def embeddings(
         self, like: Tensor, positions: Int[Tensor, "batch tokens"], layer_idx: int
     ) -> tuple[Float[Tensor, "_batch tokens rotary"], Float[Tensor, "_batch tokens rotary"]]:
-        """Return cosines and sines as the decoder passes them to the layer.
+        """Return cosines and sines as the decoder passes them to the layer, in the dtype and on the device of ``like``.
 
-        Args:
-            like: Gives dtype and device.
-            positions: Position of each token.
-            layer_idx: The layer; one without RoPE gets ones and zeros, which rotate nothing.
+        A layer without RoPE gets ones and zeros, which rotate nothing.
         """
         return self.layers[layer_idx].angles(like, positions.long())
 
