@@ -184,11 +184,9 @@ class LayerMemory:
         flat = query.float().reshape(rows.stop - rows.start, -1, query.shape[-1])
         found = self.memory.recall(state, MemoryQuery(layer_idx=self.layer_idx, queries=flat, scale=scale))
         output = found.output.reshape(*query.shape[:3], -1)
-        return (
-            AdditiveOutput(output)
-            if isinstance(found, AdditiveOutput)
-            else PartialAttention(output, found.lse.reshape(query.shape[:3]))
-        )
+        if isinstance(found, AdditiveOutput):
+            return AdditiveOutput(output)
+        return PartialAttention(output, found.lse.reshape(query.shape[:3]))
 
     def select(self, rows: Sequence[int]) -> "LayerMemory":
         """Return the memory of these rows, in this order, sharing no storage."""

@@ -37,12 +37,10 @@ class Rope:
     Vectors come as ``... tokens head_dim``, positions as ``tokens`` (the same for all leading axes) or ``batch
     tokens``, where batch is the first axis of the vectors. Everything is computed in float32 or wider and returned in
     the dtype of the input; nothing is modified.
-
-    Args:
-        layers: Rotation of each evictable layer, by layer index.
     """
 
     layers: Mapping[int, Rotation]
+    """Rotation of each evictable layer, by layer index."""
 
     def rotate(
         self, x: Float[Tensor, "*lead tokens head_dim"], positions: Int[Tensor, "*batch tokens"], layer_idx: int

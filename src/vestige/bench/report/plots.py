@@ -103,8 +103,8 @@ def draw_dot_chart(title: str, lines: Sequence[Line], notes: Sequence[str], *, l
         axes.set(xlabel="score", xlim=(-0.03, 1.03), ylim=(len(lines) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        scores = [f"{line.label}: {_format_value(line.points[0], SCORE)}" for line in lines]
-        words = [f"{score} ({note})" for score, note in zip(scores, notes, strict=True)]
+        scores = [_format_value(line.points[0], SCORE) for line in lines]
+        words = [f"{line.label}: {y} ({note})" for line, y, note in zip(lines, scores, notes, strict=True)]
         return to_svg(figure, f"{title}. {'; '.join(words)}")
 
 

@@ -64,9 +64,8 @@ def _show_families(mean: Mean, styles: Styles) -> Section:
     for family, members in _group_by_family(lines).items() if is_worthwhile else ():
         strong = [replace(lines[method], style=replace(lines[method].style, strong=True)) for method in members]
         shown |= set(members)
-        pictures.append(
-            plots.draw_line_chart(family, [*strong, *(lines[method] for method in controls)], _BYTES, level=level)
-        )
+        drawn = [*strong, *(lines[method] for method in controls)]
+        pictures.append(plots.draw_line_chart(family, drawn, _BYTES, level=level))
     text = (
         "Score against measured bytes, a picture for each family of methods: ours solid, other packages dashed, the "
         "controls in grey behind them. Higher and further left is better. The black line is the full cache, the band "
