@@ -144,7 +144,7 @@ def test_the_press_is_handed_what_it_would_find_in_kvpress():
 def test_without_hidden_states_nothing_is_recorded_and_the_tensor_is_empty(options):
     press = Norms()
     cache = read(from_kvpress(press, budget=Budget.tokens(10), **SMALL, **options), batch=2)
-    assert not cache.evictable[0].rings and cache.rope is None
+    assert not cache.evictable[0].rings and cache.state.rope is None
     assert all(hidden.shape[:2] == (2, 0) and kwargs == {} for _, hidden, *_, kwargs in press.calls)
 
 

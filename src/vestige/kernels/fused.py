@@ -28,12 +28,7 @@ def fused(
 ) -> tuple[Float[Tensor, "batch heads new value_dim"], Float[Tensor, "batch heads new"]]:
     """Return the attention output of every query, and its log-sum-exp; requires :func:`can_fuse`.
 
-    Args:
-        query: Queries.
-        keys: Keys of the pairs, in the dtype of the queries.
-        values: Values of the pairs.
-        scaling: Factor on the products.
-        bias: Term added to the scaled products.
+    Keys have the dtype of the queries; ``bias`` is added to the products after ``scaling``.
     """
     assert KERNEL is not None, "the caller has checked"
     return KERNEL(query, keys, values, attn_mask=bias, scale=scaling)

@@ -23,11 +23,7 @@ class PartialAttention:
 
 @dataclass(frozen=True)
 class AdditiveOutput:
-    """A term added to attention over the kept pairs, outside its softmax.
-
-    Args:
-        output: The term; zeros where there is nothing to add.
-    """
+    """A term added to attention over the kept pairs, outside its softmax; zeros where there is nothing to add."""
 
     output: Float[Tensor, "*queries value_dim"]
 

@@ -203,12 +203,7 @@ def written_out(
 ) -> Float[Tensor, "batch heads new value_dim"]:
     """Attend by the formula, for softcap (Gemma 2) and sinks (gpt_oss), which fused kernels lack.
 
-    Args:
-        query: New queries.
-        keys: Keys of the pairs.
-        values: Values of the pairs.
-        mask: Bool (True is visible) or additive, broadcast to ``batch heads new held``; None hides nothing.
-        scale: Factor, softcap and sinks.
+    ``mask`` is bool (True is visible) or additive, and broadcasts to ``batch heads new held``; None hides nothing.
     """
     groups = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)

@@ -17,12 +17,7 @@ def attend_weighted(
 ) -> PartialAttention:
     """Return the attention of each row's queries over its pairs, where a pair counts ``exp(log_mass)`` times.
 
-    Args:
-        queries: Queries after RoPE, in float32.
-        keys: Keys in float32.
-        values: Values in float32.
-        log_mass: Log of each pair's weight, finite; large and negative for a pair without weight.
-        scale: Factor and softcap of the layer.
+    All inputs are in float32, queries after RoPE. ``log_mass`` is finite; large and negative for a pair without weight.
     """
     bias = log_mass[:, None]
     if scale.softcap is None and can_fuse(queries, keys, values, log_mass):

@@ -151,13 +151,7 @@ def log_count(count: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMemory:
-    """State of one layer's memory: row ``batch_idx * kv_heads + head`` as in the layer.
-
-    Args:
-        memory: The memory that the state belongs to.
-        layer_idx: Index of the layer in the model.
-        state: The memory's tensors.
-    """
+    """State of one layer's memory: row ``batch_idx * kv_heads + head`` as in the layer."""
 
     memory: Memory
     layer_idx: int
@@ -181,23 +175,18 @@ class LayerMemory:
     def recall(
         self, query: Float[Tensor, "batch heads new head_dim"], rows: slice, scale: AttentionScale
     ) -> PartialAttention | AdditiveOutput:
-        """Return what queries read from the memory, ``batch heads new ...``.
+        """Return the output of queries that read ``rows`` of the memory, ``batch heads new ...``.
 
-        Args:
-            query: Queries after RoPE, of the batch rows that ``rows`` belong to.
-            rows: Rows that they read.
-            scale: Factor and softcap of the layer.
+        Queries are after RoPE, those of the batch rows that ``rows`` belong to.
         """
         every = rows.stop - rows.start == len(next(iter(self.state.values())))
         state = self.state if every else {name: x[rows] for name, x in self.state.items()}
         flat = query.float().reshape(rows.stop - rows.start, -1, query.shape[-1])
         found = self.memory.recall(state, MemoryQuery(layer_idx=self.layer_idx, queries=flat, scale=scale))
         output = found.output.reshape(*query.shape[:3], -1)
-        return (
-            AdditiveOutput(output)
-            if isinstance(found, AdditiveOutput)
-            else PartialAttention(output, found.lse.reshape(query.shape[:3]))
-        )
+        if isinstance(found, AdditiveOutput):
+            return AdditiveOutput(output)
+        return PartialAttention(output, found.lse.reshape(query.shape[:3]))
 
     def select(self, rows: Sequence[int]) -> "LayerMemory":
         """Return the memory of these rows, in this order, sharing no storage."""

@@ -36,19 +36,11 @@ class LearnedMemory(Memory):
             raise PolicyError(f"memory {self.kind!r} was given the weights of a {self.latent.config.kind} memory")
 
     def bind(self, model: PreTrainedModel) -> "LearnedMemory":
-        """Return this memory with its weights loaded.
-
-        Raises:
-            ModelError: The weights are missing, damaged, or made for another model.
-        """
+        """Return this memory with its weights loaded; raise a ModelError if none fit the model or they are damaged."""
         return replace(self, latent=_WEIGHTS[self.kind].refresh(self.latent, model))
 
     def weights_for(self, model: PreTrainedModel) -> Latent:
-        """Return the weights for a model.
-
-        Raises:
-            ModelError: As :meth:`bind`.
-        """
+        """Return the weights for a model, as :meth:`bind` loads them."""
         return self.bind(model).weights
 
     @property

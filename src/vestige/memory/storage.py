@@ -22,11 +22,8 @@ def update_means(
 ) -> Float[Tensor, "rows groups dim"]:
     """Return means after an addition or a removal; means of unchanged groups stay bit for bit.
 
-    Args:
-        means: Mean of each group before.
-        sums: Weighted sum of the added members, negative for removed ones.
-        added: Their weight, negative for removed ones.
-        total: Weight of each group afterwards.
+    ``sums`` and ``added`` are the weighted sum and the weight of the added members, negative for removed ones;
+    ``total`` is the weight of each group afterwards.
     """
     tiny = torch.finfo(total.dtype).tiny
     return means + (sums - added[..., None] * means) / total.clamp_min(tiny)[..., None]

@@ -40,13 +40,10 @@ class RollbackCache(FedCache, Protocol):
 def forward(
     model: PreTrainedModel, ids: Int[Tensor, "batch new"], cache: FedCache, mask: Int[Tensor, "batch new"] | None = None
 ) -> Float[Tensor, "batch vocab"]:
-    """Feed ids and return the logits after the last one.
+    """Feed ids, which follow the tokens of the cache, to an attached model and return the logits after the last one.
 
-    Args:
-        model: An attached model.
-        ids: Ids that follow the tokens of the cache.
-        cache: Changed in place; it settles when due, as under ``generate``.
-        mask: 0 for pads, which must be at the left.
+    The cache is changed in place; it settles when due, as under ``generate``. ``mask`` is 0 for pads, which must be at
+    the left.
     """
     inputs: dict[str, Tensor | int] = {**padding_inputs(ids, cache, mask)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -62,10 +59,7 @@ def padding_inputs(
 ) -> dict[str, Tensor]:
     """Return the mask and the positions for a forward of padded batch rows; nothing if no row is padded.
 
-    Args:
-        ids: Ids that follow the tokens of the cache.
-        cache: The cache of the forward.
-        mask: 0 for pads among the ids.
+    The ids follow the tokens of the cache; ``mask`` is 0 for pads among them.
     """
     if mask is None and not cache.padded:
         return {}
@@ -98,14 +92,8 @@ def replay(
 ) -> None:
     """Feed ids to a cache, call ``watch`` with every row that they attend to, and undo the forward.
 
-    Only the values that ``watch`` wrote into side arrays of older pairs stay.
-
-    Args:
-        model: An attached model.
-        ids: Ids of each batch row; rows may differ.
-        cache: Holds the pairs that the ids attend to.
-        watch: Called with each row of each layer, but not for batch rows that have only pads.
-        mask: 0 for pads, which must be at the left.
+    Only the values that ``watch`` wrote into side arrays of older pairs stay. It is called with each row of each layer
+    of the attached model, but not for batch rows that have only pads. ``mask`` is 0 for pads, which must be left.
     """
     with torch.no_grad(), cache.rolled_back(watch):
         forward(model, ids, cache, mask)

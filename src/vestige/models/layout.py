@@ -8,7 +8,6 @@ import inspect
 import json
 import sys
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,7 +215,6 @@ def _rope_error(layout: ModelLayout, reason: str) -> ModelError:
 
 
 def _find_rotation(layout: ModelLayout, layer_idx: int) -> Rotation:
-    """Return the rotation that a layer applies to its keys."""
     module, rotary = layout.attentions[layer_idx], getattr(layout.decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
@@ -269,18 +267,13 @@ def _keys_at(layout: ModelLayout, layer_idx: int, angles: Any, positions: Tensor
         "attention_mask": None,
         CACHE_NAME: cache,
     }
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     with torch.no_grad():
-        module(**given, **{name: {} for name in _required_arguments(module) if name not in given})
+        module(**{name: {} for name in required} | given)  # gemma4 requires a dict of shared pairs
     stored: Any = cache.layers[layer_idx]
     keys: Tensor = stored.keys
     return keys
-
-
-def _required_arguments(module: nn.Module) -> Iterator[str]:
-    """Yield the names of a module's required arguments; gemma4 requires a dict of shared pairs."""
-    for name, parameter in inspect.signature(module.forward).parameters.items():
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            yield name
 
 
 def _explains(rotation: Rotation, keys: Tensor, positions: Tensor) -> bool:

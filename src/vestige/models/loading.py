@@ -81,9 +81,6 @@ def _is_on_hub(name: str) -> bool:
     """Return whether the hub has a model of this id; False if it cannot be reached but there is a cached copy.
 
     This is one short request: from_pretrained retries for 15 seconds when offline.
-
-    Raises:
-        ModelError: The hub has no such model, or cannot be reached and there is no cached copy.
     """
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 

@@ -10,11 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class OutputProjection:
-    """The output projection of one attention module, cut by query head; nothing is copied before a norm is needed.
-
-    Args:
-        weight: Matrix that multiplies each query head's output.
-    """
+    """The output projection of one attention module, cut by query head; nothing is copied before a norm is needed."""
 
     weight: Float[Tensor, "heads value_dim hidden"]
 

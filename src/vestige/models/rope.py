@@ -37,12 +37,10 @@ class Rope:
     Vectors come as ``... tokens head_dim``, positions as ``tokens`` (the same for all leading axes) or ``batch
     tokens``, where batch is the first axis of the vectors. Everything is computed in float32 or wider and returned in
     the dtype of the input; nothing is modified.
-
-    Args:
-        layers: Rotation of each evictable layer, by layer index.
     """
 
     layers: Mapping[int, Rotation]
+    """Rotation of each evictable layer, by layer index."""
 
     def rotate(
         self, x: Float[Tensor, "*lead tokens head_dim"], positions: Int[Tensor, "*batch tokens"], layer_idx: int
@@ -72,12 +70,9 @@ class Rope:
     def embeddings(
         self, like: Tensor, positions: Int[Tensor, "batch tokens"], layer_idx: int
     ) -> tuple[Float[Tensor, "_batch tokens rotary"], Float[Tensor, "_batch tokens rotary"]]:
-        """Return cosines and sines as the decoder passes them to the layer.
+        """Return cosines and sines as the decoder passes them to the layer, in the dtype and on the device of ``like``.
 
-        Args:
-            like: Gives dtype and device.
-            positions: Position of each token.
-            layer_idx: The layer; one without RoPE gets ones and zeros, which rotate nothing.
+        A layer without RoPE gets ones and zeros, which rotate nothing.
         """
         return self.layers[layer_idx].angles(like, positions.long())
 

@@ -90,11 +90,7 @@ class Policy(ABC):
         return self.sink + self.window
 
     def protected_ends(self, pair_limit: int) -> tuple[int, int]:
-        """Return the numbers of first and of latest tokens that a row never evicts.
-
-        Args:
-            pair_limit: Average pairs per row.
-        """
+        """Return the numbers of first and of latest tokens that a row never evicts, by the average pairs per row."""
         first, recent = (Budget.share_of(pair_limit, share) for share in (self.first_share, self.recent_share))
         return max(self.sink, first), max(self.window, recent)
 
@@ -153,12 +149,8 @@ class NeedsReplay(Protocol):
     def prepare(self, model: Any, cache: ReplayCache, ids: Int[Tensor, "batch new"]) -> None:
         """Run them and leave the cache as it was, except for the policy's own annotations.
 
-        What they write must not depend on the budget: one reading prepares for all budgets.
-
-        Args:
-            model: An attached model.
-            cache: Has read the ids; :func:`vestige.models.forward.replay` feeds it more and takes that back.
-            ids: What was read last.
+        These must not depend on the budget: one reading prepares for all budgets. The cache of the attached model has
+        read the ids last; :func:`vestige.models.forward.replay` feeds it more and takes that back.
         """
 
 
@@ -215,11 +207,7 @@ class ResetsStatistics(Protocol):
     """A policy whose side arrays accumulate queries since the last eviction."""
 
     def renew(self, annotations: Mapping[str, Tensor]) -> None:
-        """Reset the statistics in place, after an eviction at the end of a text or while generating.
-
-        Args:
-            annotations: Side arrays of one row.
-        """
+        """Reset the side arrays of one row in place, after an eviction at the end of a text or while generating."""
 
 
 @runtime_checkable

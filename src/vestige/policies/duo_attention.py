@@ -82,7 +82,6 @@ class DuoAttention(Policy):
         return wanted.float()
 
     def _find_retrieval(self, obs: Observation, row: Row) -> float:
-        """Return the retrieval score of a row's head."""
         if self.retrieval is None:
             return self._measure_retrieval(obs, row)
         layers, heads = len(self.retrieval), {len(layer) for layer in self.retrieval}

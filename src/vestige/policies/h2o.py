@@ -43,7 +43,9 @@ class H2O(Policy):
         received = view.annotations["received"]
         blocks = zip(view.queries.split(QUERY_BLOCK, 1), view.query_positions.split(QUERY_BLOCK), strict=True)
         for queries, at in blocks:
-            end = _find_visible_end(at, view) if len(view.query_positions) > QUERY_BLOCK else len(received)
+            end = len(received)
+            if len(view.query_positions) > QUERY_BLOCK:  # no query of the block sees later pairs: half the work
+                end = int((view.positions <= at.max()).nonzero()[-1]) + 1
             keys, positions = view.keys[:end], view.positions[:end]
             weights = compute_attention(queries, at, keys, positions, view.attention)
             received[:end] += weights.sum(1).mean(0).detach()  # learned sinks carry gradients
@@ -51,8 +53,3 @@ class H2O(Policy):
     def score(self, obs: Observation) -> Float[Tensor, " held"]:
         """Return the attention that each pair received."""
         return obs.annotations["received"].float()
-
-
-def _find_visible_end(at: Tensor, view: RowView) -> int:
-    """Return the end of the pairs that any of these queries sees, which halves the work on a long text."""
-    return int((view.positions <= at.max()).nonzero()[-1]) + 1

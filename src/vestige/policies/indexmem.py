@@ -69,11 +69,7 @@ class IndexMem(Policy):
             )
 
     def weights_for(self, model: PreTrainedModel) -> Indexer:
-        """Return the indexer for a model.
-
-        Raises:
-            ModelError: As :meth:`bind`.
-        """
+        """Return the indexer for a model, as :meth:`bind` loads it."""
         return _WEIGHTS.refresh(self.indexer, model)
 
     def annotate(self, new: NewPairs) -> Mapping[str, Tensor]:

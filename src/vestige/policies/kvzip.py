@@ -107,12 +107,7 @@ class KVzip(Policy):
         return min(size, free)
 
     def _record_attention(self, spans: Sequence[range], view: RowView) -> None:
-        """Record the highest attention of the replay to each pair of a row's chunk.
-
-        Args:
-            spans: Positions that each batch row replays now.
-            view: The row.
-        """
+        """Record the highest attention of the replay to each pair of a row's chunk, by the positions it replays."""
         span, positions, at = spans[view.batch], view.positions, view.query_positions
         own = positions >= at[0]
         chunk = (positions >= span.start) & (positions < span.stop) & ~own
@@ -147,11 +142,7 @@ def _find_request(model: Any) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def _tokenize_request(home: str) -> tuple[int, ...]:
-    """Return the request in the chat template of the tokenizer in the model's folder.
-
-    Raises:
-        PolicyError: The folder has no tokenizer.
-    """
+    """Return the request in the chat template of the tokenizer in the model's folder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(home)
     except Exception as error:  # transformers raises many types, tokenizers a bare Exception

@@ -37,16 +37,11 @@ class PyramidKV(SnapKV):
         self, scores: Float[Tensor, " held"], index: RowIndex, pair_limits: Int[Tensor, " batch"]
     ) -> Float[Tensor, " rows"]:
         """Return the pairs wanted for each row: linear over the layers, whatever the scores."""
-        depth, layers = _find_depth(index)
+        layers, depth = torch.unique(index.layer, return_inverse=True)
+        last = len(layers) - 1
         base = (pair_limits - self.protected).clamp_min(0).float()
         longest = torch.zeros_like(pair_limits).scatter_reduce(0, index.batch, index.lengths, "amax")
         most = torch.minimum(2 * base - base / self.beta, (longest - self.protected).clamp_min(0))
         most = torch.maximum(most, base)  # a budget above the seen tokens keeps all
-        level = 1 - 2 * depth / max(layers - 1, 1) if layers > 1 else torch.zeros_like(depth)  # 1 first, -1 last
+        level = 1 - 2 * depth / last if last > 0 else torch.zeros_like(depth)  # 1 first, -1 last
         return self.protected + base[index.batch] + level * (most - base)[index.batch]
-
-
-def _find_depth(index: RowIndex) -> tuple[Int[Tensor, " rows"], int]:
-    """Return the number of evictable layers below each row's layer, and in total."""
-    layers, depth = torch.unique(index.layer, return_inverse=True)
-    return depth, len(layers)

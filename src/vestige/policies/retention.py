@@ -47,19 +47,11 @@ class Retention(Policy):
             raise PolicyError(f"horizon must be at least 1, got {self.horizon!r}")
 
     def bind(self, model: PreTrainedModel) -> None:
-        """Load the gates, or check those given.
-
-        Raises:
-            ModelError: The gates are missing, damaged, or made for another model.
-        """
+        """Load the gates, or check those given; raise a ModelError if none fit the model or they are damaged."""
         self.weights_for(model)
 
     def weights_for(self, model: PreTrainedModel) -> Gates:
-        """Return the gates for a model: given ones as they are, loaded ones in the model's dtype.
-
-        Raises:
-            ModelError: As :meth:`bind`.
-        """
+        """Return the gates for a model, as :meth:`bind` loads them: given ones as they are, others in its dtype."""
         return _WEIGHTS.refresh(self.gates, model)
 
     def annotate(self, new: NewPairs) -> Mapping[str, Tensor]:
@@ -80,10 +72,7 @@ def compute_log_worth(
 ) -> Float[Tensor, " pairs"]:
     """Return the log of the sum of ``beta^age, beta^(age+1), ...``, ``horizon`` terms, in closed form.
 
-    Args:
-        log_beta: Log retention, not positive.
-        age: Tokens from the pair to the next query.
-        horizon: Number of terms; with 1 the result is ``age * log_beta``.
+    ``log_beta`` is not positive; ``age`` counts the tokens from a pair to the next query.
     """
     first = age * log_beta
     if horizon == 1:

@@ -15,10 +15,7 @@ def compute_observed_attention(
 ) -> tuple[Float[Tensor, "queries_per_kv latest row_held"], int]:
     """Return the attention that the latest queries pay to one row's pairs, and the first query's position.
 
-    Args:
-        obs: The layer.
-        row: The row whose pairs are scored.
-        observed: Number of queries; the result has fewer if fewer were seen.
+    There are fewer than ``observed`` queries if fewer were seen.
     """
     assert obs.attention is not None, "the cache records queries for every policy that needs them"
     queries = obs.queries[row.batch][:, -observed:]
@@ -38,12 +35,7 @@ def compute_attention(
 ) -> Float[Tensor, "queries_per_kv some row_held"]:
     """Return softmax attention over the pairs of a row, in float32; later pairs and pads get 0.
 
-    Args:
-        queries: Queries of the heads that read the row.
-        query_positions: Position of each query, ascending.
-        keys: Keys of the row.
-        positions: Position of each pair; -1 for pads.
-        scale: Factor, softcap and sinks of these heads.
+    Positions of queries ascend; those of pads are -1. ``scale`` is that of the heads that read the row.
     """
     logits = scale.capped(queries.float() @ keys.float().T * scale.scaling)
     pads, late = positions < 0, (positions > query_positions[:1]).nonzero()
@@ -60,12 +52,7 @@ def compute_attention(
 
 
 def average_over_heads(obs: Observation, scores: Float[Tensor, " held"]) -> Float[Tensor, " held"]:
-    """Return each token's mean score over the KV heads that hold it, the same for all of them.
-
-    Args:
-        obs: The layer.
-        scores: Scores of its pairs.
-    """
+    """Return each token's mean score over the KV heads that hold it, the same for all of them."""
     means = torch.empty_like(scores)
     for b, length in enumerate(obs.seen):
         pairs = slice(*(obs.cu_seqlens[row * obs.kv_heads] for row in (b, b + 1)))
@@ -86,12 +73,8 @@ def check_pooling(observed: int, kernel: int) -> None:
 def pool_scores(scores: Float[Tensor, " row_held"], kernel: int, causal: bool = False) -> Float[Tensor, " row_held"]:
     """Return averages over ``kernel`` neighbouring pairs (odd), with zeros beyond the ends.
 
-    An important token raises its neighbours; after an eviction these are the neighbours still held.
-
-    Args:
-        scores: Scores of one row, in time order.
-        kernel: Number of pairs in an average.
-        causal: Average a pair with those before it, so that a score reaches only later tokens.
+    An important token raises its neighbours; after an eviction these are the neighbours still held. ``causal`` averages
+    a pair with those before it, so that a score reaches only later tokens.
     """
     before = kernel - 1 if causal else kernel // 2
     return avg_pool1d(pad(scores[None], (before, kernel - 1 - before)), kernel, stride=1)[0]

@@ -35,13 +35,7 @@ def parse_share(name: str) -> Share:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Lengths, layers and batch rows of all packed rows, layer by layer, in (batch, kv_head) order within a layer.
-
-    Args:
-        lengths: Pairs of each row.
-        layer: Layer of each row.
-        batch: Batch row of each row.
-    """
+    """Length, layer and batch row of every packed row, layer by layer, in (batch, kv_head) order within a layer."""
 
     lengths: Int[Tensor, " rows"]
     layer: Int[Tensor, " rows"]
@@ -103,27 +97,15 @@ def select(
         scores = comparable if share == "model" else scores
     first, groups, totals = None, index.row, counts
     if totals is None:
-        first = (
-            _keep_floor(scores, positions, protected, index, pair_limits, floor) if floor and share != "head" else None
-        )
+        if floor and share != "head":
+            floors = torch.tensor([Budget.share_of(int(n), floor) for n in pair_limits], device=scores.device)
+            least = torch.maximum(floors[index.batch], count_protected(protected, index))
+            first = keep_topk(scores, positions, protected, index.row, least)
         of_row = index.groups(share)
         groups = of_row[index.row]
         totals = torch.zeros(int(of_row.max()) + 1, dtype=torch.long, device=scores.device)
         totals.index_add_(0, of_row, pair_limits[index.batch])
     return keep_topk(scores, positions, protected, groups, totals, first) & worthy
-
-
-def _keep_floor(
-    scores: Tensor,
-    positions: Tensor,
-    protected: Tensor,
-    index: RowIndex,
-    pair_limits: Int[Tensor, " batch"],
-    floor: float,
-) -> Bool[Tensor, " held"]:
-    """Return a mask of the pairs that rows keep before they compete."""
-    floors = torch.tensor([Budget.share_of(int(n), floor) for n in pair_limits], device=scores.device)[index.batch]
-    return keep_topk(scores, positions, protected, index.row, torch.maximum(floors, count_protected(protected, index)))
 
 
 def keep_topk(
@@ -141,7 +123,7 @@ def keep_topk(
     Raises:
         BudgetError: A group protects more pairs than its count; the message gives both.
     """
-    fixed = _count_protected(groups, protected, len(counts))
+    fixed = torch.zeros_like(counts).index_add_(0, groups, protected.to(counts))
     if bool((fixed > counts).any()):
         worst = int((fixed - counts).argmax())
         raise BudgetError(f"{int(fixed[worst])} pairs are protected, the budget has room for {int(counts[worst])}")
@@ -175,14 +157,7 @@ def apportion(
     """Return integers proportional to ``wanted``, clamped to [least, most], that sum to the total of each batch row.
 
     The excess of a clamped row goes to the other rows in proportion. If the total is out of reach, all rows get their
-    least, or their most. The largest remainders are rounded up.
-
-    Args:
-        wanted: Pairs wanted for each row, non-negative; only the proportions matter.
-        least: Pairs that each row must keep.
-        most: Pairs that each row holds.
-        batch: Batch row of each row.
-        totals: Pairs of each batch row, summed over its rows.
+    least, or their most. The largest remainders are rounded up. ``wanted`` is not negative.
     """
     counts = torch.zeros_like(least)
     for b, total in enumerate(totals.tolist()):
@@ -212,7 +187,7 @@ def _find_factor(share: Tensor, low: Tensor, high: Tensor, target: int) -> float
 
 def count_protected(protected: Bool[Tensor, " held"], index: RowIndex) -> Int[Tensor, " rows"]:
     """Return the number of protected pairs in each row."""
-    return _count_protected(index.row, protected, len(index.lengths))
+    return torch.zeros_like(index.lengths).index_add_(0, index.row, protected.to(index.lengths))
 
 
 def rescale(
@@ -224,13 +199,8 @@ def rescale(
     """Return scores that can be compared between layers; the order within a layer stays.
 
     ``calibrated`` leaves them. ``mass`` divides by the layer's sum over unprotected pairs. ``signed`` takes the z-score
-    over the layer's unprotected pairs.
-
-    Args:
-        scores: Importance, larger means keep.
-        protected: True where a pair must stay: the large scores of sinks would deflate their layer.
-        layers: Layer (of a batch row) of each pair.
-        scale: One of the three.
+    over the layer's unprotected pairs. Protected pairs do not count: the large scores of sinks would deflate their
+    layer. ``layers`` is the layer (of a batch row) of each pair.
     """
     if scale == "calibrated":
         return scores
@@ -255,9 +225,3 @@ def refuse_nan(scores: Float[Tensor, " held"], index: RowIndex) -> None:
     if bool(bad.any()):
         layer = int(index.layer[index.row[bad.nonzero()[0, 0]]])
         raise PolicyError(f"{int(bad.sum())} scores are NaN, the first in layer {layer}; nothing was evicted")
-
-
-def _count_protected(
-    groups: Int[Tensor, " held"], protected: Bool[Tensor, " held"], num_groups: int
-) -> Int[Tensor, " groups"]:
-    return torch.zeros(num_groups, dtype=torch.long, device=groups.device).index_add_(0, groups, protected.long())

@@ -25,12 +25,7 @@ def read_text(path: Path) -> str:
 
 
 def require_text(text: str, name: str) -> str:
-    """Return the text, or raise an InputError if it is empty or cannot be written as UTF-8.
-
-    Args:
-        text: Text of the user.
-        name: Name of its source, for the message.
-    """
+    """Return the text, or raise an InputError with its source's name if it is empty or cannot be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -75,7 +75,8 @@ def read(path: Path) -> list[Entry]:
         InputError: The file is missing, unreadable, not UTF-8 or empty, or a line is not a JSON object.
     """
     lines = read_text(path).removeprefix("\ufeff").split("\n")  # splitlines would break inside texts, at U+2028
-    return [_parse_line(line, n, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    places = [(n, f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    return [entry(_loads(line, where), where, n) for n, where, line in places]
 
 
 def read_whole(path: Path) -> Any:
@@ -85,10 +86,6 @@ def read_whole(path: Path) -> Any:
         InputError: The file is missing, unreadable, not UTF-8 or empty, or not JSON; it gives the line.
     """
     return _loads(read_text(path).removeprefix("\ufeff"), str(path))
-
-
-def _parse_line(line: str, number: int, where: str) -> Entry:
-    return entry(_loads(line, where), where, number)
 
 
 def _loads(text: str, where: str) -> Any:

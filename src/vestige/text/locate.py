@@ -13,10 +13,7 @@ SHOWN = 5
 def find(text: str, part: str, offsets: Sequence[tuple[int, int]]) -> Span:
     """Return the span of the tokens that share a character with a passage, white space excepted.
 
-    Args:
-        text: The text that was tokenised.
-        part: A passage of the text, which must occur once.
-        offsets: Characters of each token.
+    The passage must occur once in the text; ``offsets`` are the characters of each of its tokens.
 
     Raises:
         InputError: The passage is empty, does not occur, occurs more than once (the places are listed), or reaches into

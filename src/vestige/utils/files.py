@@ -26,9 +26,7 @@ def write_atomically(path: Path, text: str) -> None:
 def require_new(path: Path, hint: str = "") -> None:
     """Raise an InputError unless a new folder can be made: nothing exists at its path, or an empty folder.
 
-    Args:
-        path: Path of the new folder.
-        hint: Purpose of the folder, for the message, such as " for --save".
+    ``hint`` is its purpose, for the message, such as " for --save".
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not empty; name a new folder{hint}")
@@ -36,11 +34,7 @@ def require_new(path: Path, hint: str = "") -> None:
 
 @contextmanager
 def new_folder(path: Path, what: str) -> Iterator[Path]:
-    """Yield a temporary folder to fill, which is moved to its path at the end.
-
-    Args:
-        path: Path of the folder; parent folders are made.
-        what: Name of the contents, for the message.
+    """Yield a temporary folder to fill with ``what``, which is moved to its path at the end; parent folders are made.
 
     Raises:
         InputError: The path is taken, or cannot be written. No file is left.

@@ -26,12 +26,9 @@ def split(text: str) -> list[str]:
 
 
 def parse_options(text: str, kind: str, error: type[VestigeError]) -> tuple[str, dict[str, Any]]:
-    """Return a name and its options. A value is a Python literal, or else text: a word, a path, a hub id.
+    """Return a name and its options, or raise an ``error`` for a text that cannot be read.
 
-    Args:
-        text: Name with options.
-        kind: Kind of the named thing in messages, such as "policy".
-        error: Exception for a text that cannot be read.
+    A value is a Python literal, or else text: a word, a path, a hub id. ``kind`` is for messages, such as "policy".
     """
     name, bracket, rest = (part.strip() for part in text.partition("("))
     if not bracket:
@@ -50,15 +47,9 @@ def parse_options(text: str, kind: str, error: type[VestigeError]) -> tuple[str,
 def coerce_options(
     options: dict[str, Any], cls: Any, name: str, kind: str, error: type[VestigeError], *, taken: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Return options converted to the types of a dataclass's fields.
+    """Return options converted to the types of a dataclass's fields, or raise an ``error`` if one does not fit.
 
-    Args:
-        options: Value of each option.
-        cls: A dataclass.
-        name: Name of the class in messages.
-        kind: Kind of the class in messages.
-        error: Exception for an unknown option or a value of another type.
-        taken: Fields that cannot be options, because the caller sets them.
+    Name and kind of the class are for messages. Fields that are ``taken`` cannot be options: the caller sets them.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in taken}
     found = {}
@@ -79,11 +70,7 @@ _TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", 
 
 
 def _convert(value: Any, wanted: Any) -> Any:
-    """Return a parsed value as a type; a whole number becomes a float where a float is wanted.
-
-    Raises:
-        ValueError: The value is not of that type.
-    """
+    """Return a parsed value as a type (a whole number may become a float), or raise a ValueError."""
     args = get_args(wanted)
     if get_origin(wanted) is tuple and isinstance(value, tuple):
         return tuple(_convert(item, args[0]) for item in value)
@@ -107,7 +94,6 @@ def _type_name(wanted: Any) -> str:
 
 
 def _lists_to_tuples(value: Any) -> Any:
-    """Return a value with tuples in place of lists."""
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, tuple | list) else value
 
 
@@ -116,11 +102,7 @@ _CONSTANTS = {"true": "True", "false": "False", "none": "None"}
 
 
 def _parse_option(part: str) -> tuple[str, Any]:
-    """Return the name and the value of an option.
-
-    Raises:
-        ValueError: The text is not ``name=value``.
-    """
+    """Return the name and the value of an option, or raise a ValueError unless the text is ``name=value``."""
     option, _, value = (word.strip() for word in part.partition("="))
     if not option.isidentifier():
         raise ValueError(option)

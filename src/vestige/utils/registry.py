@@ -53,9 +53,7 @@ class Registry(Generic[Class, Made]):
     def parse(self, text: str, *, given: tuple[str, ...] = ()) -> tuple[str, Class, dict[str, Any]]:
         """Return the name, the class and the options of a text such as ``"snapkv(kernel=7)"``.
 
-        Args:
-            text: Name with options.
-            given: Fields of the class that the caller sets itself, so that they are no options.
+        Fields of the class that are ``given`` cannot be options: the caller sets them.
 
         Raises:
             VestigeError: An unknown name or option, or a value of another type, raised as the registry's error.
@@ -67,10 +65,7 @@ class Registry(Generic[Class, Made]):
         return name, cls, coerce_options(options, cls, name, self.kind, self.error, taken=given) if options else {}
 
     def make(self, text: str) -> Made:
-        """Return a new object of a named class, with options if the text has any; None for a name without a class.
-
-        Args:
-            text: A name, with options if wanted: ``"repair(share=0.3)"``, ``"moments(mass=4, dtype=float32)"``.
+        """Return a new object for a text such as ``"moments(mass=4, dtype=float32)"``; None for a name without a class.
 
         Raises:
             VestigeError: An unknown name or option, or a value out of range.
@@ -86,14 +81,9 @@ class Registry(Generic[Class, Made]):
 
     def attribute(self, name: str) -> Any:
         """Return a class by its own name: the ``__getattr__`` of the package."""
-        return member(name, self.members, self.package)
-
-
-def member(name: str, offered: Mapping[str, str], package: str) -> Any:
-    """Return an attribute of a package, for its ``__getattr__``."""
-    if name not in offered:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return load(offered[name])
+        if name not in self.members:
+            raise AttributeError(f"module {self.package!r} has no attribute {name!r}")
+        return load(self.members[name])
 
 
 def load(path: str) -> Any:

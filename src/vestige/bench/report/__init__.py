@@ -21,13 +21,14 @@ from vestige.bench.report.rows import (
     read_commands,
     read_rows,
 )
-from vestige.bench.report.sections import find_speed_methods, make_sections, make_speed_sections
+from vestige.bench.report.sections import DYNAMIC, make_sections, make_speed_sections
 from vestige.errors import InputError
 from vestige.utils.files import write_atomically
 
 __all__ = ["Report", "load_rows", "make_report", "read_rows", "report"]
 
 TITLE = "What KV cache eviction costs and saves"
+HEADLINE = "Score (95 % interval) · measured bytes in percent of the full cache, by method and budget."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,37 +83,30 @@ def make_report(rows: Sequence[Row], *, title: str = TITLE, commands: Sequence[s
         raise InputError("no rows to report on")
     measured, failed = [row for row in rows if not is_failed(row)], [row for row in rows if is_failed(row)]
     speed, scored = [row for row in measured if is_speed(row)], [row for row in measured if not is_speed(row)]
-    styles = assign_styles({*map(MethodKey.of, scored), *find_speed_methods(speed)})
+    styles = assign_styles({*map(MethodKey.of, measured), *([DYNAMIC] if speed else [])})
     summary = f"{len(rows)} rows" + (f", of which {len(failed)} failed." if failed else ".")
-    chapters = make_chapters(rows)
-    headlines = [part for chapter in chapters for part in _make_headlines(chapter.title, chapter.rows)]
-    pictures = [Part(title=chapter.title, sections=tuple(make_sections(chapter, styles))) for chapter in chapters]
-    by_task = [_make_task_part(chapter.title, chapter.rows) for chapter in chapters]
+    headlines, pictures, by_task = list[Part](), list[Part](), list[Part]()
+    for chapter, part in make_chapters(scored):
+        means = average_tasks(part)
+        if found := tuple((mean.title, tables.make_headline(mean)) for mean in means if mean.rows):
+            headlines.append(Part(title=f"Headline: {chapter}", text=HEADLINE, tables=found))
+        pictures.append(Part(title=chapter, sections=tuple(make_sections(part, means, styles))))
+        cells = group_by_cell(part).items()
+        found = tuple((tables.title_cell(*cell), tables.make_table(rows, tables.TASK_COLUMNS)) for cell, rows in cells)
+        by_task.append(Part(title=f"By task: {chapter}", tables=found))
     last = [Part(title="Provenance", facts=tuple(tables.list_provenance(rows)), commands=tuple(commands))]
     if failed:
-        last.insert(0, _make_failure_part(failed))
+        text = "These could not be measured; a reason is what the method itself said."
+        table = tables.make_table(failed, ("task", "length", "method", "budget", "reason"))
+        last.insert(0, Part(title="Failed rows", text=text, tables=(("", table),)))
     if speed:
+        table = tables.make_table(speed, tables.SPEED_COLUMNS, optional=("model", "note"))
         sections = tuple(make_speed_sections(speed, styles))
-        last.insert(0, Part(title="Speed", tables=(("", tables.make_speed_table(speed)),), sections=sections))
+        last.insert(0, Part(title="Speed", tables=(("", table),), sections=sections))
     if scored:
-        pictures.append(Part(title="All rows", tables=(("", tables.make_table(scored)),), sortable=True))
+        table = tables.make_table(scored, tables.ALL_COLUMNS, optional=("model", "split", "batch", "memory MB", "note"))
+        pictures.append(Part(title="All rows", tables=(("", table),), sortable=True))
     return Report(
         html=render_page(title, summary, [*headlines, *pictures, *last]),
         markdown=render_markdown(title, summary, [*headlines, *by_task, *last]),
     )
-
-
-def _make_headlines(title: str, rows: Sequence[Row]) -> list[Part]:
-    found = [(mean.title, tables.make_headline(mean)) for mean in average_tasks(rows) if mean.rows]
-    text = "Score (95 % interval) · measured bytes in percent of the full cache, by method and budget."
-    return [Part(title=f"Headline: {title}", text=text, tables=tuple(found))] if found else []
-
-
-def _make_task_part(title: str, rows: Sequence[Row]) -> Part:
-    found = [(tables.title_cell(*cell), tables.make_task_table(part)) for cell, part in group_by_cell(rows).items()]
-    return Part(title=f"By task: {title}", tables=tuple(found))
-
-
-def _make_failure_part(rows: Sequence[Row]) -> Part:
-    text = "These could not be measured; a reason is what the method itself said."
-    return Part(title="Failed rows", text=text, tables=(("", tables.make_failure_table(rows)),))

@@ -40,13 +40,8 @@ def trace_rows(
     lines = {}
     for method in sorted(points, key=lambda method: method.order):
         ordered = sorted(points[method], key=lambda pair: pair[0])
-        lines[method] = make_line(method, styles, tuple(point for _, point in ordered))
+        lines[method] = Line(label=method.label, style=styles[method], points=tuple(point for _, point in ordered))
     return lines
-
-
-def make_line(method: MethodKey, styles: Styles, points: tuple[Point, ...]) -> Line:
-    """Return the line of a method in its style."""
-    return Line(label=method.label, style=styles[method], points=points)
 
 
 def find_full(rows: Iterable[Row]) -> Point | None:
@@ -63,11 +58,6 @@ def emphasize(lines: dict[MethodKey, Line], *, full: bool = False) -> list[Line]
     own = [m for m in lines if m.kind == "own" or (full and m.kind == "full")] or [m for m in lines if m.kind == "peer"]
     strong = set(own[:STRONGEST])
     return [replace(line, style=replace(line.style, strong=method in strong)) for method, line in lines.items()]
-
-
-def is_sweep(lines: Iterable[Line]) -> bool:
-    """Return whether a method has several budgets."""
-    return any(len(line.points) > 1 for line in lines)
 
 
 def make_legend(methods: Iterable[MethodKey], styles: Styles) -> tuple[tuple[Style, str], ...]:

@@ -45,12 +45,7 @@ class Part:
 
 
 def render_page(title: str, summary: str, parts: Sequence[Part]) -> str:
-    """Return the HTML of all parts; all text that comes from results is escaped.
-
-    Args:
-        title: Heading of the page.
-        summary: One line below it.
-        parts: In their order.
+    """Return the HTML of all parts, below a title and a line of summary; all text that comes from results is escaped.
 
     Raises:
         InputError: jinja2 is missing.
@@ -59,10 +54,7 @@ def render_page(title: str, summary: str, parts: Sequence[Part]) -> str:
 
 
 def render_markdown(title: str, summary: str, parts: Sequence[Part]) -> str:
-    """Return the Markdown of all parts that have tables, facts or commands.
-
-    Args and Raises are those of :func:`render_page`.
-    """
+    """Return the Markdown of all parts that have tables, facts or commands; raise as :func:`render_page` does."""
     return _render(MARKDOWN, title=title, summary=summary, parts=parts, page=HTML)
 
 

@@ -58,15 +58,10 @@ def draw_line_chart(
     level: Point | None = None,
     legend: bool = False,
 ) -> str:
-    """Return the SVG of lines with their intervals.
+    """Return the SVG of lines; strong ones are in front and have intervals.
 
-    Args:
-        title: Heading of the picture.
-        lines: Strong ones are in front and have intervals.
-        x: The horizontal axis.
-        y: The vertical axis.
-        level: The full cache: a horizontal line, and a band for its interval; its ``x`` does not matter.
-        legend: Name the lines beside the chart, for a picture outside a page.
+    ``level`` is the full cache: a horizontal line, and a band for its interval; its ``x`` does not matter. ``legend``
+    names the lines beside the chart, for a picture outside a page.
     """
     with open_figure(7.2 if legend else 4.9, 3.6) as figure:
         axes = figure.subplots()
@@ -108,8 +103,8 @@ def draw_dot_chart(title: str, lines: Sequence[Line], notes: Sequence[str], *, l
         axes.set(xlabel="score", xlim=(-0.03, 1.03), ylim=(len(lines) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        scores = [f"{line.label}: {_format_value(line.points[0], SCORE)}" for line in lines]
-        words = [f"{score} ({note})" for score, note in zip(scores, notes, strict=True)]
+        scores = [_format_value(line.points[0], SCORE) for line in lines]
+        words = [f"{line.label}: {y} ({note})" for line, y, note in zip(lines, scores, notes, strict=True)]
         return to_svg(figure, f"{title}. {'; '.join(words)}")
 
 
@@ -122,12 +117,7 @@ def draw_heat_map(
 ) -> str:
     """Return the SVG of scores as colours with their numbers in the cells; a cell without a score stays empty.
 
-    Args:
-        title: Heading of the picture.
-        values: 0..1, a sequence for each row.
-        rows: Names of the rows, from the top.
-        columns: Names of the columns.
-        labels: Titles of the two axes: rows, columns.
+    Values are in 0..1, a sequence for each row from the top; ``labels`` are the titles of the axes: rows, columns.
     """
     with open_figure(0.9 + 0.62 * max(len(columns), 3), 0.9 + 0.27 * len(rows)) as figure:
         axes = figure.subplots()
@@ -143,17 +133,13 @@ def draw_heat_map(
         set_title(figure, title)
         axes.set(ylabel=labels[0], xlabel=labels[1], ylim=(len(rows), 0))
         strip_axes(axes)
-        words = [f"{name}: {', '.join(_format_score(v) for v in row)}" for name, row in zip(rows, values, strict=True)]
+        scores = [["none" if value is None else f"{value:.2f}" for value in row] for row in values]
+        words = [f"{name}: {', '.join(row)}" for name, row in zip(rows, scores, strict=True)]
         return to_svg(figure, f"{title}. {labels[0]} by {labels[1]} ({', '.join(columns)}). {'; '.join(words)}")
 
 
 def draw_kept_map(title: str, kept: Sequence[Sequence[float]]) -> str:
-    """Return the SVG of kept fractions: a bar for each layer's mean, and below it a cell for each head.
-
-    Args:
-        title: Heading of the picture.
-        kept: Fractions of the tokens seen, a sequence for each layer.
-    """
+    """Return the SVG of the fractions of the seen tokens that each layer kept: a bar for its mean, cells for heads."""
     layers, heads = len(kept), max(map(len, kept))
     means = [sum(layer) / len(layer) for layer in kept]
     total = sum(means) / layers
@@ -193,7 +179,6 @@ def draw_swatch(style: Style) -> str:
 
 
 def _add_legend(figure: Any, lines: Sequence[Line], level: Point | None) -> None:
-    """Put a legend beside the chart."""
     from matplotlib.lines import Line2D
 
     full = [] if level is None else [Line2D([], [], color="black", linewidth=1.2, label="full cache")]
@@ -265,10 +250,6 @@ def _find_limits(values: Sequence[float | int], *, log: bool) -> tuple[float, fl
 
 def _format_percent(value: float, _: object = None) -> str:
     return f"{100 * value:.3g} %"
-
-
-def _format_score(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
 
 
 def _format_value(point: Point, axis: Axis) -> str:

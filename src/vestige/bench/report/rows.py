@@ -153,13 +153,7 @@ def describe_length(length: int | None) -> str:
 def group_rows(
     rows: Iterable[Row], key: Callable[[Row], K], order: Callable[[K], Any] = lambda key: key
 ) -> dict[K, list[Row]]:
-    """Return rows by key.
-
-    Args:
-        rows: In the order that each group keeps.
-        key: Of a row.
-        order: The sort key of a key; default: itself.
-    """
+    """Return rows by key, each group in the order of the rows; keys are sorted by ``order``."""
     groups: dict[K, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -175,34 +169,19 @@ def group_by_cell(rows: Iterable[Row]) -> dict[tuple[str, int | None], list[Row]
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chapter:
-    """Rows that may share a picture: one model, split, seed and protocol."""
-
-    title: str
-    """Their common settings, in words."""
-    rows: tuple[Row, ...]
-    """Rows that have a score."""
-
-
-def make_chapters(rows: Iterable[Row]) -> list[Chapter]:
-    """Return rows with a score by model, split, protocol and seed, sorted."""
-    scored = [row for row in rows if not is_speed(row) and not is_failed(row)]
+def make_chapters(scored: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Return rows that may share a picture (one model, split, protocol and seed), each group with its title."""
     chapters = []
-    for (model, split, aware, seed), found in group_rows(scored, _chapter_key).items():
+    for (model, split, aware, seed), rows in group_rows(scored, _chapter_key).items():
         title = f"{model}, {split} split, question-{'aware' if aware else 'agnostic'}, seed {seed}"
-        chapters.append(Chapter(title=title, rows=tuple(found)))
+        chapters.append((title, rows))
     return chapters
 
 
 def _chapter_key(row: Row) -> tuple[str, str, bool, str]:
-    model, split, seed = (_read_word(row, key) for key in ("model", "split", "seed"))
+    values = (row.get(key) for key in ("model", "split", "seed"))
+    model, split, seed = ("unknown" if value is None else str(value) for value in values)
     return model, split, bool(row.get("question_aware")), seed
-
-
-def _read_word(row: Row, key: str) -> str:
-    value = row.get(key)
-    return "unknown" if value is None else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)

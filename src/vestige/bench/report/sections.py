@@ -9,18 +9,14 @@ from vestige.bench.report.lines import (
     Styles,
     emphasize,
     find_full,
-    is_sweep,
     make_legend,
-    make_line,
     trace_rows,
 )
 from vestige.bench.report.methods import MethodKey, Style
 from vestige.bench.report.plots import Axis, Line, Point
 from vestige.bench.report.rows import (
-    Chapter,
     Mean,
     Row,
-    average_tasks,
     budget_key,
     find_bytes_fraction,
     find_group,
@@ -36,7 +32,7 @@ _BYTES = Axis(label="cache bytes, measured (of the full cache)", log=True, perce
 _DECODE = Axis(label="decode, ms per token")
 _TURN = Axis(label="turn", whole=True)
 _UNEVEN = 0.01
-_DYNAMIC = MethodKey(policy="transformers:dynamic", peer="transformers:dynamic")
+DYNAMIC = MethodKey(policy="transformers:dynamic", peer="transformers:dynamic")
 """The cache of ``full_decode_ms`` in rows of ``bench speed``: a DynamicCache."""
 
 
@@ -50,12 +46,11 @@ class Section:
     legend: tuple[tuple[Style, str], ...] = ()
 
 
-def make_sections(chapter: Chapter, styles: Styles) -> list[Section]:
-    """Return the sections of a chapter that have a picture."""
-    means = average_tasks(chapter.rows)
-    sections = [*(_show_families(mean, styles) for mean in means), _show_tasks(chapter, styles)]
-    sections += [_show_decode_times(chapter, means, styles), _show_needles(chapter)]
-    sections += [_show_turns(chapter, styles), _show_kept(chapter)]
+def make_sections(rows: Sequence[Row], means: Sequence[Mean], styles: Styles) -> list[Section]:
+    """Return the sections of a chapter, given its rows and their means over tasks, that have a picture."""
+    sections = [*(_show_families(mean, styles) for mean in means), _show_tasks(rows, styles)]
+    sections += [_show_decode_times(rows, means, styles), _show_needles(rows)]
+    sections += [_show_turns(rows, styles), _show_kept(rows)]
     return [section for section in sections if section.pictures]
 
 
@@ -65,13 +60,12 @@ def _show_families(mean: Mean, styles: Styles) -> Section:
     controls = [method for method in lines if method.kind == "control" and method.peer is None]
     pictures, shown = [], set(controls)
     # The picture of the one task is below; families tell more of several tasks, or of many methods.
-    is_worthwhile = is_sweep(lines.values()) and (len(mean.tasks) > 1 or len(lines) > STRONGEST)
+    is_worthwhile = _is_sweep(lines) and (len(mean.tasks) > 1 or len(lines) > STRONGEST)
     for family, members in _group_by_family(lines).items() if is_worthwhile else ():
         strong = [replace(lines[method], style=replace(lines[method].style, strong=True)) for method in members]
         shown |= set(members)
-        pictures.append(
-            plots.draw_line_chart(family, [*strong, *(lines[method] for method in controls)], _BYTES, level=level)
-        )
+        drawn = [*strong, *(lines[method] for method in controls)]
+        pictures.append(plots.draw_line_chart(family, drawn, _BYTES, level=level))
     text = (
         "Score against measured bytes, a picture for each family of methods: ours solid, other packages dashed, the "
         "controls in grey behind them. Higher and further left is better. The black line is the full cache, the band "
@@ -82,6 +76,10 @@ def _show_families(mean: Mean, styles: Styles) -> Section:
     return Section(
         title=f"Headline: {mean.title}", text=text, pictures=tuple(pictures), legend=make_legend(shown, styles)
     )
+
+
+def _is_sweep(lines: dict[MethodKey, Line]) -> bool:
+    return any(len(line.points) > 1 for line in lines.values())  # some method has several budgets
 
 
 def _group_by_family(methods: Iterable[MethodKey]) -> dict[str, list[MethodKey]]:
@@ -95,29 +93,29 @@ def _group_by_family(methods: Iterable[MethodKey]) -> dict[str, list[MethodKey]]
     return families | ({"other packages": others} if others else {})
 
 
-def _show_tasks(chapter: Chapter, styles: Styles) -> Section:
+def _show_tasks(rows: Sequence[Row], styles: Styles) -> Section:
     pictures = []
-    for (task, length), rows in group_by_cell(chapter.rows).items():
-        lines = trace_rows(rows, styles, find_bytes_fraction)
-        pictures.append(_draw_task(title_cell(task, length), lines, find_full(rows)) if lines else "")
+    for cell, part in group_by_cell(rows).items():
+        lines = trace_rows(part, styles, find_bytes_fraction)
+        pictures.append(_draw_task(title_cell(*cell), lines, find_full(part)) if lines else "")
     return Section(
         title="Accuracy against measured bytes",
         text="A picture for each task and length, with every method that ran. Intervals are drawn for our methods; the "
         "table has all of them. Where there is one budget only, methods are listed with their bytes on the right.",
         pictures=tuple(filter(None, pictures)),
-        legend=make_legend(map(MethodKey.of, chapter.rows), styles),
+        legend=make_legend(map(MethodKey.of, rows), styles),
     )
 
 
 def _draw_task(title: str, lines: dict[MethodKey, Line], level: Point | None) -> str:
-    if is_sweep(lines.values()):
+    if _is_sweep(lines):
         return plots.draw_line_chart(title, emphasize(lines), _BYTES, level=level)
     singles = [line for method, line in lines.items() if method.kind != "full"]
     notes = [f"{100 * line.points[0].x:.0f} % bytes" for line in singles]
     return plots.draw_dot_chart(title, singles, notes, level=level) if singles else ""
 
 
-def _show_decode_times(chapter: Chapter, means: Iterable[Mean], styles: Styles) -> Section:
+def _show_decode_times(rows: Sequence[Row], means: Iterable[Mean], styles: Styles) -> Section:
     pictures = []
     for mean in means:
         lines = trace_rows(mean.rows, styles, lambda row: read_number(row, "decode_ms"), by_budget=True)
@@ -129,13 +127,13 @@ def _show_decode_times(chapter: Chapter, means: Iterable[Mean], styles: Styles) 
         text="Milliseconds of one decode step against score; a line joins a method's budgets. Higher and further left "
         "is better. Times are of this machine and this run: compare within a picture only.",
         pictures=tuple(pictures),
-        legend=make_legend(map(MethodKey.of, chapter.rows), styles),
+        legend=make_legend(map(MethodKey.of, rows), styles),
     )
 
 
-def _show_needles(chapter: Chapter) -> Section:
-    rows = [row for row in chapter.rows if find_group(row) == "niah" and _score_by_depth(row)]
-    tasks = group_rows(rows, lambda row: str(row["task"]))
+def _show_needles(rows: Sequence[Row]) -> Section:
+    needles = [row for row in rows if find_group(row) == "niah" and _score_by_depth(row)]
+    tasks = group_rows(needles, lambda row: str(row["task"]))
     return Section(
         title="Needle in a haystack, by depth",
         text="Score by how deep the needle lies: 0 % is the beginning of the context. Yellow: found; dark blue: not.",
@@ -147,7 +145,8 @@ def _draw_needles(task: str, rows: Sequence[Row]) -> list[str]:
     """Return depth by length for each method and budget, or depth by budget for each method if there is one length."""
     by_length = len({read_length(row) or 0 for row in rows}) > 1
     panels: dict[tuple[MethodKey, str], dict[str, Row]] = {}
-    for row in sorted(rows, key=lambda row: (*_method_key(row), read_length(row) or 0)):
+    rows = sorted(rows, key=lambda row: (budget_key(str(row.get("budget"))), read_length(row) or 0))
+    for row in sorted(rows, key=lambda row: MethodKey.of(row).order):
         budget = str(row.get("budget"))
         panel, column = (budget, f"{read_length(row):,}") if by_length else ("", budget)
         panels.setdefault((MethodKey.of(row), panel), {})[column] = row
@@ -164,11 +163,6 @@ def _draw_needles(task: str, rows: Sequence[Row]) -> list[str]:
     return pictures
 
 
-def _method_key(row: Row) -> tuple[object, ...]:
-    """Return the sort key of a row by method and budget."""
-    return MethodKey.of(row).order, budget_key(str(row.get("budget")))
-
-
 def _score_by_depth(row: Row) -> dict[float, float]:
     """Return a row's mean score at each depth."""
     found: dict[float, list[tuple[float, float]]] = {}
@@ -179,20 +173,19 @@ def _score_by_depth(row: Row) -> dict[float, float]:
     return {depth: sum(s * n for s, n in scores) / sum(n for _, n in scores) for depth, scores in found.items()}
 
 
-def _show_turns(chapter: Chapter, styles: Styles) -> Section:
+def _show_turns(rows: Sequence[Row], styles: Styles) -> Section:
     pictures, shown = list[str](), set[MethodKey]()
-    for (task, length), rows in group_by_cell(row for row in chapter.rows if _find_turns(row)).items():
-        full = [row for row in rows if MethodKey.of(row).kind == "full"]
-        by_budget = group_rows(
-            [row for row in rows if row not in full], lambda row: str(row.get("budget")), budget_key
-        ) or {"1.0": []}
-        for budget, part in by_budget.items():
-            methods = {MethodKey.of(row): row for row in [*part, *full]}
+    for cell, part in group_by_cell(row for row in rows if _find_turns(row)).items():
+        full = [row for row in part if MethodKey.of(row).kind == "full"]
+        others = [row for row in part if row not in full]
+        by_budget = group_rows(others, lambda row: str(row.get("budget")), budget_key) or {"1.0": []}
+        for budget, members in by_budget.items():
+            methods = {MethodKey.of(row): _find_turns(row) for row in [*members, *full]}
             lines = {
-                method: make_line(method, styles, _find_turns(methods[method]))
+                method: Line(label=method.label, style=styles[method], points=methods[method])
                 for method in sorted(methods, key=lambda method: method.order)
             }
-            title = f"{title_cell(task, length)}, budget {budget}"
+            title = f"{title_cell(*cell)}, budget {budget}"
             pictures.append(plots.draw_line_chart(title, emphasize(lines, full=True), _TURN))
             shown |= set(lines)
     return Section(
@@ -213,15 +206,15 @@ def _find_turns(row: Row) -> tuple[Point, ...]:
     return tuple(sorted(points, key=lambda point: point.x))
 
 
-def _show_kept(chapter: Chapter) -> Section:
+def _show_kept(rows: Sequence[Row]) -> Section:
     arms = group_rows(
-        [row for row in chapter.rows if _find_kept(row)],
+        [row for row in rows if _find_kept(row)],
         lambda row: (find_group(row), read_length(row), MethodKey.of(row), str(row.get("budget"))),
         lambda arm: (arm[0], arm[1] or 0, arm[2].order, budget_key(arm[3])),
     )
     pictures = []
-    for (group, length, method, budget), rows in arms.items():
-        grid = _average_kept([_find_kept(row) for row in rows])
+    for (group, length, method, budget), part in arms.items():
+        grid = _average_kept([_find_kept(row) for row in part])
         fractions = [head for layer in grid for head in layer]
         if fractions and max(fractions) - min(fractions) > _UNEVEN:
             at = f" at {budget}" if method.kind != "full" else ""
@@ -257,42 +250,32 @@ def make_speed_sections(rows: Sequence[Row], styles: Styles) -> list[Section]:
         lambda row: (read_number(row, "batch") or 1.0, str(row.get("budget"))),
         lambda panel: (panel[0], budget_key(panel[1])),
     )
-    if not panels:
-        return []
-    return [
-        Section(
-            title="Speed",
-            text="Time of a decode step over the floor, which is the same loop with an empty cache: 1 means that the "
-            "cache costs nothing. Medians over interleaved repeats.",
-            pictures=tuple(
-                _draw_speed(f"budget {budget}, batch {batch:.0f}", part, styles)
-                for (batch, budget), part in panels.items()
-            ),
-            legend=make_legend([*map(MethodKey.of, rows), _DYNAMIC], styles),
-        )
-    ]
+    section = Section(
+        title="Speed",
+        text="Time of a decode step over the floor, which is the same loop with an empty cache: 1 means that the "
+        "cache costs nothing. Medians over interleaved repeats.",
+        pictures=tuple(
+            _draw_speed(f"budget {budget}, batch {batch:.0f}", part, styles) for (batch, budget), part in panels.items()
+        ),
+        legend=make_legend([*map(MethodKey.of, rows), DYNAMIC], styles),
+    )
+    return [section] if section.pictures else []
 
 
 def _draw_speed(title: str, rows: Sequence[Row], styles: Styles) -> str:
     shown = emphasize(trace_rows(rows, styles, lambda row: read_number(row, "length"), y=_read_over_floor))
-    full = {read_number(row, "length"): value for row in rows if (value := _read_full_over_floor(row)) is not None}
-    if points := tuple(Point(x=x, y=y) for x, y in sorted((x, y) for x, y in full.items() if x is not None)):
-        shown.append(Line(label="DynamicCache", style=styles[_DYNAMIC], points=points))
+    full = dict[float, float]()
+    for row in rows:
+        length, decode, floor = (read_number(row, key) for key in ("length", "full_decode_ms", "floor_ms"))
+        if length is not None and decode is not None and floor:
+            full[length] = decode / floor
+    if full:
+        points = tuple(Point(x=length, y=full[length]) for length in sorted(full))
+        shown.append(Line(label="DynamicCache", style=styles[DYNAMIC], points=points))
     highest = max(point.y for line in shown for point in line.points)
     lengths = Axis(label="length, tokens", log=True, whole=True)
     return plots.draw_line_chart(title, shown, lengths, Axis(label="decode time / floor", limits=(0.9, 1.1 * highest)))
 
 
-def find_speed_methods(rows: Iterable[Row]) -> set[MethodKey]:
-    """Return the methods that pictures of speed show."""
-    found = set(map(MethodKey.of, rows))
-    return {*found, _DYNAMIC} if found else set()
-
-
 def _read_over_floor(row: Row) -> float | None:
     return read_number(row, "decode_over_floor")
-
-
-def _read_full_over_floor(row: Row) -> float | None:
-    full, floor = read_number(row, "full_decode_ms"), read_number(row, "floor_ms")
-    return None if full is None or not floor else full / floor

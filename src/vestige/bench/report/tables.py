@@ -95,34 +95,21 @@ _COLUMNS: dict[str, Column] = {
     "note": lambda row: Cell("random weights") if row.get("random_weights") else _make_text("note")(row),
     "reason": _make_text("error", "nothing was measured"),
 }
-_TASK = ("method", "budget", "score", "95 % interval", "n", "kept", "bytes", "MB", "decode ms")
-_ALL = (
-    "task", "length", *_TASK, "peak MB", "memory MB", "prefill s", "evict s", "batch", "model", "split", "note",
+TASK_COLUMNS = ("method", "budget", "score", "95 % interval", "n", "kept", "bytes", "MB", "decode ms")
+ALL_COLUMNS = (
+    "task", "length", *TASK_COLUMNS, "peak MB", "memory MB", "prefill s", "evict s", "batch", "model", "split", "note",
 )  # fmt: skip
-_SPEED = (
+SPEED_COLUMNS = (
     "length", "batch", "method", "budget", "decode ms", "floor ms", "decode / floor", "speedup", "prefill s",
     "prefill / full", "evict s", "MB", "peak MB", "model", "note",
 )  # fmt: skip
 
 
-def make_table(rows: Sequence[Row]) -> Table:
-    """Return every row with a score; a column that is the same everywhere is left to the provenance."""
-    return _fill_table(_ALL, rows, optional=("model", "split", "batch", "memory MB", "note"))
-
-
-def make_failure_table(rows: Sequence[Row]) -> Table:
-    """Return the rows without a score, with their reasons."""
-    return _fill_table(("task", "length", "method", "budget", "reason"), rows)
-
-
-def make_speed_table(rows: Sequence[Row]) -> Table:
-    """Return the rows of ``bench speed``."""
-    return _fill_table(_SPEED, rows, optional=("model", "note"))
-
-
-def make_task_table(rows: Sequence[Row]) -> Table:
-    """Return the rows of one task and length."""
-    return _fill_table(_TASK, rows)
+def make_table(rows: Sequence[Row], names: Sequence[str], *, optional: Collection[str] = ()) -> Table:
+    """Return the named columns of rows; an optional column with the same text in all rows is left out."""
+    cells = [{name: _COLUMNS[name](row) for name in names} for row in sorted(rows, key=row_key)]
+    columns = tuple(name for name in names if name not in optional or len({row[name].text for row in cells}) > 1)
+    return Table(columns=columns, rows=tuple({name: row[name] for name in columns} for row in cells))
 
 
 def make_headline(mean: Mean) -> Table:
@@ -174,21 +161,8 @@ def row_key(row: Row) -> tuple[object, ...]:
     return *place, MethodKey.of(row).order, budget_key(str(row.get("budget")))
 
 
-def _fill_table(names: Sequence[str], rows: Sequence[Row], optional: Collection[str] = ()) -> Table:
-    """Return a table without those optional columns that have the same text in all rows."""
-    cells = [{name: _COLUMNS[name](row) for name in names} for row in sorted(rows, key=row_key)]
-    columns = tuple(name for name in names if name not in optional or len({row[name].text for row in cells}) > 1)
-    return Table(columns=columns, rows=tuple({name: row[name] for name in columns} for row in cells))
-
-
 def format_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str] = WORDS) -> str:
-    """Return a table in Markdown.
-
-    Args:
-        columns: Their names.
-        rows: Texts, one for each column.
-        words: Columns that are aligned on the left, not on the right.
-    """
+    """Return a table in Markdown; the columns named in ``words`` are aligned on the left."""
     rule = "|".join(" --- " if name in words else " ---: " for name in columns)
     lines = [f"| {' | '.join(map(escape_markdown, texts))} |" for texts in (columns, *rows)]
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]]) + "\n"
