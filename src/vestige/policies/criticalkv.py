@@ -10,14 +10,14 @@ from torch import Tensor
 
 from vestige.budget import Budget
 from vestige.errors import PolicyError
-from vestige.policies.base import NewPairs
+from vestige.policies.base import NewPairs, Policy
 from vestige.policies.observation import Observation
 from vestige.policies.selection import RowIndex, Scale, keep_topk, rescale
 from vestige.policies.snapkv import SnapKV
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticalKV(SnapKV):
+class CriticalKV(Policy):
     """Keep pairs in two stages that bound how far the layer's output can move when the others go.
 
     The first stage takes the pairs with the most attention, a share ``first_stage`` of the budget beyond sink and
@@ -33,6 +33,13 @@ class CriticalKV(SnapKV):
 
     scale: Scale = "calibrated"
     """Scores are shares of their layer's sum already."""
+    observed: int = 32
+    """Latest queries whose attention is averaged."""
+    kernel: int = 5
+    """Tokens averaged by pooling; odd, 1 switches pooling off."""
+    causal: bool = False
+    """Pool a token with those before it, not around it: the question attends to the beginning of an answer, the reply
+    will attend to the tokens that follow. Ours, not the paper's."""
     first_stage: float = 0.5
     """Share of the budget, in [0, 1], that is kept by attention alone."""
     epsilon: float = 1e-4
@@ -42,11 +49,17 @@ class CriticalKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.attention  # checks observed and kernel
         if not (0 <= self.first_stage <= 1 and 0 <= self.epsilon < float("inf")):
             raise PolicyError(
                 "first_stage must lie in [0, 1] and epsilon must be a number of at least 0, "
                 f"got first_stage={self.first_stage!r}, epsilon={self.epsilon!r}"
             )
+
+    @property
+    def attention(self) -> SnapKV:
+        """The policy that scores the first stage."""
+        return SnapKV(budget=None, observed=self.observed, kernel=self.kernel, causal=self.causal)
 
     def annotate(self, new: NewPairs) -> Mapping[str, Tensor]:
         """Return each value's L1 norm after the output projection, averaged over the query group.
@@ -58,7 +71,7 @@ class CriticalKV(SnapKV):
 
     def score(self, obs: Observation) -> Float[Tensor, " held"]:
         """Return each pair's share of its layer's second-stage scores; first-stage pairs get 2 plus their attention."""
-        attention = super().score(obs)
+        attention = self.attention.score(obs)
         product = (attention + self.epsilon) * obs.annotations["absolute_output_norms"].float()
         index, protected = _make_row_index(obs), self._find_protected(obs)
         batch = index.batch[index.row]
@@ -77,6 +90,7 @@ class CriticalKV(SnapKV):
     def _select_first_stage(
         self, attention: Float[Tensor, " held"], protected: Bool[Tensor, " held"], index: RowIndex, obs: Observation
     ) -> Bool[Tensor, " held"]:
+        """Return a mask of the first-stage pairs."""
         groups = index.groups("head" if self.share == "head" else "layer")
         free = [Budget.share_of(max(n - sum(self.protected_ends(n)), 0), self.first_stage) for n in obs.pair_limits]
         each = torch.tensor(free, device=groups.device)[index.batch]
@@ -88,6 +102,7 @@ class CriticalKV(SnapKV):
 
 
 def _make_row_index(obs: Observation) -> RowIndex:
+    """Return the row index of one layer."""
     lengths = torch.tensor(obs.cu_seqlens, device=obs.positions.device).diff()
     batch = torch.arange(len(lengths), device=lengths.device) // obs.kv_heads
     return RowIndex(lengths, torch.zeros_like(lengths), batch)

@@ -8,15 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.policies.base import NewPairs
+from vestige.policies.base import NewPairs, Policy
 from vestige.policies.observation import Observation
-from vestige.policies.scoring import compute_observed_attention, pool_scores
+from vestige.policies.scoring import check_pooling, compute_observed_attention, pool_scores
 from vestige.policies.selection import Scale, Share
-from vestige.policies.snapkv import SnapKV
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaProx(SnapKV):
+class LaProx(Policy):
     """Keep the pairs whose loss would change the layer's output most, in one top-k over all layers and heads.
 
     The layer's output is one matrix product whose inner index is (query head, token). Column-row sampling approximates
@@ -35,10 +34,20 @@ class LaProx(SnapKV):
     sink: int = 0
     scale: Scale = "mass"
     """"mass" divides by the layer's sum; "calibrated" compares raw scores, as in the paper's ablation."""
+    observed: int = 32
+    """Latest queries whose attention is used."""
     kernel: int = 7
+    """Tokens averaged by pooling; odd, 1 switches pooling off."""
+    causal: bool = False
+    """Pool a token with those before it, not around it: the question attends to the beginning of an answer, the reply
+    will attend to the tokens that follow. Ours, not the paper's."""
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "output"})
     annotations: ClassVar[frozenset[str]] = frozenset({"output_norms"})
     reading_slack: ClassVar[float] = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pooling(self.observed, self.kernel)
 
     def annotate(self, new: NewPairs) -> Mapping[str, Tensor]:
         """Return the norm of each value after the output projection, by query head."""
