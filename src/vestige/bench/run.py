@@ -4,23 +4,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from vestige.bench.config import RunConfig
-from vestige.bench.erasing.items import Item as EraseItem
-from vestige.bench.items import Item
 from vestige.bench.methods.method import Method
 from vestige.bench.results.aggregate import Record, Row
 from vestige.bench.results.provenance import collect_provenance
 from vestige.bench.results.store import Store
+from vestige.bench.sample import BaseSample
 from vestige.cache.attach import attach
 from vestige.errors import InputError, VestigeError
 from vestige.models.layout import check
 
-AnyItem = Item | EraseItem
 Cell = tuple[str, int, Method]
 """The task, length and method of a row."""
 Progress = Callable[[int, int, str], None]
@@ -28,6 +26,18 @@ ROWS_EVERY_S = 60.0
 """Seconds between writes of the rows, so that a user can follow a run."""
 
 T = TypeVar("T")
+
+
+class Item(Protocol):
+    """A sample as token ids."""
+
+    @property
+    def sample(self) -> BaseSample:
+        """The sample."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of the ids and the answers: a record with the same one was made from the same data."""
 
 
 class Run:
@@ -88,7 +98,7 @@ class Run:
         """Report the progress and what follows."""
         self.progress(self.done, self.total, following)
 
-    def find(self, item: AnyItem, method: Method) -> Record | None:
+    def find(self, item: Item, method: Method) -> Record | None:
         """Return the record of a sample and method, or None if there is none.
 
         Raises:
@@ -106,17 +116,17 @@ class Run:
                 self._trained[method] = ""  # running the method raises the error
         return self._trained[method]
 
-    def fail(self, item: AnyItem, method: Method, error: VestigeError) -> None:
+    def fail(self, item: Item, method: Method, error: VestigeError) -> None:
         """Record that a method failed on a sample."""
         self.failures[cell_of(item, method)] = identify(item, method) | {"error": str(error)} | self.origin
 
 
-def cell_of(item: AnyItem, method: Method) -> Cell:
+def cell_of(item: Item, method: Method) -> Cell:
     """Return the cell of a sample and method."""
     return item.sample.task, item.sample.length, method
 
 
-def identify(item: AnyItem, method: Method) -> Record:
+def identify(item: Item, method: Method) -> Record:
     """Return the keys that tell a record from all others."""
     sample = item.sample
     head: Record = {"task": sample.task, "length": sample.length, "index": sample.index, "arm": method.key}

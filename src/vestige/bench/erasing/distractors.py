@@ -11,13 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from vestige.bench import sources
 from vestige.bench.erasing.sample import EraseSample, Kind, Question, erased
 from vestige.bench.erasing.story_templates import StoryTemplate, count_least_tokens, fit
-from vestige.bench.questions import Question as SourceQuestion
-from vestige.bench.questions import Questions
-from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks import TaskSpec, sources
 from vestige.bench.tasks.fitting import key, named_length
+from vestige.bench.tasks.questions import Question as SourceQuestion
+from vestige.bench.tasks.questions import Questions
 from vestige.bench.tasks.ruler.needles import split_sentences
 from vestige.errors import InputError
 

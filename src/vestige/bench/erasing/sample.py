@@ -1,8 +1,10 @@
 """Samples of the benchmark of erasers: a text, its passages to erase, and the questions after the erase."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
+
+from vestige.bench.sample import BaseSample
 
 Kind = Literal["target", "retained", "leak"]
 """The erase changes the answer; the answer must survive the erase; the answer was erased."""
@@ -42,26 +44,13 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EraseSample:
-    """A text, its passages to erase, and the questions after the erase.
+class EraseSample(BaseSample):
+    """A text, its passages to erase, and the questions after the erase; each is asked alone, of the edited cache."""
 
-    Args:
-        task: A key of ``TASKS``.
-        index: Unique within (task, length).
-        length: Nominal: chat text, context, any question and its longest reply are never longer, in tokens.
-        context: The whole text.
-        passages: Characters ``[start, end)`` of the context to erase in one call; ascending and disjoint.
-        questions: Each is asked alone, of the same edited cache.
-        tags: Groups that results are broken down by.
-    """
-
-    task: str
-    index: int
-    length: int
     context: str
     passages: tuple[tuple[int, int], ...]
+    """Characters ``[start, end)`` of the context to erase in one call; ascending and disjoint."""
     questions: tuple[Question, ...]
-    tags: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rest = self.remaining

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vestige.bench import sources
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks import TaskSpec, sources
 from vestige.bench.tasks.fitting import SizedSample, named_length
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
