@@ -105,7 +105,7 @@ class Run:
             InputError: It was made from other data or with other weights.
         """
         sample, weights = item.sample, self.find_weights(method)
-        return self.store.known(sample.task, sample.length, sample.index, method.key, item.digest, weights)
+        return self.store.find(sample.task, sample.length, sample.index, method.key, item.digest, weights)
 
     def find_weights(self, method: Method) -> str:
         """Return the hash of a method's trained weights; empty if there are none, or they cannot be found."""

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from vestige.bench.sample import BaseSample
 
 Kind = Literal["target", "retained", "leak"]
 """The erase changes the answer; the answer must survive the erase; the answer was erased."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
 NUMBER_ROOM = 16
 """Tokens for a number of seven digits, a full stop, and a few words around them."""
 _BEGIN, _END = "\ue010", "\ue011"  # private use characters: no text has them
@@ -73,15 +72,7 @@ def what_is(
     forbidden: Sequence[str] = (),
     room: int = NUMBER_ROOM,
 ) -> Question:
-    """Return the plainest question and the beginning of its reply: "What is the code?", "The code is".
-
-    Args:
-        kind: The purpose of the question.
-        what: The thing in question, such as "the code".
-        answers: Any is right.
-        forbidden: Values that the reply must not contain.
-        room: Longest reply, in tokens.
-    """
+    """Return the plainest question and the beginning of its reply: "What is the code?", "The code is"."""
     return Question(
         kind=kind,
         text=f"What is {what}?",

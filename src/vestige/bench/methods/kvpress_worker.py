@@ -122,10 +122,9 @@ class Loaded:
         pairs = zip(self.attentions, self.known, strict=True)
         return [value for attention, known in pairs for name, value in vars(attention).items() if name not in known]
 
-    def count_masked(self) -> int:
-        """Return the number of stored pairs that attention may not read."""
-        indices = [getattr(attention, "masked_key_indices", None) for attention in self.attentions]
-        return sum(len(found[0]) for found in indices if found is not None)
+    def find_masked(self) -> list[Any]:
+        """Return the indices of the stored pairs that attention may not read, by layer; None if there are none."""
+        return [getattr(attention, "masked_key_indices", None) for attention in self.attentions]
 
 
 def find_ratio(keep: int | None, length: int, rows: int, *, counts_pruned: bool) -> float:
@@ -276,7 +275,8 @@ class Conversation:
         """Return the sizes of the cache, and a note."""
         layers = [self.cache.layers[i] for i in self.loaded.layers if i < len(self.cache.layers)]
         kept = [[layer.keys.shape[2]] * self.loaded.heads * self.copies for layer in layers]
-        held, masked = sum(map(sum, kept)), self.loaded.count_masked()
+        held = sum(map(sum, kept))
+        masked = sum(len(found[0]) for found in self.loaded.find_masked() if found is not None)
         notes = [f"kvpress {self.loaded.versions['kvpress']}"]
         if masked:
             notes.append(f"{masked:,} of {held:,} pairs masked, none freed")
@@ -354,7 +354,7 @@ def find_kept(loaded: Loaded, request: dict[str, Any]) -> list[list[list[int]]]:
     loaded.clear_modules()
     conversation = Conversation(loaded, loaded.make_press(request["press"], request["keep"], len(ids)))
     conversation.read_first(ids)
-    masks = [getattr(attention, "masked_key_indices", None) for attention in loaded.attentions]
+    masks = loaded.find_masked()
     loaded.clear_modules()
     plain = loaded.read_plain(ids, conversation.press)
     found = []
