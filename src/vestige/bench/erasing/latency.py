@@ -75,11 +75,7 @@ def latency(
 ) -> list[Row]:
     """Time every method at every length, over random ids, and return a row for each.
 
-    Args:
-        config: The lengths and methods.
-        model: Attached for as long as this runs.
-        name: The model's name in rows.
-        progress: Called with (edits done, in all, what is next).
+    The model is attached for as long as this runs; progress is (edits done, in all, what is next).
 
     Raises:
         VestigeError: A length is beyond the model's positions, or a method cannot work with this model.

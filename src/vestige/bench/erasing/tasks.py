@@ -35,11 +35,7 @@ def check(name: str) -> None:
 
 
 def make(name: str, spec: TaskSpec) -> Iterator[EraseSample]:
-    """Yield the samples of a named task.
-
-    Args:
-        name: A key of ``TASKS``.
-        spec: The samples wanted. Sample ``i`` does not depend on the number of samples; dev and test share nothing.
+    """Yield the samples of a named task; sample ``i`` does not depend on their number, and dev and test share nothing.
 
     Raises:
         InputError: No such task, no length or one that is too short, or the texts it needs are missing or malformed.

@@ -28,14 +28,7 @@ class Refused(Exception):
 
 
 class Loaded:
-    """A model with kvpress, and its attention modules.
-
-    Args:
-        folder: A model in transformers' format.
-        device: Device of the model.
-        dtype: Of the weights, e.g. ``bfloat16``.
-        threads: CPU threads.
-    """
+    """A model with kvpress, and its attention modules."""
 
     def __init__(self, folder: str, device: str, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -247,7 +240,11 @@ class Conversation:
         self.prefill_s, self.evict_s = self.prefill_s + spent, self.evict_s + max(spent - plain, 0.0)
         self.token = self._pick_next(out)
         self.seen = len(ids)
-        self.position = self.cache.get_seq_length() if self._moves_keys() else len(ids)
+        kvpress, press = self.loaded.kvpress, self.press
+        moves = isinstance(press, kvpress.KeyRerotationPress | kvpress.RestoreKVPress) or (
+            isinstance(press, kvpress.FinchPress) and press.rerotate_keys
+        )
+        self.position = self.cache.get_seq_length() if moves else len(ids)
 
     def read_more(self, ids: list[int]) -> None:
         """Read a later context; a press does not change a cache that is not empty."""
@@ -313,11 +310,6 @@ class Conversation:
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids] * self.copies, device=self.model.device)
-
-    def _moves_keys(self) -> bool:
-        kvpress = self.loaded.kvpress
-        rotated = isinstance(self.press, kvpress.FinchPress) and self.press.rerotate_keys
-        return rotated or isinstance(self.press, kvpress.KeyRerotationPress | kvpress.RestoreKVPress)
 
 
 @torch.no_grad()

@@ -84,11 +84,7 @@ class TaskSpec:
 
 
 def make(name: str, spec: TaskSpec) -> list[Sample]:
-    """Return the samples of a named task, ordered by (task, index).
-
-    Args:
-        name: A key of ``TASKS``, or one with a part: ``ruler/vt``.
-        spec: The samples wanted; its ``part`` is taken from the name.
+    """Return the samples of a task, ordered by (task, index); a name can have the part of the task: ``ruler/vt``.
 
     Raises:
         InputError: No such task or part, or the data it needs is missing or malformed.

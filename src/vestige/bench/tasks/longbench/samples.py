@@ -133,13 +133,8 @@ def _make_row(
 def choose_places(count: int, spec: TaskSpec, *, first: int, name: str) -> list[int]:
     """Return the places of the samples that a specification takes from a data set, ascending.
 
-    Even places are dev, odd ones test; if fewer are wanted than there are, the seed chooses.
-
-    Args:
-        count: Samples of the data set.
-        spec: The samples wanted.
-        first: Places below this one are not used.
-        name: Name of the row, which seeds the choice too.
+    Even places are dev, odd ones test; places below ``first`` are not used. If fewer are wanted than there are, the
+    seed and the name of the row choose.
 
     Raises:
         InputError: The split has none.

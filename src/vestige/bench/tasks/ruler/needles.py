@@ -67,11 +67,7 @@ NEEDLES: dict[str, Needles] = {
 def make_sized_sample(spec: TaskSpec, seed: str, form: Needles, depth: float | None = None) -> SizedSample:
     """Return one needle sample; the depth of a single needle among noise or essays is a tag.
 
-    Args:
-        order: Gives texts, words and the reply limit.
-        seed: Seeds all random choices.
-        form: The needles and the kind of haystack.
-        depth: Depth of a single needle, from 0 (beginning) to 1 (end); None draws it and rounds its tag.
+    The depth is from 0 (beginning) to 1 (end); None draws it and rounds its tag.
     """
     rng = random.Random(seed)
     hidden = draw_pairs(form, form.num_keys, spec, rng)
