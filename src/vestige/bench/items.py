@@ -10,7 +10,7 @@ from vestige.bench import tasks
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.conversation import Job
 from vestige.bench.metrics.scores import METRICS
-from vestige.bench.sample import Sample
+from vestige.bench.sample import BaseItem, Sample
 from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
 from vestige.models.layout import check
@@ -20,7 +20,7 @@ PAD_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(BaseItem):
     """A sample and its token ids."""
 
     sample: Sample
@@ -30,7 +30,6 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """A hash of the ids and the answers: a record with the same one was made from the same data."""
         return hash_parts(self.job.turns, self.job.stop, self.sample.turns)
 
 

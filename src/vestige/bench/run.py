@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from vestige.bench.methods.method import Method
 from vestige.bench.results.aggregate import Record, Row
 from vestige.bench.results.provenance import collect_provenance
 from vestige.bench.results.store import Store
-from vestige.bench.sample import BaseSample
+from vestige.bench.sample import BaseItem
 from vestige.cache.attach import attach
 from vestige.errors import InputError, VestigeError
 from vestige.models.layout import check
@@ -26,18 +26,6 @@ ROWS_EVERY_S = 60.0
 """Seconds between writes of the rows, so that a user can follow a run."""
 
 T = TypeVar("T")
-
-
-class Item(Protocol):
-    """A sample as token ids."""
-
-    @property
-    def sample(self) -> BaseSample:
-        """The sample."""
-
-    @property
-    def digest(self) -> str:
-        """A hash of the ids and the answers: a record with the same one was made from the same data."""
 
 
 class Run:
@@ -98,7 +86,7 @@ class Run:
         """Report the progress and what follows."""
         self.progress(self.done, self.total, following)
 
-    def find(self, item: Item, method: Method) -> Record | None:
+    def find(self, item: BaseItem, method: Method) -> Record | None:
         """Return the record of a sample and method, or None if there is none.
 
         Raises:
@@ -116,17 +104,17 @@ class Run:
                 self._trained[method] = ""  # running the method raises the error
         return self._trained[method]
 
-    def fail(self, item: Item, method: Method, error: VestigeError) -> None:
+    def fail(self, item: BaseItem, method: Method, error: VestigeError) -> None:
         """Record that a method failed on a sample."""
         self.failures[cell_of(item, method)] = identify(item, method) | {"error": str(error)} | self.origin
 
 
-def cell_of(item: Item, method: Method) -> Cell:
+def cell_of(item: BaseItem, method: Method) -> Cell:
     """Return the cell of a sample and method."""
     return item.sample.task, item.sample.length, method
 
 
-def identify(item: Item, method: Method) -> Record:
+def identify(item: BaseItem, method: Method) -> Record:
     """Return the keys that tell a record from all others."""
     sample = item.sample
     head: Record = {"task": sample.task, "length": sample.length, "index": sample.index, "arm": method.key}

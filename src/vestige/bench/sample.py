@@ -1,5 +1,6 @@
 """Samples of the benchmarks: conversations of one turn or several, with the metric of every reply."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,18 @@ class BaseSample:
     """The nominal length of its row in tokens: chat text, contexts, questions and replies together are never longer."""
     tags: Mapping[str, str | int | float] = field(default_factory=dict)
     """Groups that results are broken down by: ``depth``, ``prompts``, ..."""
+
+
+@dataclass(frozen=True)
+class BaseItem(ABC):
+    """A sample as token ids, whatever the benchmark."""
+
+    sample: BaseSample
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash of the ids and the answers: a record with the same one was made from the same data."""
 
 
 @dataclass(frozen=True, kw_only=True)
