@@ -65,13 +65,7 @@ class EraseSample(BaseSample):
         return "".join(self.context[a:b] for a, b in zip(ends, starts, strict=True))
 
 
-def what_is(
-    kind: Kind,
-    what: str,
-    *answers: str,
-    forbidden: Sequence[str] = (),
-    room: int = NUMBER_ROOM,
-) -> Question:
+def what_is(kind: Kind, what: str, *answers: str, forbidden: Sequence[str] = (), room: int = NUMBER_ROOM) -> Question:
     """Return the plainest question and the beginning of its reply: "What is the code?", "The code is"."""
     return Question(
         kind=kind,
