@@ -10,7 +10,7 @@ from vestige.bench import tasks
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.conversation import Job
 from vestige.bench.metrics.scores import METRICS
-from vestige.bench.sample import Sample
+from vestige.bench.sample import BaseItem, Sample
 from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
 from vestige.models.layout import check
@@ -20,7 +20,7 @@ PAD_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(BaseItem):
     """A sample and its token ids."""
 
     sample: Sample
@@ -30,7 +30,6 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """A hash of the ids and the answers: a record with the same one was made from the same data."""
         return hash_parts(self.job.turns, self.job.stop, self.sample.turns)
 
 
@@ -48,7 +47,14 @@ def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
     limit, counts, known = check(renderer.model).max_positions, Counter[tuple[str, int]](), set()
     for name in config.tasks:
         for length in config.lengths or (None,):
-            for sample in tasks.make(name, _make_spec(config, renderer, name, length, limit)):
+            spec = config.task_spec(
+                renderer,
+                length or (limit if name.startswith("longbench") else None),  # cuts texts to the model's positions
+                answer_room=config.answer_room,
+                file={"cases": config.cases, "longbench": config.longbench}.get(re.split("[/-]", name)[0]),
+                prompts=config.prompts,
+            )
+            for sample in tasks.make(name, spec):
                 job = renderer.job(sample.turns)
                 if limit is not None and job.tokens > limit:
                     raise InputError(
@@ -62,19 +68,6 @@ def collect(config: BenchConfig, renderer: Renderer) -> Iterator[Item]:
                     known.add((*cell, sample.index))
                     yield Item(sample, job, counts[cell])
                     counts[cell] += 1
-
-
-def _make_spec(
-    config: BenchConfig, renderer: Renderer, name: str, length: int | None, limit: int | None
-) -> tasks.TaskSpec:
-    """Return the specification of a task; LongBench without a length cuts its texts to the model's positions."""
-    return config.task_spec(
-        renderer,
-        length or (limit if name.startswith("longbench") else None),
-        answer_room=config.answer_room,
-        file={"cases": config.cases, "longbench": config.longbench}.get(re.split("[/-]", name)[0]),
-        prompts=config.prompts,
-    )
 
 
 def make_batches(items: Iterable[Item], most: int, *, even: bool = False) -> Iterator[list[Item]]:
@@ -96,7 +89,6 @@ def make_batches(items: Iterable[Item], most: int, *, even: bool = False) -> Ite
 
 
 def _fits(group: list[Item], item: Item, pad_share: float) -> bool:
-    """Return whether a sample can join a batch."""
     together = [*group, item]
     rows = {(item.sample.task, item.sample.length) for item in together}
     if len(rows) > 1 or any(len(item.job.turns) > 1 for item in together):

@@ -10,17 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from vestige.bench.config import RunConfig
-from vestige.bench.erasing.items import Item as EraseItem
-from vestige.bench.items import Item
 from vestige.bench.methods.method import Method
 from vestige.bench.results.aggregate import Record, Row
 from vestige.bench.results.provenance import collect_provenance
 from vestige.bench.results.store import Store
+from vestige.bench.sample import BaseItem
 from vestige.cache.attach import attach
 from vestige.errors import InputError, VestigeError
 from vestige.models.layout import check
 
-AnyItem = Item | EraseItem
 Cell = tuple[str, int, Method]
 """The task, length and method of a row."""
 Progress = Callable[[int, int, str], None]
@@ -88,14 +86,14 @@ class Run:
         """Report the progress and what follows."""
         self.progress(self.done, self.total, following)
 
-    def find(self, item: AnyItem, method: Method) -> Record | None:
+    def find(self, item: BaseItem, method: Method) -> Record | None:
         """Return the record of a sample and method, or None if there is none.
 
         Raises:
             InputError: It was made from other data or with other weights.
         """
         sample, weights = item.sample, self.find_weights(method)
-        return self.store.known(sample.task, sample.length, sample.index, method.key, item.digest, weights)
+        return self.store.find(sample.task, sample.length, sample.index, method.key, item.digest, weights)
 
     def find_weights(self, method: Method) -> str:
         """Return the hash of a method's trained weights; empty if there are none, or they cannot be found."""
@@ -106,17 +104,17 @@ class Run:
                 self._trained[method] = ""  # running the method raises the error
         return self._trained[method]
 
-    def fail(self, item: AnyItem, method: Method, error: VestigeError) -> None:
+    def fail(self, item: BaseItem, method: Method, error: VestigeError) -> None:
         """Record that a method failed on a sample."""
         self.failures[cell_of(item, method)] = identify(item, method) | {"error": str(error)} | self.origin
 
 
-def cell_of(item: AnyItem, method: Method) -> Cell:
+def cell_of(item: BaseItem, method: Method) -> Cell:
     """Return the cell of a sample and method."""
     return item.sample.task, item.sample.length, method
 
 
-def identify(item: AnyItem, method: Method) -> Record:
+def identify(item: BaseItem, method: Method) -> Record:
     """Return the keys that tell a record from all others."""
     sample = item.sample
     head: Record = {"task": sample.task, "length": sample.length, "index": sample.index, "arm": method.key}

@@ -1,5 +1,6 @@
-"""Samples of the benchmark: conversations of one turn or several, with the metric of every reply."""
+"""Samples of the benchmarks: conversations of one turn or several, with the metric of every reply."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,8 +25,8 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One conversation over one cache. Its score is the mean over its turns."""
+class BaseSample:
+    """The place of a sample in the results, whatever the benchmark."""
 
     task: str
     """The name of its row, such as ``ruler/niah_single_1``."""
@@ -33,6 +34,24 @@ class Sample:
     """Unique within (task, length)."""
     length: int
     """The nominal length of its row in tokens: chat text, contexts, questions and replies together are never longer."""
-    turns: tuple[Turn, ...]
     tags: Mapping[str, str | int | float] = field(default_factory=dict)
     """Groups that results are broken down by: ``depth``, ``prompts``, ..."""
+
+
+@dataclass(frozen=True)
+class BaseItem(ABC):
+    """A sample as token ids, whatever the benchmark."""
+
+    sample: BaseSample
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash of the ids and the answers: a record with the same one was made from the same data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(BaseSample):
+    """One conversation over one cache. Its score is the mean over its turns."""
+
+    turns: tuple[Turn, ...]

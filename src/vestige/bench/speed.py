@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,14 +18,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
-from vestige import memory, policies
 from vestige.bench.methods import peers
 from vestige.bench.methods.conversation import Job, TurnIds
+from vestige.bench.methods.method import Method
 from vestige.bench.results.provenance import collect_provenance
 from vestige.bench.timing import TURN, TimedMethod, TimedPeer, time_decodes, time_prefills
-from vestige.budget import Budget
 from vestige.cache.attach import attach
 from vestige.cache.kv_cache import KVCache
 from vestige.cache.prefill import prefill
@@ -70,33 +70,33 @@ class SpeedConfig:
                 raise InputError(f"{option} is empty")
         if min(self.chunk, self.blocks, 1 if self.prefills is None else self.prefills) < 1:
             raise InputError("--chunk, --blocks and --prefills must be at least 1")
-        for _ in self.list_methods():
-            pass
-        for peer in self.peers:
-            peers.check(peer)
+        self.list_methods()
+        self.list_peers()
 
     def rounds(self, length: int) -> int:
         """Return the number of readings of a text of this length by each method."""
         return self.prefills or (3 if length <= LONG else 1)
 
-    def list_peers(self) -> Iterator[tuple[str, str]]:
-        """Yield each peer with each of its budgets as text."""
-        for peer in self.peers:
-            yield from ((peer, budget) for budget in (self.budgets if peers.takes_budget(peer) else ("1.0",)))
+    def list_peers(self) -> list[Method]:
+        """Return each peer with each of its budgets."""
+        return [
+            Method(policy=peer, budget=budget, peer=peer)
+            for peer in self.peers
+            for budget in (self.budgets if peers.takes_budget(peer) else ("1.0",))
+        ]
 
-    def list_methods(self) -> Iterator[tuple[str, str | None, str, Policy]]:
-        """Yield (policy name, budget text, memory, policy) for each method; raises the errors of the command line."""
+    def list_methods(self) -> list[Method]:
+        """Return vestige's own methods; raises the errors of the command line."""
+        listed = []
         for name in self.policies:
-            full = name == "full"
-            for budget, kind in product((None,) if full else self.budgets, ("none",) if full else self.memories):
-                memory.make(kind)
-                parsed = None if budget is None else Budget.parse(budget)
-                yield name, budget, kind, policies.make(name, parsed, share=self.share, seed=self.seed)
+            cells = [("1.0", "none")] if name == "full" else product(self.budgets, self.memories)
+            listed += [Method(policy=name, budget=budget, share=self.share, memory=kind) for budget, kind in cells]
+        return listed
 
     @property
     def steps(self) -> int:
         """Tokens of the longest block."""
-        return max(count_steps(policy) for *_, policy in self.list_methods())
+        return max(count_steps(method.make_policy(self.seed)) for method in self.list_methods())
 
 
 def count_steps(policy: Policy) -> int:
@@ -123,9 +123,9 @@ def speed(
     facts = {"model": name or model.config.name_or_path, "seed": config.seed, **collect_provenance(model)}
     rows, done = [], 0
     cells = [(length, batch) for length in config.lengths for batch in config.batches]
-    num_own, num_peers = len(list(config.list_methods())) + 2, len(list(config.list_peers()))
+    num_timed = 2 + len(config.list_methods()) + len(config.list_peers())
     turns = config.blocks * math.ceil(config.steps / TURN)
-    timed = sum(turns + (num_own + num_peers) * config.rounds(length) for length, _ in cells)
+    timed = sum(turns + num_timed * config.rounds(length) for length, _ in cells)
 
     def advance() -> None:
         nonlocal done
@@ -171,28 +171,27 @@ def _time_cell(
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, length), generator=generator)
     ids = ids.to(model.device).expand(batch, -1)
-    listed = list(config.list_methods())
+    listed = [(method, method.make_policy(config.seed)) for method in config.list_methods()]
     floor = TimedMethod(lambda _: DynamicCache(config=model.config), config.steps)
     full = TimedMethod(lambda x: _read_plain(model, x, config.chunk), config.steps)
     methods = [
-        TimedMethod(_make_reader(model, policy, kind, config.chunk), count_steps(policy))
-        for _, _, kind, policy in listed
+        TimedMethod(partial(_read, model, method, policy, config.chunk), count_steps(policy))
+        for method, policy in listed
     ]
     timed_peers = [
-        TimedPeer(name, budget, _make_peer_job(model, ids, name, budget, config.steps))
-        for name, budget in config.list_peers()
+        TimedPeer(method, _make_peer_job(model, ids, method, config.steps)) for method in config.list_peers()
     ]
     time_prefills([floor, full, *methods], timed_peers, ids, config.rounds(length), open_peer, advance)
     time_decodes([floor, full, *methods], model, ids[:, -1:], config.blocks, advance)
     shared = {"length": length, "batch": batch, "chunk": config.chunk, "blocks": config.blocks}
-    for (name, budget_text, kind, policy), method in zip(listed, methods, strict=True):
-        assert isinstance(method.cache, KVCache)
-        report = method.cache.report()
-        head = {**shared, "policy": name, "budget": budget_text or "1.0", "share": policy.share, "peer": None}
+    for (method, policy), timed in zip(listed, methods, strict=True):
+        assert isinstance(timed.cache, KVCache)
+        report = timed.cache.report()
+        head = shared | method.key | {"share": policy.share}
         sizes = {name: getattr(report, name) for name in _REPORTED}
-        yield head | {"memory": kind} | _compare_times(method.prefill_s, method.decode_ms, floor, full) | sizes
+        yield head | _compare_times(timed.prefill_s, timed.decode_ms, floor, full) | sizes
     for peer in timed_peers:
-        head = {**shared, "policy": peer.name, "budget": peer.budget, "share": None, "peer": peer.name}
+        head = shared | {name: value for name, value in peer.method.key.items() if name != "memory"}
         if peer.error is not None:
             yield head | {"error": peer.error}
             continue
@@ -216,23 +215,18 @@ def _compare_times(prefill_s: float, decode_ms: float, floor: TimedMethod, full:
     }
 
 
-def _make_peer_job(model: PreTrainedModel, ids: Int[Tensor, "batch length"], name: str, budget: str, steps: int) -> Job:
+def _make_peer_job(model: PreTrainedModel, ids: Int[Tensor, "batch length"], method: Method, steps: int) -> Job:
     """Return the job that times a peer: the ids as context, the last of them again as question, and ``steps`` steps."""
     row = tuple(ids[0].tolist())
     turn = TurnIds(context=row, question=row[-1:], max_new_tokens=steps + 1)
-    keep = peers.pairs_to_keep(name, budget, model, seen=len(row), length=len(row))
+    keep = peers.pairs_to_keep(method.policy, method.budget, model, seen=len(row), length=len(row))
     return Job(turns=(turn,), stop=(), keep=keep, copies=len(ids))
 
 
-def _make_reader(model: PreTrainedModel, policy: Policy, kind: str, chunk: int) -> Callable[[Tensor], Cache]:
-    """Return a function that reads ids into a new cache."""
-
-    def read(ids: Tensor) -> Cache:
-        cache = KVCache(model, policy, memory=memory.make(kind))
-        prefill(model, ids, cache, chunk=chunk, length=ids.shape[1])
-        return cache
-
-    return read
+def _read(model: PreTrainedModel, method: Method, policy: Policy, chunk: int, ids: Tensor) -> KVCache:
+    cache = KVCache(model, policy, memory=method.make_memory())
+    prefill(model, ids, cache, chunk=chunk, length=ids.shape[1])
+    return cache
 
 
 def _read_plain(model: PreTrainedModel, ids: Int[Tensor, "batch length"], chunk: int) -> DynamicCache:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from vestige.bench.methods.conversation import Job, Outcome
+from vestige.bench.methods.method import Method
 from vestige.bench.methods.peers import Peer
 from vestige.cache.kv_cache import KVCache
 from vestige.errors import VestigeError
@@ -38,8 +39,7 @@ class TimedMethod:
 class TimedPeer:
     """A peer at one budget: one run reads, compresses and decodes, so it gives all times at once."""
 
-    name: str
-    budget: str
+    method: Method
     job: Job
     runs: list[Outcome] = field(default_factory=list)
     error: str | None = None
@@ -48,7 +48,7 @@ class TimedPeer:
         """Run once more, unless an earlier run failed."""
         if self.error is None:
             try:
-                self.runs.append(open_peer(self.name).run(self.job))
+                self.runs.append(open_peer(self.method.policy).run(self.job))
             except VestigeError as error:
                 self.error = str(error)
 

@@ -1,7 +1,7 @@
 """Token ids of conversations, and texts of replies: the only place where the benchmark uses the tokenizer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,14 +24,12 @@ class Renderer:
         """Return the ids of a conversation."""
         frame, turn_ids = ChatTemplate(self.tokenizer), []
         for i, turn in enumerate(turns):
-            context = frame.next_context(turn.context) if i else frame.context(turn.context)
-            question = frame.question(turn.question, turn.answer_prefix)
-            ids = TurnIds(
-                context=tuple(context[0].tolist()),
-                question=tuple(question[0].tolist()),
-                max_new_tokens=turn.max_new_tokens,
-            )
-            turn_ids.append(_join_question(ids) if self.question_aware else ids)
+            context = (frame.next_context(turn.context) if i else frame.context(turn.context))[0].tolist()
+            question = frame.question(turn.question, turn.answer_prefix)[0].tolist()
+            if self.question_aware:
+                context, question = context + question, []
+            limit = turn.max_new_tokens
+            turn_ids.append(TurnIds(context=tuple(context), question=tuple(question), max_new_tokens=limit))
         return Job(turns=tuple(turn_ids), stop=self.stop())
 
     def measure(self, turns: Sequence[Turn]) -> int:
@@ -49,8 +47,3 @@ class Renderer:
     def text(self, reply: Sequence[int]) -> str:
         """Return a reply as text."""
         return str(self.tokenizer.decode(list(reply), skip_special_tokens=True))
-
-
-def _join_question(turn: TurnIds) -> TurnIds:
-    """Return a turn whose question is a part of its context."""
-    return replace(turn, context=turn.context + turn.question, question=())

@@ -1,12 +1,12 @@
 """JSON files of samples: values of the expected type, or an error with the line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vestige.errors import InputError
+from vestige.errors import InputError, unknown_name_message
 from vestige.text.files import read_text
 
 
@@ -23,8 +23,10 @@ class Entry:
     """Line in the file, from 1; 0 in a data set."""
     columns: Mapping[str, Any]
 
-    def text(self, name: str) -> str:
-        """Return a text, which may be empty."""
+    def text(self, name: str, default: str | None = None) -> str:
+        """Return a text, which may be empty; without a value the default, if there is one."""
+        if default is not None and not self.has(name):
+            return default
         value = self._value(name)
         if not isinstance(value, str):
             raise self.error(f"{name!r} is not a text but {_shorten(value)}")
@@ -38,8 +40,10 @@ class Entry:
             raise self.error(f"{name!r} is not a list of texts but {_shorten(value)}")
         return tuple(self._require_utf8(name, text) for text in texts)
 
-    def number(self, name: str) -> int:
-        """Return a whole number above 0; some data sets write it as digits in quotes."""
+    def number(self, name: str, default: int | None = None) -> int:
+        """Return a whole number above 0, which some data sets write in quotes; without a value the default, if any."""
+        if default is not None and not self.has(name):
+            return default
         value = self._value(name)
         if isinstance(value, str) and value.isascii() and value.isdigit():
             value = int(value[:18])
@@ -50,6 +54,12 @@ class Entry:
     def has(self, name: str) -> bool:
         """Return whether a column has a value other than null and the empty list."""
         return self.columns.get(name) not in (None, [])
+
+    def check_keys(self, valid: Collection[str], kind: str = "key") -> None:
+        """Raise an InputError for the first column whose name is not a valid one."""
+        for name in self.columns:
+            if name not in valid:
+                raise self.error(unknown_name_message(kind, name, valid))
 
     def error(self, what: str) -> InputError:
         """Return an error with the place of the sample."""

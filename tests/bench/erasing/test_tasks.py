@@ -11,9 +11,9 @@ from vestige import InputError
 from vestige.bench.erasing import distractors, tasks
 from vestige.bench.erasing.sample import EraseSample, Question, erased, unmarked
 from vestige.bench.erasing.stories import HABITS, PEOPLE
-from vestige.bench.questions import Question as Asked
-from vestige.bench.questions import take_turns
 from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks.questions import Question as Asked
+from vestige.bench.tasks.questions import take_turns
 
 pytest.importorskip("wonderwords")
 

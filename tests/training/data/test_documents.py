@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import byte_level_tokenizer
 from vestige import InputError
-from vestige.bench import hub, sources
-from vestige.bench.tasks import TaskSpec
+from vestige.bench import hub
+from vestige.bench.tasks import TaskSpec, sources
 from vestige.training.data import documents as module
 from vestige.training.data.documents import Document, draw_windows, read_documents, split_documents, split_lines
 from vestige.training.sampler import make_generator

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vestige.bench import sources, tasks
+from vestige.bench import tasks
 from vestige.bench.erasing import stories
-from vestige.bench.tasks import SPLITS, TaskSpec
+from vestige.bench.tasks import SPLITS, TaskSpec, sources
 from vestige.training.data import vocabulary
 from vestige.training.data.synthetic_qa import story as tales
 

@@ -11,13 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from vestige.bench import sources
 from vestige.bench.erasing.sample import EraseSample, Kind, Question, erased
-from vestige.bench.erasing.story_templates import StoryTemplate, count_least_tokens, fit
-from vestige.bench.questions import Question as SourceQuestion
-from vestige.bench.questions import Questions
-from vestige.bench.tasks import TaskSpec
+from vestige.bench.erasing.story_templates import StoryTemplate, fit, make_measure
+from vestige.bench.tasks import TaskSpec, sources
 from vestige.bench.tasks.fitting import key, named_length
+from vestige.bench.tasks.questions import Question as SourceQuestion
+from vestige.bench.tasks.questions import Questions
 from vestige.bench.tasks.ruler.needles import split_sentences
 from vestige.errors import InputError
 
@@ -47,7 +46,7 @@ def make_samples(order: TaskSpec, task: str) -> Iterator[EraseSample]:
     index = 0
     for which in listed:
         template = _make_template(data, data.questions[which], pool, random.Random(f"{seed}/{which}"))
-        if template is not None and count_least_tokens(order, template) <= length:
+        if template is not None and make_measure(order, template)(1) <= length:
             yield fit(order, template, task, index)
             index += 1
     raise InputError(

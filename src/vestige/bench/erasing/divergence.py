@@ -39,11 +39,9 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "1 context"], cache: KVCache) 
 
 
 class BatchedCaches:
-    """Caches that answer questions in one forward; no question or reply is evicted, or stays.
+    """Caches that answer questions in one forward of an attached model; no question or reply is evicted, or stays.
 
-    Args:
-        model: An attached model.
-        caches: Each holds a context; left as they are. Several are joined, if they can be.
+    The caches hold a context each, and are left as they are. Several are joined where they can be.
     """
 
     def __init__(self, model: PreTrainedModel, caches: Sequence[KVCache]) -> None:
@@ -62,19 +60,14 @@ class BatchedCaches:
 
 @dataclass(frozen=True)
 class QuestionedCaches:
-    """Caches that have read a question each.
-
-    Args:
-        model: An attached model.
-        cache: Has the caches as its rows.
-        logits: After the question.
-        first_token_s: Seconds that these took.
-    """
+    """Caches that have read a question each, as the rows of one cache."""
 
     model: PreTrainedModel
     cache: KVCache
     logits: Float[Tensor, "batch vocab"]
+    """After the question."""
     first_token_s: float
+    """Seconds of reading the question."""
 
     def decode(self, limit: int, stop: Collection[int]) -> Decoded:
         """Decode the greedy reply of each cache, of at most ``limit`` tokens."""

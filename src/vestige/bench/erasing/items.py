@@ -10,6 +10,7 @@ from vestige.bench.erasing import tasks
 from vestige.bench.erasing.config import EraseBenchConfig
 from vestige.bench.erasing.sample import EraseSample
 from vestige.bench.items import hash_parts
+from vestige.bench.sample import BaseItem
 from vestige.bench.tokenization import Renderer
 from vestige.errors import InputError
 from vestige.models.layout import check
@@ -19,7 +20,7 @@ from vestige.text.locate import tokens_at
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(BaseItem):
     """A sample and its ids, on the CPU."""
 
     sample: EraseSample
@@ -41,7 +42,6 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """A hash of the ids and the answers: a record with the same one was made from the same data."""
         ids = [tensor.tolist() for tensor in (self.context, *self.questions)]
         return hash_parts(ids, self.spans, self.sample.questions)
 

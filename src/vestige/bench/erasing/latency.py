@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vestige import erasers
@@ -77,11 +75,7 @@ def latency(
 ) -> list[Row]:
     """Time every method at every length, over random ids, and return a row for each.
 
-    Args:
-        config: The lengths and methods.
-        model: Attached for as long as this runs.
-        name: The model's name in rows.
-        progress: Called with (edits done, in all, what is next).
+    The model is attached for as long as this runs; progress is (edits done, in all, what is next).
 
     Raises:
         VestigeError: A length is beyond the model's positions, or a method cannot work with this model.
@@ -120,29 +114,13 @@ def _time_length(
     for _ in range(config.rounds + 1):
         for method, rounds in taken.items():
             report(f"{length} {method}")
-            rounds.append(_time_edit(config, model, cache, context, question, method))
+            fork = cache.fork()
+            edit = erase(fork, config.place, erasers.make(method), model=model, input_ids=context).report
+            with BatchedCaches(model, [fork]).ask(question) as asked:
+                decoded = asked.decode(config.reply, ())
+            figures = (edit.edit_s, asked.first_token_s, 1e3 * decoded.seconds / decoded.steps, edit.tokens_recomputed)
+            rounds.append(dict(zip(FIGURES, map(float, figures), strict=True)))
     return {
         method: {name: statistics.median(figures[name] for figures in rounds[1:]) for name in FIGURES}
         for method, rounds in taken.items()
-    }
-
-
-def _time_edit(
-    config: LatencyConfig,
-    model: PreTrainedModel,
-    cache: KVCache,
-    context: Int[Tensor, "1 context"],
-    question: Int[Tensor, "1 question"],
-    method: str,
-) -> dict[str, float]:
-    """Return the times of one edit, one question and one reply."""
-    fork = cache.fork()
-    report = erase(fork, config.place, erasers.make(method), model=model, input_ids=context).report
-    with BatchedCaches(model, [fork]).ask(question) as asked:
-        decoded = asked.decode(config.reply, ())
-    return {
-        "edit_s": report.edit_s,
-        "first_token_s": asked.first_token_s,
-        "decode_ms": 1e3 * decoded.seconds / decoded.steps,
-        "tokens_recomputed": float(report.tokens_recomputed),
     }

@@ -1,7 +1,7 @@
 """RULER's needles in essays, for erasing: conflicting needles, a harmless paragraph, asking for an erased needle."""
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from vestige.bench.erasing.sample import NUMBER_ROOM, Kind, Question, erased
 from vestige.bench.erasing.story_templates import (
@@ -23,29 +23,16 @@ HARMLESS_TOKENS = 100
 """Length of a harmless passage, which consists of whole sentences and may be a bit longer."""
 
 
-def make_early(order: TaskSpec, rng: random.Random) -> StoryTemplate:
-    """Return two conflicting needles, the earlier of them erased."""
-    return _make_conflict(order, rng, values=2, wrong={0})
-
-
-def make_late(order: TaskSpec, rng: random.Random) -> StoryTemplate:
-    """Return two conflicting needles, the later of them erased."""
-    return _make_conflict(order, rng, values=2, wrong={1})
-
-
-def make_several(order: TaskSpec, rng: random.Random) -> StoryTemplate:
-    """Return four conflicting needles, three of them erased in one call."""
-    return _make_conflict(order, rng, values=4, wrong={0, 1, 2, 3} - {rng.randrange(4)})
-
-
-def _make_conflict(order: TaskSpec, rng: random.Random, *, values: int, wrong: Collection[int]) -> StoryTemplate:
+def make_conflict(order: TaskSpec, rng: random.Random, *, values: int = 2, right: int | None = None) -> StoryTemplate:
+    """Return conflicting needles, all but one of them erased in one call; the one that stays is drawn if it is None."""
+    right = rng.randrange(values) if right is None else right
     (name, numbers), (other, others) = draw_facts(order, rng, 2, values)
-    gone = [numbers[i] for i in sorted(wrong)]
+    gone = [number for i, number in enumerate(numbers) if i != right]
     lines = [needle_text(FORM, name, number) for number in numbers]
-    lines = [erased(line) if i in wrong else line for i, line in enumerate(lines)]
+    lines = [line if i == right else erased(line) for i, line in enumerate(lines)]
     lines.insert(rng.randrange(len(lines) + 1), needle_text(FORM, other, others[0]))
     questions = (
-        _ask("target", name, *(number for number in numbers if number not in gone), forbidden=gone),
+        _ask("target", name, numbers[right], forbidden=gone),
         _ask("retained", other, others[0]),
         _ask_erased(
             gone,

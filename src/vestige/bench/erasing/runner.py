@@ -94,7 +94,8 @@ class _Runner:
         for methods in (self.methods[:1], self.methods[1:]) if only else (self.methods,):
             self.run.report(" ".join([item.sample.task, *(str(method.eraser) for method in methods)]))
             self.run.done += len(methods)
-            missing = [method for method in methods if self._lacks(item, method)]
+            pending = [method for method in methods if cell_of(item, method) not in self.run.failures]
+            missing = [method for method in pending if self.run.find(item, method) is None]
             noop = self.run.find(item, self.noop)
             if not missing or (only and noop is not None and not noop["kept"]):
                 continue
@@ -109,9 +110,6 @@ class _Runner:
             for record in self._yield_records(item, missing, cache, clean):
                 self.store.append(record)
         self.run.report(item.sample.task)
-
-    def _lacks(self, item: Item, method: Method) -> bool:
-        return cell_of(item, method) not in self.run.failures and self.run.find(item, method) is None
 
     def _clean_is_correct(self, item: Item, clean: KVCache) -> bool:
         """Return whether a sample can pass the filter, as far as the clean replies decide it."""
@@ -155,13 +153,7 @@ class _Runner:
             }
 
     def _ask(self, item: Item, index: int, groups: Sequence[BatchedCaches]) -> list[Record]:
-        """Return the replies of edited caches to one question, scored against the clean reply.
-
-        Args:
-            item: The sample.
-            index: The question's index.
-            groups: The clean cache and then the edited ones, together where they can be.
-        """
+        """Return the replies of edited caches to one question, scored against that of the clean cache, the first."""
         question, stop = item.sample.questions[index], self.renderer.stop()
         replies: list[tuple[int, ...]] = []
         logits: list[Tensor] = []

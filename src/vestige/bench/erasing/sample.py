@@ -1,12 +1,13 @@
 """Samples of the benchmark of erasers: a text, its passages to erase, and the questions after the erase."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vestige.bench.sample import BaseSample
 
 Kind = Literal["target", "retained", "leak"]
 """The erase changes the answer; the answer must survive the erase; the answer was erased."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
 NUMBER_ROOM = 16
 """Tokens for a number of seven digits, a full stop, and a few words around them."""
 _BEGIN, _END = "\ue010", "\ue011"  # private use characters: no text has them
@@ -42,26 +43,13 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EraseSample:
-    """A text, its passages to erase, and the questions after the erase.
+class EraseSample(BaseSample):
+    """A text, its passages to erase, and the questions after the erase; each is asked alone, of the edited cache."""
 
-    Args:
-        task: A key of ``TASKS``.
-        index: Unique within (task, length).
-        length: Nominal: chat text, context, any question and its longest reply are never longer, in tokens.
-        context: The whole text.
-        passages: Characters ``[start, end)`` of the context to erase in one call; ascending and disjoint.
-        questions: Each is asked alone, of the same edited cache.
-        tags: Groups that results are broken down by.
-    """
-
-    task: str
-    index: int
-    length: int
     context: str
     passages: tuple[tuple[int, int], ...]
+    """Characters ``[start, end)`` of the context to erase in one call; ascending and disjoint."""
     questions: tuple[Question, ...]
-    tags: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rest = self.remaining
@@ -77,22 +65,8 @@ class EraseSample:
         return "".join(self.context[a:b] for a, b in zip(ends, starts, strict=True))
 
 
-def what_is(
-    kind: Kind,
-    what: str,
-    *answers: str,
-    forbidden: Sequence[str] = (),
-    room: int = NUMBER_ROOM,
-) -> Question:
-    """Return the plainest question and the beginning of its reply: "What is the code?", "The code is".
-
-    Args:
-        kind: The purpose of the question.
-        what: The thing in question, such as "the code".
-        answers: Any is right.
-        forbidden: Values that the reply must not contain.
-        room: Longest reply, in tokens.
-    """
+def what_is(kind: Kind, what: str, *answers: str, forbidden: Sequence[str] = (), room: int = NUMBER_ROOM) -> Question:
+    """Return the plainest question and the beginning of its reply: "What is the code?", "The code is"."""
     return Question(
         kind=kind,
         text=f"What is {what}?",

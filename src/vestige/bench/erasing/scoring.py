@@ -35,7 +35,8 @@ def score_reply(question: Question, reply: str, clean: str) -> dict[str, Any]:
 
 def clean_is_correct(replies: Sequence[Record]) -> bool:
     """Return whether the clean replies let a sample pass the filter of :func:`keep_sample`."""
-    return all(reply["clean_correct"] for reply in _deciding(replies))
+    deciding = "target" if any(reply["kind"] == "target" for reply in replies) else "retained"
+    return all(reply["clean_correct"] for reply in replies if reply["kind"] == deciding)
 
 
 def keep_sample(replies: Sequence[Record]) -> bool:
@@ -47,8 +48,3 @@ def keep_sample(replies: Sequence[Record]) -> bool:
     unchanged = all(reply["correct"] for reply in replies if reply["kind"] == "target")
     harmless = all(reply["kind"] != "target" for reply in replies)
     return clean_is_correct(replies) and (harmless or not unchanged)
-
-
-def _deciding(replies: Sequence[Record]) -> list[Record]:
-    kinds = {reply["kind"] for reply in replies}
-    return [reply for reply in replies if reply["kind"] == ("target" if "target" in kinds else "retained")]

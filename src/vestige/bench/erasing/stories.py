@@ -19,8 +19,8 @@ from vestige.bench.erasing.story_templates import (
     group_lines,
     make_each,
 )
-from vestige.bench.questions import take_turns
 from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks.questions import take_turns
 
 _WORD_ROOM = 10
 _PAGE_SENTENCES = 3

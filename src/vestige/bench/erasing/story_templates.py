@@ -69,7 +69,7 @@ def fit(order: TaskSpec, template: StoryTemplate, task: str, index: int) -> Eras
     Raises:
         InputError: There is no length, or even the shortest text does not fit; the message has both numbers.
     """
-    length, measure = named_length(order, task), _make_measure(order, template)
+    length, measure = named_length(order, task), make_measure(order, template)
     size = largest(measure, length, 1, len(template.filler) if template.once else length)
     if size is None:
         raise InputError(f"{task} needs at least {measure(1)} tokens, but --length is {length}")
@@ -85,12 +85,7 @@ def fit(order: TaskSpec, template: StoryTemplate, task: str, index: int) -> Eras
     )
 
 
-def count_least_tokens(order: TaskSpec, template: StoryTemplate) -> int:
-    """Return the tokens of the sample with the least filler."""
-    return _make_measure(order, template)(1)
-
-
-def _make_measure(order: TaskSpec, template: StoryTemplate) -> Callable[[int], int]:
+def make_measure(order: TaskSpec, template: StoryTemplate) -> Callable[[int], int]:
     """Return the function from a size to the tokens of the sample with its longest question."""
     longest = max(template.questions, key=lambda question: order.measure((as_turn("", question),)))
     return lambda size: order.measure((as_turn(unmarked(template.text(size))[0], longest),))

@@ -1,6 +1,7 @@
 """The tasks of the benchmark of erasers, in one dict from a name to the maker of its samples."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 from vestige.bench.erasing import distractors, needles, stories
@@ -10,8 +11,8 @@ from vestige.bench.tasks import TaskSpec
 from vestige.errors import InputError, unknown_name_message
 
 TASKS: dict[str, Maker] = {
-    "needles_early": make_each(needles.make_early),
-    "needles_late": make_each(needles.make_late),
+    "needles_early": make_each(partial(needles.make_conflict, right=1)),
+    "needles_late": make_each(partial(needles.make_conflict, right=0)),
     "distractor_qa": distractors.make_samples,
     "tool_result": make_each(stories.make_tool_result),
     "injection": make_each(stories.make_injection),
@@ -19,14 +20,12 @@ TASKS: dict[str, Maker] = {
     "derived_0": stories.derived_fact_samples(0),
     "derived_250": stories.derived_fact_samples(250),
     "derived_1500": stories.derived_fact_samples(1500),
-    "several_spans": make_each(needles.make_several),
+    "several_spans": make_each(partial(needles.make_conflict, values=4)),
     "harmless": make_each(needles.make_harmless),
     "repeat": make_each(needles.make_repeat),
 }
 QA_TASKS = frozenset({"distractor_qa"})
 """Tasks that need a file of questions."""
-SAMPLES = 20
-"""Samples of each (task, length) by default."""
 
 
 def check(name: str) -> None:
@@ -36,14 +35,10 @@ def check(name: str) -> None:
 
 
 def make(name: str, spec: TaskSpec) -> Iterator[EraseSample]:
-    """Yield the samples of a named task.
-
-    Args:
-        name: A key of ``TASKS``.
-        spec: The samples wanted. Sample ``i`` does not depend on the number of samples; dev and test share nothing.
+    """Yield the samples of a named task; sample ``i`` does not depend on their number, and dev and test share nothing.
 
     Raises:
         InputError: No such task, no length or one that is too short, or the texts it needs are missing or malformed.
     """
     check(name)
-    yield from islice(TASKS[name](spec, name), SAMPLES if spec.samples is None else spec.samples)
+    yield from islice(TASKS[name](spec, name), spec.num_samples)

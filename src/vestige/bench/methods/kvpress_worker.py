@@ -28,14 +28,7 @@ class Refused(Exception):
 
 
 class Loaded:
-    """A model with kvpress, and its attention modules.
-
-    Args:
-        folder: A model in transformers' format.
-        device: Device of the model.
-        dtype: Of the weights, e.g. ``bfloat16``.
-        threads: CPU threads.
-    """
+    """A model with kvpress, and its attention modules."""
 
     def __init__(self, folder: str, device: str, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -122,10 +115,9 @@ class Loaded:
         pairs = zip(self.attentions, self.known, strict=True)
         return [value for attention, known in pairs for name, value in vars(attention).items() if name not in known]
 
-    def count_masked(self) -> int:
-        """Return the number of stored pairs that attention may not read."""
-        indices = [getattr(attention, "masked_key_indices", None) for attention in self.attentions]
-        return sum(len(found[0]) for found in indices if found is not None)
+    def find_masked(self) -> list[Any]:
+        """Return the indices of the stored pairs that attention may not read, by layer; None if there are none."""
+        return [getattr(attention, "masked_key_indices", None) for attention in self.attentions]
 
 
 def find_ratio(keep: int | None, length: int, rows: int, *, counts_pruned: bool) -> float:
@@ -248,7 +240,11 @@ class Conversation:
         self.prefill_s, self.evict_s = self.prefill_s + spent, self.evict_s + max(spent - plain, 0.0)
         self.token = self._pick_next(out)
         self.seen = len(ids)
-        self.position = self.cache.get_seq_length() if self._moves_keys() else len(ids)
+        kvpress, press = self.loaded.kvpress, self.press
+        moves = isinstance(press, kvpress.KeyRerotationPress | kvpress.RestoreKVPress) or (
+            isinstance(press, kvpress.FinchPress) and press.rerotate_keys
+        )
+        self.position = self.cache.get_seq_length() if moves else len(ids)
 
     def read_more(self, ids: list[int]) -> None:
         """Read a later context; a press does not change a cache that is not empty."""
@@ -276,7 +272,8 @@ class Conversation:
         """Return the sizes of the cache, and a note."""
         layers = [self.cache.layers[i] for i in self.loaded.layers if i < len(self.cache.layers)]
         kept = [[layer.keys.shape[2]] * self.loaded.heads * self.copies for layer in layers]
-        held, masked = sum(map(sum, kept)), self.loaded.count_masked()
+        held = sum(map(sum, kept))
+        masked = sum(len(found[0]) for found in self.loaded.find_masked() if found is not None)
         notes = [f"kvpress {self.loaded.versions['kvpress']}"]
         if masked:
             notes.append(f"{masked:,} of {held:,} pairs masked, none freed")
@@ -314,11 +311,6 @@ class Conversation:
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids] * self.copies, device=self.model.device)
 
-    def _moves_keys(self) -> bool:
-        kvpress = self.loaded.kvpress
-        rotated = isinstance(self.press, kvpress.FinchPress) and self.press.rerotate_keys
-        return rotated or isinstance(self.press, kvpress.KeyRerotationPress | kvpress.RestoreKVPress)
-
 
 @torch.no_grad()
 def run(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
@@ -354,7 +346,7 @@ def find_kept(loaded: Loaded, request: dict[str, Any]) -> list[list[list[int]]]:
     loaded.clear_modules()
     conversation = Conversation(loaded, loaded.make_press(request["press"], request["keep"], len(ids)))
     conversation.read_first(ids)
-    masks = [getattr(attention, "masked_key_indices", None) for attention in loaded.attentions]
+    masks = loaded.find_masked()
     loaded.clear_modules()
     plain = loaded.read_plain(ids, conversation.press)
     found = []

@@ -57,13 +57,7 @@ def sharing_key(policy: Policy) -> Hashable:
 
 
 def read(model: PreTrainedModel, jobs: Sequence[Job], observers: Sequence[Policy]) -> Reading:
-    """Read the first contexts of jobs in one piece, and record what the observers need.
-
-    Args:
-        model: An attached model.
-        jobs: One batch row each.
-        observers: Policies that forks will have.
-    """
+    """Read the first contexts of jobs, a batch row each, and record what the observers, the forks' policies, need."""
     cache = KVCache(model, policies.Full(), observers=observers)
     ids, mask = pad_left([job.turns[0].context for job in jobs], model.device)
     started = synchronized_time(model.device)
@@ -94,11 +88,11 @@ def run(
         VestigeError: The budget cannot be met, a score is broken, ...
     """
     assert len(jobs) == 1 or all(len(job.turns) == 1 for job in jobs)
-    conversation = _Conversation(model, _scale_budget(policy, len(jobs)), memory, chunk or ONE_PIECE)
+    conversation = _Conversation(model, _scale_budget(policy, len(jobs)), memory, chunk or ONE_PIECE, reading)
     for t in range(len(jobs[0].turns)):
         turns = [job.turns[t] for job in jobs]
         contexts = [(*conversation.pending, *turn.context) for turn in turns]
-        conversation.read(contexts, [len(turn.question) for turn in turns], reading if t == 0 else None)
+        conversation.read(contexts, [len(turn.question) for turn in turns])
         conversation.reply([turn.question for turn in turns], [turn.max_new_tokens for turn in turns], jobs[0].stop)
     return [conversation.make_outcome(row, len(jobs)) for row in range(len(jobs))]
 
@@ -113,20 +107,30 @@ def _scale_budget(policy: Policy, jobs: int) -> Policy:
 class _Conversation:
     """A conversation in progress: its cache, replies and times."""
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, memory: Memory | None, chunk: int) -> None:
-        self.model, self.policy, self.memory, self.chunk = model, policy, memory, chunk
-        self.cache: KVCache | None = None
-        self.report: Report | None = None
+    report: Report
+    """Of the cache after the last reading."""
+
+    def __init__(
+        self, model: PreTrainedModel, policy: Policy, memory: Memory | None, chunk: int, reading: Reading | None
+    ) -> None:
+        self.model, self.chunk, self.reading = model, chunk, reading
         self.logits = torch.empty(0)
         self.replies: list[tuple[tuple[int, ...], ...]] = []
         self.pending: tuple[int, ...] = ()
         self.prefill_s = self.evict_s = self.decode_s = 0.0
         self.steps = 0
+        if reading is None:
+            self.cache = KVCache(model, policy, memory=memory)
+            return
+        ready, self.prefill_s = reading.ready_for(model, policy)
+        self.cache = ready.fork(policy, memory=memory)
+        if self.prefill_s:
+            self.cache.state.raise_peak(ready.state.peak_kv_bytes)
 
-    def read(self, contexts: list[tuple[int, ...]], questions: list[int], reading: Reading | None) -> None:
+    def read(self, contexts: list[tuple[int, ...]], questions: list[int]) -> None:
         """Read and settle a turn's contexts; the announced lengths include the questions."""
-        cache = self.cache or self._begin(reading)
-        seen = (0,) * len(contexts) if self.cache is None else cache.seen
+        cache, reading = self.cache, None if self.replies else self.reading
+        seen = cache.seen if self.replies else (0,) * len(contexts)
         lengths = [s + len(c) + q for s, c, q in zip(seen, contexts, questions, strict=True)]
         evicted, started = cache.state.evict_s, synchronized_time(self.model.device)
         if reading is not None:
@@ -139,21 +143,10 @@ class _Conversation:
             self.logits = prefill(self.model, ids, cache, chunk=self.chunk, length=lengths, attention_mask=mask)
         self.prefill_s += synchronized_time(self.model.device) - started
         self.evict_s += cache.state.evict_s - evicted
-        self.cache, self.report = cache, cache.report()
-
-    def _begin(self, reading: Reading | None) -> KVCache:
-        if reading is None:
-            return KVCache(self.model, self.policy, memory=self.memory)
-        ready, seconds = reading.ready_for(self.model, self.policy)
-        cache = ready.fork(self.policy, memory=self.memory)
-        if seconds:
-            cache.state.raise_peak(ready.state.peak_kv_bytes)
-        self.prefill_s += seconds
-        return cache
+        self.report = cache.report()
 
     def reply(self, questions: list[tuple[int, ...]], limits: list[int], stop: tuple[int, ...]) -> None:
         """Read a turn's questions, which stay whole, and decode until every batch row has stopped."""
-        assert self.cache is not None
         cache = self.cache
         if any(questions):
             ids, mask = pad_left(questions, self.model.device)
@@ -167,7 +160,6 @@ class _Conversation:
 
     def make_outcome(self, row: int, batch: int) -> Outcome:
         """Return one batch row's replies, and its even share of the bytes and pairs."""
-        assert self.report is not None and self.cache is not None
         report, heads = self.report, [len(layer.rows) // batch for layer in self.report.layers]
         kept = tuple(layer.rows[row * n : (row + 1) * n] for layer, n in zip(self.report.layers, heads, strict=True))
         return Outcome(

@@ -47,11 +47,7 @@ def _tensors(held: Any, visited: set[int]) -> Iterator[Tensor]:
 
 
 class ByteMeter:
-    """Measures layers of a cache at every update inside ``with meter.watch(cache):``.
-
-    Args:
-        layers: Indices of the layers that are measured.
-    """
+    """Measures the layers of these indices at every update of a cache inside ``with meter.watch(cache):``."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)

@@ -6,7 +6,7 @@ evaluation code, oddities included, so that numbers compare with published ones.
 
 import re
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 from vestige.bench.metrics import text_overlap
 from vestige.bench.sample import Turn
@@ -100,11 +100,6 @@ def retrieval(reply: str, answer: str, pattern: str = r"Paragraph (\d+)") -> flo
     return count(reply, number[1])
 
 
-def retrieval_zh(reply: str, answer: str) -> float:
-    """Return :func:`retrieval` for answers in Chinese."""
-    return retrieval(reply, answer, r"段落(\d+)")
-
-
 def code_similarity(reply: str, answer: str) -> float:
     """Return the similarity of the answer and the reply's first line of code (LongBench).
 
@@ -137,7 +132,7 @@ METRICS: dict[str, Metric] = {
     "f1_first_line": first_line(best(text_overlap.token_f1)),
     "f1_zh": best(text_overlap.token_f1_zh),
     "retrieval": best(retrieval),
-    "retrieval_zh": best(retrieval_zh),
+    "retrieval_zh": best(partial(retrieval, pattern=r"段落(\d+)")),
     "rouge_l": best(text_overlap.rouge_l),
     "rouge_l_first_line": first_line(best(text_overlap.rouge_l)),
     "rouge_l_zh": best(text_overlap.rouge_l_zh),

@@ -46,25 +46,29 @@ class Store:
         except OSError as error:
             raise InputError(f"cannot write results to {folder}: {error.strerror}") from None
 
-    def find(self, task: str, length: int, index: int, arm: Mapping[str, Any]) -> Record | None:
-        """Return the record of a sample and method, or None if it is missing."""
-        return self.records.get(_make_key(task, length, index, arm))
-
-    def known(
-        self, task: str, length: int, index: int, arm: Mapping[str, Any], digest: str, weights: str = ""
+    def find(
+        self,
+        task: str,
+        length: int,
+        index: int,
+        arm: Mapping[str, Any],
+        digest: str | None = None,
+        weights: str = "",
     ) -> Record | None:
         """Return the record of a sample and method, or None if it is missing.
 
         Raises:
             InputError: It was made from data with another digest, or with other trained weights.
         """
-        record = self.find(task, length, index, arm)
-        if record is not None and record["digest"] != digest:
+        record = self.records.get(_make_key(task, length, index, arm))
+        if record is None or digest is None:
+            return record
+        if record["digest"] != digest:
             raise InputError(
                 f"sample {index} of {task} in {self.folder} was made from another text "
                 "or other answers; the data have changed: name a new --out"
             )
-        if record is not None and record.get("trained", weights) != weights:
+        if record.get("trained", weights) != weights:
             raise InputError(
                 f"sample {index} of {task} in {self.folder} was made with other trained weights of {arm['policy']}; "
                 "name a new --out"

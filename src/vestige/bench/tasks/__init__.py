@@ -5,7 +5,7 @@ tasks, ``ruler/niah_single_1`` is one of them.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,8 @@ TASKS: dict[str, str] = {
 }
 Split = Literal["dev", "test"]
 SPLITS: tuple[Split, ...] = ("dev", "test")
+SAMPLES = 20
+"""Samples of each (task, length) of a generated task by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,17 @@ class TaskSpec:
     prompts: Path | None = None
     """A JSON file of prompts in place of the task's own."""
 
+    @property
+    def num_samples(self) -> int:
+        """Samples per (task, length) of a generated task."""
+        return SAMPLES if self.samples is None else self.samples
+
+    def choose_parts(self, what: str, known: Collection[str]) -> tuple[str, ...]:
+        """Return the part wanted, or all parts of a task; raise an InputError if the part is unknown."""
+        if self.part is not None and self.part not in known:
+            raise InputError(unknown_name_message(what, self.part, known))
+        return tuple(known) if self.part is None else (self.part,)
+
     def reply_limit(self, answers: Iterable[str], own: int, *, every: bool = False) -> int:
         """Return the longest reply of a turn, in tokens.
 
@@ -71,11 +84,7 @@ class TaskSpec:
 
 
 def make(name: str, spec: TaskSpec) -> list[Sample]:
-    """Return the samples of a named task, ordered by (task, index).
-
-    Args:
-        name: A key of ``TASKS``, or one with a part: ``ruler/vt``.
-        spec: The samples wanted; its ``part`` is taken from the name.
+    """Return the samples of a task, ordered by (task, index); a name can have the part of the task: ``ruler/vt``.
 
     Raises:
         InputError: No such task or part, or the data it needs is missing or malformed.

@@ -8,10 +8,9 @@ A case's length is its own label, or else the specification's length, or else th
 task. There is no dev and test split: all cases are in both.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+from itertools import groupby, islice
 
 from vestige.bench.metrics.scores import METRICS
 from vestige.bench.sample import Sample, Turn
@@ -23,16 +22,6 @@ from vestige.text.jsonl import Entry
 _TURN = ("context", "question", "answer_prefix", "answer", "metric", "max_new_tokens", "choices")
 _EVERY_ANSWER = ("contains", "string_match_all")  # metrics for which one reply must have all answers
 _DEFAULTS = Turn(context="", question="", answers=())
-
-
-@dataclass(frozen=True)
-class _Case:
-    line: int
-    task: str
-    declared: int | None
-    measured: int
-    """Tokens; 0, and not counted, if a length is declared."""
-    turns: tuple[Turn, ...]
 
 
 def samples(spec: TaskSpec) -> list[Sample]:
@@ -52,50 +41,38 @@ def samples(spec: TaskSpec) -> list[Sample]:
         if spec.part not in tasks:
             raise InputError(unknown_name_message(f"task of {spec.file}", spec.part, tasks))
         cases = [case for case in cases if case.task == spec.part]
-    return _take_first(spec, _with_lengths(cases) if spec.length is None else _of_length(cases, spec.length, spec.file))
+    found = sorted(_set_lengths(spec, cases), key=lambda case: (case.task, case.length, case.index))
+    rows = groupby(found, key=lambda case: (case.task, case.length))
+    return [case for _, row in rows for case in islice(row, spec.samples)]
 
 
-def _with_lengths(cases: Sequence[_Case]) -> list[Sample]:
-    longest: dict[str, int] = {}
-    for case in cases:
-        longest[case.task] = max(longest.get(case.task, 0), case.measured)
-    return [_sample(case, case.declared or longest[case.task]) for case in cases]
-
-
-def _of_length(cases: Sequence[_Case], length: int, path: Path) -> list[Sample]:
-    wanted = [case for case in cases if (case.declared == length if case.declared else case.measured <= length)]
+def _set_lengths(spec: TaskSpec, cases: Sequence[Sample]) -> list[Sample]:
+    """Return the cases of the specification's length, or all cases if it has none, each with the length of its row."""
+    tokens = [case.length or spec.measure(case.turns) for case in cases]
+    if spec.length is None:
+        longest: dict[str, int] = {}
+        for case, measured in zip(cases, tokens, strict=True):
+            if not case.length:
+                longest[case.task] = max(longest.get(case.task, 0), measured)
+        return [case if case.length else replace(case, length=longest[case.task]) for case in cases]
+    pairs = zip(cases, tokens, strict=True)
+    wanted = [case for case, n in pairs if n == spec.length or (n < spec.length and not case.length)]
     if not wanted:
-        lengths = ", ".join(str(n) for n in sorted({case.declared or case.measured for case in cases}))
-        raise InputError(f"{path} has no case of length {length}; there are {lengths}")
-    return [_sample(case, length) for case in wanted]
+        lengths = ", ".join(map(str, sorted(set(tokens))))
+        raise InputError(f"{spec.file} has no case of length {spec.length}; there are {lengths}")
+    return [replace(case, length=spec.length) for case in wanted]
 
 
-def _take_first(spec: TaskSpec, cases: Sequence[Sample]) -> list[Sample]:
-    """Return the first samples of each row, ordered by row and line."""
-    counts: Counter[tuple[str, int]] = Counter()
-    kept = []
-    for case in cases:
-        counts[case.task, case.length] += 1
-        if spec.samples is None or counts[case.task, case.length] <= spec.samples:
-            kept.append(case)
-    return sorted(kept, key=lambda sample: (sample.task, sample.length, sample.index))
-
-
-def _sample(case: _Case, length: int) -> Sample:
-    return Sample(task=case.task, index=case.line, length=length, turns=case.turns)
-
-
-def _case(spec: TaskSpec, entry: Entry) -> _Case:
+def _case(spec: TaskSpec, entry: Entry) -> Sample:
+    """Return a case with the length that it declares, or else 0."""
     if "turns" in entry.columns:
-        _check_keys(entry, ("task", "length", "turns"))
+        entry.check_keys(("task", "length", "turns"))
         turns = tuple(_turn(spec, turn, first=i == 0) for i, turn in enumerate(_turn_entries(entry)))
     else:
-        _check_keys(entry, ("task", "length", *_TURN))
+        entry.check_keys(("task", "length", *_TURN))
         turns = (_turn(spec, entry, first=True),)
     task = _require_text(entry, "task")
-    declared = entry.number("length") if entry.has("length") else None
-    measured = 0 if declared else spec.measure(turns)
-    return _Case(entry.line, task, declared, measured, turns)
+    return Sample(task=task, index=entry.line, length=entry.number("length", 0), turns=turns)
 
 
 def _turn_entries(entry: Entry) -> list[Entry]:
@@ -104,7 +81,7 @@ def _turn_entries(entry: Entry) -> list[Entry]:
         raise entry.error("'turns' is not a list of at least one turn")
     parsed = [jsonl.entry(turn, f"{entry.where}, turn {i}") for i, turn in enumerate(turns, start=1)]
     for turn in parsed:
-        _check_keys(turn, _TURN)
+        turn.check_keys(_TURN)
     return parsed
 
 
@@ -112,15 +89,15 @@ def _turn(spec: TaskSpec, entry: Entry, *, first: bool) -> Turn:
     answers = entry.texts("answer")
     if not all(answer.strip() for answer in answers):
         raise entry.error("'answer' has an empty text, which every reply contains")
-    metric = entry.text("metric") if entry.has("metric") else _DEFAULTS.metric
+    metric = entry.text("metric", _DEFAULTS.metric)
     if metric not in METRICS:
         raise entry.error(unknown_name_message("metric", metric, METRICS))
-    own = entry.number("max_new_tokens") if entry.has("max_new_tokens") else _DEFAULTS.max_new_tokens
+    own = entry.number("max_new_tokens", _DEFAULTS.max_new_tokens)
     return Turn(
-        context=_require_text(entry, "context") if first else entry.text("context") if entry.has("context") else "",
+        context=_require_text(entry, "context") if first else entry.text("context", ""),
         question=_require_text(entry, "question"),
         answers=answers,
-        answer_prefix=entry.text("answer_prefix") if entry.has("answer_prefix") else "",
+        answer_prefix=entry.text("answer_prefix", ""),
         metric=metric,
         max_new_tokens=spec.reply_limit(answers, own, every=metric in _EVERY_ANSWER),
         choices=_choices(entry, metric),
@@ -138,9 +115,3 @@ def _require_text(entry: Entry, name: str) -> str:
     if not text.strip():
         raise entry.error(f"{name!r} is empty")
     return text
-
-
-def _check_keys(entry: Entry, valid: Sequence[str]) -> None:
-    for key in entry.columns:
-        if key not in valid:
-            raise entry.error(unknown_name_message("key", key, valid))

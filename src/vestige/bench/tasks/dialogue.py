@@ -7,29 +7,18 @@ exact; the dialogue around them is ours.
 """
 
 import random
-from dataclasses import dataclass
 
 from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import key, largest, named_length
 from vestige.bench.tasks.ruler.needles import DEPTHS, MAX_NEW_TOKENS, NEEDLES, draw_pairs, haystack, insert, needle_text
-from vestige.errors import InputError, unknown_name_message
+from vestige.errors import InputError
 
 PARTS = ("retrieval", "recall")
-SAMPLES = 20
-"""Default number of samples of each part."""
 TURNS = 4
 _FORM = NEEDLES["niah_single_2"]
 _OPENING = "Special magic numbers are hidden in what I tell you. Memorize them: I will ask for them in any turn.\n"
 _MORE = "Here is more text, with more special magic numbers in it.\n"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The facts that each turn states, and the fact that it asks for."""
-
-    stated: tuple[tuple[str, ...], ...]
-    queried: tuple[str, ...]
 
 
 def samples(order: TaskSpec) -> list[Sample]:
@@ -38,31 +27,29 @@ def samples(order: TaskSpec) -> list[Sample]:
     Raises:
         InputError: The part is unknown, the length is missing or too short for any text, or texts are missing.
     """
-    if order.part is not None and order.part not in PARTS:
-        raise InputError(unknown_name_message("part of dialogue", order.part, PARTS))
-    number = SAMPLES if order.samples is None else order.samples
-    parts = PARTS if order.part is None else (order.part,)
-    return [_make_sample(order, part, index) for part in parts for index in range(number)]
+    parts = order.choose_parts("part of dialogue", PARTS)
+    return [_make_sample(order, part, index) for part in parts for index in range(order.num_samples)]
 
 
 def _make_sample(order: TaskSpec, part: str, index: int) -> Sample:
     task, length = f"dialogue/{part}", named_length(order, "dialogue")
     rng = random.Random(key(order, task, index))
     values = draw_pairs(_FORM, TURNS if part == "retrieval" else 2 * TURNS, order, rng)
-    plan = _plan_retrieval(list(values)) if part == "retrieval" else _plan_recall(list(values), rng)
-    depths = [sorted(rng.sample(DEPTHS, len(names))) for names in plan.stated]
+    facts = list(values)
+    stated, queried = ([facts, *[[]] * (TURNS - 1)], facts) if part == "retrieval" else _plan_recall(facts, rng)
+    depths = [sorted(rng.sample(DEPTHS, len(names))) for names in stated]
     sentences = haystack(_FORM, order, rng, taken=values)
 
     def build(size: int) -> tuple[Turn, ...]:
         """Return the turns, with ``size`` sentences in each that states facts."""
         texts = []
-        for t, (names, places) in enumerate(zip(plan.stated, depths, strict=True)):
+        for t, (names, places) in enumerate(zip(stated, depths, strict=True)):
             lines = [sentences[(t * size + i) % len(sentences)] for i in range(size)]
             needles = [needle_text(_FORM, name, values[name][0]) for name in names]
             texts.append(" ".join(insert(lines, needles, places)) if names else "")
         return tuple(
             _make_turn(order, (_MORE if t else _OPENING) + text if text else "", name, values[name][0])
-            for t, (text, name) in enumerate(zip(texts, plan.queried, strict=True))
+            for t, (text, name) in enumerate(zip(texts, queried, strict=True))
         )
 
     size = largest(lambda n: order.measure(build(n)), length, 1, length)
@@ -71,17 +58,16 @@ def _make_sample(order: TaskSpec, part: str, index: int) -> Sample:
     return Sample(task=task, index=index, length=length, turns=build(size))
 
 
-def _plan_retrieval(names: list[str]) -> _Plan:
-    return _Plan(stated=(tuple(names), *[()] * (TURNS - 1)), queried=tuple(names))
+def _plan_recall(facts: list[str], rng: random.Random) -> tuple[list[list[str]], list[str]]:
+    """Return the two facts that each turn states, and the fact that it asks for.
 
-
-def _plan_recall(names: list[str], rng: random.Random) -> _Plan:
-    """Plan two facts a turn; the first turn asks for its own, the others for those of earlier turns, never twice."""
-    stated = tuple((names[2 * t], names[2 * t + 1]) for t in range(TURNS))
+    The first turn asks for its own, the others for those of earlier turns, never twice.
+    """
+    stated = [facts[2 * t : 2 * t + 2] for t in range(TURNS)]
     queried = [rng.choice(stated[0])]
     for t in range(1, TURNS):
         queried.append(rng.choice([name for turn in stated[:t] for name in turn if name not in queried]))
-    return _Plan(stated=stated, queried=tuple(queried))
+    return stated, queried
 
 
 def _make_turn(order: TaskSpec, context: str, name: str, value: str) -> Turn:

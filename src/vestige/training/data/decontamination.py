@@ -1,7 +1,7 @@
 """Recognize texts that are reserved for benchmarks: trainers leave them out, or refuse the source.
 
 Left out: of a folder of ten ``*.txt`` files or more every fifth in sorted order, which the haystacks use (see
-:mod:`vestige.bench.sources`); of LongBench's samples the second half of each data set. Refused: whole benchmarks,
+:mod:`vestige.bench.tasks.sources`); of LongBench's samples the second half of each data set. Refused: whole benchmarks,
 namely questions in SQuAD's or HotpotQA's format, RULER's samples, LongBench v2, and the parts of hub data sets that the
 benchmark fetches.
 """
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from vestige.bench.sources import ESSAYS_SET, FEWEST_FILES, HOTPOT_SET, SQUAD_SET, reserved
 from vestige.bench.tasks.longbench.data import HUB, HUB_V2
+from vestige.bench.tasks.sources import ESSAYS_SET, FEWEST_FILES, HOTPOT_SET, SQUAD_SET, reserved
 from vestige.errors import InputError
 from vestige.text.jsonl import Entry
 

@@ -10,16 +10,7 @@ from vestige.budget import Budget
 from vestige.cache.state import expected_footprint
 from vestige.models.layout import check as anatomy_of
 
-__all__ = [
-    "AVAILABLE",
-    "OpenPeers",
-    "Peer",
-    "PeerError",
-    "check",
-    "open_peer",
-    "pairs_to_keep",
-    "takes_budget",
-]
+__all__ = ["AVAILABLE", "OpenPeers", "Peer", "PeerError", "check", "open_peer", "pairs_to_keep", "takes_budget"]
 
 
 def check(name: str) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -67,9 +67,13 @@ def _find_folder(name: str) -> Path:
 class PressPeer(Peer):
     """A press of kvpress. Open presses of one source share a process."""
 
+    shared: ClassVar[dict[Source, tuple[Worker, set["PressPeer"]]]] = {}
+    """The worker of each source, and its open presses."""
+
     def __init__(self, name: PeerName, source: Source, timeout_s: float | int) -> None:
-        self.name, self.timeout_s = name, timeout_s
-        self._worker: _Shared | None = _Shared.borrow(source)
+        self.name, self.source, self.timeout_s = name, source, timeout_s
+        _, users = self.shared.setdefault(source, (_make_worker(source), set()))
+        users.add(self)
 
     def run(self, job: Job) -> Outcome:
         """Run one conversation. Only the first context is compressed, to ``job.keep`` pairs.
@@ -90,46 +94,29 @@ class PressPeer(Peer):
 
     def close(self) -> None:
         """Release the process, which ends with its last press."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.give_back()
+        worker, users = self.shared.get(self.source, (None, set()))
+        users.discard(self)
+        if worker is not None and not users:
+            del self.shared[self.source]
+            worker.close()
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        if self._worker is None:
+        worker, users = self.shared.get(self.source, (None, set()))
+        if worker is None or self not in users:
             raise PeerError(f"{self.name.text} is closed")
-        return self._worker.worker.ask(request, timeout_s=self.timeout_s)
+        return worker.ask(request, self.timeout_s)
 
 
-class _Shared:
-    """A worker and the number of presses that use it."""
-
-    open: dict[Source, "_Shared"] = {}  # noqa: RUF012 - the only table of running workers
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.users = source, 0
-        load = asdict(source) | {"op": "load"}
-        del load["python"]
-        environment = {
-            "PYTHONPATH": None,
-            "PYTHONHOME": None,
-            "PYTHONSAFEPATH": "1",  # the script's neighbours must not shadow packages of the same name
-            "OMP_NUM_THREADS": str(source.threads),
-        }
-        self.worker = Worker("kvpress", [source.python, str(_SCRIPT)], load, environment=environment)
-
-    @classmethod
-    def borrow(cls, source: Source) -> "_Shared":
-        """Return the worker of a source, for one more user."""
-        shared = cls.open.setdefault(source, cls(source))
-        shared.users += 1
-        return shared
-
-    def give_back(self) -> None:
-        """End the worker with its last user."""
-        self.users -= 1
-        if self.users == 0:
-            del self.open[self.source]
-            self.worker.close()
+def _make_worker(source: Source) -> Worker:
+    load = asdict(source) | {"op": "load"}
+    del load["python"]
+    environment = {
+        "PYTHONPATH": None,
+        "PYTHONHOME": None,
+        "PYTHONSAFEPATH": "1",  # the script's neighbours must not shadow packages of the same name
+        "OMP_NUM_THREADS": str(source.threads),
+    }
+    return Worker("kvpress", [source.python, str(_SCRIPT)], load, environment)
 
 
 def _read_outcome(answer: Any) -> Outcome:

@@ -23,7 +23,6 @@ class Worker:
         name: The name in errors.
         command: The command; it reads requests on stdin and answers on stdout, one JSON object a line.
         load: The first request to each process, without ``id``.
-        timeout_s: Seconds for one answer.
         environment: Variables that differ from this process's; None removes one.
     """
 
@@ -32,28 +31,25 @@ class Worker:
         name: str,
         command: Sequence[str],
         load: dict[str, Any],
-        *,
-        timeout_s: float | int = 3600.0,
-        environment: dict[str, str | None] | None = None,
+        environment: dict[str, str | None],
     ) -> None:
-        self.name, self.command, self.load, self.timeout_s = name, list(command), load, timeout_s
-        changed: dict[str, str | None] = {**os.environ, **(environment or {})}
+        self.name, self.command, self.load = name, list(command), load
+        changed: dict[str, str | None] = {**os.environ, **environment}
         self.environment = {key: value for key, value in changed.items() if value is not None}
         self.process: subprocess.Popen[str] | None = None
         self._count = 0
 
-    def ask(self, request: dict[str, Any], *, timeout_s: float | int | None = None) -> Any:
+    def ask(self, request: dict[str, Any], timeout_s: float | int) -> Any:
         """Send a request and return its result. After any error the worker takes further requests.
 
         Raises:
             PeerError: The worker died, was silent for too long, wrote something else, or answered with an error; with
                 its last lines on stderr.
         """
-        timeout = self.timeout_s if timeout_s is None else timeout_s
         if self.process is None:
             self._start()
-            self._ask(self.load, timeout)
-        return self._ask(request, timeout)
+            self._ask(self.load, timeout_s)
+        return self._ask(request, timeout_s)
 
     def close(self) -> None:
         """End the process, at once if it is busy. The next request starts it again."""

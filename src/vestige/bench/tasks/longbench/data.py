@@ -14,16 +14,7 @@ THUDM/LongBench, is a script, and ``datasets`` runs none since version 4."""
 
 
 def load_from_hub(repo: str, config: str | None, split: str) -> list[Entry]:
-    """Return the samples of a data set on the hub.
-
-    Args:
-        repo: Owner and name.
-        config: Name of a part, or None.
-        split: ``test``, ``train``, ...
-
-    Raises:
-        InputError: The samples cannot be fetched, for whatever reason, or ``datasets`` is not installed.
-    """
+    """Return the samples of a data set on the hub; arguments and errors as for :func:`vestige.bench.hub.fetch`."""
     name = f"{repo} {config}" if config else repo
     samples = [dict(sample) for sample in hub.fetch(repo, config, split, "--longbench PATH")]
     return [Entry(where=f"{name}, sample {i}", columns=sample) for i, sample in enumerate(samples)]

@@ -14,7 +14,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vestige.errors import unknown_name_message
 from vestige.text.jsonl import Entry, entry, read_whole
 
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -76,17 +75,13 @@ def read(path: Path | None) -> dict[str, Prompt]:
 
 
 def _prompts(given: Entry, known: Collection[str]) -> dict[str, Prompt]:
-    for name in given.columns:
-        if name not in known:
-            raise given.error(unknown_name_message("data set", name, known))
+    given.check_keys(known, "data set")
     return {name: _prompt(name, entry(value, f"{given.where}, {name}")) for name, value in given.columns.items()}
 
 
 def _prompt(dataset: str, given: Entry) -> Prompt:
     valid = ("context", "question", "answer_prefix", "max_new_tokens")
-    for key in given.columns:
-        if key not in valid:
-            raise given.error(unknown_name_message("key", key, valid))
+    given.check_keys(valid)
     values: dict[str, Any] = {key: given.text(key) for key in valid[:3] if key in given.columns or key == "question"}
     if given.has("max_new_tokens"):
         values["max_new_tokens"] = given.number("max_new_tokens")

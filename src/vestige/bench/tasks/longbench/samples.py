@@ -18,7 +18,7 @@ from vestige.bench.sample import Sample, Turn
 from vestige.bench.tasks import SPLITS, TaskSpec
 from vestige.bench.tasks.longbench import prompts
 from vestige.bench.tasks.longbench.data import HUB, HUB_V2, load_from_hub, load_from_path, load_v2_from_path
-from vestige.errors import InputError, unknown_name_message
+from vestige.errors import InputError
 from vestige.text.jsonl import Entry
 
 Tags = dict[str, str | int | float]
@@ -92,47 +92,40 @@ def samples_v2(spec: TaskSpec) -> list[Sample]:
         raise InputError(f"longbench-v2 has no parts, got longbench-v2/{spec.part}")
     given = prompts.read(spec.prompts)
     entries = load_v2_from_path(spec.file) if spec.file is not None else load_from_hub(HUB_V2, None, "train")
-    places = choose_places(len(entries), spec, first=0, name="longbench-v2")
-    rows = [_sample(spec, "longbench-v2", place, entries[place], given, _tags_v2) for place in places]
-    return _set_length(spec, rows)
+    return _make_row(spec, "longbench-v2", entries, 0, given, _tags_v2)
 
 
 def _make_samples(
     spec: TaskSpec, task: str, known: tuple[str, ...], suffix: str, tags: Callable[[Entry], Tags]
 ) -> list[Sample]:
-    if spec.part is not None and spec.part not in known:
-        raise InputError(unknown_name_message(f"data set of {task}", spec.part, known))
+    wanted = spec.choose_parts(f"data set of {task}", known)
     given = prompts.read(spec.prompts)
     if spec.file is not None:
         found = load_from_path(spec.file, suffix, known, spec.part)
     else:
-        wanted = known if spec.part is None else (spec.part,)
         found = {name: load_from_hub(HUB, f"{name}{suffix}", "test") for name in wanted}
     made: list[Sample] = []
     for name, entries in sorted(found.items()):
         first = 0 if spec.file is None else (len(entries) + 1) // 2
-        places = choose_places(len(entries), spec, first=first, name=f"{task}/{name}")
-        rows = [_sample(spec, f"{task}/{name}", place, entries[place], given, tags) for place in places]
-        made += _set_length(spec, rows)
+        made += _make_row(spec, f"{task}/{name}", entries, first, given, tags)
     return made
 
 
-def _sample(
+def _make_row(
     spec: TaskSpec,
     row: str,
-    place: int,
-    entry: Entry,
+    entries: Sequence[Entry],
+    first: int,
     given: Mapping[str, prompts.Prompt],
     tags: Callable[[Entry], Tags],
-) -> Sample:
-    dataset = row.rpartition("/")[2]
-    prompt, origin = prompts.choose(dataset, entry, given)
-    turn = _turn(spec, DATASETS.get(dataset, V2), prompt, entry)
-    return Sample(task=row, index=place, length=0, turns=(turn,), tags={"prompts": origin} | tags(entry))
-
-
-def _set_length(spec: TaskSpec, samples: Sequence[Sample]) -> list[Sample]:
+) -> list[Sample]:
     """Return the samples of a row with the specification's length, or else the length of the longest of them."""
+    dataset, samples = row.rpartition("/")[2], []
+    for place in choose_places(len(entries), spec, first=first, name=row):
+        prompt, origin = prompts.choose(dataset, entries[place], given)
+        turn = _turn(spec, DATASETS.get(dataset, V2), prompt, entries[place])
+        about = {"prompts": origin} | tags(entries[place])
+        samples.append(Sample(task=row, index=place, length=0, turns=(turn,), tags=about))
     length = spec.length or max(spec.measure(sample.turns) for sample in samples)
     return [replace(sample, length=length) for sample in samples]
 
@@ -140,13 +133,8 @@ def _set_length(spec: TaskSpec, samples: Sequence[Sample]) -> list[Sample]:
 def choose_places(count: int, spec: TaskSpec, *, first: int, name: str) -> list[int]:
     """Return the places of the samples that a specification takes from a data set, ascending.
 
-    Even places are dev, odd ones test; if fewer are wanted than there are, the seed chooses.
-
-    Args:
-        count: Samples of the data set.
-        spec: The samples wanted.
-        first: Places below this one are not used.
-        name: Name of the row, which seeds the choice too.
+    Even places are dev, odd ones test; places below ``first`` are not used. If fewer are wanted than there are, the
+    seed and the name of the row choose.
 
     Raises:
         InputError: The split has none.

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vestige.bench import sources
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks import TaskSpec, sources
 from vestige.bench.tasks.fitting import SizedSample, named_length
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -68,11 +67,7 @@ NEEDLES: dict[str, Needles] = {
 def make_sized_sample(spec: TaskSpec, seed: str, form: Needles, depth: float | None = None) -> SizedSample:
     """Return one needle sample; the depth of a single needle among noise or essays is a tag.
 
-    Args:
-        order: Gives texts, words and the reply limit.
-        seed: Seeds all random choices.
-        form: The needles and the kind of haystack.
-        depth: Depth of a single needle, from 0 (beginning) to 1 (end); None draws it and rounds its tag.
+    The depth is from 0 (beginning) to 1 (end); None draws it and rounds its tag.
     """
     rng = random.Random(seed)
     hidden = draw_pairs(form, form.num_keys, spec, rng)

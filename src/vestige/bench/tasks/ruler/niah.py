@@ -4,14 +4,14 @@ The needle, the essays and the question are those of RULER's ``niah_single_2``: 
 seven digits, so scores are exact. Samples take the depths in turn; run several lengths for a grid of depth and length.
 """
 
+from itertools import cycle
+
 from vestige.bench.sample import Sample
 from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import fit, key, named_length
 from vestige.bench.tasks.ruler.needles import NEEDLES, make_sized_sample
 from vestige.errors import InputError
 
-SAMPLES = 20
-"""Samples by default."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """From the beginning of the haystack to its end, in sentences; sample i takes the (i mod 5)-th."""
 
@@ -25,9 +25,8 @@ def samples(spec: TaskSpec) -> list[Sample]:
     if spec.part is not None:
         raise InputError(f"niah has no parts, got niah/{spec.part}")
     named_length(spec, "niah")
-    return [_sample(spec, index) for index in range(SAMPLES if spec.samples is None else spec.samples)]
-
-
-def _sample(spec: TaskSpec, index: int) -> Sample:
-    depth = DEPTHS[index % len(DEPTHS)]
-    return fit(spec, make_sized_sample(spec, key(spec, "niah", index), NEEDLES["niah_single_2"], depth), "niah", index)
+    made = []
+    for index, depth in zip(range(spec.num_samples), cycle(DEPTHS), strict=False):
+        sized = make_sized_sample(spec, key(spec, "niah", index), NEEDLES["niah_single_2"], depth)
+        made.append(fit(spec, sized, "niah", index))
+    return made

@@ -10,11 +10,10 @@ the format.
 import random
 from collections.abc import Iterator
 
-from vestige.bench import sources
-from vestige.bench.questions import Question, Questions, Source
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks import TaskSpec, sources
 from vestige.bench.tasks.fitting import SizedSample, key, named_length
+from vestige.bench.tasks.questions import Question, Questions, Source
 from vestige.errors import InputError
 
 MAX_NEW_TOKENS = 32

@@ -16,10 +16,6 @@ from vestige.bench.sample import Sample
 from vestige.bench.tasks import TaskSpec
 from vestige.bench.tasks.fitting import SizedSample, fit, key, named_length
 from vestige.bench.tasks.ruler import needles, qa, variable_tracking, word_counts
-from vestige.errors import InputError, unknown_name_message
-
-SAMPLES = 20
-"""Samples of each part by default."""
 
 
 def _repeat(make: Callable[[TaskSpec, str], SizedSample]) -> Callable[[TaskSpec, str], Iterator[SizedSample]]:
@@ -48,14 +44,10 @@ def samples(spec: TaskSpec) -> list[Sample]:
     Raises:
         InputError: An unknown part, no length, a length that even the smallest haystack exceeds, or texts missing.
     """
-    if spec.part is not None and spec.part not in PARTS:
-        raise InputError(unknown_name_message("part of ruler", spec.part, PARTS))
+    names = spec.choose_parts("part of ruler", PARTS)
     named_length(spec, "ruler")
-    names = PARTS if spec.part is None else [spec.part]
-    return [sample for name in names for sample in _part(spec, name)]
-
-
-def _part(spec: TaskSpec, name: str) -> Iterator[Sample]:
-    number = SAMPLES if spec.samples is None else spec.samples
-    for index, sized in enumerate(islice(PARTS[name](spec, name), number)):
-        yield fit(spec, sized, f"ruler/{name}", index)
+    return [
+        fit(spec, sized, f"ruler/{name}", index)
+        for name in names
+        for index, sized in enumerate(islice(PARTS[name](spec, name), spec.num_samples))
+    ]

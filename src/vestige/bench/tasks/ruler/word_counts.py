@@ -13,9 +13,8 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vestige.bench import sources
 from vestige.bench.sample import Turn
-from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks import TaskSpec, sources
 from vestige.bench.tasks.fitting import SizedSample, named_length
 
 COMMON = 10

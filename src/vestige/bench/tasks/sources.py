@@ -4,7 +4,7 @@ Essays. Every fifth file of the sorted folder (the 5th, the 10th, ...) is for be
 and haystacks use no other file. The 1st, 3rd, ... of these files are dev and the others test. A folder of fewer than
 ten files has too few of them, so all its files take turns, dev first; a single file is cut in two halves.
 
-Questions. See :mod:`vestige.bench.questions`.
+Questions. See :mod:`vestige.bench.tasks.questions`.
 
 Words. The sorted list of all words takes turns, dev first; each half is then divided into nouns, adjectives and verbs.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vestige.bench import hub
-from vestige.bench.questions import Questions, Source, parse, take_turns
 from vestige.bench.tasks import SPLITS, Split, TaskSpec
+from vestige.bench.tasks.questions import Questions, Source, parse, take_turns
 from vestige.errors import InputError
 from vestige.text.files import read_text
 

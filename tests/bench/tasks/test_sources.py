@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from vestige import InputError
-from vestige.bench import sources
-from vestige.bench.tasks import TaskSpec
+from vestige.bench.tasks import TaskSpec, sources
 
 
 def order(split="dev", **changes) -> TaskSpec:
