@@ -201,9 +201,8 @@ class Session:
         except BaseException:
             with suppress(CacheError):  # layers of other kinds cannot undo an interrupted forward
                 self.cache.crop(seen - max(self.cache.seen, default=0))
-                self.cache.state.schedule.restore(
-                    schedule
-                )  # a crop counts as speculation, which every later turn would pay for
+                # a crop counts as speculation, which every later turn would pay for
+                self.cache.state.schedule.restore(schedule)
             raise
 
     def _between(self) -> list[int]:
