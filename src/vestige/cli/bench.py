@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from vestige.cli.options import (
@@ -24,6 +25,14 @@ from vestige.cli.options import (
     print_json,
     split_list,
 )
+
+LENGTHS = Option(help="Tokens of prompt, question and answer; several: 1024,2048.")
+Split = Annotated[str, Option(help="dev (to choose by) or test (to report, once).")]
+Essays = Annotated[Path | None, Option(help="A folder of text files for haystacks; default: online.")]
+Resume = Annotated[bool, Option("--resume", help="Go on with the results in --out.")]
+Results = Annotated[
+    Path | None, Option("--out", help="Required: a new folder for the results; with --resume one to go on in.")
+]
 
 
 class TasksOrCommand(TyperGroup):
@@ -47,57 +56,46 @@ bench = typer.Typer(
 def tasks(
     task: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="TASK...",
             help="ruler, niah, dialogue, longbench, longbench-e, longbench-v2, or: cases FILE.jsonl. A part of a task: "
             "ruler/niah_single_1, longbench/multi_news. Other commands: `vestige bench speed`, `vestige bench erase`, "
             "`vestige bench erase-speed`.",
         ),
     ],
-    folder: Annotated[
-        Path | None,
-        typer.Option("--out", help="Required: a new folder for the results; with --resume one to go on in."),
-    ] = None,
+    folder: Results = None,
     model: Model = "smollm2-135m",
-    policy: Annotated[
-        str, typer.Option(help="Policies; several: full,snapkv,keydiff. Controls: full, random.")
-    ] = "full",
+    policy: Annotated[str, Option(help="Policies; several: full,snapkv,keydiff. Controls: full, random.")] = "full",
     budget: Annotated[
-        str | None, typer.Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.25,0.1.")
+        str | None, Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.25,0.1.")
     ] = None,
-    length: Annotated[
-        str | None, typer.Option(help="Tokens of prompt, question and answer; several: 1024,2048.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each (task, length); default: the task's own.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="dev (to choose by) or test (to report, once).")] = "dev",
-    share: Annotated[
-        str | None, typer.Option(help="Who competes for room: head, layer, model; several: head,model.")
-    ] = None,
+    length: Annotated[str | None, LENGTHS] = None,
+    samples: Annotated[int | None, Option(help="Samples of each (task, length); default: the task's own.")] = None,
+    split: Split = "dev",
+    share: Annotated[str | None, Option(help="Who competes for room: head, layer, model; several: head,model.")] = None,
     memory: Annotated[
-        str, typer.Option(help="What remains of the evicted; see `vestige memories`; several: none,moments.")
+        str, Option(help="What remains of the evicted; see `vestige memories`; several: none,moments.")
     ] = "none",
     peer: Annotated[
         str | None,
-        typer.Option(help="kvpress:SnapKVPress (any press), transformers:dynamic, transformers:quantized; several."),
+        Option(help="kvpress:SnapKVPress (any press), transformers:dynamic, transformers:quantized; several."),
     ] = None,
-    chunk: Annotated[int | None, typer.Option(help="Tokens per forward while reading; default: one piece.")] = None,
+    chunk: Annotated[int | None, Option(help="Tokens per forward while reading; default: one piece.")] = None,
     batch: Annotated[
-        int, typer.Option(help="Samples read and answered together, where lengths allow; times are then the batch's.")
+        int, Option(help="Samples read and answered together, where lengths allow; times are then the batch's.")
     ] = 1,
     question_aware: Annotated[
-        bool, typer.Option("--question-aware", help="Read the question before compressing; default: after.")
+        bool, Option("--question-aware", help="Read the question before compressing; default: after.")
     ] = False,
     answer_room: Annotated[
         int | None,
-        typer.Option(help="End replies so many tokens beyond the longest answer; default: the task's."),
+        Option(help="End replies so many tokens beyond the longest answer; default: the task's."),
     ] = None,
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files for haystacks; default: online.")] = None,
-    qa: Annotated[Path | None, typer.Option(help="Questions in SQuAD's or HotpotQA's format; default: online.")] = None,
-    longbench: Annotated[Path | None, typer.Option(help="LongBench data: JSONL, or a folder of them.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A JSON file of prompts in place of LongBench's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
+    essays: Essays = None,
+    qa: Annotated[Path | None, Option(help="Questions in SQuAD's or HotpotQA's format; default: online.")] = None,
+    longbench: Annotated[Path | None, Option(help="LongBench data: JSONL, or a folder of them.")] = None,
+    prompts: Annotated[Path | None, Option(help="A JSON file of prompts in place of LongBench's.")] = None,
+    resume: Resume = False,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -143,25 +141,21 @@ def tasks(
 @bench.command()
 def speed(
     model: Model = "smollm2-135m",
-    length: Annotated[str, typer.Option(help="Tokens read; several: 2000,8000.")] = "8000",
-    budget: Annotated[str, typer.Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.1,0.05.")] = (
-        "0.05"
-    ),
-    policy: Annotated[str, typer.Option(help="Policies; several: snapkv,keydiff.")] = "snapkv",
-    memory: Annotated[str, typer.Option(help="What remains of the evicted; several: none,moments.")] = "none",
-    batch: Annotated[str, typer.Option(help="Batch sizes; several: 1,4.")] = "1",
+    length: Annotated[str, Option(help="Tokens read; several: 2000,8000.")] = "8000",
+    budget: Annotated[str, Option(help="Budgets: 512 tokens, 0.05 of the length, 64MB; several: 0.1,0.05.")] = "0.05",
+    policy: Annotated[str, Option(help="Policies; several: snapkv,keydiff.")] = "snapkv",
+    memory: Annotated[str, Option(help="What remains of the evicted; several: none,moments.")] = "none",
+    batch: Annotated[str, Option(help="Batch sizes; several: 1,4.")] = "1",
     peer: Annotated[
-        str | None, typer.Option(help="Peers beside them: kvpress:SnapKVPress, transformers:quantized; several.")
+        str | None, Option(help="Peers beside them: kvpress:SnapKVPress, transformers:quantized; several.")
     ] = None,
     share: ShareName = None,
     chunk: Chunk = 1024,
-    blocks: Annotated[int, typer.Option(help="Decode blocks timed per arm.", min=1)] = 5,
+    blocks: Annotated[int, Option(help="Decode blocks timed per arm.", min=1)] = 5,
     prefills: Annotated[
-        int | None, typer.Option(help="Readings per arm, the first a warm-up; default: 3, or 1 beyond 16K.", min=1)
+        int | None, Option(help="Readings per arm, the first a warm-up; default: 3, or 1 beyond 16K.", min=1)
     ] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Keep the rows in this folder, for `vestige report`.")
-    ] = None,
+    folder: Annotated[Path | None, Option("--out", help="Keep the rows in this folder, for `vestige report`.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -202,32 +196,29 @@ def speed(
 def erase(
     task: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="[TASK...]",
             help="needles_early, needles_late, tool_result, injection, preference, derived_0, derived_250, "
             "derived_1500, several_spans, harmless, repeat, distractor_qa (with --qa); default: all that fit.",
         ),
     ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--out", help="Required: a new folder for the results; with --resume one to go on in."),
-    ] = None,
+    folder: Results = None,
     model: Model = "smollm2-135m",
-    length: Annotated[str, typer.Option(help="Tokens of prompt, question and answer; several: 1024,2048.")] = "2048",
-    samples: Annotated[int, typer.Option(help="Samples of each (task, length).", min=1)] = 20,
+    length: Annotated[str, LENGTHS] = "2048",
+    samples: Annotated[int, Option(help="Samples of each (task, length).", min=1)] = 20,
     method: Annotated[
-        str, typer.Option(help="Erasers; several: learned,shift,repair(share=0.3). noop and recompute always run.")
+        str, Option(help="Erasers; several: learned,shift,repair(share=0.3). noop and recompute always run.")
     ] = "learned",
     policy: PolicyName = "full",
     budget: BudgetText = None,
     kept_only: Annotated[
         bool,
-        typer.Option("--kept-only", help="Run methods only where the clean reply is right and the untouched wrong."),
+        Option("--kept-only", help="Run methods only where the clean reply is right and the untouched wrong."),
     ] = False,
-    split: Annotated[str, typer.Option(help="dev (to choose by) or test (to report, once).")] = "dev",
-    essays: Annotated[Path | None, typer.Option(help="A folder of text files for haystacks; default: online.")] = None,
-    qa: Annotated[Path | None, typer.Option(help="Questions in SQuAD's format, for distractor_qa.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
+    split: Split = "dev",
+    essays: Essays = None,
+    qa: Annotated[Path | None, Option(help="Questions in SQuAD's format, for distractor_qa.")] = None,
+    resume: Resume = False,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -266,14 +257,14 @@ def erase(
 @bench.command()
 def erase_speed(
     model: Model = "smollm2-135m",
-    length: Annotated[str, typer.Option(help="Tokens read before; several: 1000,8000.")] = "1000,2000,4000,8000",
+    length: Annotated[str, Option(help="Tokens read before; several: 1000,8000.")] = "1000,2000,4000,8000",
     method: Annotated[
-        str, typer.Option(help="Erasers; several: learned,shift. noop and recompute are always timed.")
+        str, Option(help="Erasers; several: learned,shift. noop and recompute are always timed.")
     ] = "learned",
-    before: Annotated[int, typer.Option(help="Tokens before the span.")] = 100,
-    span: Annotated[int, typer.Option(help="Tokens erased.")] = 100,
-    rounds: Annotated[int, typer.Option(help="How often each is timed, after a warm-up.")] = 5,
-    folder: Annotated[Path | None, typer.Option("--out", help="Keep the rows in this folder.")] = None,
+    before: Annotated[int, Option(help="Tokens before the span.")] = 100,
+    span: Annotated[int, Option(help="Tokens erased.")] = 100,
+    rounds: Annotated[int, Option(help="How often each is timed, after a warm-up.")] = 5,
+    folder: Annotated[Path | None, Option("--out", help="Keep the rows in this folder.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = 0,

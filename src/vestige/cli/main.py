@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Argument, Option
 
 from vestige.cli.bench import bench
 from vestige.cli.options import (
@@ -27,9 +28,6 @@ from vestige.cli.options import (
 from vestige.cli.train import train
 from vestige.errors import InputError, VestigeError
 
-if TYPE_CHECKING:
-    from vestige.pipelines.document_qa import RunResult
-
 app = typer.Typer(
     help="Keep the KV cache of long-context language models small and truthful.",
     no_args_is_help=True,
@@ -44,7 +42,7 @@ app.add_typer(train, name="train")
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     if version:
         from vestige.version import __version__
 
@@ -54,20 +52,20 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run(
     model: Model = "smollm2-135m",
-    context: Annotated[Path | None, typer.Option(help="A text file to read.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="A text to read, in place of a file.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="A reading kept by --save, in place of a text.")] = None,
-    question: Annotated[list[str] | None, typer.Option(help="Asked about the text; may be given many times.")] = None,
+    context: Annotated[Path | None, Option(help="A text file to read.")] = None,
+    prompt: Annotated[str | None, Option(help="A text to read, in place of a file.")] = None,
+    cache: Annotated[Path | None, Option(help="A reading kept by --save, in place of a text.")] = None,
+    question: Annotated[list[str] | None, Option(help="Asked about the text; may be given many times.")] = None,
     policy: PolicyName = "full",
     budget: BudgetText = None,
     share: ShareName = None,
     memory: MemoryName = "none",
     chunk: Chunk = 1024,
     max_new_tokens: NewTokens = 64,
-    save: Annotated[Path | None, typer.Option(help="Keep the compressed reading in this new folder.")] = None,
+    save: Annotated[Path | None, Option(help="Keep the compressed reading in this new folder.")] = None,
     explain: Annotated[
         list[str] | None,
-        typer.Option(help="A passage that the answer rests on: what attention it gets before and after eviction."),
+        Option(help="A passage that the answer rests on: what attention it gets before and after eviction."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -92,7 +90,7 @@ def run(
     row = result.as_dict(model, chunk)
     if as_json:
         return print_json(row)
-    _print_answers(config.questions, result)
+    _print_answers(config.questions, result.answers)
     out.print(
         render.report_table(result.report, prefill_s=result.prefill_s, tokens_per_s=result.decode_tokens_per_s),
         render.layers_picture(result.report),
@@ -104,13 +102,13 @@ def run(
 @app.command()
 def erase(
     model: Model = "smollm2-135m",
-    context: Annotated[Path | None, typer.Option(help="A text file to read.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="A text to read, in place of a file.")] = None,
-    span_text: Annotated[str | None, typer.Option(help="The passage to erase; it must occur once.")] = None,
-    span: Annotated[str | None, typer.Option(help="A:B in place of the passage: tokens of the text.")] = None,
-    question: Annotated[list[str] | None, typer.Option(help="Asked afterwards; may be given many times.")] = None,
+    context: Annotated[Path | None, Option(help="A text file to read.")] = None,
+    prompt: Annotated[str | None, Option(help="A text to read, in place of a file.")] = None,
+    span_text: Annotated[str | None, Option(help="The passage to erase; it must occur once.")] = None,
+    span: Annotated[str | None, Option(help="A:B in place of the passage: tokens of the text.")] = None,
+    question: Annotated[list[str] | None, Option(help="Asked afterwards; may be given many times.")] = None,
     method: Annotated[
-        str, typer.Option(help="learned, recompute, repair(share=0.3), ...; see `vestige erasers`.")
+        str, Option(help="learned, recompute, repair(share=0.3), ...; see `vestige erasers`.")
     ] = "learned",
     policy: PolicyName = "full",
     budget: BudgetText = None,
@@ -142,7 +140,7 @@ def erase(
     if as_json:
         return print_json(row)
     out.print(f"[dim]erased:[/dim] {escape_markup(result.passage.strip())}\n")
-    _print_answers(reading.questions, result.run)
+    _print_answers(reading.questions, result.run.answers)
     out.print(render.erase_table(result.report))
 
 
@@ -153,9 +151,9 @@ def chat(
     budget: BudgetText = None,
     share: ShareName = None,
     memory: MemoryName = "none",
-    method: Annotated[str, typer.Option(help="What /erase does; see `vestige erasers`.")] = "recompute",
-    system: Annotated[str | None, typer.Option(help="The system message; default: the chat template's.")] = None,
-    load_from: Annotated[Path | None, typer.Option("--load", help="Go on with a conversation kept by /save.")] = None,
+    method: Annotated[str, Option(help="What /erase does; see `vestige erasers`.")] = "recompute",
+    system: Annotated[str | None, Option(help="The system message; default: the chat template's.")] = None,
+    load_from: Annotated[Path | None, Option("--load", help="Go on with a conversation kept by /save.")] = None,
     chunk: Chunk = 1024,
     max_new_tokens: NewTokens = 256,
     device: Device = None,
@@ -236,11 +234,11 @@ def memories(seed: Seed = 0, as_json: Json = False) -> None:
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Result folders, or folders of them.")],
+    folders: Annotated[list[Path], Argument(metavar="DIR...", help="Result folders, or folders of them.")],
     output: Annotated[
-        Path | None, typer.Option("--out", help="Where report.html and report.md go; default: the first DIR.")
+        Path | None, Option("--out", help="Where report.html and report.md go; default: the first DIR.")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Stands above the report.")] = None,
+    title: Annotated[str | None, Option(help="Stands above the report.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -287,8 +285,8 @@ def _print_error(message: str, status: int = 2) -> int:
     return status
 
 
-def _print_answers(questions: tuple[str, ...], result: "RunResult") -> None:
-    for question, reply in zip(questions, result.answers, strict=True):
+def _print_answers(questions: tuple[str, ...], answers: tuple[Any, ...]) -> None:
+    for question, reply in zip(questions, answers, strict=True):
         out.print(f"[dim]{escape_markup(question)}[/dim]\n[bold]{escape_markup(reply.text)}[/bold]\n")
 
 

@@ -7,25 +7,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Option
 
 out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False)
 
-Model = Annotated[str, typer.Option(help="A named model (see `vestige models`), a folder, or a hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, and nothing for people.")]
-Seed = Annotated[int, typer.Option(help="For everything that is drawn.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32, or auto: the checkpoint's.")]
-PolicyName = Annotated[str, typer.Option(help="What to keep: snapkv, or snapkv(kernel=7); see `vestige policies`.")]
+Model = Annotated[str, Option(help="A named model (see `vestige models`), a folder, or a hub id.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object as the last line, and nothing for people.")]
+Seed = Annotated[int, Option(help="For everything that is drawn.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu.")]
+Dtype = Annotated[str | None, Option(help="bfloat16, float16, float32, or auto: the checkpoint's.")]
+PolicyName = Annotated[str, Option(help="What to keep: snapkv, or snapkv(kernel=7); see `vestige policies`.")]
 BudgetText = Annotated[
     str | None,
-    typer.Option(help="Pairs to keep: 512 is tokens, 0.1 (with a point) a fraction of the length, 64MB bytes."),
+    Option(help="Pairs to keep: 512 is tokens, 0.1 (with a point) a fraction of the length, 64MB bytes."),
 ]
 ShareName = Annotated[
-    str | None, typer.Option(help="Who competes for room: head, layer or model; default: the method's own choice.")
+    str | None, Option(help="Who competes for room: head, layer or model; default: the method's own choice.")
 ]
-MemoryName = Annotated[str, typer.Option(help="What remains of the evicted: moments(mass=1); see `vestige memories`.")]
-Chunk = Annotated[int, typer.Option(help="Tokens per forward while reading.", min=1)]
-NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+MemoryName = Annotated[str, Option(help="What remains of the evicted: moments(mass=1); see `vestige memories`.")]
+Chunk = Annotated[int, Option(help="Tokens per forward while reading.", min=1)]
+NewTokens = Annotated[int, Option(help="Longest answer, in tokens.", min=1)]
 
 
 def print_json(row: dict[str, Any]) -> None:

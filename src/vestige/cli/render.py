@@ -32,7 +32,6 @@ def megabytes(count: float | int) -> str:
 
 def report_table(report: Report, *, prefill_s: float, tokens_per_s: float) -> Table:
     """Return a table with the main numbers of a cache."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     budget = "none" if report.budget_total is None else f"{report.budget_total:,} pairs"
     rows = [
         ("tokens read", f"{sum(report.seen):,}"),
@@ -45,23 +44,13 @@ def report_table(report: Report, *, prefill_s: float, tokens_per_s: float) -> Ta
     ]
     if report.other_kv_bytes:
         rows.insert(4, ("other layers", megabytes(report.other_kv_bytes)))
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), value)
-    return table
+    return _make_plain_table(rows)
 
 
 def erase_table(report: EraseReport) -> Table:
     """Return a table with the report of an erase."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    slots = [
-        f"{count:,} {word}"
-        for word, count in (
-            ("dropped", report.slots_dropped),
-            ("replaced", report.slots_replaced),
-            ("left", report.slots_left),
-        )
-        if count
-    ]
+    counts = {"dropped": report.slots_dropped, "replaced": report.slots_replaced, "left": report.slots_left}
+    slots = [f"{count:,} {word}" for word, count in counts.items() if count]
     suffix = f"{report.suffix_left:,} tokens still carry what they read of it" if report.suffix_left else "clean"
     rows = [
         ("method", f"{report.method}, {'exact' if report.exact else 'approximate: this steers, it does not delete'}"),
@@ -70,6 +59,11 @@ def erase_table(report: EraseReport) -> Table:
         ("edit", f"{report.edit_s:.3f} s, {report.tokens_recomputed:,} tokens run"),
         ("behind it", suffix),
     ]
+    return _make_plain_table(rows)
+
+
+def _make_plain_table(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(Text(name, style="dim"), value)
     return table

@@ -1,9 +1,10 @@
 """``vestige train``: the commands that train weights."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from vestige.cli.options import Device, Dtype, Json, Model, Seed, command_line, err, escape_markup, out, print_json
 
@@ -11,21 +12,21 @@ if TYPE_CHECKING:
     from vestige.training.config import LoopConfig
     from vestige.training.trainer import Training
 
-Data = Annotated[list[str], typer.Option(help="Text files, folders, JSONL, or hub:owner/name; may be repeated.")]
-Field = Annotated[str, typer.Option(help="The text field of JSONL lines.")]
-To = Annotated[Path, typer.Option("--out", help="A new folder; with --resume one to go on in.")]
-Steps = Annotated[int, typer.Option(help="Updates of what is trained.", min=1)]
-Batch = Annotated[int, typer.Option(help="Samples of a step.", min=1)]
-LearningRate = Annotated[float, typer.Option(help="After the warm-up.")]
-Warmup = Annotated[int | None, typer.Option(help="Steps of rising learning rate; default: a twentieth.")]
-ValidateEvery = Annotated[int, typer.Option(help="Steps between validations.", min=1)]
-Validation = Annotated[int, typer.Option(help="Samples to validate on.", min=1)]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)]
-Length = Annotated[int, typer.Option(help="Most tokens of a sequence, of one text or of several.")]
-Least = Annotated[int, typer.Option(help="Fewest tokens that a text is given.")]
-Asked = Annotated[int, typer.Option(help="Most questions about one text.", min=1)]
-Kept = Annotated[float, typer.Option(help="Share of the pairs that is kept for validation.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Data = Annotated[list[str], Option(help="Text files, folders, JSONL, or hub:owner/name; may be repeated.")]
+Field = Annotated[str, Option(help="The text field of JSONL lines.")]
+To = Annotated[Path, Option("--out", help="A new folder; with --resume one to go on in.")]
+Steps = Annotated[int, Option(help="Updates of what is trained.", min=1)]
+Batch = Annotated[int, Option(help="Samples of a step.", min=1)]
+LearningRate = Annotated[float, Option(help="After the warm-up.")]
+Warmup = Annotated[int | None, Option(help="Steps of rising learning rate; default: a twentieth.")]
+ValidateEvery = Annotated[int, Option(help="Steps between validations.", min=1)]
+Validation = Annotated[int, Option(help="Samples to validate on.", min=1)]
+SaveEvery = Annotated[int, Option(help="Steps between checkpoints.", min=1)]
+Length = Annotated[int, Option(help="Most tokens of a sequence, of one text or of several.")]
+Least = Annotated[int, Option(help="Fewest tokens that a text is given.")]
+Asked = Annotated[int, Option(help="Most questions about one text.", min=1)]
+Kept = Annotated[float, Option(help="Share of the pairs that is kept for validation.")]
+Resume = Annotated[bool, Option("--resume", help="Go on with the run in --out.")]
 
 train = typer.Typer(help="Train what vestige learns.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -35,23 +36,10 @@ def _train() -> None:
     """Train what vestige learns; long runs can be interrupted and gone on with."""
 
 
-def _loop(
-    steps: int,
-    batch: int,
-    lr: float,
-    warmup: int | None,
-    validate_every: int,
-    save_every: int,
-    seed: int,
-    schedule: str = "cosine",
-) -> "LoopConfig":
+def _make_loop(steps: int, warmup: int | None, **options: Any) -> "LoopConfig":
     from vestige.training.config import LoopConfig
 
-    rising = max(steps // 20, 1) if warmup is None else warmup
-    return LoopConfig(
-        steps=steps, batch=batch, lr=lr, warmup=rising, seed=seed, validate_every=validate_every, save_every=save_every,
-        schedule=schedule,
-    )  # fmt: skip
+    return LoopConfig(steps=steps, warmup=max(steps // 20, 1) if warmup is None else warmup, **options)
 
 
 def _run(
@@ -92,23 +80,23 @@ def train_eraser(
     batch: Batch = 4,
     lr: LearningRate = 3e-4,
     warmup: Warmup = None,
-    rank: Annotated[int, typer.Option(help="Of the adapter; one to go on from keeps its own.", min=1)] = 16,
-    passes: Annotated[int, typer.Option(help="How often each sample is trained on.", min=1)] = 4,
-    pool: Annotated[int, typer.Option(help="Samples in memory that the passes go over.", min=1)] = 64,
-    neighbours: Annotated[int | None, typer.Option(help="Samples of stage 1; default: a quarter of all.")] = None,
-    least: Annotated[int, typer.Option(help="Shortest text, in tokens, about.")] = 300,
-    most: Annotated[int, typer.Option(help="Longest text, in tokens, about.")] = 2000,
+    rank: Annotated[int, Option(help="Of the adapter; one to go on from keeps its own.", min=1)] = 16,
+    passes: Annotated[int, Option(help="How often each sample is trained on.", min=1)] = 4,
+    pool: Annotated[int, Option(help="Samples in memory that the passes go over.", min=1)] = 64,
+    neighbours: Annotated[int | None, Option(help="Samples of stage 1; default: a quarter of all.")] = None,
+    least: Annotated[int, Option(help="Shortest text, in tokens, about.")] = 300,
+    most: Annotated[int, Option(help="Longest text, in tokens, about.")] = 2000,
     right: Annotated[
-        bool, typer.Option(help="Train only where the clean text's reply is right, or wherever the passage changes it.")
+        bool, Option(help="Train only where the clean text's reply is right, or wherever the passage changes it.")
     ] = True,
-    begin: Annotated[Path | None, typer.Option(help="A folder with an adapter to go on from.")] = None,
-    nll: Annotated[float, typer.Option(help="Weight of the clean text's reply as the one right answer.")] = 0.0,
-    kl: Annotated[float, typer.Option(help="Weight of the divergence from the clean text's reply.")] = 1.0,
-    question_kl: Annotated[float, typer.Option(help="Weight of the divergence over the question.")] = 0.25,
+    begin: Annotated[Path | None, Option(help="A folder with an adapter to go on from.")] = None,
+    nll: Annotated[float, Option(help="Weight of the clean text's reply as the one right answer.")] = 0.0,
+    kl: Annotated[float, Option(help="Weight of the divergence from the clean text's reply.")] = 1.0,
+    question_kl: Annotated[float, Option(help="Weight of the divergence over the question.")] = 0.25,
     field: Field = "text",
     qa: Annotated[
         list[str] | None,
-        typer.Option(help="Questions to distract from: JSONL (question, context, answers), or hub:owner/name."),
+        Option(help="Questions to distract from: JSONL (question, context, answers), or hub:owner/name."),
     ] = None,
     validate_every: ValidateEvery = 50,
     validation: Validation = 24,
@@ -123,30 +111,18 @@ def train_eraser(
     from vestige.training.eraser.samples import EraserOptions
     from vestige.training.eraser.training import EraserTraining
 
-    loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
+    loop = _make_loop(
+        steps, warmup, batch=batch, lr=lr, seed=seed, validate_every=validate_every, save_every=save_every
+    )
     first = steps * batch // passes // 4 if neighbours is None else neighbours
     options = EraserOptions(
-        neighbours=first,
-        least=least,
-        most=most,
-        passes=passes,
-        pool=pool,
-        seed=seed,
-        right=right,
-        nll=nll,
-        kl=kl,
-        question_kl=question_kl,
-    )
+        neighbours=first, least=least, most=most, passes=passes, pool=pool, right=right, nll=nll, kl=kl,
+        question_kl=question_kl, seed=seed,
+    )  # fmt: skip
     training = EraserTraining(
-        data=tuple(data),
-        field=field,
-        qa=tuple(qa or ()),
-        loop=loop,
-        options=options,
-        rank=rank,
-        begin=begin,
+        data=tuple(data), field=field, qa=tuple(qa or ()), loop=loop, options=options, rank=rank, begin=begin,
         validation=validation,
-    )
+    )  # fmt: skip
     _run(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)
 
 
@@ -162,24 +138,24 @@ def train_retention(
     length: Length = 1024,
     least: Least = 160,
     capacity: Annotated[
-        float, typer.Option(help="If gradually: pairs to keep, below 1 a share of a text, else tokens.")
+        float, Option(help="If gradually: pairs to keep, below 1 a share of a text, else tokens.")
     ] = 0.05,
-    capacity_weight: Annotated[float, typer.Option(help="If gradually: of the price of keeping more.")] = 1.0,
-    text_weight: Annotated[float, typer.Option(help="If gradually: of going on with the text itself.")] = 0.25,
+    capacity_weight: Annotated[float, Option(help="If gradually: of the price of keeping more.")] = 1.0,
+    text_weight: Annotated[float, Option(help="If gradually: of going on with the text itself.")] = 0.25,
     warm: Annotated[
-        int | None, typer.Option(help="First steps that learn what later tokens look at; default: an eighth.", min=0)
+        int | None, Option(help="First steps that learn what later tokens look at; default: an eighth.", min=0)
     ] = None,
-    warm_by: Annotated[str, typer.Option(help="Which later tokens: answers (and questions) or replay.")] = "answers",
-    warm_loss: Annotated[str, typer.Option(help="How: ranking (worth lost) or lives (regression).")] = "ranking",
+    warm_by: Annotated[str, Option(help="Which later tokens: answers (and questions) or replay.")] = "answers",
+    warm_loss: Annotated[str, Option(help="How: ranking (worth lost) or lives (regression).")] = "ranking",
     asked: Asked = 4,
     forgets: Annotated[
-        str, typer.Option(help="In training: at_once (behind a text, to several budgets) or gradually (with age).")
+        str, Option(help="In training: at_once (behind a text, to several budgets) or gradually (with age).")
     ] = "at_once",
-    share: Annotated[str, typer.Option(help="Whose pairs compete for room: model, layer or head.")] = "model",
-    width: Annotated[int, typer.Option(help="Of the gates' inner layers.", min=1)] = 128,
-    depth: Annotated[int, typer.Option(help="Inner layers of the gates.", min=1)] = 2,
-    tied: Annotated[bool, typer.Option(help="Share the last projection over all layers.")] = True,
-    bias: Annotated[float, typer.Option(help="What the last projection begins with; larger keeps longer.")] = 6.0,
+    share: Annotated[str, Option(help="Whose pairs compete for room: model, layer or head.")] = "model",
+    width: Annotated[int, Option(help="Of the gates' inner layers.", min=1)] = 128,
+    depth: Annotated[int, Option(help="Inner layers of the gates.", min=1)] = 2,
+    tied: Annotated[bool, Option(help="Share the last projection over all layers.")] = True,
+    bias: Annotated[float, Option(help="What the last projection begins with; larger keeps longer.")] = 6.0,
     field: Field = "text",
     budget: Kept = 0.1,
     validate_every: ValidateEvery = 100,
@@ -196,7 +172,9 @@ def train_retention(
     from vestige.training.retention.task import RetentionOptions
     from vestige.training.retention.training import RetentionTraining
 
-    loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
+    loop = _make_loop(
+        steps, warmup, batch=batch, lr=lr, seed=seed, validate_every=validate_every, save_every=save_every
+    )
     first = steps // 8 if warm is None else warm
     options = RetentionOptions(
         length=length, least=least, capacity=capacity, capacity_weight=capacity_weight, text_weight=text_weight,
@@ -219,30 +197,26 @@ def train_indexmem(
     batch: Batch = 1,
     lr: LearningRate = 1e-3,
     warmup: Warmup = None,
-    schedule: Annotated[str, typer.Option(help="Of the learning rate: wsd, cosine or constant.")] = "wsd",
-    alone: Annotated[int | None, typer.Option(help="First steps, of the indexer alone; default: half.", min=0)] = None,
+    schedule: Annotated[str, Option(help="Of the learning rate: wsd, cosine or constant.")] = "wsd",
+    alone: Annotated[int | None, Option(help="First steps, of the indexer alone; default: half.", min=0)] = None,
     length: Length = 1024,
     least: Least = 160,
     asked: Asked = 4,
     teacher: Annotated[
-        str, typer.Option(help="The indexer foretells what answers look at, or what the text itself does.")
+        str, Option(help="The indexer foretells what answers look at, or what the text itself does.")
     ] = "answers",
-    aware: Annotated[float, typer.Option(help="Share of the texts whose first question the indexer sees too.")] = 0.5,
-    apart: Annotated[bool, typer.Option(help="Scores of each KV head; if not, one for all of a layer.")] = True,
-    heads: Annotated[int, typer.Option(help="Index heads for each KV head.", min=1)] = 1,
-    dim: Annotated[int, typer.Option(help="Of each KV head's part of the index key.", min=1)] = 8,
+    aware: Annotated[float, Option(help="Share of the texts whose first question the indexer sees too.")] = 0.5,
+    apart: Annotated[bool, Option(help="Scores of each KV head; if not, one for all of a layer.")] = True,
+    heads: Annotated[int, Option(help="Index heads for each KV head.", min=1)] = 1,
+    dim: Annotated[int, Option(help="Of each KV head's part of the index key.", min=1)] = 8,
     memory: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A memory to train: linear or slots; may be repeated. Default: both; none: the indexer alone."
-        ),
+        Option(help="A memory to train: linear or slots; may be repeated. Default: both; none: the indexer alone."),
     ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Of the memories' projections; default: 32, 16 slots.", min=1)
-    ] = None,
-    decays: Annotated[bool, typer.Option(help="Older pairs count less in the memories.")] = False,
-    asks: Annotated[bool, typer.Option(help="The linear memory's gate looks at the query.")] = False,
-    memory_weight: Annotated[float, typer.Option(help="Of the memories' errors.")] = 0.3,
+    width: Annotated[int | None, Option(help="Of the memories' projections; default: 32, 16 slots.", min=1)] = None,
+    decays: Annotated[bool, Option(help="Older pairs count less in the memories.")] = False,
+    asks: Annotated[bool, Option(help="The linear memory's gate looks at the query.")] = False,
+    memory_weight: Annotated[float, Option(help="Of the memories' errors.")] = 0.3,
     field: Field = "text",
     budget: Kept = 0.1,
     validate_every: ValidateEvery = 100,
@@ -263,7 +237,10 @@ def train_indexmem(
     from vestige.training.indexmem.training import IndexMemTraining
 
     kinds = () if memory == ["none"] else tuple(dict.fromkeys(map(kind_of, memory or KINDS)))
-    loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed, schedule)
+    loop = _make_loop(
+        steps, warmup, batch=batch, lr=lr, schedule=schedule, seed=seed, validate_every=validate_every,
+        save_every=save_every,
+    )  # fmt: skip
     first = steps // 2 if alone is None else alone
     options = IndexMemOptions(
         length=length, least=least, asked=asked, teacher=teacher_of(teacher), aware=aware, alone=first * batch,
@@ -271,7 +248,6 @@ def train_indexmem(
     )  # fmt: skip
     training = IndexMemTraining(
         data=tuple(data), field=field, loop=loop, options=options, heads=heads, dim=dim, apart=apart,
-        memories=kinds, width=width, decays=decays, asks=asks,
-        validation=validation,
+        memories=kinds, width=width, decays=decays, asks=asks, validation=validation,
     )  # fmt: skip
     _run(training, to, model=model, device=device, dtype=dtype, resume=resume, as_json=as_json)

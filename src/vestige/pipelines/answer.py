@@ -51,24 +51,50 @@ def answer(
     Raises:
         InputError: Context and question leave no position for a reply, or there is no question.
     """
-    limit, length = cache.layout.max_positions, max(cache.seen) + question.shape[1]
-    require_room_for_reply(limit, length)
-    ids = torch.cat([cache.ids, question], 1).to(model.device)
+    longest = limit_reply(cache, max(cache.seen) + question.shape[1], max_new_tokens)
     if question.shape[1] > 1:
         prefill(model, question[:, :-1].to(model.device), cache, chunk=cache.state.schedule.chunk, settle=False)
     started = time.perf_counter()
+    new = generate(model, tokenizer, cache, question[:, -1:], max_new_tokens=longest)
+    text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+    return Answer(text, tuple(new), time.perf_counter() - started)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: KVCache,
+    new: Int[Tensor, "1 new"],
+    /,
+    **options: Any,
+) -> list[int]:
+    """Generate from a cache, greedily unless the options say otherwise, and return the ids of the reply.
+
+    Args:
+        model: An attached model.
+        tokenizer: Tokenizer of the model.
+        cache: Holds all ids before ``new``.
+        new: Ids between those of the cache and the reply.
+        options: For ``model.generate``.
+    """
+    ids = torch.cat([cache.ids, new], 1).to(model.device)
     generator: Any = model
     out = generator.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         **cache_argument(cache),
-        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - length),
-        do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **({"do_sample": False} | options),
     )
-    new = out[0, ids.shape[1] :]
-    text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-    return Answer(text, tuple(new.tolist()), time.perf_counter() - started)
+    reply: list[int] = out[0, ids.shape[1] :].tolist()
+    return reply
+
+
+def limit_reply(cache: KVCache, length: int, max_new_tokens: int) -> int:
+    """Return the longest reply that the model's positions allow after ``length`` tokens, or raise an InputError."""
+    limit = cache.layout.max_positions
+    require_room_for_reply(limit, length)
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - length)
 
 
 def require_room_for_reply(limit: int | None, length: int) -> None:

@@ -28,6 +28,9 @@ from vestige.text.chat_template import ChatTemplate
 from vestige.text.files import read_text, require_text
 from vestige.utils.files import require_new
 
+_REPORTED = ("held", "kept_fraction", "kv_bytes", "peak_kv_bytes", "full_kv_bytes", "other_kv_bytes", "memory_bytes")
+"""Figures of the cache's report that a row has, by name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -87,9 +90,10 @@ class RunConfig:
         """Return the text to read, or None if a saved cache takes its place."""
         if self.cache is not None:
             return None
-        return (
-            require_text(self.prompt, "--prompt") if self.prompt is not None else read_text(require_path(self.context))
-        )
+        if self.prompt is not None:
+            return require_text(self.prompt, "--prompt")
+        assert self.context is not None, "checked when the config was made"
+        return read_text(self.context)
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,7 @@ class RunResult:
             "answer": texts[0] if texts else "",
             "answers": texts,
             "seen": report.seen[0],
-            "held": report.held,
-            "kept_fraction": report.kept_fraction,
-            "kv_bytes": report.kv_bytes,
-            "peak_kv_bytes": report.peak_kv_bytes,
-            "full_kv_bytes": report.full_kv_bytes,
-            "other_kv_bytes": report.other_kv_bytes,
-            "memory_bytes": report.memory_bytes,
+            **{name: getattr(report, name) for name in _REPORTED},
             "prefill_s": self.prefill_s,
             "evict_s": report.evict_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
@@ -176,10 +174,11 @@ def run(
     spans = [] if text is None else [locate.find(text, part, template.offsets(text)) for part in config.explain]
     with torch.no_grad(), attach(model):
         started = time.perf_counter()
-        if text is None:
-            cache = KVCache.load(require_path(config.cache), model)
+        if config.cache is not None:
+            cache = KVCache.load(config.cache, model)
             _check_positions(cache, max(cache.seen, default=0), questions)
         else:
+            assert text is not None
             cache = read(config, model, template.context(text), questions, progress)
         prefill_s = 0.0 if text is None else time.perf_counter() - started
         if config.save is not None:
@@ -240,12 +239,8 @@ def read(
     """
     cache = KVCache(model, config.make_policy(), memory=memories.make(config.memory))
     length = _check_positions(cache, ids.shape[1], questions)
-
-    def report_progress(read: int) -> None:
-        if progress is not None:
-            progress(read, ids.shape[1])
-
-    prefill(model, ids.to(model.device), cache, chunk=config.chunk, length=length, progress=report_progress)
+    on_read = None if progress is None else lambda count: progress(count, ids.shape[1])
+    prefill(model, ids.to(model.device), cache, chunk=config.chunk, length=length, progress=on_read)
     return cache
 
 
@@ -266,12 +261,6 @@ def _explain(
         fed = torch.cat([question, torch.tensor([reply.ids[:-1]], dtype=question.dtype)], 1)
         explained.append(Explained(reply.text, explain(model, full, cache, fed, spans)))
     return tuple(explained)
-
-
-def require_path(path: Path | None) -> Path:
-    """Return a path that is known to be given."""
-    assert path is not None, "checked when the config was made"
-    return path
 
 
 def _check_positions(cache: KVCache, context: int, questions: list[Tensor]) -> int:

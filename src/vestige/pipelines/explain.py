@@ -90,8 +90,7 @@ def attention_to(
     paid = {layer.layer_idx: torch.zeros(layer.kv_heads, len(evidence)) for layer in cache.evictable}
 
     def watch(row: RowView) -> None:
-        scale = row.attention
-        weights = compute_attention(row.queries, row.query_positions, row.keys, row.positions, scale)
+        weights = compute_attention(row.queries, row.query_positions, row.keys, row.positions, row.attention)
         weights = weights.mean((0, 1)).cpu()
         positions = row.positions.cpu()
         is_evidence = torch.isin(positions, evidence)

@@ -21,8 +21,7 @@ from vestige.erasers.base import Eraser, EraseReport
 from vestige.erasers.erase import erase
 from vestige.errors import CacheError, CacheFileError, InputError
 from vestige.memory.base import Memory
-from vestige.models.compat import cache_argument
-from vestige.pipelines.answer import require_room_for_reply
+from vestige.pipelines.answer import generate, limit_reply
 from vestige.pipelines.message import Message
 from vestige.policies.base import Policy
 from vestige.policies.full import Full
@@ -86,13 +85,19 @@ class Session:
         ids, offsets = self.template.message(text)
         before = [*self._pending, *(self._between() if self.messages else self.template.opening())]
         after, seen = self.template.reply_opening(), max(self.cache.seen, default=0)
-        limit, length = self.cache.layout.max_positions, seen + len(before) + len(ids) + len(after)
-        require_room_for_reply(limit, length)
-        longest = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
+        length = seen + len(before) + len(ids) + len(after)
+        longest = limit_reply(self.cache, length, max_new_tokens)
+        batch = torch.tensor([[*before, *ids]], device=self.model.device)
+        settles = not self.messages or len(ids) > self.chunk
+        streamer = None if on_text is None else _Streamer(self.template, on_text)
         with torch.no_grad(), attach(self.model), self._roll_back_on_error():
-            self._settle_earlier_turns()
-            self._read([*before, *ids], settle=not self.messages or len(ids) > self.chunk)
-            reply = self._reply(after, longest, on_text, options)
+            if self.cache.state.schedule.unsettled >= self.cache.policy.every:
+                self.cache.settle()
+            prefill(self.model, batch, self.cache, chunk=self.chunk, settle=settles)
+            reply = generate(
+                self.model, self.template.tokenizer, self.cache, torch.tensor([after]), max_new_tokens=longest,
+                streamer=streamer, **options,
+            )  # fmt: skip
         start = seen + len(before)
         user = Message(role="user", text=text, span=Span(start, start + len(ids)), offsets=tuple(offsets))
         self.messages += (user, self._reply_message(reply, length))
@@ -196,9 +201,8 @@ class Session:
         except BaseException:
             with suppress(CacheError):  # layers of other kinds cannot undo an interrupted forward
                 self.cache.crop(seen - max(self.cache.seen, default=0))
-                self.cache.state.schedule.restore(
-                    schedule
-                )  # a crop counts as speculation, which every later turn would pay for
+                # a crop counts as speculation, which every later turn would pay for
+                self.cache.state.schedule.restore(schedule)
             raise
 
     def _between(self) -> list[int]:
@@ -206,41 +210,6 @@ class Session:
         ids = self.template.next_opening()
         last = self.cache.ids[0, -1] if self.cache.ids.numel() else -1
         return ids[1:] if ids and not self._pending and int(last) == ids[0] else ids
-
-    def _settle_earlier_turns(self) -> None:
-        """Settle the cache if at least ``policy.every`` tokens were read and generated since the last settle."""
-        if self.cache.state.schedule.unsettled >= self.cache.policy.every:
-            self.cache.settle()
-
-    def _read(self, ids: list[int], settle: bool) -> None:
-        batch = torch.tensor([ids], device=self.model.device)
-        prefill(self.model, batch, self.cache, chunk=self.chunk, settle=settle)
-
-    def _reply(
-        self, after: list[int], longest: int, on_text: Callable[[str], None] | None, options: dict[str, Any]
-    ) -> list[int]:
-        """Generate a reply and return its ids.
-
-        Args:
-            after: Ids between the message and the reply.
-            longest: Longest reply in tokens.
-            on_text: As in :meth:`send`.
-            options: As in :meth:`send`.
-        """
-        ids = torch.cat([self.cache.ids, torch.tensor([after])], 1).to(self.model.device)
-        tokenizer, generator = self.template.tokenizer, self.model
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        out: Any = generator.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            **cache_argument(self.cache),
-            max_new_tokens=longest,
-            pad_token_id=pad,
-            streamer=None if on_text is None else _Streamer(self.template, on_text),
-            **({"do_sample": False} | options),
-        )
-        new: list[int] = out[0, ids.shape[1] :].tolist()
-        return new
 
     def _reply_message(self, reply: list[int], start: int) -> Message:
         """Return a reply as a message; its last token is fed in the next turn, unless it is an end token.
