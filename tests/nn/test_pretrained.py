@@ -11,7 +11,6 @@ from vestige import Budget, CacheFileError, InputError, KVCache, attach, memory,
 from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import Method
 from vestige.bench.runner import bench
-from vestige.cache import serialization
 from vestige.nn import pretrained
 from vestige.testing import random_ids, tiny
 

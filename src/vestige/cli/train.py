@@ -121,7 +121,7 @@ def train_eraser(
 ) -> None:
     """Train the learned eraser on texts; `erase --method "learned(adapter=OUT/adapter)"` uses it."""
     from vestige.training.eraser.samples import EraserOptions
-    from vestige.training.eraser.training import EraserTraining
+    from vestige.training.eraser.task import EraserTraining
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     first = steps * batch // passes // 4 if neighbours is None else neighbours
@@ -193,8 +193,7 @@ def train_retention(
 ) -> None:
     """Train retention gates on texts; `run --policy "retention(gates=OUT/gates)"` uses them."""
     from vestige.policies.selection import parse_share
-    from vestige.training.retention.task import RetentionOptions
-    from vestige.training.retention.training import RetentionTraining
+    from vestige.training.retention.task import RetentionOptions, RetentionTraining
 
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed)
     first = steps // 8 if warm is None else warm
@@ -258,15 +257,13 @@ def train_indexmem(
     uses it.
     """
     from vestige.nn.latent_memory import KINDS, kind_of
-    from vestige.training.indexmem.indexer_loss import teacher_of
-    from vestige.training.indexmem.task import IndexMemOptions
-    from vestige.training.indexmem.training import IndexMemTraining
+    from vestige.training.indexmem.task import IndexMemOptions, IndexMemTraining
 
     kinds = () if memory == ["none"] else tuple(dict.fromkeys(map(kind_of, memory or KINDS)))
     loop = _loop(steps, batch, lr, warmup, validate_every, save_every, seed, schedule)
     first = steps // 2 if alone is None else alone
     options = IndexMemOptions(
-        length=length, least=least, asked=asked, teacher=teacher_of(teacher), aware=aware, alone=first * batch,
+        length=length, least=least, asked=asked, teacher=teacher, aware=aware, alone=first * batch,
         memory_weight=memory_weight, budget=budget, seed=seed,
     )  # fmt: skip
     training = IndexMemTraining(
