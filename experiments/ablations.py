@@ -17,7 +17,7 @@ from vestige.bench.config import BenchConfig
 from vestige.bench.methods.method import cross
 from vestige.bench.report.tables import format_markdown
 from vestige.bench.results.aggregate import Record, bootstrap_interval
-from vestige.training.model_card import CARD
+from vestige.training.trainer import CARD
 
 STEPS, WARM, LENGTH, LEAST, ASKED = 300, 100, 1536, 500, 16
 FIRST = "at-once"
@@ -46,8 +46,7 @@ COMMAND = 'make results NAME=gates ARGS="--data DIR --essays DIR"'
 def make_training(way: str, data: tuple[str, ...], field: str) -> Any:
     """Return the training of one way."""
     from vestige.training.config import LoopConfig
-    from vestige.training.retention.task import RetentionOptions
-    from vestige.training.retention.training import RetentionTraining
+    from vestige.training.retention.task import RetentionOptions, RetentionTraining
 
     changed = dict(WAYS[way])
     tied = changed.pop("tied", True)

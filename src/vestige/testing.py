@@ -399,11 +399,7 @@ def _owners(config: PreTrainedConfig) -> dict[int, int]:
     return owners
 
 
-def _check_deaths(
-    deaths: Deaths,
-    owners: Mapping[int, int],
-    input_ids: Int[Tensor, "batch new"],
-) -> None:
+def _check_deaths(deaths: Deaths, owners: Mapping[int, int], input_ids: Int[Tensor, "batch new"]) -> None:
     batch, length = input_ids.shape
     for layer_idx, times in deaths.items():
         if owners.get(layer_idx) != layer_idx:

@@ -11,7 +11,7 @@ from vestige.models.loading import load
 from vestige.nn.pretrained import SHIPPED
 from vestige.pipelines.document_qa import RunConfig, run
 from vestige.pipelines.erase_passage import EraseConfig, erase_text
-from vestige.training.model_card import CARD
+from vestige.training.trainer import CARD
 
 MOST_BYTES = {"eraser": 12_000_000, "indexmem": 8_000_000, "retention": 8_000_000}
 MOST_MINUTES, CORES = 100, 2

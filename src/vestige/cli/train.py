@@ -109,7 +109,7 @@ def train_eraser(
 ) -> None:
     """Train the learned eraser on texts; `erase --method "learned(adapter=OUT/adapter)"` uses it."""
     from vestige.training.eraser.samples import EraserOptions
-    from vestige.training.eraser.training import EraserTraining
+    from vestige.training.eraser.task import EraserTraining
 
     loop = _make_loop(
         steps, warmup, batch=batch, lr=lr, seed=seed, validate_every=validate_every, save_every=save_every
@@ -169,8 +169,7 @@ def train_retention(
 ) -> None:
     """Train retention gates on texts; `run --policy "retention(gates=OUT/gates)"` uses them."""
     from vestige.policies.selection import parse_share
-    from vestige.training.retention.task import RetentionOptions
-    from vestige.training.retention.training import RetentionTraining
+    from vestige.training.retention.task import RetentionOptions, RetentionTraining
 
     loop = _make_loop(
         steps, warmup, batch=batch, lr=lr, seed=seed, validate_every=validate_every, save_every=save_every
@@ -232,9 +231,7 @@ def train_indexmem(
     uses it.
     """
     from vestige.nn.latent_memory import KINDS, kind_of
-    from vestige.training.indexmem.indexer_loss import teacher_of
-    from vestige.training.indexmem.task import IndexMemOptions
-    from vestige.training.indexmem.training import IndexMemTraining
+    from vestige.training.indexmem.task import IndexMemOptions, IndexMemTraining
 
     kinds = () if memory == ["none"] else tuple(dict.fromkeys(map(kind_of, memory or KINDS)))
     loop = _make_loop(
@@ -243,7 +240,7 @@ def train_indexmem(
     )  # fmt: skip
     first = steps // 2 if alone is None else alone
     options = IndexMemOptions(
-        length=length, least=least, asked=asked, teacher=teacher_of(teacher), aware=aware, alone=first * batch,
+        length=length, least=least, asked=asked, teacher=teacher, aware=aware, alone=first * batch,
         memory_weight=memory_weight, budget=budget, seed=seed,
     )  # fmt: skip
     training = IndexMemTraining(

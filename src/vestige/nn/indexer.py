@@ -12,39 +12,33 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.errors import InputError
-from vestige.nn.per_layer import PerLayerModule
+from vestige.nn.per_layer import PerLayerConfig, PerLayerModule
 
 QUERY_BLOCK = 256
 """Queries that are compared with all keys at a time, so that no tensor of all queries times all keys is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexerConfig:
+class IndexerConfig(PerLayerConfig):
     """The shape of an indexer, and the model it belongs to.
 
     Args:
-        layers: Indices of the model's evictable layers.
         kv_heads: KV heads of each of these layers.
         hidden: Size of a layer's input.
         heads: Index heads for each KV head.
         dim: Size of each KV head's part of the index key.
         apart: Whether each KV head has scores of its own, from its own index heads and its own part of the key. If
             not, all index heads read the whole key, and a layer has one score for all its KV heads, as in the paper.
-        base: Fingerprint of the model.
-        model: Name of the model, for messages.
 
     Raises:
         InputError: A number out of range.
     """
 
-    layers: tuple[int, ...]
     kv_heads: tuple[int, ...]
     hidden: int
     heads: int = 1
     dim: int = 8
     apart: bool = False
-    base: str = ""
-    model: str = ""
 
     def __post_init__(self) -> None:
         if not self.layers or len(self.layers) != len(self.kv_heads):

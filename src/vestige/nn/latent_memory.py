@@ -14,7 +14,7 @@ from torch.nn.functional import linear, logsigmoid
 from transformers import PreTrainedModel
 
 from vestige.errors import InputError, unknown_name_message
-from vestige.nn.per_layer import PerLayerModule
+from vestige.nn.per_layer import PerLayerConfig, PerLayerModule
 
 M = TypeVar("M", bound="Latent")
 Kind = Literal["linear", "slots"]
@@ -37,31 +37,25 @@ def kind_of(name: str) -> Kind:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentConfig:
+class LatentConfig(PerLayerConfig):
     """The shape of a trained memory, and the model it belongs to.
 
     Args:
         kind: Memory that the weights are for.
-        layers: Indices of the model's evictable layers.
         head_dims: Size of a key in each of these layers.
         width: Size of the projection: rows of the state.
         decays: Whether older pairs count less, by a learned rate; if not, pairs can be taken out again.
         asks: Whether the gate of a linear memory depends on the query.
-        base: Fingerprint of the model.
-        model: Name of the model, for messages.
 
     Raises:
         InputError: A number out of range, or an unknown kind.
     """
 
     kind: Kind
-    layers: tuple[int, ...]
     head_dims: tuple[int, ...]
     width: int
     decays: bool = False
     asks: bool = False
-    base: str = ""
-    model: str = ""
 
     def __post_init__(self) -> None:
         kind_of(self.kind)

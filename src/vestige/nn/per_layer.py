@@ -1,9 +1,9 @@
 """The base of small trained modules with a part for each evictable layer of one model, kept beside the model."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,21 +20,19 @@ _BROKEN = (
 """Errors that JSON, safetensors, torch and a config raise for a damaged file."""
 
 
-@runtime_checkable
-class PerLayerConfig(Protocol):
-    """A frozen dataclass: the shape of a module, and the model it belongs to."""
+@dataclass(frozen=True, kw_only=True)
+class PerLayerConfig:
+    """The model that a module belongs to; subclasses add the module's shape.
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the model's evictable layers."""
+    Args:
+        layers: Indices of the model's evictable layers.
+        base: Fingerprint of the model.
+        model: Name of the model, for messages.
+    """
 
-    @property
-    def base(self) -> str:
-        """Fingerprint of the model."""
-
-    @property
-    def model(self) -> str:
-        """Name of the model, for messages."""
+    layers: tuple[int, ...]
+    base: str = ""
+    model: str = ""
 
 
 C = TypeVar("C", bound=PerLayerConfig)
@@ -103,8 +101,7 @@ class PerLayerModule(nn.Module, Generic[C]):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, weights)
         weights.chmod(0o644)  # safetensors lets only the owner read it
-        config: Any = self.config
-        (folder / f"{stem}.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        (folder / f"{stem}.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
     def load(cls: type[M], folder: Path, model: PreTrainedModel, kind: str = "") -> M:

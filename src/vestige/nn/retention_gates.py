@@ -14,37 +14,31 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from vestige.errors import InputError
-from vestige.nn.per_layer import PerLayerModule
+from vestige.nn.per_layer import PerLayerConfig, PerLayerModule
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatesConfig:
+class GatesConfig(PerLayerConfig):
     """The shape of gates, and the model they belong to.
 
     Args:
-        layers: Indices of the model's evictable layers.
         kv_heads: KV heads of each of these layers.
         hidden: Size of a layer's input.
         width: Size of the network's inner layers.
         depth: Number of inner layers.
         tied: Whether all layers share the last projection.
         bias: Initial bias of the last projection; the larger, the longer everything is kept at first.
-        base: Fingerprint of the model.
-        model: Name of the model, for messages.
 
     Raises:
         InputError: A number out of range.
     """
 
-    layers: tuple[int, ...]
     kv_heads: tuple[int, ...]
     hidden: int
     width: int = 128
     depth: int = 2
     tied: bool = True
     bias: float = 6.0
-    base: str = ""
-    model: str = ""
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.kv_heads) or not self.layers:

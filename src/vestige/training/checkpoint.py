@@ -25,7 +25,7 @@ FORMAT = 1
 NUM_KEPT = 2
 """Checkpoints to keep: the latest may be damaged by a full disk or a power cut."""
 WEIGHTS, OPTIMIZER, METADATA = "weights.safetensors", "optimizer.safetensors", "checkpoint.json"
-_NAME, _WORK = re.compile(r"step-(\d{8,})"), ".step-"
+_NAME, _WORK = re.compile(r"step-\d{8,}"), ".step-"
 _RNG = "rng"  # moments are called "exp_avg/<name>": no clash
 
 
@@ -65,7 +65,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the path of the newest checkpoint, or None."""
-        return max(self._all(), default=None, key=_parse_step)
+        return next(reversed(self._all()), None)
 
     def load(self) -> State | None:
         """Read the newest checkpoint, to the CPU; None if there is none.
@@ -105,7 +105,7 @@ class Checkpoints:
             kept = self.newest()
             hint = f"; the last one is {kept}" if kept else ""
             raise InputError(f"cannot write the checkpoint {path}: {error}{hint}") from None
-        self._remove(sorted(self._all(), key=_parse_step)[:-NUM_KEPT])
+        self._remove(self._all()[:-NUM_KEPT])
         return path
 
     def check(self, *, resume: bool) -> None:
@@ -140,7 +140,9 @@ class Checkpoints:
             shutil.rmtree(work, ignore_errors=True)
 
     def _all(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        """Return the paths of all checkpoints, the newest last."""
+        found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def _remove(self, paths: Iterable[Path]) -> None:
         for path in paths:
@@ -152,12 +154,6 @@ class Checkpoints:
                 was, now = saved[kind].get(name), current.get(name)
                 if was != now:
                     raise InputError(f"{path} was made with {kind} {name} {was!r}, not {now!r}; name a new folder")
-
-
-def _parse_step(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
-    assert found, "only such names are listed"
-    return int(found[1])
 
 
 def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """Options of a training run; a resumed run must have the same ones."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from vestige.errors import InputError, unknown_name_message
 
@@ -86,7 +85,3 @@ class LoopConfig:
     def saves(self, done: int) -> bool:
         """Return whether a checkpoint follows when ``done`` steps are done."""
         return done == self.steps or done % self.save_every == 0
-
-    def metadata(self) -> dict[str, Any]:
-        """Return the options as a dict, for checkpoints and cards."""
-        return asdict(self)

@@ -4,30 +4,35 @@
 """
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
 
 from vestige.errors import InputError, VestigeError
 from vestige.training.checkpoint import Checkpoints, State
 from vestige.training.config import LoopConfig
 from vestige.training.distributed import Processes
 from vestige.training.metrics import Metrics, Record
-from vestige.training.optimizer import adamw, gather_gradients, moments, restore
 from vestige.training.sampler import derive_seed, find_sample_index
-from vestige.training.signals import StopSignals
 from vestige.training.task import LOSS, TOKENS, Task, check_parts, find_trainable_parameters, finite_or_none
 
 OnStep = Callable[[int, int, Record], None]
 """Called after every step with the number of steps done, the number of all steps, and the step's record."""
 Parts = dict[str, float]
+Parameters = Mapping[str, nn.Parameter]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ def train(
     world.check(config.batch)
     if task.num_samples is not None and task.num_samples < 1:
         raise InputError("the task has no samples")
-    checkpoints = Checkpoints(folder, {"task": task.identity(), "config": config.metadata()})
+    checkpoints = Checkpoints(folder, {"task": task.identity(), "config": asdict(config)})
     checkpoints.check(resume=resume)
     run = _Run(task, config, checkpoints, world)
     run.start(checkpoints.load() if resume else None)
@@ -99,7 +104,7 @@ class _Run:
     def __init__(self, task: Task, config: LoopConfig, checkpoints: Checkpoints, world: Processes) -> None:
         self.task, self.config, self.checkpoints, self.world = task, config, checkpoints, world
         self.parameters = find_trainable_parameters(task.module)
-        self.optimizer = adamw(self.parameters, config)
+        self.optimizer = _make_adamw(self.parameters, config)
         self.step = 0
         self.signals = StopSignals()
         self.saved: Path | None = None
@@ -115,7 +120,7 @@ class _Run:
             self.save()
             return
         self.saved = self.checkpoints.path(state.step)
-        restore(self.optimizer, self.parameters, state, self.saved)
+        _restore(self.optimizer, self.parameters, state, self.saved)
         self.step, self.rng = state.step, state.rng
         torch.set_rng_state(state.rng)
 
@@ -125,7 +130,9 @@ class _Run:
         parts = self._accumulate()
         if parts is None:
             return None
-        lr, norm = self.config.lr_at(self.step), self._clip()
+        lr = self.config.lr_at(self.step)
+        limit = math.inf if self.config.clip is None else self.config.clip
+        norm = float(clip_grad_norm_(self.parameters.values(), limit))  # before clipping
         self._require_finite(parts[LOSS], norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -144,8 +151,8 @@ class _Run:
         """Write a checkpoint of this step, unless it exists; return its path."""
         path = self.checkpoints.path(self.step)
         if self.saved != path and self.world.main:
-            inner = moments(self.optimizer, self.parameters)
-            self.checkpoints.save(State(step=self.step, weights=self.parameters, moments=inner, rng=self.rng))
+            moments = _name_moments(self.optimizer, self.parameters)
+            self.checkpoints.save(State(step=self.step, weights=self.parameters, moments=moments, rng=self.rng))
         self.saved = path
         return path
 
@@ -164,7 +171,12 @@ class _Run:
         *values, stopped = totals.tolist()
         if stopped:  # in any process
             return None
-        gather_gradients(self.parameters, self.world, first=self.step == 0)
+        if self.step == 0:
+            _require_gradients(self.parameters, self.world)
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # AdamW would skip it in this process but not in others
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.all_reduce([p.grad for p in self.parameters.values() if p.grad is not None])
         named = zip(sums, values, strict=True)
         return {name: value if name == TOKENS else value / self.config.batch for name, value in named}
 
@@ -174,11 +186,6 @@ class _Run:
         (parts[LOSS] / self.config.batch).backward()
         named = sorted(parts, key=lambda name: (name != LOSS, name))  # the same order in every process
         return {name: parts[name].detach().to(parts[LOSS].device, torch.float32) for name in named}
-
-    def _clip(self) -> float:
-        """Clip the gradient and return its norm before clipping."""
-        limit = math.inf if self.config.clip is None else self.config.clip
-        return float(clip_grad_norm_(self.parameters.values(), limit))
 
     def _require_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -193,3 +200,73 @@ class _Run:
             figures = {name: finite_or_none(float(value)) for name, value in self.task.validate().items()}
         self.task.module.train()
         return figures
+
+
+class StopSignals:
+    """While entered, the first Ctrl-C or SIGTERM sets ``requested``; the second one has its usual effect.
+
+    Outside the main thread, where Python handles no signals, the flag is never set.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._usual = ExitStack()
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._usual.callback(signal.signal, number, signal.signal(number, self._request))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._usual.close()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._usual.close()
+
+
+def _make_adamw(parameters: Parameters, config: LoopConfig) -> AdamW:
+    """Return an optimizer with weight decay on parameters of two or more dimensions: not on biases and norms."""
+    deep = [p for p in parameters.values() if p.ndim >= 2]
+    flat = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": deep, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+
+
+def _require_gradients(parameters: Parameters, world: Processes) -> None:
+    """Raise an InputError unless every parameter has a gradient in some process."""
+    device = next(iter(parameters.values())).device
+    reached = torch.tensor([float(p.grad is not None) for p in parameters.values()], device=device)
+    world.all_reduce([reached])
+    missed = [name for name, count in zip(parameters, reached.tolist(), strict=True) if not count]
+    if missed:
+        raise InputError(
+            f"no gradient reached {len(missed)} of {len(parameters)} parameters in the first step, "
+            f"{missed[0]} among them; freeze what does not take part"
+        )
+
+
+def _name_moments(optimizer: AdamW, parameters: Parameters) -> dict[str, Tensor]:
+    """Return the moments by name, as in a :class:`State`; empty before the first step."""
+    state = optimizer.state
+    return {f"{kind}/{name}": state[p][kind] for kind in MOMENTS for name, p in parameters.items() if p in state}
+
+
+def _restore(optimizer: AdamW, parameters: Parameters, state: State, path: Path) -> None:
+    """Set parameters and moments to those of a checkpoint.
+
+    Raises:
+        InputError: The checkpoint has other parameters or shapes; nothing is changed.
+    """
+    for name in dict.fromkeys([*parameters, *state.weights]):
+        was, now = (tuple(x[name].shape) if name in x else "none" for x in (state.weights, parameters))
+        if was != now:
+            raise InputError(f"{path} has shape {was} for {name}, the task has {now}")
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(state.weights[name])
+        if state.step:
+            # Every parameter had a gradient in every step, so its own count is the run's.
+            own = {kind: state.moments[f"{kind}/{name}"].to(parameter.device) for kind in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **own}

@@ -84,7 +84,8 @@ def check_parts(parts: Mapping[str, Tensor]) -> Mapping[str, Float[Tensor, ""]]:
         raise InputError(f"a task must return a part named {LOSS!r}, got {', '.join(parts) or 'nothing'}")
     for name, value in parts.items():
         if value.numel() != 1 or (not value.is_floating_point() and name != TOKENS):
-            raise InputError(f"part {name!r} of a loss must be one floating-point number, got {_describe(value)}")
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise InputError(f"part {name!r} of a loss must be one floating-point number, got {got}")
     if not parts[LOSS].requires_grad:
         raise InputError("the loss depends on no parameter that is trained: is it computed under no_grad, or detached?")
     return {name: value.reshape(()) for name, value in parts.items()}
@@ -93,7 +94,3 @@ def check_parts(parts: Mapping[str, Tensor]) -> Mapping[str, Float[Tensor, ""]]:
 def finite_or_none(value: float) -> float | None:
     """Return a number, or None instead of NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None
-
-
-def _describe(value: Tensor) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}"

@@ -1,34 +1,31 @@
 """What every training command does: read and split documents, train, write the weights and their card."""
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
+from vestige.nn.lora import Adapter
+from vestige.nn.per_layer import PerLayerModule
+from vestige.training import metrics
 from vestige.training.config import LoopConfig
 from vestige.training.data.documents import Document, read_documents, split_documents
-from vestige.training.data.sentences import require_long_documents
+from vestige.training.data.sentences import Texts, require_long_documents, split_all_sentences
 from vestige.training.distributed import Processes
 from vestige.training.loop import OnStep, Outcome, train
-from vestige.training.model_card import write_card
 from vestige.training.task import Task
 
 HELD_OUT = 0.1
 """Share of the documents that is held out for validation."""
-
-
-@runtime_checkable
-class Weights(Protocol):
-    """Trained weights that can be written to a folder."""
-
-    def save(self, folder: Path) -> None:
-        """Write safetensors and JSON into a folder that may not exist yet."""
-        ...
+CARD = "card.json"
+Made = tuple[Task, Sequence[Adapter | PerLayerModule[Any]], dict[str, Any]]
+"""A task, the weights that it trains, and JSON values for their card: ``what`` has their purpose and source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +83,15 @@ class Training(ABC):
 
     @abstractmethod
     def make_task(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        documents: Sequence[Document],
-        held_out: Sequence[Document],
-    ) -> tuple[Task, Weights, dict[str, Any]]:
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, held_out: Texts
+    ) -> Made:
         """Return the task, the weights that it trains, and JSON values for their card.
 
         Args:
             model: Becomes frozen.
             tokenizer: The model's tokenizer.
-            documents: Training documents.
-            held_out: Validation documents.
+            texts: Sentences of each training text.
+            held_out: Sentences of each validation text.
 
         Raises:
             InputError: The data cannot be used.
@@ -113,11 +106,30 @@ class Training(ABC):
         """
         read = require_long_documents(read_documents(self.data, field=self.field))
         documents, held_out = split_documents(read, share=HELD_OUT)
+        texts, unseen = split_all_sentences(documents), split_all_sentences(held_out)
         torch.manual_seed(self.loop.seed)
-        task, weights, card = self.make_task(model, tokenizer, documents, held_out)
+        task, weights, card = self.make_task(model, tokenizer, texts, unseen)
         outcome = train(task, self.loop, job.out, resume=job.resume, world=job.world, on_step=job.on_step)
         if outcome.finished and (job.world is None or job.world.main):
-            folder, read = job.out / self.weights, [*documents, *held_out]
-            weights.save(folder)
-            write_card(folder, job.out, model=job.name, documents=read, loop=self.loop, command=job.command, **card)
+            for part in weights:
+                part.save(job.out / self.weights)
+            self._write_card(job, [*documents, *held_out], card)
         return outcome
+
+    def _write_card(self, job: Job, documents: Sequence[Document], own: Mapping[str, Any]) -> None:
+        """Write ``card.json`` beside the weights; it names the documents without their folders."""
+        records = metrics.read(job.out)
+        validated = [record["validation"] for record in records if "validation" in record]
+        card = {
+            "model": job.name,
+            "what": own["what"],
+            "data": [Path(document.name).name for document in documents],
+            "steps": self.loop.steps,
+            "minutes": round(sum(record["seconds"] for record in records) / 60, 1),
+            "seed": self.loop.seed,
+            "command": job.command,
+            "loop": asdict(self.loop),
+            **own,
+            "validation": validated[-1] if validated else {},
+        }
+        (job.out / self.weights / CARD).write_text(json.dumps(card, indent=1) + "\n")

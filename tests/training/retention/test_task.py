@@ -15,14 +15,12 @@ from vestige.testing import attention, random_ids, tiny
 from vestige.training.config import LoopConfig
 from vestige.training.data.synthetic_qa.sequences import SequenceMaker
 from vestige.training.data.synthetic_qa.story import KINDS, make_story
-from vestige.training.indexmem.task import IndexMemOptions
-from vestige.training.indexmem.training import IndexMemTraining
+from vestige.training.indexmem.task import IndexMemOptions, IndexMemTraining
 from vestige.training.loop import train
 from vestige.training.retention import soft_topk
 from vestige.training.retention.capacity_loss import expected_kept, over_capacity
 from vestige.training.retention.soft_attention import GatedAttention, use_gates
-from vestige.training.retention.task import RetentionOptions, RetentionTask
-from vestige.training.retention.training import RetentionTraining
+from vestige.training.retention.task import RetentionOptions, RetentionTask, RetentionTraining
 from vestige.training.retention.warm_start import (
     measure_answers,
     measure_replay,

@@ -36,8 +36,11 @@ def allowed_files(paths: Sequence[Path]) -> list[Path]:
     """
     for path in paths:
         refuse(path)
-    reserved_names = {folder: _find_reserved_names(folder) for folder in {path.parent for path in paths}}
-    return [path for path in paths if path.name not in reserved_names[path.parent]]
+    held: set[Path] = set()
+    for folder in {path.parent for path in paths}:
+        texts = sorted(folder.glob("*.txt"))
+        held |= {texts[i] for i in _find_reserved(len(texts))}
+    return [path for path in paths if path not in held]
 
 
 def allowed_entries(entries: Sequence[Entry], name: str) -> list[Entry]:
@@ -52,9 +55,9 @@ def allowed_entries(entries: Sequence[Entry], name: str) -> list[Entry]:
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        whose = _find_format(entry)
-        if whose:
-            raise entry.error(f"a sample in {whose} format, which is for benchmarks only")
+        for whose, fields in REFUSED_FIELDS.items():
+            if fields <= entry.columns.keys():
+                raise entry.error(f"a sample in {whose} format, which is for benchmarks only")
         if entry.columns.keys() >= LONGBENCH_FIELDS:
             groups.setdefault(_find_data_set(entry, name), []).append(entry)
     held = {id(entry) for group in groups.values() for entry in group[(len(group) + 1) // 2 :]}
@@ -95,19 +98,9 @@ def refuse(path: Path) -> None:
         raise InputError(f"{path} is in {whose} format, which is for benchmarks only")
 
 
-def _find_reserved_names(folder: Path) -> set[str]:
-    """Return the names of the reserved texts of a folder."""
-    texts = sorted(folder.glob("*.txt"))
-    return {texts[i].name for i in _find_reserved(len(texts))}
-
-
 def _find_reserved(count: int) -> set[int]:
     """Return the reserved places among ``count`` essays."""
     return set(reserved(range(count))) if count >= FEWEST_FILES else set()
-
-
-def _find_format(entry: Entry) -> str | None:
-    return next((whose for whose, fields in REFUSED_FIELDS.items() if fields <= entry.columns.keys()), None)
 
 
 def _find_data_set(entry: Entry, name: str) -> str:

@@ -53,7 +53,8 @@ def read_documents(
     documents = []
     for source in sources:
         if _is_on_hub(source) or _is_jsonl(Path(source)):
-            documents += _make_documents(read_entries(source, notice=notice), field)
+            found = [Document(entry.where, entry.text(field)) for entry in read_entries(source, notice=notice)]
+            documents += [document for document in found if document.text.strip()]
         else:
             documents += _read_path(Path(source), notice)
     if not documents:
@@ -75,7 +76,7 @@ def read_entries(source: str | Path, *, notice: Notice | None = None) -> list[En
 
     Args:
         source: As :func:`read_documents` takes it.
-        notice: Called with a line about what was left out; the default prints it to stderr.
+        notice: As there.
 
     Raises:
         InputError: As :func:`read_documents`; or the source is of another kind.
@@ -182,17 +183,11 @@ def _fetch_entries(source: str, notice: Notice | None) -> list[Entry]:
     return kept
 
 
-def _make_documents(found: Sequence[Entry], field: str) -> list[Document]:
-    documents = [Document(entry.where, entry.text(field)) for entry in found]
-    return [document for document in documents if document.text.strip()]
-
-
 def _report(source: str | Path, there: int, kept: int, notice: Notice | None) -> None:
     """Report the number of documents of a source that were left out, if any."""
-    if there == kept:
-        return
-    line = f"{source}: {there - kept} of {there} documents are left out, they are for benchmarks only"
-    (notice or _print_error)(line)
+    if kept < there:
+        line = f"{source}: {there - kept} of {there} documents are left out, they are for benchmarks only"
+        (notice or _print_error)(line)
 
 
 def _print_error(line: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from vestige.errors import InputError
 from vestige.training.data.documents import Document
 
+Texts = Sequence[Sequence[str]]
+"""Sentences of each text."""
 MIN_SENTENCES = 12
 """Sentences that a document must have."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

@@ -54,11 +54,8 @@ def steer(
         with use_attention(model, "eager"), adapter.applied(model):
             model.base_model(input_ids=ids[:, span.start : span.end], **cache_argument(cache))
         current = [
-            (
-                torch.cat([new[0], old[0][:, :, span.end :]], 2),
-                torch.cat([new[1], old[1][:, :, span.end :]], 2),
-            )
-            for new, old in zip(_layers(cache), current, strict=True)
+            (torch.cat([keys, old_keys[:, :, span.end :]], 2), torch.cat([values, old_values[:, :, span.end :]], 2))
+            for (keys, values), (old_keys, old_values) in zip(_layers(cache), current, strict=True)
         ]
     return current
 

@@ -170,15 +170,7 @@ class SampleMaker:
             drafts.append(self._draft(random.Random(derive_seed(self.options.seed, *name, attempt)), sources, kind))
             if sample := self._find_worthwhile(drafts[-1]):
                 return sample
-        return self._find_answered(drafts)
-
-    def _find_answered(self, drafts: Sequence[Draft]) -> Sample:
-        """Return the first draft that the model replies to, as a sample.
-
-        Raises:
-            InputError: The model replies to none.
-        """
-        for draft in drafts:
+        for draft in drafts:  # none is worth it: the first that the model replies to
             layers = differentiable_cache.read(self.model, ids := self._ids(draft))
             if sample := self._make_sample(draft, ids, layers, worth=False):
                 return sample
@@ -217,14 +209,7 @@ class SampleMaker:
     ) -> Sample | None:
         """Return a draft with the model's replies to the clean text.
 
-        Args:
-            draft: Some of its passages are erased.
-            ids: Tokens of its text.
-            layers: Keys and values of these tokens.
-            worth: Whether the sample must be worth training on.
-
-        Returns:
-            None if the model does not reply to the main query, or the sample is not worth it.
+        None if the model does not reply to the main query, or if the sample must be ``worth`` training on and is not.
         """
         offsets = self.template.offsets(draft.text)
         spans = tuple(locate.tokens_at(draft.text, start, end, offsets) for start, end in draft.spans)
@@ -276,14 +261,7 @@ class SampleMaker:
     ) -> TokenizedQuery | None:
         """Return a query with the whole reply to the clean text, compared with the reply to the whole text.
 
-        Args:
-            query: The query.
-            reply: First tokens of the reply, as far as they are known.
-            clean: Keys and values without the passages.
-            dirty: Keys and values with them.
-
-        Returns:
-            None if there is no reply.
+        The first tokens of the reply may be known already. None if there is no reply.
         """
         question = self._question(query)
         begun = torch.cat([question, question.new_tensor([reply])], 1) if reply else question

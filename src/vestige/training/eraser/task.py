@@ -7,20 +7,26 @@ share an edit, as in use.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vestige.errors import InputError
 from vestige.nn.lora import Adapter
+from vestige.training.data.sentences import Texts
 from vestige.training.eraser import differentiable_cache
+from vestige.training.eraser.questions import read_questions, split_questions
 from vestige.training.eraser.samples import EraserOptions, Sample, SampleMaker, Sources, TokenizedQuery
 from vestige.training.sampler import derive_seed
 from vestige.training.task import identify_model
+from vestige.training.trainer import HELD_OUT, Made, Training
 
 Logits = Float[Tensor, "inputs vocab"]
 Figures = dict[str, Float[Tensor, ""]]
@@ -40,6 +46,9 @@ class EraserTask:
         validation: Number of validation samples.
     """
 
+    num_samples = None
+    """The samples are an endless stream."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -51,21 +60,11 @@ class EraserTask:
         *,
         validation: int = 24,
     ) -> None:
-        self.model, self.adapter, self.options = model.requires_grad_(False).eval(), adapter, options
+        self.model, self.options = model.requires_grad_(False).eval(), options
+        self.module = self.adapter = adapter
         self.maker = SampleMaker(model, tokenizer, options)
         self.sources, self.held_out, self.validation = sources, held_out, validation
         self._pool: dict[int, Sample] = {}
-        self._validation_samples: list[Sample] = []
-
-    @property
-    def module(self) -> nn.Module:
-        """The adapter."""
-        return self.adapter
-
-    @property
-    def num_samples(self) -> None:
-        """None: the samples are an endless stream."""
-        return None
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sample over the surrogate cache, averaged over its queries."""
@@ -77,11 +76,6 @@ class EraserTask:
 
     def validate(self) -> Mapping[str, float]:
         """Return divergence and exact match on held-out samples, overall and by kind."""
-        if not self._validation_samples:
-            self._validation_samples = [
-                self.maker.make_sample(("held", i), self.held_out, neighbours=i % 4 == 0).without_layers()
-                for i in range(self.validation)
-            ]
         by_kind: dict[str, list[Figures]] = {}
         for sample in self._validation_samples:
             for query, logits in self._answer(sample):
@@ -89,6 +83,13 @@ class EraserTask:
         overall = _average([figures for listed in by_kind.values() for figures in listed])
         exact = {f"exact_{kind}": float(_average(by_kind[kind])["exact"]) for kind in sorted(by_kind)}
         return {"kl": float(overall["kl"]), "exact": float(overall["exact"]), **exact}
+
+    @cached_property
+    def _validation_samples(self) -> list[Sample]:
+        made = (
+            self.maker.make_sample(("held", i), self.held_out, neighbours=i % 4 == 0) for i in range(self.validation)
+        )
+        return [sample.without_layers() for sample in made]
 
     def identity(self) -> Mapping[str, Any]:
         """Return the identity of model and data, the adapter's shape and the options."""
@@ -122,6 +123,52 @@ class EraserTask:
             (query, differentiable_cache.compute_logits(self.model, edited, query.input_ids, query.input_ids.shape[1]))
             for query in sample.queries
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EraserTraining(Training):
+    """Options of ``vestige train eraser``, beside those of every training.
+
+    Args:
+        qa: JSONL files and hub data sets of questions, as :func:`~.questions.read_questions` takes them; may be empty.
+        options: Options of samples and loss.
+        rank: Rank of the adapter.
+        begin: Folder of an adapter to start from; None starts with an adapter that changes nothing.
+
+    Raises:
+        InputError: As :class:`~vestige.training.trainer.Training`; or the rank is out of range.
+    """
+
+    weights: ClassVar[str] = "adapter"
+    qa: tuple[str, ...] = ()
+    options: EraserOptions
+    rank: int = 16
+    begin: Path | None = None
+    validation: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise InputError("rank must be at least 1")
+
+    def make_task(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, held_out: Texts
+    ) -> Made:
+        questions = split_questions(read_questions(self.qa), share=HELD_OUT)
+        sources = Sources(texts=texts, questions=questions[0])
+        unseen = Sources(texts=held_out, questions=questions[1])
+        if self.begin is None:
+            adapter = Adapter.initialize(model, rank=self.rank, alpha=2.0 * self.rank)
+        else:
+            adapter = Adapter.load(self.begin, model)
+        card = {
+            "what": "KVEraser's LoRA version (arXiv 2606.17034): erases a span by replacing its keys and values",
+            "qa": [Path(source).name for source in self.qa],
+            "options": asdict(self.options),
+            "rank": adapter.config.rank,
+        }
+        task = EraserTask(model, tokenizer, adapter, sources, unseen, self.options, validation=self.validation)
+        return task, [adapter], card
 
 
 def _compare(query: TokenizedQuery, logits: Logits) -> Figures:

@@ -8,35 +8,20 @@ and keys is held. Attention is added up within a group of heads before it is nor
 question, it predicts the attention of that question's reply.
 """
 
-from typing import Literal, cast, get_args
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from vestige.errors import InputError, unknown_name_message
 from vestige.nn.indexer import Comparison, Indexer, IndexQueries, LayerIndexer, index_scores
 from vestige.training.indexmem.teacher_trace import LayerTrace
 
-Teacher = Literal["answers", "text"]
-TEACHERS: tuple[str, ...] = get_args(Teacher)
+TEACHERS = ("answers", "text")
 _BLOCK = 256
 
 
-def teacher_of(name: str) -> Teacher:
-    """Return the teacher of that name.
-
-    Raises:
-        InputError: There is no such teacher.
-    """
-    if name not in TEACHERS:
-        raise InputError(unknown_name_message("teacher", str(name), TEACHERS))
-    return cast(Teacher, name)
-
-
 def indexer_loss(
-    indexer: Indexer, layers: list[LayerTrace], text: int, predicted: slice, *, teacher: Teacher, sink: int
+    indexer: Indexer, layers: list[LayerTrace], text: int, predicted: slice, *, teacher: str, sink: int
 ) -> Float[Tensor, ""]:
     """Return KL(attention, indexer), averaged over layers and score groups.
 
@@ -46,7 +31,7 @@ def indexer_loss(
         text: Number of tokens of the text.
         predicted: Tokens whose attention the indexer predicts from all queries before them: a reply, or all tokens
             after the text.
-        teacher: Attention to predict: that of these tokens, or that of the queries before them.
+        teacher: Attention to predict: "answers", that of these tokens, or "text", that of the queries before them.
         sink: First tokens, which do not count.
     """
     losses = []

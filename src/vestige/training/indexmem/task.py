@@ -7,25 +7,28 @@ costs one reading. The sequences are synthetic texts with questions.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.budget import Budget
-from vestige.errors import InputError
+from vestige.errors import InputError, unknown_name_message
 from vestige.models.layout import check
 from vestige.nn.indexer import Indexer
-from vestige.nn.latent_memory import Latent
+from vestige.nn.latent_memory import Kind, Latent
 from vestige.policies.indexmem import IndexMem
+from vestige.training.data.sentences import Texts
 from vestige.training.data.synthetic_qa.sequences import TokenizedDocument
-from vestige.training.data.synthetic_qa.task import StoryOptions, StoryTask, Texts, average_over_documents, draw_share
+from vestige.training.data.synthetic_qa.task import StoryOptions, StoryTask, average_over_documents, draw_share
 from vestige.training.data.synthetic_qa.validation import evaluate
-from vestige.training.indexmem.indexer_loss import Teacher, attention_to_text, indexer_loss, teacher_of
+from vestige.training.indexmem.indexer_loss import TEACHERS, attention_to_text, indexer_loss
 from vestige.training.indexmem.memory_loss import make_memory, memory_loss, select_pairs
 from vestige.training.indexmem.teacher_trace import trace_text
+from vestige.training.trainer import Made, Training
 
+_WHAT = "IndexMem's indexer and latent memory (arXiv 2605.25475), and slots: what is asked for, what it was"
 _MEASURED = 4
 """Sequences on which the scale of each KV head is measured."""
 
@@ -38,7 +41,7 @@ class IndexMemOptions(StoryOptions):
         InputError: A number is out of range, or the teacher is unknown.
     """
 
-    teacher: Teacher = "answers"
+    teacher: str = "answers"
     """Attention that the indexer predicts: of the tokens after a text, or as in the paper of the text itself."""
     aware: float = 0.5
     """Share of the texts whose first question the indexer reads too; it then predicts the attention of its answer."""
@@ -52,7 +55,8 @@ class IndexMemOptions(StoryOptions):
     """Latest tokens of a text, which are always kept."""
 
     def __post_init__(self) -> None:
-        teacher_of(self.teacher)
+        if self.teacher not in TEACHERS:
+            raise InputError(unknown_name_message("teacher", str(self.teacher), TEACHERS))
         if not 0 <= self.aware <= 1 or not 0 < self.budget <= 1:
             raise InputError(f"aware must lie in [0, 1] and budget in (0, 1], got {self.aware} and {self.budget}")
         if not math.isfinite(self.memory_weight):
@@ -65,17 +69,10 @@ class IndexMemTask(StoryTask):
     """A task that trains IndexMem: a stream of sequences, each a function of its index alone.
 
     Args:
-        model: Frozen by the constructor.
-        tokenizer: The model's tokenizer.
         indexer: Trained; the constructor measures its scales.
         latents: Trained weights of memories, each of another kind.
-        texts: Sentences of each training text.
-        held_out: Sentences of each validation text.
-        options: Options of sequences and loss.
-        validation: Number of validation samples.
 
-    Raises:
-        InputError: Sequences are longer than the model's context, or the options contradict each other.
+    The other arguments and the errors are those of :class:`StoryTask`.
     """
 
     def __init__(
@@ -93,13 +90,8 @@ class IndexMemTask(StoryTask):
         super().__init__(model, tokenizer, texts, held_out, options, validation=validation)
         self.options, self.indexer = options, indexer
         self.latents = {latent.config.kind: latent for latent in latents}
-        self._all = nn.ModuleDict({"indexer": indexer, **{str(kind): one for kind, one in self.latents.items()}})
+        self.module = nn.ModuleDict({"indexer": indexer, **{str(kind): one for kind, one in self.latents.items()}})
         self._measure_scales()
-
-    @property
-    def module(self) -> nn.Module:
-        """Indexer and memories."""
-        return self._all
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sequence in its parts.
@@ -114,7 +106,7 @@ class IndexMemTask(StoryTask):
 
     def validate(self) -> Mapping[str, float]:
         """Return loss and accuracy of answers after a real eviction, without and with each memory."""
-        options, samples = self.options, self.validation_samples()
+        options, samples = self.options, self._validation_samples
         policy = IndexMem(
             budget=Budget.fraction(options.budget),
             indexer=self.indexer,
@@ -175,6 +167,57 @@ class IndexMemTask(StoryTask):
         for place, layer_idx in enumerate(self.indexer.config.layers):
             scales = torch.cat(norms[layer_idx], 1).median(1).values * torch.stack(paid[layer_idx]).mean(0)
             self.indexer.log_scales[place, : len(scales)] = scales.clamp_min(math.exp(-20)).log()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexMemTraining(Training):
+    """Options of ``vestige train indexmem``, beside those of every training; it validates on synthetic questions.
+
+    Args:
+        options: Options of sequences and loss.
+        heads: Index heads for each KV head.
+        dim: Size of each KV head's part of the index key.
+        apart: Whether each KV head has scores of its own.
+        memories: Kinds of memories.
+        width: Width of their projections; None takes each kind's default.
+        decays: Whether older pairs count less in the memories.
+        asks: Whether the linear memory's gate sees the query.
+    """
+
+    weights: ClassVar[str] = "indexmem"
+    options: IndexMemOptions
+    heads: int = 1
+    dim: int = 8
+    apart: bool = True
+    memories: tuple[Kind, ...] = ("linear", "slots")
+    width: int | None = None
+    decays: bool = False
+    asks: bool = False
+    validation: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_whole_steps(self.options.alone, "the indexer alone")
+        if self.memories and self.options.alone >= self.loop.steps * self.loop.batch:
+            raise InputError(
+                f"memories would learn nothing: the indexer learns alone in the first {self.options.alone} sequences, "
+                f"and there are {self.loop.steps * self.loop.batch}"
+            )
+
+    def make_task(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, held_out: Texts
+    ) -> Made:
+        shapes: dict[str, dict[str, Any]] = {
+            "indexer": {"heads": self.heads, "dim": self.dim, "apart": self.apart},
+            "memory": {"width": self.width, "decays": self.decays, "asks": self.asks},
+        }
+        indexer = Indexer.initialize(model, **shapes["indexer"])
+        latents = [Latent.initialize(model, kind=kind, **shapes["memory"]) for kind in self.memories]
+        task = IndexMemTask(
+            model, tokenizer, indexer, latents, texts, held_out, self.options, validation=self.validation
+        )
+        card = {"what": _WHAT, "options": asdict(self.options), "memories": list(self.memories), **shapes}
+        return task, [indexer, *latents], card
 
 
 def _find_first_reply(document: TokenizedDocument) -> slice:

@@ -6,6 +6,7 @@ before the questions. So the text is read without gradients, and the backward pa
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,15 @@ from transformers.cache_utils import Cache
 
 from vestige.kernels import AttentionScale, reference
 from vestige.models.compat import CACHE_NAME
-from vestige.training.retention.hidden_states import record_hidden_states
-from vestige.training.retention.soft_attention import BLOCK, AttentionOutput, Keys, Queries, Values, use_attention
+from vestige.training.retention.soft_attention import (
+    BLOCK,
+    AttentionOutput,
+    Keys,
+    Queries,
+    Values,
+    record_hidden_states,
+    use_attention,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +100,7 @@ def answer_log_probs(
         eviction: Soft eviction of the text's pairs; None keeps all.
     """
     inputs: dict[str, Any] = {"input_ids": ids, CACHE_NAME: copy.deepcopy(text.cache), "logits_to_keep": at}
-    if eviction is None:
+    with nullcontext() if eviction is None else use_attention(model, eviction.attend):
         out = model(**inputs, use_cache=True)
-    else:
-        with use_attention(model, eviction):
-            out = model(**inputs, use_cache=True)
     logits: Tensor = out.logits[0]
     return logits.float().log_softmax(-1)

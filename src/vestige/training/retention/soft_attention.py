@@ -6,10 +6,10 @@ documents. Gates belong to full-attention layers, and there no document sees ano
 Source: TRIM-KV, arXiv 2512.03324: retention is added to the logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -32,24 +32,9 @@ Keys = Float[Tensor, "1 kv_heads tokens head_dim"]
 Values = Float[Tensor, "1 kv_heads tokens value_dim"]
 AttentionOutput = Float[Tensor, "1 heads new value_dim"]
 
-
-@runtime_checkable
-class SoftAttention(Protocol):
-    """An attention function for the full-attention layers of a model."""
-
-    def attend(
-        self, query: Queries, keys: Keys, values: Values, layer_idx: int, scale: AttentionScale
-    ) -> AttentionOutput:
-        """Return the attention of queries over pairs, ``1 heads new value_dim``.
-
-        Args:
-            query: Queries of the new tokens.
-            keys: Keys of all tokens, the new ones last.
-            values: Values of the same tokens.
-            layer_idx: Index of the layer that wrote the pairs.
-            scale: Factor, softcap and sinks.
-        """
-        ...
+Attend = Callable[[Queries, Keys, Values, int, AttentionScale], AttentionOutput]
+"""Attention of new tokens over the pairs of all tokens, the new ones last. The other arguments are the index of the
+layer that wrote the pairs, and factor, softcap and sinks."""
 
 
 @dataclass(eq=False)
@@ -70,6 +55,11 @@ class GatedAttention:
     def positions(self) -> Int[Tensor, "1 tokens"]:
         """Position of each token in its document: the model's ``position_ids``."""
         return (torch.arange(len(self.starts), device=self.starts.device) - self.starts)[None]
+
+    def fade(self, layer_idx: int, hidden: Float[Tensor, "1 tokens hidden"]) -> None:
+        """Compute log beta of a layer's pairs from its hidden states."""
+        if self.gates is not None:
+            self.log_beta[layer_idx] = self.gates(layer_idx, hidden)
 
     def packed_log_beta(self) -> Float[Tensor, "rows tokens"]:
         """Return log beta of the rows of all layers."""
@@ -110,17 +100,34 @@ def use_gates(model: PreTrainedModel, gating: GatedAttention) -> Iterator[None]:
         model: Call it with the ids of one row, ``position_ids=gating.positions``, and no cache.
         gating: The model's calls fill its ``log_beta``.
     """
-    with ExitStack() as stack:
-        if gating.gates is not None:
-            for layer_idx, module in check(model).attentions.items():
-                hook = module.register_forward_pre_hook(_gate(gating, gating.gates, layer_idx), with_kwargs=True)
-                stack.callback(hook.remove)
-        stack.enter_context(use_attention(model, gating))
+    with hook_inputs(model, gating.fade), use_attention(model, gating.attend):
         yield
 
 
 @contextmanager
-def use_attention(model: PreTrainedModel, attention: SoftAttention) -> Iterator[None]:
+def record_hidden_states(model: PreTrainedModel) -> Iterator[dict[int, Float[Tensor, "batch new hidden"]]]:
+    """Record the input of each evictable layer's attention in the first forward pass: the input of the gates."""
+    states: dict[int, Tensor] = {}
+    with hook_inputs(model, states.setdefault):
+        yield states
+
+
+@contextmanager
+def hook_inputs(model: PreTrainedModel, receive: Callable[[int, Tensor], object]) -> Iterator[None]:
+    """Call a function with the index and the attention's input of each evictable layer within the block."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer_idx: Any = module.layer_idx
+        receive(layer_idx, attention_input(args, kwargs))
+
+    with ExitStack() as stack:
+        for module in check(model).attentions.values():
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def use_attention(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
     """Replace the attention of a model's full-attention layers within the block."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -129,14 +136,14 @@ def use_attention(model: PreTrainedModel, attention: SoftAttention) -> Iterator[
     before = config._attn_implementation_internal
     with ExitStack() as stack:
         for module, layer_idx in _readers(anatomy):
-            _running[module] = attention, layer_idx
+            _running[module] = attend, layer_idx
             stack.callback(_running.pop, module, None)
         config._attn_implementation_internal = NAME
         stack.callback(setattr, config, "_attn_implementation_internal", before)
         yield
 
 
-_running: dict[nn.Module, tuple[SoftAttention, int]] = {}
+_running: dict[nn.Module, tuple[Attend, int]] = {}
 """Replacement by attention module, with the index of the layer whose pairs the module reads."""
 
 
@@ -149,13 +156,6 @@ def _readers(anatomy: ModelLayout) -> Iterator[tuple[nn.Module, int]]:
             layer_idx: Any = module.layer_idx
             if config.layer_types[layer_idx] == "full_attention":
                 yield module, max(anatomy.evictable)
-
-
-def _gate(gating: GatedAttention, gates: Gates, layer_idx: int) -> Any:
-    def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        gating.log_beta[layer_idx] = gates(layer_idx, attention_input(args, kwargs))
-
-    return gate
 
 
 def _attention(
@@ -176,5 +176,5 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
     scale = AttentionScale(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    attention, layer_idx = found
-    return attention.attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None
+    attend, layer_idx = found
+    return attend(query, key, value, layer_idx, scale).transpose(1, 2).contiguous(), None

@@ -12,11 +12,11 @@ Our own: a warm start (:mod:`~vestige.training.retention.warm_start`), and forge
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,25 +26,26 @@ from vestige.models.layout import check
 from vestige.nn.retention_gates import Gates
 from vestige.policies.retention import Retention
 from vestige.policies.selection import Share, parse_share
+from vestige.training.data.sentences import Texts
 from vestige.training.data.synthetic_qa.sequences import PackedSequence, TokenizedDocument
-from vestige.training.data.synthetic_qa.task import (
-    Parts,
-    StoryOptions,
-    StoryTask,
-    Texts,
-    average_over_documents,
-    draw_share,
-)
+from vestige.training.data.synthetic_qa.task import Parts, StoryOptions, StoryTask, average_over_documents, draw_share
 from vestige.training.data.synthetic_qa.validation import evaluate
 from vestige.training.retention.capacity_loss import expected_kept, over_capacity
 from vestige.training.retention.eviction_loss import SoftEviction, answer_log_probs, read_text
 from vestige.training.retention.soft_attention import GatedAttention, use_gates
 from vestige.training.retention.soft_topk import competing_rows, gate_log_beta, log_kept
 from vestige.training.retention.warm_start import measure_answers, measure_replay, ranking_loss, regression_loss
+from vestige.training.trainer import Made, Training
 
 WARM = ("answers", "replay")
 WARM_LOSSES = ("lives", "ranking")
 FORGETS = ("gradually", "at_once")
+_WHAT = {
+    "gradually": "retention gates as in DBTrimKV (arXiv 2605.09649): what each pair is worth, from when it is written",
+    "at_once": "retention gates shaped as in DBTrimKV (arXiv 2605.09649), trained by soft evictions of our own: what "
+    "each pair is worth, from when it is written",
+}
+_MOST_BIAS = 18.0  # the papers' value; at 20.7 gradients vanish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +86,9 @@ class RetentionOptions(StoryOptions):
             raise InputError("weights must not be negative, and moments at least 1")
         if self.warm < 0:
             raise InputError(f"warm must not be negative, got {self.warm}")
-        if self.warm_by not in WARM:
-            raise InputError(unknown_name_message("warm-by", self.warm_by, WARM))
-        if self.warm_loss not in WARM_LOSSES:
-            raise InputError(unknown_name_message("warm-loss", self.warm_loss, WARM_LOSSES))
-        if self.forgets not in FORGETS:
-            raise InputError(unknown_name_message("forgets", self.forgets, FORGETS))
+        for option, valid in (("warm_by", WARM), ("warm_loss", WARM_LOSSES), ("forgets", FORGETS)):
+            if (value := getattr(self, option)) not in valid:
+                raise InputError(unknown_name_message(option.replace("_", "-"), value, valid))
         if self.asked < 1:
             raise InputError(f"asked must be at least 1, got {self.asked}")
         parse_share(self.share)
@@ -100,16 +98,9 @@ class RetentionTask(StoryTask):
     """A task that trains retention gates: a stream of sequences, each a function of its index alone.
 
     Args:
-        model: Frozen by the constructor.
-        tokenizer: The model's tokenizer.
         gates: The trained weights.
-        texts: Sentences of each training text.
-        held_out: Sentences of each validation text.
-        options: Options of sequences and loss.
-        validation: Number of validation samples.
 
-    Raises:
-        InputError: Sequences are longer than the model's context, or the options contradict each other.
+    The other arguments and the errors are those of :class:`StoryTask`.
     """
 
     def __init__(
@@ -124,13 +115,9 @@ class RetentionTask(StoryTask):
         validation: int = 16,
     ) -> None:
         super().__init__(model, tokenizer, texts, held_out, options, others=options.others, validation=validation)
-        self.gates, self.options = gates, options
+        self.module = self.gates = gates
+        self.options = options
         self._groups = competing_rows(gates.config, options.share)
-
-    @property
-    def module(self) -> nn.Module:
-        """The gates."""
-        return self.gates
 
     def loss(self, index: int) -> Mapping[str, Tensor]:
         """Return the loss of a sequence in its parts, and the share of pairs that the gates would keep."""
@@ -150,15 +137,11 @@ class RetentionTask(StoryTask):
         """
         budget = Budget.fraction(self.options.budget)
         policy = Retention(gates=self.gates.for_inference(self.model.dtype), budget=budget, share=self.options.share)
-        return evaluate(self.model, policy, self.validation_samples())
+        return evaluate(self.model, policy, self._validation_samples)
 
     def identity(self) -> Mapping[str, Any]:
         """Return the identity of model and data, the shape of the gates and the options."""
-        return {
-            **super().identity(),
-            "gates": asdict(self.gates.config),
-            "options": asdict(self.options),
-        }
+        return {**super().identity(), "gates": asdict(self.gates.config), "options": asdict(self.options)}
 
     def _warm_loss(self, document: TokenizedDocument) -> Parts:
         """Return the distance of the gates from the importance of a text's pairs."""
@@ -235,6 +218,41 @@ class RetentionTask(StoryTask):
         over = [over_capacity(group, seen, rows, room) for group, rows in zip(kept, self._groups, strict=True)]
         kept_share = torch.stack(kept).sum(0).detach() / (seen * len(log_beta))
         return torch.stack(over).mean(), kept_share.mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionTraining(Training):
+    """Options of ``vestige train retention``, beside those of every training; it validates on synthetic questions.
+
+    Args:
+        options: Options of sequences and loss.
+        width: Width of the gates' inner layers.
+        depth: Number of these layers.
+        tied: Whether all layers share the last projection.
+        bias: Initial bias of the last projection.
+    """
+
+    weights: ClassVar[str] = "gates"
+    options: RetentionOptions
+    width: int = 128
+    depth: int = 2
+    tied: bool = True
+    bias: float = 6.0
+    validation: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_whole_steps(self.options.warm, "the warm start")
+        if not self.bias <= _MOST_BIAS:
+            raise InputError(f"bias must be at most {_MOST_BIAS:g}, or gates live too long to learn; got {self.bias}")
+
+    def make_task(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, held_out: Texts
+    ) -> Made:
+        shape: dict[str, Any] = {"width": self.width, "depth": self.depth, "tied": self.tied, "bias": self.bias}
+        gates = Gates.initialize(model, **shape)
+        task = RetentionTask(model, tokenizer, gates, texts, held_out, self.options, validation=self.validation)
+        return task, [gates], {"what": _WHAT[self.options.forgets], "options": asdict(self.options), "gates": shape}
 
 
 def _answer_losses(

@@ -23,7 +23,7 @@ from vestige.policies import Full
 from vestige.policies.kvzip import KVzip
 from vestige.policies.observation import RowView
 from vestige.policies.scoring import compute_attention
-from vestige.training.retention.hidden_states import record_hidden_states
+from vestige.training.retention.soft_attention import record_hidden_states
 from vestige.training.retention.soft_topk import gate_log_beta, log_kept, log_lifetimes
 
 STEEPNESS = 2.0

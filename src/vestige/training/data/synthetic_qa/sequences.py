@@ -151,7 +151,10 @@ class SequenceMaker:
     def make_conversation(self, rng: random.Random, sentences: Sequence[str], room: int) -> Conversation:
         """Return a conversation whose texts have about ``room`` tokens in all."""
         messages = rng.choice(_MESSAGES)
-        stories = [make_story(rng, self._draw_sentences(rng, sentences, room // messages)) for _ in range(messages)]
+        stories = []
+        for _ in range(messages):
+            filler = draw_sentences(rng, sentences, room // messages, self._count, fewest=_FEWEST_SENTENCES)
+            stories.append(make_story(rng, filler))
         interim = [question for story in stories[:-1] for question in story.questions[:1]]
         questions = [question for story in stories for question in story.questions if question not in interim]
         rng.shuffle(questions)
@@ -185,19 +188,15 @@ class SequenceMaker:
         if first:
             return list(self.template.question(question.question, question.prefix)[0].tolist())
         opening = self.template.next_opening()[1:]  # the end of the previous reply is there already
-        return [
-            *opening,
-            *self.template.message(question.question)[0],
-            *self.template.reply_opening(),
-            *self._ids(question.prefix),
-        ]
+        message = self.template.message(question.question)[0]
+        return [*opening, *message, *self.template.reply_opening(), *self._ids(question.prefix)]
 
     def answer_ids(self, question: Question) -> list[int]:
         """Return the ids of an answer, without its prefix."""
         return self._ids(f" {question.answer}")
 
-    def _draw_sentences(self, rng: random.Random, sentences: Sequence[str], room: int) -> list[str]:
-        return draw_sentences(rng, sentences, room, lambda text: len(self._ids(text)), fewest=_FEWEST_SENTENCES)
+    def _count(self, text: str) -> int:
+        return len(self._ids(text))
 
     def _pack(self, rng: random.Random, documents: Sequence[TokenizedDocument]) -> PackedSequence:
         sizes = torch.tensor([document.ids.shape[1] for document in documents])

@@ -1,8 +1,9 @@
 """What the trainers on stories share: options, a stream of sequences, validation samples, random shares to keep."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vestige.errors import InputError
 from vestige.models.layout import check
+from vestige.training.data.sentences import Texts
 from vestige.training.data.synthetic_qa.sequences import PackedSequence, SequenceMaker, TokenizedDocument
 from vestige.training.data.synthetic_qa.validation import ValidationSample, find_validation_samples
 from vestige.training.sampler import derive_seed
 from vestige.training.task import identify_model
 
 MIN_SHARE, MAX_SHARE = 0.02, 0.4
-Texts = Sequence[Sequence[str]]
-"""Sentences of each text."""
 Parts = dict[str, Tensor]
 """Parts of a loss by name; ``loss`` is minimised."""
 
@@ -54,6 +54,9 @@ class StoryTask:
         InputError: Sequences are longer than the model's context, or the options contradict each other.
     """
 
+    num_samples = None
+    """The sequences are an endless stream."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -73,22 +76,14 @@ class StoryTask:
             tokenizer, length=length, least=options.least, others=others, asked=options.asked, seed=options.seed
         )
         self.texts, self.held_out, self.validation = texts, held_out, validation
-        self._validation_samples: list[ValidationSample] | None = None
-
-    @property
-    def num_samples(self) -> None:
-        """None: the sequences are an endless stream."""
-        return None
 
     def sequence(self, *name: str | int) -> PackedSequence:
         """Return the sequence of a name, on the model's device."""
         return self.maker.make_sequence(name, self.texts).to(self.model.device)
 
-    def validation_samples(self) -> list[ValidationSample]:
-        """Return samples about held-out texts; the first call makes them."""
-        if self._validation_samples is None:
-            self._validation_samples = find_validation_samples(self.maker, self.model, self.held_out, self.validation)
-        return self._validation_samples
+    @cached_property
+    def _validation_samples(self) -> list[ValidationSample]:
+        return find_validation_samples(self.maker, self.model, self.held_out, self.validation)
 
     def identity(self) -> Mapping[str, Any]:
         """Return the identity of the model and the data; tasks add their shapes and options."""
