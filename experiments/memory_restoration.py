@@ -164,7 +164,7 @@ def main(out: Out = None, essays: Essays = None, dev: Dev = False, dtype: Dtype 
     books |= {"weights": check(model).fingerprint()}
     store = Store(folder / "restored", books, resume=True)
     left = len(config.tasks) * SAMPLES * len(config.methods) - len(store.records)
-    for record in track(measure(config, model, tokenizer, known=store.known), "restored", left):
+    for record in track(measure(config, model, tokenizer, known=store.find), "restored", left):
         store.append(record)
     rows = runner.update_rows(folder / "restored.json", aggregate_records(store.records.values()))
     runner.write_summary(folder / "restored.md", "What memories give back", COMMAND, format_table(rows))
