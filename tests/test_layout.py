@@ -18,7 +18,7 @@ TESTED_THROUGH = {
     "bench/report/test_report.py": tuple(f"bench/report/{name}" for name in ("lines", "page", "sections", "tables")),
     "bench/tasks/longbench/test_samples.py": ("bench/hub", "bench/tasks/longbench/data"),
     "bench/tasks/ruler/test_suite.py": (
-        "bench/questions",
+        "bench/tasks/questions",
         "bench/tasks/fitting",
         *(f"bench/tasks/ruler/{name}" for name in ("qa", "variable_tracking", "word_counts")),
     ),
@@ -37,15 +37,8 @@ TESTED_THROUGH = {
         f"training/data/synthetic_qa/{name}" for name in ("sequences", "story", "task", "validation")
     ),
     "training/eraser/test_samples.py": ("training/eraser/templates",),
-    "training/retention/test_task.py": ("training/retention/hidden_states",),
-    "training/test_loop.py": ("training/optimizer", "training/signals", "training/task"),
-    "cli/test_train_runs.py": (
-        "training/eraser/training",
-        "training/indexmem/training",
-        "training/model_card",
-        "training/trainer",
-        "utils/timing",
-    ),
+    "training/test_loop.py": ("training/task",),
+    "cli/test_train_runs.py": ("training/trainer", "utils/timing"),
 }
 """Test files, and the modules that they exercise without naming them: the short list."""
 
