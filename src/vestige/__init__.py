@@ -11,7 +11,7 @@ name of a function listed here: its import would replace the function.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vestige.version import __version__ as __version__
+from vestige.utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vestige import erasers as erasers

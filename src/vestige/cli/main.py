@@ -44,7 +44,7 @@ app.add_typer(train, name="train")
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from vestige.version import __version__
+        from vestige.utils.version import __version__
 
         out.print(f"vestige {__version__}")
 

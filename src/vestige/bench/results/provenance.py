@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from vestige.version import __version__
+from vestige.utils.version import __version__
 
 
 def collect_provenance(model: PreTrainedModel) -> dict[str, Any]:

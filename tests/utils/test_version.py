@@ -6,11 +6,11 @@ import tomllib
 from pathlib import Path
 
 import vestige
-from vestige.version import __version__
+from vestige.utils.version import __version__
 
 
 def test_the_version_is_that_of_the_project():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert vestige.__version__ == __version__ == project["version"]
 
 
