@@ -270,7 +270,8 @@ def test_a_step_by_the_fused_kernel_is_the_one_that_is_written_out(monkeypatch, 
     written = partially(given)
     rounding = 1e-6 if dtype == torch.float32 else 2**-8  # what is read comes back in the dtype of the pairs
     torch.testing.assert_close(quick.output, written.output, atol=rounding, rtol=rounding)
-    weighing = 1e-5 if dtype == torch.float32 else 1e-4  # without AVX-512 the kernel's bfloat16 path is off by 3e-5
+    coarse = dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    weighing = 1e-4 if coarse else 1e-5  # without AVX-512 the kernel's bfloat16 path is off by 3e-5
     torch.testing.assert_close(quick.lse, written.lse, atol=weighing, rtol=weighing)
 
 
